@@ -1,0 +1,16 @@
+"""LLM2: a language model proposes plausible next tokens, a token-level process verifier chooses among them."""
+
+__all__ = ["LLM2", "ProcessVerifier"]
+
+
+def __getattr__(name: str):
+    """The public names, imported when they are first asked for: torch and transformers take seconds."""
+    if name == "LLM2":
+        from llm2.generation import LLM2
+
+        return LLM2
+    if name == "ProcessVerifier":
+        from llm2.verifier import ProcessVerifier
+
+        return ProcessVerifier
+    raise AttributeError(f"module 'llm2' has no attribute {name!r}")

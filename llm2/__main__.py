@@ -1,0 +1,125 @@
+"""The command line: python -m llm2 <command> <config.yaml> [key=value ...]. The only module that knows every command.
+
+Exit status: 0 done, 2 a user's mistake (one sentence, no traceback), 130 interrupted.
+"""
+
+import argparse
+import sys
+
+from llm2.config import EvaluateConfig, ExploreConfig, PretrainConfig, TrainConfig, load_config
+from llm2.errors import UserError
+
+CONFIGS = {
+    "explore": (ExploreConfig, "token quality exploration: gold solutions in, triplets out"),
+    "train": (TrainConfig, "train the verifier on triplets"),
+    "evaluate": (EvaluateConfig, "decode a benchmark with and without System 2 and compare"),
+    "pretrain": (PretrainConfig, "train the testbed's System 1 from scratch"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"llm2 {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nllm2 {options.command}: interrupted; what was finished is kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m llm2", description="Verifier-guided decoding.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (config, text) in CONFIGS.items():
+        fields = ", ".join(config.__dataclass_fields__)
+        command = commands.add_parser(name, help=text, description=f"{text}. Keys of the config: {fields}.")
+        command.add_argument("config", help="YAML file with the fields of llm2/config.py")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="replace a field of the file")
+        command.add_argument("--dry-run", action="store_true", help="only see whether everything needed is there")
+        command.set_defaults(run=run_command)
+    command = commands.add_parser("check", help="hold a triplets file against a tokenizer and a chat template")
+    command.add_argument("triplets", help="JSON lines of messages and samples")
+    command.add_argument("--tokenizer", required=True, help="local folder or hub id")
+    command.add_argument("--chat-template", help="name or Jinja file; the tokenizer's own when left out")
+    command.set_defaults(run=run_check)
+    command = commands.add_parser("report", help="rebuild table and plots of a results folder")
+    command.add_argument("folder", help="results folder with metrics.json")
+    command.set_defaults(run=run_report)
+    return parser
+
+
+# Imports are inside: torch and transformers take seconds, and a misspelt key should be told at once.
+
+
+def run_command(options: argparse.Namespace) -> None:
+    config = load_config(CONFIGS[options.command][0], options.config, options.overrides)
+    if options.command != "pretrain":
+        from llm2.models import pick_device, require_model
+
+        pick_device(config.device)
+        require_model(config.model)
+    if options.dry_run:
+        return
+    {"explore": run_explore, "train": run_train, "evaluate": run_evaluate, "pretrain": run_pretrain}[options.command](
+        config
+    )
+
+
+def run_explore(config: ExploreConfig) -> None:
+    from llm2.exploration import explore
+
+    report = explore(config)
+    for key, value in report.items():
+        print(f"{key:>18}  {value:,.0f}")
+    print(f"triplets in {config.output}")
+
+
+def run_train(config: TrainConfig) -> None:
+    from llm2.training import train
+
+    metrics = train(config)
+    print(
+        f"held-out pairs: verifier prefers gold in {metrics['eval_pair_accuracy']:.1%} "
+        f"[{metrics['eval_pair_accuracy_low']:.1%}, {metrics['eval_pair_accuracy_high']:.1%}], "
+        f"System 1 in {metrics['system1_pair_accuracy']:.1%} (n = {metrics['eval_pairs']:.0f} pairs)"
+    )
+    print(f"verifier in {config.output_dir}")
+
+
+def run_evaluate(config: EvaluateConfig) -> None:
+    from llm2.evaluation import evaluate
+    from llm2.report import write_report
+
+    evaluate(config)
+    print(write_report(config.output_dir))
+    print(f"results in {config.output_dir}")
+
+
+def run_pretrain(config: PretrainConfig) -> None:
+    from llm2.testbed.pretraining import pretrain
+
+    pretrain(config)
+    print(f"System 1 in {config.output_dir}")
+
+
+def run_check(options: argparse.Namespace) -> None:
+    from llm2.chat import resolve_template
+    from llm2.models import load_tokenizer
+    from llm2.triplets import load_examples
+
+    tokenizer = load_tokenizer(options.tokenizer)
+    _, summary = load_examples(options.triplets, tokenizer, resolve_template(options.chat_template))
+    print(f"{options.triplets}: {summary}; every position fits")
+
+
+def run_report(options: argparse.Namespace) -> None:
+    from llm2.report import write_report
+
+    print(write_report(options.folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

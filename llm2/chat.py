@@ -1,0 +1,66 @@
+"""Chat messages -> token ids, through a named chat template.
+
+Knows the templates that write only what the messages hold: no system preamble, no date. The published triplets were
+made with such a one, so their positions are wrong under the models' stock templates.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from llm2.errors import UserError
+
+Message = dict[str, str]
+
+LLAMA3_PLAIN = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+CHATML_PLAIN = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEMPLATES = {"llama3-plain": LLAMA3_PLAIN, "chatml-plain": CHATML_PLAIN}
+
+
+def resolve_template(name: str | None) -> str | None:
+    """The Jinja text of a named template or of a file; None (the tokenizer's own template) for None."""
+    if name is None or name in TEMPLATES:
+        return TEMPLATES.get(name)
+    try:
+        return Path(name).read_text()
+    except OSError:
+        known = ", ".join(TEMPLATES)
+        raise UserError(f"chat template {name!r}: expected one of {known}, or a readable Jinja file") from None
+
+
+def encode_chats(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    template: str | None = None,
+    generation_prompt: bool = False,
+) -> list[list[int]]:
+    """Token ids of each conversation, without padding.
+
+    Args:
+        template: Jinja text as `resolve_template` returns it; the tokenizer's own when None.
+        generation_prompt: end with the header after which the assistant speaks. Positions in triplets are without it.
+    """
+    if template is None and tokenizer.chat_template is None:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path} has no chat template of its own; "
+            f"expected chat_template to be one of {', '.join(TEMPLATES)}, or a Jinja file"
+        )
+    texts = [
+        tokenizer.apply_chat_template(
+            list(messages), chat_template=template, tokenize=False, add_generation_prompt=generation_prompt
+        )
+        for messages in conversations
+    ]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []

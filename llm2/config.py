@@ -1,0 +1,208 @@
+"""One frozen dataclass a command; its YAML file mirrors it one to one.
+
+Knows the fields, their types, bounds and defaults, and how to say what is wrong with a file or an override. Knows
+nothing of what the commands do with them.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from llm2.errors import UserError
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Config = TypeVar("Config")
+Mode = Literal["plain_greedy", "guided_greedy", "plain_sampling", "guided_sampling"]
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class PretrainConfig:
+    """Train the testbed's System 1 from scratch: `python -m llm2 pretrain`."""
+
+    output_dir: str  # folder for the model, its tokenizer and its card
+    hidden_size: Count = 160
+    intermediate_size: Count = 432
+    layers: Count = 4
+    heads: Count = 5
+    key_value_heads: Count = 5
+    vocab_size: Count = 512  # byte-level BPE, digits one by one
+    documents: Count = 200_000  # solved problems in the careless corpus
+    steps: Count = 3_000
+    batch_size: Count = 64  # documents a step
+    learning_rate: Positive = 2e-3
+    warmup: Share = 0.05  # share of the steps
+    save_steps: Count = 500  # a checkpoint to resume from, every so many steps
+    seed: int = 0
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class ExploreConfig:
+    """Token quality exploration: gold solutions in, triplets out: `python -m llm2 explore`."""
+
+    model: str  # System 1: a local folder or a hub id
+    output: str  # the triplets, JSON lines; a side file OUTPUT.report.json holds the counts
+    benchmark: Literal["testbed", "gsm8k"]
+    data_file: str | None = None  # local JSON lines with `question` and `answer` in place of the benchmark's own source
+    split: str = "train"
+    limit: Count | None = None  # the first so many problems; all when null
+    chat_template: str | None = None  # name or file (llm2/chat.py); the tokenizer's own when null
+    alpha: Share = 0.1  # a token is plausible from alpha times the top probability
+    top_k: Count | None = None  # at most so many plausible tokens a position
+    rollouts: Count = 8  # sampled continuations a candidate, gold included
+    temperature: Positive = 1.0
+    top_p: Share = 1.0
+    max_new_tokens: Count = 512  # per rollout
+    margin: Share = 0.1  # a negative's quality is below gold's by more than this ...
+    confidence: Share = 0.95  # ... with at least this posterior probability
+    batch_size: Count = 64  # rollouts in flight
+    seed: int = 0
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class TrainConfig:
+    """Train the verifier on triplets: `python -m llm2 train`."""
+
+    model: str  # System 1, from which the verifier's backbone is initialised: a local folder or a hub id
+    train_file: str  # triplets, JSON lines
+    output_dir: str  # the verifier and its checkpoints
+    eval_file: str | None = None  # held-out triplets; when null a share of train_file is held out
+    eval_share: Share = 0.05  # share of the solutions held out when there is no eval_file
+    chat_template: str | None = None  # name or file (llm2/chat.py); the tokenizer's own when null
+    max_length: Count = 2048  # pairs at or beyond this position are dropped, and counted
+    epochs: Positive = 2.0
+    learning_rate: Positive = 2e-5
+    lr_scheduler: str = "cosine"  # a name that transformers' TrainingArguments knows
+    warmup: Share = 0.1  # share of the steps
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: NonNegative = 1.0
+    global_batch_size: Count = 128  # solutions an optimizer step, over all ranks and accumulation
+    per_device_batch_size: Count = 4  # solutions a forward
+    gradient_checkpointing: bool = False
+    bf16: bool = False  # train in bfloat16 mixed precision
+    evaluations: Count = 4  # held-out evaluations (and checkpoints) over the run; the best one is kept
+    logging_steps: Count = 10
+    report_to: str = "none"  # none, tensorboard, wandb, ...
+    resume: bool = True  # go on from the last checkpoint in output_dir, if there is one
+    seed: int = 0
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class EvaluateConfig:
+    """Decode a benchmark with and without System 2, grade, compare: `python -m llm2 evaluate`."""
+
+    model: str  # System 1: a local folder or a hub id
+    output_dir: str  # the results folder
+    benchmark: Literal["testbed", "gsm8k"]
+    verifier: str | None = None  # folder or hub id of a trained verifier; needed by the guided modes
+    modes: tuple[Mode, ...] = ("plain_greedy", "guided_greedy")
+    data_file: str | None = None  # local JSON lines with `question` and `answer` in place of the benchmark's own source
+    split: str = "test"
+    limit: Count | None = None  # the first so many problems; all when null
+    chat_template: str | None = None  # name or file (llm2/chat.py); the tokenizer's own when null
+    alpha: Share = 0.1  # a token is plausible from alpha times the top probability
+    beta: NonNegative = 0.25  # weight of the verifier's score
+    top_k: Count | None = None  # at most so many candidates a step
+    samples: Count = 20  # samples a problem in the sampling modes
+    majority_at: tuple[Count, ...] = (1, 5, 10, 20)  # the k of majority@k and pass@k, each at most `samples`
+    temperature: Positive = 1.0
+    top_p: Share = 1.0
+    max_new_tokens: Count = 512
+    batch_size: Count = 16  # sequences in flight
+    resume: bool = True  # keep what predictions.jsonl already holds
+    seed: int = 0
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `2e-5` as a string and `yes` as a truth; here the first is a number, as everyone expects."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_config(cls: type[Config], path: str | Path, overrides: list[str] = ()) -> Config:
+    """Read a YAML file of `cls`'s fields, apply `key=value` overrides (values are YAML too), validate.
+
+    Raises UserError that names the file, the line (or the override), the key, what was found and what was expected.
+    """
+    values, origin = _read(path)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"the override {override!r} is not of the form key=value")
+        values[key], origin[key] = _parse_override(override, text), f"override {override!r}"
+    try:
+        return cls(**_tuples(values))
+    except ValidationError as error:
+        raise UserError(_explain(error, cls, path, origin)) from None
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The resolved fields as plain values, ready for YAML or JSON."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def write_config(config: Any, path: str | Path) -> None:
+    Path(path).write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
+
+
+def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The file's values and, per key, where they stand."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else f"{path}"
+        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if values is None:
+        return {}, {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found a {type(values).__name__}")
+    return values, {key.value: f"{path}, line {key.start_mark.line + 1}" for key, _ in node.value}
+
+
+def _parse_override(override: str, text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"the value of the override {override!r} is not valid YAML") from None
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """YAML has lists where the frozen configs have tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _explain(error: ValidationError, cls: type, path: str | Path, origin: dict[str, str]) -> str:
+    """The first mistake, in one sentence."""
+    first = error.errors()[0]
+    key = str(first["loc"][0])
+    where = origin.get(key, str(path))
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = ", ".join(cls.__dataclass_fields__)
+        return f"{where}: unknown key {key!r}; the keys of {cls.__name__} are: {known}"
+    if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{where}: the key {key!r} is missing"
+    expected = first["msg"][0].lower() + first["msg"][1:]
+    return f"{where}: key {key!r}: found {first['input']!r}, expected: {expected}"

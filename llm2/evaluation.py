@@ -1,0 +1,166 @@
+"""Decode a benchmark in several modes on the same problems, grade, compare, write a results folder.
+
+Knows how predictions are made, kept and summed up. Answers are graded by `grading`, figures made by `statistics`, and
+what a person looks at by `report`.
+"""
+
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+
+from llm2.benchmarks import Problem, load_problems
+from llm2.chat import encode_chats, resolve_template
+from llm2.config import EvaluateConfig, as_dict, write_config
+from llm2.errors import UserError
+from llm2.generation import LLM2, Sampling, decode
+from llm2.grading import extract_answer, is_correct
+from llm2.metrics import summarise
+from llm2.seeds import row_seed
+
+FREE = ("output_dir", "modes", "limit", "majority_at", "batch_size", "resume", "device")  # may differ between parts
+
+
+def evaluate(config: EvaluateConfig) -> dict:
+    """Fill `config.output_dir` with config.yaml, predictions.jsonl and metrics.json; returns the metrics."""
+    check(config)
+    problems = load_problems(config.benchmark, config.split, config.limit, config.data_file)
+    folder = Path(config.output_dir)
+    predictions = Predictions(folder, config)
+    llm2 = LLM2.from_pretrained(
+        config.model,
+        config.verifier if any(mode.startswith("guided") for mode in config.modes) else None,
+        config.alpha,
+        config.beta,
+        config.top_k,
+        config.device,
+        config.dtype,
+    )
+    for mode in config.modes:
+        run_mode(llm2, config, mode, problems, predictions)
+    lines = predictions.of(problems, config.modes)
+    metrics = {
+        "benchmark": config.benchmark,
+        "split": config.split,
+        "n": len(problems),
+        "seed": config.seed,
+        "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
+        **summarise(lines, config.majority_at, config.seed),
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+def check(config: EvaluateConfig) -> None:
+    """What one field alone cannot tell."""
+    if config.verifier is None and any(mode.startswith("guided") for mode in config.modes):
+        raise UserError("the guided modes need a verifier: set verifier=<folder>, or leave them out of modes")
+    if max(config.majority_at, default=1) > config.samples:
+        raise UserError(f"majority_at: found {max(config.majority_at)}, expected at most samples={config.samples}")
+
+
+def run_mode(
+    llm2: LLM2, config: EvaluateConfig, mode: str, problems: Sequence[Problem], predictions: "Predictions"
+) -> None:
+    """Decode and grade what is missing of one mode, a batch at a time, each written as soon as it is done."""
+    waiting = [problem for problem in problems if (problem.id, mode) not in predictions.lines]
+    prompts = dict(zip([p.id for p in waiting], _encode_prompts(llm2, config, waiting), strict=True))
+    waiting.sort(key=lambda problem: len(prompts[problem.id]))  # like lengths: little padding
+    sampled = mode.endswith("sampling")
+    per_batch = max(1, config.batch_size // (config.samples if sampled else 1))
+    right = [line["samples"][0]["correct"] for (_, m), line in predictions.lines.items() if m == mode]
+    with tqdm(total=len(problems), initial=len(problems) - len(waiting), desc=mode, unit="problem") as bar:
+        for start in range(0, len(waiting), per_batch):
+            batch = waiting[start : start + per_batch]
+            for line in decode_batch(llm2, config, mode, batch, [prompts[problem.id] for problem in batch]):
+                predictions.add(line)
+                right += [sample["correct"] for sample in line["samples"]]
+                bar.update()
+            bar.set_postfix_str(f"accuracy {sum(right) / len(right):.1%}", refresh=False)
+
+
+def decode_batch(
+    llm2: LLM2, config: EvaluateConfig, mode: str, batch: Sequence[Problem], prompts: Sequence[Sequence[int]]
+) -> list[dict]:
+    """One line of predictions.jsonl a problem."""
+    sampled = mode.endswith("sampling")
+    samples = config.samples if sampled else 1
+    decoded = decode(
+        llm2.system1,
+        prompts,
+        max_new_tokens=config.max_new_tokens,
+        eos=llm2.eos,
+        guidance=llm2.guidance if mode.startswith("guided") else None,
+        sampling=Sampling(temperature=config.temperature, top_p=config.top_p) if sampled else None,
+        seeds=[row_seed(config.seed, problem.id, i) for problem in batch for i in range(samples)],
+        num_return_sequences=samples,
+    )
+    texts = llm2.tokenizer.batch_decode(decoded.tokens, skip_special_tokens=True)
+    graded = [
+        {
+            "text": text,
+            "answer": extract_answer(text),
+            "correct": is_correct(text, batch[row // samples].gold),
+            "correct_strict": is_correct(text, batch[row // samples].gold, "strict"),
+            "tokens": len(decoded.tokens[row]),
+            "verifier_forwards": decoded.verified[row],
+        }
+        for row, text in enumerate(texts)
+    ]
+    return [
+        {
+            "id": problem.id,
+            "question": problem.question,
+            "gold": problem.gold,
+            "mode": mode,
+            "samples": graded[i * samples : (i + 1) * samples],
+        }
+        for i, problem in enumerate(batch)
+    ]
+
+
+def _encode_prompts(llm2: LLM2, config: EvaluateConfig, problems: Sequence[Problem]) -> list[list[int]]:
+    template = resolve_template(config.chat_template)
+    return encode_chats(llm2.tokenizer, [problem.prompt for problem in problems], template, generation_prompt=True)
+
+
+class Predictions:
+    """predictions.jsonl: written as it goes, read again after a kill; one line a problem and mode."""
+
+    def __init__(self, folder: Path, config: EvaluateConfig) -> None:
+        self.path, self.lines = folder / "predictions.jsonl", {}
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            if config.resume:
+                self._recover(folder / "config.yaml", config)
+            else:
+                self.path.unlink()
+        write_config(config, folder / "config.yaml")
+        self.file = self.path.open("a", encoding="utf-8")
+
+    def _recover(self, earlier: Path, config: EvaluateConfig) -> None:
+        old, new = yaml.safe_load(earlier.read_text()), as_dict(config)
+        for key in new:
+            if key not in FREE and old.get(key) != new[key]:
+                raise UserError(
+                    f"{self.path} was made with {key} {old.get(key)!r}, and now it is {new[key]!r}; "
+                    "choose another output_dir, or pass resume=false to begin anew"
+                )
+        text = self.path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]  # a kill may have left half a line
+        self.path.write_bytes(whole)
+        self.lines = {(line["id"], line["mode"]): line for line in map(json.loads, whole.decode().splitlines())}
+
+    def add(self, line: dict) -> None:
+        self.lines[line["id"], line["mode"]] = line
+        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+    def of(self, problems: Sequence[Problem], modes: Sequence[str]) -> dict[str, list[dict]]:
+        """Each mode's lines, in the problems' order."""
+        self.file.close()
+        return {mode: [self.lines[problem.id, mode] for problem in problems] for mode in modes}

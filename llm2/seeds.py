@@ -1,0 +1,34 @@
+"""Random numbers that depend on names and not on batch layout.
+
+A row's seed is a hash of what the row is (problem, position, candidate, index); the uniform of its t-th token is a hash
+of seed and t. So a sample is the same in a batch of one or of a thousand, before and after a resume, on any rank.
+"""
+
+import hashlib
+
+import torch
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the increment and multipliers of SplitMix64 (Steele et al., 2014), as int64
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+
+
+def row_seed(*names: object) -> int:
+    """A seed in [-2**63, 2**63) for the row that `names` identify."""
+    digest = hashlib.blake2b(repr(names).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def uniforms(seeds: torch.Tensor, step: int) -> torch.Tensor:
+    """One number in [0, 1) a row: seeds (B,) int64 -> (B,) float32."""
+    offset = torch.tensor(step + 1, device=seeds.device) * _GOLDEN  # int64 wraps around, as SplitMix64 wants
+    mixed = seeds + offset
+    mixed = (mixed ^ _shift_right(mixed, 30)) * _MIX_1
+    mixed = (mixed ^ _shift_right(mixed, 27)) * _MIX_2
+    mixed = mixed ^ _shift_right(mixed, 31)
+    return _shift_right(mixed, 40).float() / 2**24  # 24 bits: as many as float32 holds exactly
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift: torch's >> on int64 copies the sign bit."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

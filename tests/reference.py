@@ -1,0 +1,47 @@
+"""The slow twins: one sequence at a time, no cache, no branches, the whole prefix read anew for every score."""
+
+import math
+
+import torch
+
+from llm2.seeds import uniforms
+
+
+@torch.inference_mode()
+def score(verifier, ids: list[int]) -> float:
+    """s(x_<t, v) where v is the last of `ids`."""
+    return verifier(torch.tensor([ids])).scores[0, -1].item()
+
+
+@torch.inference_mode()
+def decode_one(
+    system1, prompt, *, max_new_tokens, eos, verifier=None, alpha=0.1, beta=0.25, top_k=None, seed=None, temperature=1.0
+) -> list[int]:
+    """Guided decoding as the paper writes it down; greedy without a seed."""
+    ids = list(prompt)
+    for step in range(max_new_tokens):
+        logits = system1(torch.tensor([ids])).logits[0, -1]
+        tokens = range(len(logits))
+        if verifier is not None:
+            probabilities = logits.softmax(-1)
+            tokens = [v for v in tokens if probabilities[v] >= alpha * probabilities.max()]
+            tokens = sorted(tokens, key=lambda v: -probabilities[v].item())[:top_k]
+            guided = [logits[v].item() + beta * score(verifier, [*ids, v]) for v in tokens]
+        else:
+            guided = logits.tolist()
+        ids.append(tokens[_pick(guided, seed, step, temperature)])
+        if ids[-1] in eos:
+            break
+    return ids[len(prompt) :]
+
+
+def _pick(logits: list[float], seed: int | None, step: int, temperature: float) -> int:
+    if seed is None:
+        return max(range(len(logits)), key=logits.__getitem__)
+    weights = [math.exp((value - max(logits)) / temperature) for value in logits]
+    point = uniforms(torch.tensor([seed]), step).item() * sum(weights)
+    for index, weight in enumerate(weights):
+        point -= weight
+        if point < 0:
+            return index
+    raise AssertionError("a uniform number below 1 falls on the scale")
