@@ -28,9 +28,7 @@ class Branched(NamedTuple):
         return torch.zeros_like(self.attention_mask, dtype=model.dtype).masked_fill(~self.attention_mask, low)
 
 
-def branch(
-    trunk_mask: torch.Tensor, new_ids: torch.Tensor, branch_ids: torch.Tensor, slots: torch.Tensor
-) -> Branched:
+def branch(trunk_mask: torch.Tensor, new_ids: torch.Tensor, branch_ids: torch.Tensor, slots: torch.Tensor) -> Branched:
     """Lay P branches of each row behind its trunk.
 
     Args:

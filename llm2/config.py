@@ -35,13 +35,14 @@ class PretrainConfig:
     layers: Count = 4
     heads: Count = 5
     key_value_heads: Count = 5
-    vocab_size: Count = 512  # byte-level BPE, digits one by one
-    documents: Count = 200_000  # solved problems in the careless corpus
-    steps: Count = 3_000
-    batch_size: Count = 64  # documents a step
-    learning_rate: Positive = 2e-3
+    vocab_size: Count = 640  # byte-level BPE, digits one by one
+    documents: Count = 128_000  # solved problems in the careless corpus
+    steps: Count = 4_000
+    batch_size: Count = 32  # documents a step
+    learning_rate: Positive = 3e-3
     warmup: Share = 0.05  # share of the steps
-    save_steps: Count = 500  # a checkpoint to resume from, every so many steps
+    save_steps: Count = 250  # a checkpoint to resume from, every so many steps
+    card_problems: Count = 500  # validation problems that the card's figures rest on
     seed: int = 0
 
 

@@ -220,9 +220,9 @@ def read(
 class LLM2:
     """System 1 and System 2 behind the interface of transformers' `generate`.
 
-        llm2 = LLM2.from_pretrained("meta-llama/Llama-3.2-1B-Instruct", "results/llama-3.2-1b-instruct/verifier")
-        inputs = llm2.tokenizer(["..."], return_tensors="pt", padding=True, padding_side="left")
-        sequences = llm2.generate(**inputs, max_new_tokens=512)
+    llm2 = LLM2.from_pretrained("meta-llama/Llama-3.2-1B-Instruct", "results/llama-3.2-1b-instruct/verifier")
+    inputs = llm2.tokenizer(["..."], return_tensors="pt", padding=True, padding_side="left")
+    sequences = llm2.generate(**inputs, max_new_tokens=512)
     """
 
     def __init__(
@@ -236,9 +236,7 @@ class LLM2:
     ) -> None:
         self.system1, self.tokenizer = system1, tokenizer
         self.eos = eos_ids(system1, tokenizer)
-        self.guidance = (
-            None if verifier is None else Guidance(verifier=verifier, alpha=alpha, beta=beta, top_k=top_k)
-        )
+        self.guidance = None if verifier is None else Guidance(verifier=verifier, alpha=alpha, beta=beta, top_k=top_k)
 
     @classmethod
     def from_pretrained(

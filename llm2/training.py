@@ -83,9 +83,7 @@ def train(config: TrainConfig) -> dict:
         print("\n".join(data), flush=True)
     system1 = system1_pair_accuracy(config, eval_set, device) if main else math.nan
 
-    verifier = ProcessVerifier.from_system1(
-        config.model, dtype=torch.float32, local_files_only=is_local(config.model)
-    )
+    verifier = ProcessVerifier.from_system1(config.model, dtype=torch.float32, local_files_only=is_local(config.model))
     refuse_sliding_window(verifier.backbone.config, max(len(example.ids) for example in [*train_set, *eval_set]))
     trainer = VerifierTrainer(
         verifier, arguments, train_dataset=train_set, eval_dataset=eval_set, processing_class=tokenizer

@@ -6,8 +6,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from llm2.chat import LLAMA3_PLAIN
 from llm2.verifier import ProcessVerifier
 
 VOCABULARY = 64
@@ -50,3 +52,33 @@ def system1() -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def verifier(tmp_path_factory) -> ProcessVerifier:
     return tiny_verifier(tmp_path_factory.mktemp("system1"))
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, Llama-3's special tokens, no chat template of its own."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|pad|>"
+    )
+    wrapped.add_special_tokens({"additional_special_tokens": ["<|start_header_id|>", "<|end_header_id|>"]})
+    return wrapped
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def system1_folder(tmp_path_factory) -> str:
+    """A saved System 1 of random weights with its tokenizer and the plain Llama-3 template."""
+    folder = tmp_path_factory.mktemp("system1")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = LLAMA3_PLAIN
+    tokenizer.save_pretrained(folder)
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    tiny_system1(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **special).save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Make .venv with everything in requirements.txt, once; do nothing where that is done already.
+#
+#   bash scripts/setup.sh          set up
+#   source scripts/setup.sh        set up and enter: what the other scripts do
+#
+# PYTHON names the interpreter to make .venv with (3.11 or newer).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do
+  python=$(command -v "${candidate:-none}") || continue
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' && break
+  python=
+done
+if [ -z "${python:-}" ]; then
+  echo "setup.sh: expected Python 3.11 or newer, found none; install it, or set PYTHON=<path>" >&2
+  exit 2
+fi
+
+if ! cmp -s requirements.txt .venv/requirements.installed; then
+  echo "setup.sh: installing requirements.txt into .venv (once, some minutes)" >&2
+  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  cp requirements.txt .venv/requirements.installed
+fi
+source .venv/bin/activate
+
+export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-true}
+# Without a GPU DeepSpeed says so at every start of Python, unless it is told beforehand.
+command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}

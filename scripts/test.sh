@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Every check: lint, format, tests. On a CPU, without network once set up.
+#
+#   bash scripts/test.sh [pytest arguments]
+set -euo pipefail
+source "$(dirname "$0")/setup.sh"
+export HF_HUB_OFFLINE=1
+
+ruff check .
+ruff format --check .
+python -m pytest "$@"

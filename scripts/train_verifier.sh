@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Train the verifier on triplets, on whatever this machine has.
+#
+#   bash scripts/train_verifier.sh [config.yaml] [key=value ...]
+#   ACCELERATE_CONFIG=configs/accelerate/zero3.yaml bash scripts/train_verifier.sh configs/llama-3.1-8b-instruct/train.yaml
+#
+# ACCELERATE_CONFIG is one of configs/accelerate/ (or your own); without it cpu.yaml, gpu.yaml or multi_gpu.yaml, by the
+# number of GPUs. NUM_PROCESSES is the number of processes where the config leaves it open (all GPUs by default).
+set -euo pipefail
+source "$(dirname "$0")/setup.sh"
+
+config=${1:-configs/llama-3.2-1b-instruct/train.yaml}
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+case $gpus in
+  0) default=cpu processes=1 ;;
+  1) default=gpu processes=1 ;;
+  *) default=multi_gpu processes=$gpus ;;
+esac
+
+python -m llm2 train "$config" "${@:2}" --dry-run  # a mistake is told before processes are started
+accelerate launch --quiet --config_file "${ACCELERATE_CONFIG:-configs/accelerate/$default.yaml}" \
+  --num_processes "${NUM_PROCESSES:-$processes}" -m llm2 train "$config" "${@:2}"

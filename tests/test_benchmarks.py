@@ -1,0 +1,175 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm2.benchmarks import Problem, load_problems
+from llm2.errors import UserError
+
+GSM8K = Path(__file__).parents[2] / "shared" / "gsm8k"
+NATALIA = {
+    "question": "How many clips did Natalia sell altogether?",
+    "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n"
+    "She sold 1,048+24 = <<1048+24=1072>>1,072 clips.\n"
+    "#### 1,072",
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes lines, dicts as JSON, to a file and gives its path."""
+
+    def write_lines(*lines: dict | str) -> str:
+        path = tmp_path / "problems.jsonl"
+        path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+        return str(path)
+
+    return write_lines
+
+
+def test_record_becomes_problem(write):
+    [problem] = load_problems("gsm8k", "train", data_file=write(NATALIA))
+    assert problem == Problem(
+        id="train-0",
+        question="How many clips did Natalia sell altogether?",
+        solution="Natalia sold 48/2 = 24 clips in May. She sold 1,048+24 = 1,072 clips. So the answer is 1072.",
+        gold="1072",
+    )
+    assert problem.prompt == [{"role": "user", "content": problem.question}]
+    assert problem.conversation == [*problem.prompt, {"role": "assistant", "content": problem.solution}]
+
+
+def test_ids_are_the_files_own_or_count_the_problems(write):
+    data_file = write(NATALIA, "", "  ", NATALIA, {**NATALIA, "id": "mine"}, {**NATALIA, "id": 7})
+    assert [problem.id for problem in load_problems("gsm8k", "dev", data_file=data_file)] == [
+        "dev-0",
+        "dev-1",
+        "mine",
+        "7",
+    ]
+
+
+def test_limit_reads_no_further(write):
+    data_file = write(NATALIA, NATALIA, "not JSON")
+    assert len(load_problems("gsm8k", "test", limit=2, data_file=data_file)) == 2
+
+
+def test_an_empty_file_has_no_problems(write):
+    assert load_problems("gsm8k", "test", data_file=write("")) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not valid JSON"),
+        ("[1]", "line 2: expected an object with `question` and `answer`, found a list"),
+        ({"question": "?"}, "line 2: expected the key 'answer', found 'question'"),
+        ({"answer": "#### 1"}, "line 2: expected the key 'question', found 'answer'"),
+        ({"question": 1, "answer": "#### 1"}, "line 2: 'question' must be a text, found 1"),
+        ({"question": "?", "answer": "It is 72."}, "line 2: 'answer' must end in `#### number`, found 'It is 72.'"),
+        ({"question": "?", "answer": "#### many"}, "line 2: 'answer' must end in `#### number`, found '#### many'"),
+    ],
+)
+def test_bad_line_is_named_in_one_sentence(write, line, message):
+    data_file = write(NATALIA, line)
+    with pytest.raises(UserError) as error:
+        load_problems("gsm8k", "test", data_file=data_file)
+    assert message in str(error.value)
+    assert data_file in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unreadable_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="missing.jsonl: No such file"):
+        load_problems("gsm8k", "test", data_file=str(tmp_path / "missing.jsonl"))
+    with pytest.raises(UserError, match="Is a directory"):
+        load_problems("gsm8k", "test", data_file=str(tmp_path))
+    (tmp_path / "latin1.jsonl").write_bytes(b"\xe9")
+    with pytest.raises(UserError, match="expected UTF-8 text, found byte 0xe9"):
+        load_problems("gsm8k", "test", data_file=str(tmp_path / "latin1.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "split", "message"),
+    [
+        ("gsm9k", "test", "unknown benchmark 'gsm9k': expected one of gsm8k, testbed"),
+        ("gsm8k", "dev", "gsm8k has no split 'dev': expected one of train, test"),
+        ("testbed", "dev", "testbed has no split 'dev': expected one of pretrain, train, validation, test"),
+    ],
+)
+def test_unknown_names_are_refused(benchmark, split, message):
+    with pytest.raises(UserError, match=message):
+        load_problems(benchmark, split)
+
+
+@pytest.mark.parametrize("split", ["pretrain", "train", "validation", "test"])
+def test_testbed_problems_are_worked_to_their_gold_answer(split):
+    problems = load_problems("testbed", split, limit=20)
+    assert len({problem.id for problem in problems}) == 20
+    for problem in problems:
+        assert problem.solution.endswith(f" So the answer is {problem.gold}.")
+        assert "<<" not in problem.solution
+
+
+@pytest.mark.parametrize(("split", "size"), [("test", 1319), ("train", 7473)])
+def test_all_of_gsm8k_loads_from_local_files(split, size):
+    file = GSM8K / f"{split}.jsonl"
+    if not file.exists():
+        pytest.skip(f"{file} is not there")
+    problems = load_problems("gsm8k", split, data_file=str(file))
+    assert len({problem.id for problem in problems}) == size
+    for problem in problems:
+        assert problem.solution.endswith(f" So the answer is {problem.gold}.")
+        assert not any(mark in problem.solution for mark in ("<<", ">>", "####", "\n"))
+        int(problem.gold)
+
+
+def test_the_hubs_rows_become_problems(monkeypatch):
+    import datasets
+
+    asked = []
+    monkeypatch.setattr("llm2.benchmarks.gsm8k._hub_answers", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: asked.append((*names, split)) or [NATALIA] * 3)
+    assert [problem.id for problem in load_problems("gsm8k", "test", limit=2)] == ["test-0", "test-1"]
+    assert asked == [("openai/gsm8k", "main", "test")]
+
+
+WITHOUT_NETWORK = """
+import socket, sys
+def unreachable(*_, **__):
+    raise socket.gaierror(-2, "Name or service not known")
+socket.getaddrinfo = socket.socket.connect = unreachable
+from llm2.benchmarks import load_problems
+from llm2.errors import UserError
+try:
+    print(len(load_problems("gsm8k", "test", data_file=sys.argv[1] if sys.argv[1:] else None)))
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_an_unreachable_hub_is_one_quick_sentence(tmp_path, offline):
+    output = run_without_network(tmp_path, HF_HUB_OFFLINE=offline)
+    assert output.count("\n") == 1
+    assert "data_file=" in output
+    assert "bash scripts/quickstart.sh" in output
+
+
+def test_a_local_file_needs_no_network(tmp_path, write):
+    assert run_without_network(tmp_path, write(NATALIA)) == "1\n"
+
+
+def run_without_network(home: Path, *arguments: str, **settings: str) -> str:
+    """20 seconds are many times what it takes, and fewer than the hub client's retries."""
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_NETWORK, *arguments],
+        env={**os.environ, "HF_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[1]), **settings},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    ).stdout

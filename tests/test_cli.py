@@ -1,0 +1,74 @@
+"""The command line as a user meets it: exit status and one sentence."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from llm2.__main__ import CONFIGS, main
+
+
+@pytest.mark.parametrize("command", [*CONFIGS, "check", "report"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+def refusal(capsys, *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "Traceback" not in printed.err
+    return printed.err
+
+
+def test_a_misspelt_key_is_told(capsys):
+    text = refusal(capsys, "train", "configs/llama-3.2-1b-instruct/train.yaml", "epoch=3")
+    assert "override 'epoch=3': unknown key 'epoch'" in text
+
+
+@pytest.mark.parametrize("command", ["explore", "train", "evaluate"])
+def test_the_llama_defaults_without_gpu_or_hub_end_with_the_way_out(capsys, command):
+    config = f"configs/llama-3.2-1b-instruct/{command}.yaml"
+    for overrides in (["device=cuda"], ["device=cpu"]):
+        text = refusal(capsys, command, config, *overrides)
+        assert "bash scripts/quickstart.sh" in text and "model=<local folder>" in text and text.count("\n") == 1
+
+
+def test_a_folder_that_is_not_there_is_told(capsys):
+    config = "configs/llama-3.2-1b-instruct/train.yaml"
+    assert "expected a folder" in refusal(capsys, "train", config, "device=cpu", "model=./nowhere")
+
+
+def test_a_dry_run_passes_where_everything_is_there(system1_folder, capsys):
+    config = "configs/llama-3.2-1b-instruct/train.yaml"
+    assert main(["train", config, "device=cpu", f"model={system1_folder}", "--dry-run"]) == 0
+
+
+def test_an_interrupt_ends_with_130(monkeypatch, capsys):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llm2.__main__.run_report", interrupt)
+    assert main(["report", "anywhere"]) == 130
+
+
+def test_check_accepts_and_refuses(system1_folder, tmp_path, capsys):
+    from test_training import write_triplets
+
+    from llm2.models import load_tokenizer
+
+    path = tmp_path / "triplets.jsonl"
+    write_triplets(path, load_tokenizer(system1_folder), 3)
+    assert main(["check", str(path), "--tokenizer", system1_folder]) == 0
+    assert "3 solutions, 3 triplets" in capsys.readouterr().out
+    record = json.loads(path.read_text().splitlines()[0])
+    record["samples"][0][0] -= 1
+    path.write_text(json.dumps(record))
+    assert "expected token" in refusal(capsys, "check", str(path), "--tokenizer", system1_folder)
+
+
+def test_the_module_runs_as_a_program():
+    finished = subprocess.run([sys.executable, "-m", "llm2"], capture_output=True, text=True)
+    assert finished.returncode == 2 and "usage" in finished.stderr

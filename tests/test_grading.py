@@ -1,0 +1,281 @@
+"""Every expectation here was derived by hand from the string beside it."""
+
+import json
+import random
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from llm2.grading import canonical, extract_answer, is_correct
+
+GSM8K = Path(__file__).parents[2] / "shared" / "gsm8k"
+
+FLEXIBLE = [
+    # the format's marker
+    ("She sold 24.\n#### 72", "72"),
+    ("#### 72 clips", "72"),
+    ("####72", "72"),
+    ("####\n72", "72"),
+    ("#### $1,080.00", "1080"),
+    ("#### **72**", "72"),
+    ("#### \\boxed{72}", "72"),
+    ("#### -3", "-3"),
+    ("#### - 3", "-3"),
+    ("#### 12 * 6 = 72", "72"),
+    ("#### 72 = 48 + 24", "72"),
+    ("#### Final answer: 72", "72"),
+    ("#### 70\nNo, wait.\n#### 72", "72"),
+    ("#### 72 ####", "72"),
+    ("#### 72\nThat is 6 dozen.", "72"),
+    ("#### 72\n\nQ: Tom has 10 apples.\n#### 10", "72"),
+    ("#### 72<|eot_id|><|start_header_id|>user 10", "72"),
+    ("#### 1. Count the eggs\n5 * 5 = 25\n#### 2. Sell them\n25 * 3 = 75 dollars", "75"),
+    ("#### Step 1: the eggs\nThere are 72", "72"),
+    # "the answer is"
+    ("The answer is 72 clips (24 in May).", "72"),
+    ("So the answer is $1,080.00.", "1080"),
+    ("The final answer is $\\boxed{72}$", "72"),
+    ("The answer is:\n\n72", "72"),
+    ("**The answer is:** 72", "72"),
+    ("The answer is **$72**.", "72"),
+    ("the answer is 48 + 24 = 72 clips.", "72"),
+    ("The answer is 48/2 = 24, half of 48.", "24"),
+    ("The answer to 3 + 4 is 7.", "7"),
+    ("The answer is negative 3", "-3"),
+    ("The answer is \u22123 degrees.", "-3"),
+    ("The answer is x = 5", "5"),
+    ("The answer is that Natalia sold 72 clips in 2 months.", "72"),
+    ("The answer is 72, which is 48 more than 24.", "72"),
+    ("The answer is 72 because 48 + 24 = 70 + 2.", "72"),
+    ("The answer is 5. Let me check. The answer is 6.", "6"),
+    ("The answer is the number of eggs. 9 * 2 = 18", "18"),
+    ("The answer is not 5 but 2 * 3 = 6", "6"),
+    ("<think>the answer is 5</think>She has 72.", "72"),
+    # boxes and LaTeX
+    ("We get \\boxed{24} and then \\boxed{72} in 2 months", "72"),
+    ("\\boxed{\\$72}", "72"),
+    ("\\boxed{72\\text{ clips in 2 months}}", "72"),
+    ("\\boxed{x = 72}", "72"),
+    ("\\boxed{2\\frac{1}{2}}", "2.5"),
+    ("\\boxed{\\dfrac{1}{3}}", "1/3"),
+    ("$\\frac12$", "0.5"),
+    ("$-\\$3$", "-3"),
+    ("1{,}000", "1000"),
+    ("10\\,000", "10000"),
+    ("72\\%", "72"),
+    ("$72^\\circ$", "72"),
+    ("$3 \\times 10^{4}$", "30000"),
+    ("3 boxed lunches for 4 friends are 12 lunches", "12"),
+    # `Answer:`
+    ("Answer: 5", "5"),
+    ("**Answer:** 72 clips (24 in May)", "72"),
+    ("Answer: 16 - 7 = 9 eggs. 9 * 2 = $18", "18"),
+    ("Final answer: 72\nCheck: 48 + 24 is more than 70", "72"),
+    ("Question: Tom has 5 apples?\nAnswer: 72", "72"),
+    # the last number
+    ("48 + 24 = 72", "72"),
+    ("She makes 9 * 2 = <<9*2=18>>18 dollars every day.", "18"),
+    ("It is <<-47=-47>>-47.", "-47"),
+    ("18.00", "18"),
+    (".5", "0.5"),
+    ("It costs $.50", "0.5"),
+    ("-3", "-3"),
+    ("= -$3", "-3"),
+    ("$-3", "-3"),
+    ("- 72 clips", "72"),
+    ("5-3", "3"),
+    ("5\u20133", "3"),
+    ("10 - 3", "3"),
+    ("$5-$3", "3"),
+    ("3/4", "0.75"),
+    ("1/3 of the cake", "1/3"),
+    ("1 1/2", "1.5"),
+    ("-1 1/2", "-1.5"),
+    ("2 and 1/2 hours", "2.5"),
+    ("1½ cups", "1.5"),
+    ("5 10/2", "5"),
+    ("12/25/2024", "2024"),
+    ("1,000", "1000"),
+    ("1, 2", "2"),
+    ("1,2", "2"),
+    ("1,00,000 rupees", "100000"),
+    ("1\u202f000", "1000"),
+    ("10 000 people", "10000"),
+    ("\uff17\uff12", "72"),
+    ("72%", "72"),
+    ("Rs.500", "500"),
+    ("72 USD", "72"),
+    ("72 cm^2", "72"),
+    ("72 m2", "72"),
+    ("2^5", "32"),
+    ("1.5e3", "1500"),
+    ("3 x 10^4", "30000"),
+    ("0.333...", "0.333"),
+    ("-0", "0"),
+    ("007", "7"),
+    ("at 7:00 pm", "7"),
+    ("She has 72 minutes until 10:30.", "72"),
+    ("She has 72 on the 5th day.", "72"),
+    ("It is the 5th.", "5"),
+    # nothing that can be read
+    ("", None),
+    ("no number", None),
+    ("10:30", None),
+    ("1/0", None),
+    ("9" * 5000, None),
+]
+
+STRICT = [
+    ("#### 72", "72"),
+    ("The answer is 72.", "72"),
+    ("The final answer is $\\boxed{72}$.", "72"),
+    ("The correct answer is: **72**", "72"),
+    ("\\boxed{72}", None),
+    ("Answer: 72", None),
+    ("48 + 24 = 72", None),
+    ("#### Step 1: 48 + 24", None),
+    ("The answer is unclear. 48 + 24 = 72", None),
+]
+
+
+@pytest.mark.parametrize(("text", "answer"), FLEXIBLE)
+def test_flexible_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(("text", "answer"), STRICT)
+def test_strict_answer(text, answer):
+    assert extract_answer(text, "strict") == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "correct"),
+    [
+        ("#### 18.00", "18", True),
+        ("#### 18", "18.00", True),
+        ("The answer is 1000", "1,000", True),
+        ("The answer is 1/2", "0.5", True),
+        ("The answer is 72%", "72", True),
+        ("The answer is 72", "48 + 24 = <<48+24=72>>72\n#### 72", True),
+        ("The answer is 3", "-3", False),
+        ("The answer is 0.33", "1/3", False),
+        ("no number", "no number", False),
+        ("10000000000000000001", "10000000000000000000", False),
+    ],
+)
+def test_answers_are_compared_as_numbers(text, gold, correct):
+    assert is_correct(text, gold) is correct
+
+
+@pytest.mark.parametrize(
+    ("number", "form"),
+    [("72", "72"), ("-1/2", "-0.5"), ("1/8", "0.125"), ("100/3", "100/3"), ("-1/100", "-0.01"), ("1/25", "0.04")],
+)
+def test_canonical_form_is_one_string_per_number(number, form):
+    assert canonical(Fraction(number)) == form
+    assert canonical(Fraction(form)) == form
+
+
+@pytest.mark.parametrize(("split", "size"), [("test", 1319), ("train", 7473)])
+def test_every_gold_solution_of_gsm8k_is_correct_against_itself(split, size):
+    file = GSM8K / f"{split}.jsonl"
+    if not file.exists():
+        pytest.skip(f"{file} is not there")
+    golds = [json.loads(line)["answer"] for line in file.open(encoding="utf-8")]
+    assert len(golds) == size
+    for gold in golds:
+        number = gold.rpartition("#### ")[2].replace(",", "")
+        assert extract_answer(gold) == extract_answer(gold, "strict") == extract_answer(number) == number
+        assert is_correct(gold, gold)
+
+
+def garbage() -> dict[str, str]:
+    """100 kB strings, each made to hurt one pattern or one loop."""
+    size, rng = 100_000, random.Random(0)
+    units = [
+        "9",
+        ".",
+        "\n",
+        " ",
+        "#",
+        "-",
+        "\\",
+        "{",
+        "*",
+        "$ ",
+        "½",
+        "\uff11",
+        "\ud800",
+        "\0",
+        "1\n ",
+        "#### ",
+        ",000",
+    ]
+    units += ["the answer is ", "answer: ", "final answer: 5 ", "answer to ", "\\boxed{", "\\frac{1}{", "1,000,", "1/"]
+    units += [
+        "2^",
+        "1 1/2 ",
+        "5\nQ:",
+        "<|",
+        "5th ",
+        "m2 ",
+        "10:30 ",
+        "1e",
+        "=1",
+        "1 (",
+        "</think>",
+        "rs",
+        "İnswer",
+        "\\boxed{5}",
+    ]
+    repeated = {unit: (unit * (size // len(unit) + 1))[:size] for unit in units}
+    return repeated | {
+        "digit, then letters": "1" + "a" * size,
+        "lines, then digit": "\n" * size + "5",
+        "hashes far from their number": "####" + " " * size + "5",
+        "random ASCII": "".join(chr(rng.randrange(128)) for _ in range(size)),
+        "random code points": "".join(chr(rng.randrange(0x110000)) for _ in range(size)),
+    }
+
+
+@pytest.mark.parametrize("name", garbage())
+def test_garbage_neither_throws_nor_takes_more_than_ten_milliseconds(name):
+    text = garbage()[name]
+    for mode in ("flexible", "strict"):
+        assert min(seconds(text, mode) for _ in range(5)) < 0.010
+
+
+def seconds(text: str, mode: str) -> float:
+    start = time.process_time()
+    is_correct(text, "72", mode)
+    return time.process_time() - start
+
+
+def test_short_garbage_never_throws():
+    rng = random.Random(1)
+    pieces = [
+        "answer is",
+        "####",
+        "\\boxed{",
+        "\\frac{",
+        "}",
+        "{",
+        "/",
+        "0",
+        "7",
+        ",",
+        ".",
+        "-",
+        "$",
+        "^",
+        "e",
+        " ",
+        "\n",
+        ":00",
+    ]
+    for _ in range(3000):
+        text = "".join(rng.choices(pieces, k=rng.randrange(30)))
+        answer = extract_answer(text)
+        assert answer is None or canonical(Fraction(answer)) == answer
