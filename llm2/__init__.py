@@ -6,7 +6,7 @@ __all__ = ["LLM2", "ProcessVerifier"]
 def __getattr__(name: str):
     """The public names, imported when they are first asked for: torch and transformers take seconds."""
     if name == "LLM2":
-        from llm2.generation import LLM2
+        from llm2.model import LLM2
 
         return LLM2
     if name == "ProcessVerifier":

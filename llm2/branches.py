@@ -1,58 +1,33 @@
-"""Tokens that branch off a prefix: their ids, positions and attention mask. Pure.
+"""Tokens that branch off a prefix: where they stand and what they see. Pure.
 
-A branch is a token that sees the trunk up to its slot and itself, sits at the position right after what it sees, and is
-invisible to everything else. A triplet's negative is a branch of the gold solution; a decoding candidate is a branch of
-what was written so far. One forward therefore scores all pairs of a solution, or all candidates of a step.
+A branch is a token that sees the first tokens of a trunk and itself, and is invisible to everything else. A triplet's
+negative is a branch of the gold solution; a decoding candidate is a branch of what was written so far. One forward
+therefore scores all pairs of a solution, or all candidates of a step.
 
-Letters: B batch, T trunk columns (cached ones first), N trunk columns not cached yet, P branches.
+Every token of a forward, of the trunk or a branch, is described by two numbers:
+
+    own     the column of keys that holds the token itself
+    bound   how many columns from the left it sees besides; this is also its position
+
+A trunk token in column c has own = bound = c. A branch in the place of trunk column c has bound = c and an own column
+behind the trunk. Trunks begin in column 0, so nothing is ever padded on the left, and what fills a rectangle on the
+right lies beyond every bound that counts.
+
+Letters: B batch, Q tokens of the forward (queries), C columns of keys.
 """
-
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 
-class Branched(NamedTuple):
-    """The input of one forward. Queries are the N new trunk columns, then the P branches."""
-
-    input_ids: torch.Tensor  # (B, N + P)
-    position_ids: torch.Tensor  # (B, N + P)
-    attention_mask: torch.Tensor  # (B, 1, N + P, T + P) booleans, True where a query sees a key
-
-    def mask_for(self, model: PreTrainedModel) -> torch.Tensor:
-        """The mask as the model's attention takes it: booleans for SDPA, for the eager one what is added to logits."""
-        if model.config._attn_implementation != "eager":
-            return self.attention_mask
-        low = torch.finfo(model.dtype).min
-        return torch.zeros_like(self.attention_mask, dtype=model.dtype).masked_fill(~self.attention_mask, low)
+def sees(own: torch.Tensor, bound: torch.Tensor, columns: int) -> torch.Tensor:
+    """The attention mask: own (B, Q), bound (B, Q) -> (B, 1, Q, C) booleans, True where a query sees a key."""
+    column = torch.arange(columns, device=own.device)
+    return ((column < bound[..., None]) | (column == own[..., None]))[:, None]
 
 
-def branch(trunk_mask: torch.Tensor, new_ids: torch.Tensor, branch_ids: torch.Tensor, slots: torch.Tensor) -> Branched:
-    """Lay P branches of each row behind its trunk.
-
-    Args:
-        trunk_mask: (B, T) booleans, False on padding (left or right). The first T - N columns are in the KV cache.
-        new_ids: (B, N) ids of the last N trunk columns.
-        branch_ids: (B, P) ids of the branches.
-        slots: (B, P) trunk column, 0 to T, in whose place a branch stands: it sees the real columns before it. A branch
-            that only fills the rectangle may have any slot; it disturbs nobody.
-    """
-    (B, T), N, P = trunk_mask.shape, new_ids.shape[1], branch_ids.shape[1]
-    column = torch.arange(T, device=trunk_mask.device)
-    seen = torch.nn.functional.pad(trunk_mask.cumsum(-1), (1, 0))  # (B, T + 1): real columns before each slot
-    new = column[T - N :]  # (N,)
-
-    trunk_to_trunk = (column <= new[:, None]) & trunk_mask[:, None]  # (B, N, T)
-    trunk_to_trunk = trunk_to_trunk | (column == new[:, None])  # padding sees itself: no empty softmax
-    branch_to_trunk = (column < slots[:, :, None]) & trunk_mask[:, None]  # (B, P, T)
-    itself = torch.eye(P, dtype=torch.bool, device=column.device).expand(B, P, P)
-    nobody = torch.zeros(B, N, P, dtype=torch.bool, device=column.device)
-    mask = torch.cat(
-        [torch.cat([trunk_to_trunk, nobody], dim=-1), torch.cat([branch_to_trunk, itself], dim=-1)], dim=-2
-    )
-    return Branched(
-        input_ids=torch.cat([new_ids, branch_ids], dim=-1),
-        position_ids=torch.cat([seen[:, T - N : T], seen.gather(-1, slots)], dim=-1),
-        attention_mask=mask[:, None],
-    )
+def mask_for(model: PreTrainedModel, mask: torch.Tensor) -> torch.Tensor:
+    """The mask as the model's attention takes it: booleans for SDPA, for the eager one what is added to logits."""
+    if model.config._attn_implementation != "eager":
+        return mask
+    return torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)

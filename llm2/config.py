@@ -36,10 +36,10 @@ class PretrainConfig:
     heads: Count = 5
     key_value_heads: Count = 5
     vocab_size: Count = 640  # byte-level BPE, digits one by one
-    documents: Count = 128_000  # solved problems in the careless corpus
-    steps: Count = 4_000
+    documents: Count = 115_200  # solved problems in the careless corpus
+    steps: Count = 3_600
     batch_size: Count = 32  # documents a step
-    learning_rate: Positive = 3e-3
+    learning_rate: Positive = 2e-3
     warmup: Share = 0.05  # share of the steps
     save_steps: Count = 250  # a checkpoint to resume from, every so many steps
     card_problems: Count = 500  # validation problems that the card's figures rest on

@@ -17,9 +17,10 @@ from llm2.benchmarks import Problem, load_problems
 from llm2.chat import encode_chats, resolve_template
 from llm2.config import EvaluateConfig, as_dict, write_config
 from llm2.errors import UserError
-from llm2.generation import LLM2, Sampling, decode
+from llm2.generation import Sampling, Written, stream
 from llm2.grading import extract_answer, is_correct
 from llm2.metrics import summarise
+from llm2.model import LLM2
 from llm2.seeds import row_seed
 
 FREE = ("output_dir", "modes", "limit", "majority_at", "batch_size", "resume", "device")  # may differ between parts
@@ -66,61 +67,46 @@ def check(config: EvaluateConfig) -> None:
 def run_mode(
     llm2: LLM2, config: EvaluateConfig, mode: str, problems: Sequence[Problem], predictions: "Predictions"
 ) -> None:
-    """Decode and grade what is missing of one mode, a batch at a time, each written as soon as it is done."""
+    """Decode and grade what is missing of one mode; each problem is written as soon as it is done."""
     waiting = [problem for problem in problems if (problem.id, mode) not in predictions.lines]
-    prompts = dict(zip([p.id for p in waiting], _encode_prompts(llm2, config, waiting), strict=True))
-    waiting.sort(key=lambda problem: len(prompts[problem.id]))  # like lengths: little padding
-    sampled = mode.endswith("sampling")
-    per_batch = max(1, config.batch_size // (config.samples if sampled else 1))
-    right = [line["samples"][0]["correct"] for (_, m), line in predictions.lines.items() if m == mode]
-    with tqdm(total=len(problems), initial=len(problems) - len(waiting), desc=mode, unit="problem") as bar:
-        for start in range(0, len(waiting), per_batch):
-            batch = waiting[start : start + per_batch]
-            for line in decode_batch(llm2, config, mode, batch, [prompts[problem.id] for problem in batch]):
-                predictions.add(line)
-                right += [sample["correct"] for sample in line["samples"]]
-                bar.update()
-            bar.set_postfix_str(f"accuracy {sum(right) / len(right):.1%}", refresh=False)
-
-
-def decode_batch(
-    llm2: LLM2, config: EvaluateConfig, mode: str, batch: Sequence[Problem], prompts: Sequence[Sequence[int]]
-) -> list[dict]:
-    """One line of predictions.jsonl a problem."""
     sampled = mode.endswith("sampling")
     samples = config.samples if sampled else 1
-    decoded = decode(
+    decoded = stream(
         llm2.system1,
-        prompts,
+        _encode_prompts(llm2, config, waiting),
         max_new_tokens=config.max_new_tokens,
         eos=llm2.eos,
         guidance=llm2.guidance if mode.startswith("guided") else None,
         sampling=Sampling(temperature=config.temperature, top_p=config.top_p) if sampled else None,
-        seeds=[row_seed(config.seed, problem.id, i) for problem in batch for i in range(samples)],
-        num_return_sequences=samples,
+        seeds=[[row_seed(config.seed, problem.id, i) for i in range(samples)] for problem in waiting],
+        batch_size=config.batch_size,
     )
-    texts = llm2.tokenizer.batch_decode(decoded.tokens, skip_special_tokens=True)
-    graded = [
+    done = [line for (_, other), line in predictions.lines.items() if other == mode]
+    right = [sample["correct"] for line in done for sample in line["samples"]]
+    with tqdm(total=len(problems), initial=len(problems) - len(waiting), desc=mode, unit="problem") as bar:
+        for index, rows in decoded:
+            line = prediction(llm2, mode, waiting[index], rows)
+            predictions.add(line)
+            right += [sample["correct"] for sample in line["samples"]]
+            bar.set_postfix_str(f"accuracy {sum(right) / len(right):.1%}", refresh=False)
+            bar.update()
+
+
+def prediction(llm2: LLM2, mode: str, problem: Problem, rows: Sequence[Written]) -> dict:
+    """A line of predictions.jsonl."""
+    texts = llm2.tokenizer.batch_decode([row.tokens for row in rows], skip_special_tokens=True)
+    samples = [
         {
             "text": text,
             "answer": extract_answer(text),
-            "correct": is_correct(text, batch[row // samples].gold),
-            "correct_strict": is_correct(text, batch[row // samples].gold, "strict"),
-            "tokens": len(decoded.tokens[row]),
-            "verifier_forwards": decoded.verified[row],
+            "correct": is_correct(text, problem.gold),
+            "correct_strict": is_correct(text, problem.gold, "strict"),
+            "tokens": len(row.tokens),
+            "verifier_forwards": row.verified,
         }
-        for row, text in enumerate(texts)
+        for text, row in zip(texts, rows, strict=True)
     ]
-    return [
-        {
-            "id": problem.id,
-            "question": problem.question,
-            "gold": problem.gold,
-            "mode": mode,
-            "samples": graded[i * samples : (i + 1) * samples],
-        }
-        for i, problem in enumerate(batch)
-    ]
+    return {"id": problem.id, "question": problem.question, "gold": problem.gold, "mode": mode, "samples": samples}
 
 
 def _encode_prompts(llm2: LLM2, config: EvaluateConfig, problems: Sequence[Problem]) -> list[list[int]]:

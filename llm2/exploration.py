@@ -8,9 +8,9 @@ Equally good tokens (a paraphrase, another order of steps) are counted and left 
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +63,8 @@ def explore(config: ExploreConfig) -> dict:
     waiting = [problem for problem in problems if problem.id not in journal.done]
 
     start = time.perf_counter()
-    explorer = Explorer(config, model, tokenizer)
     with tqdm(total=len(problems), initial=len(problems) - len(waiting), desc="explore", unit="problem") as bar:
-        explorer.on_tokens = lambda count: bar.set_postfix_str(explorer.rate(count), refresh=False)
+        explorer = Explorer(config, model, tokenizer, Pace(bar))
         for index in range(0, len(waiting), CHUNK):
             for entry in explorer.explore(waiting[index : index + CHUNK]):
                 journal.add(entry)
@@ -76,19 +75,30 @@ def explore(config: ExploreConfig) -> dict:
     return report
 
 
+class Pace:
+    """Tokens a second, beside a progress bar."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self.bar, self.tokens, self.started = bar, 0, time.perf_counter()
+
+    def __call__(self, tokens: int) -> None:
+        self.tokens += tokens
+        self.bar.set_postfix_str(f"{self.tokens / (time.perf_counter() - self.started):,.0f} tokens/s")
+
+
 class Explorer:
     """System 1 with all it needs to judge its own plausible tokens."""
 
-    def __init__(self, config: ExploreConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.config, self.model, self.tokenizer = config, model, tokenizer
+    def __init__(
+        self,
+        config: ExploreConfig,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        on_tokens: Callable[[int], None],
+    ) -> None:
+        self.config, self.model, self.tokenizer, self.on_tokens = config, model, tokenizer, on_tokens
         self.template = resolve_template(config.chat_template)
         self.eos = eos_ids(model, tokenizer)
-        self.tokens, self.started = 0, time.perf_counter()
-        self.on_tokens = lambda count: None
-
-    def rate(self, count: int) -> str:
-        self.tokens += count
-        return f"{self.tokens / (time.perf_counter() - self.started):,.0f} tokens/s"
 
     def explore(self, problems: Sequence[Problem]) -> Iterator[dict]:
         """One journal entry a problem: its line of triplets and its counts."""
@@ -112,10 +122,11 @@ class Explorer:
             for fork in own
             for token in fork.tokens
         ]
+        # A token that ends the turn has nothing to roll out: what stands before it is the answer.
         open_branches = [branch for branch in branches if branch[2] not in self.eos]
         continuations = roll_out(
             self.model,
-            [gold.ids[:position] + [token] for gold, position, token in open_branches],
+            [[*gold.ids[:position], token] for gold, position, token in open_branches],
             [
                 [row_seed(config.seed, gold.problem.id, position, token, i) for i in range(n)]
                 for gold, position, token in open_branches
@@ -124,16 +135,14 @@ class Explorer:
             max_new_tokens=config.max_new_tokens,
             eos=self.eos,
             batch_size=config.batch_size,
-            on_tokens=lambda count: self.on_tokens(count),
+            on_tokens=self.on_tokens,
         )
-        # A token that ends the turn has nothing to roll out: what stands before it is the answer.
-        written = {id(branch): texts for branch, texts in zip(open_branches, continuations, strict=True)}
+        rolled_out = iter(continuations)
         hits, generated = {}, Counter()
-        for branch in branches:
-            gold, position, token = branch
-            tails = written.get(id(branch), [[]] * n)
-            prefix = [*gold.ids[gold.start : position], token]
-            texts = self.tokenizer.batch_decode([prefix + tail for tail in tails], skip_special_tokens=True)
+        for gold, position, token in branches:
+            tails = [[]] * n if token in self.eos else next(rolled_out)
+            begun = [*gold.ids[gold.start : position], token]
+            texts = self.tokenizer.batch_decode([begun + tail for tail in tails], skip_special_tokens=True)
             hits[gold.problem.id, position, token] = sum(is_correct(text, gold.problem.gold) for text in texts)
             generated[gold.problem.id] += sum(map(len, tails))
         return hits, generated
@@ -160,7 +169,7 @@ def encode_golds(
 
 @torch.inference_mode()
 def find_forks(model: PreTrainedModel, gold: Gold, alpha: float, top_k: int | None) -> list[Fork]:
-    """Positions of the solution where more than one token is plausible. The gold token is among `tokens` in any case."""
+    """Positions of the solution where more than one token is plausible. Gold is among `tokens` in any case."""
     ids = torch.tensor([gold.ids[: gold.end]], device=model.device)
     logits = model(ids, use_cache=False, logits_to_keep=gold.end - gold.start + 1).logits[0, :-1].float()
     candidates, valid = plausible(logits, alpha, top_k)  # one row a position
@@ -172,7 +181,7 @@ def find_forks(model: PreTrainedModel, gold: Gold, alpha: float, top_k: int | No
     return forks
 
 
-@lru_cache(maxsize=None)
+@cache
 def probability_worse(hits: int, gold_hits: int, rollouts: int, margin: float) -> float:
     """P(gold's quality - the token's quality > margin), both with a uniform prior and `rollouts` trials.
 

@@ -1,27 +1,29 @@
-"""Guided decoding, a ladder of small steps: prefill, propose, verify, choose, advance, drop.
+"""Guided decoding, a ladder of small steps: admit, propose, verify, choose, advance, dismiss.
 
-Knows two models, their caches, and a batch of rows being written. Greedy and sampling differ in `choose` alone; plain
-decoding is the same ladder without System 2. Knows nothing of tokenizers, benchmarks or files.
+Knows two models, their caches, and the rows being written. Finished rows leave and waiting prompts take their slots;
+System 2 is asked only for the rows that have a choice, and catches up there on what it has not read. Greedy and
+sampling differ in `choose` alone; plain decoding is the same ladder without System 2. What a row becomes depends on its
+prompt and seed, never on the schedule. Knows nothing of tokenizers, benchmarks or files.
 
-Letters: B prompts, R rows being written, T trunk columns (prompt and what was written, left-padded), V vocabulary,
-K candidates, N trunk columns that System 2 has not seen.
+Letters: R rows in flight (the first slots of the caches), Q tokens of a forward, V vocabulary, K candidates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, TemperatureLogitsWarper, TopPLogitsWarper
 
-from llm2.branches import branch
-from llm2.cache import GrowingCache
+from llm2.branches import mask_for, sees
+from llm2.cache import SlotCache
 from llm2.candidates import guided_logits, plausible
-from llm2.models import eos_ids, load_system1, load_tokenizer, pick_device
-from llm2.seeds import row_seed, uniforms
-from llm2.verifier import ProcessVerifier, load_verifier, refuse_sliding_window
+from llm2.seeds import uniforms
+from llm2.verifier import ProcessVerifier, refuse_sliding_window
 
-DROP_SHARE = 0.25  # finished rows leave when they are this share of the batch: leaving copies the caches once
+ADMIT_SHARE = 0.25  # waiting prompts join when this share of the slots is free: joining costs a forward of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,35 +50,51 @@ class Sampling:
         return TopPLogitsWarper(self.top_p)(None, logits) if self.top_p < 1.0 else logits
 
 
-class Decoded(NamedTuple):
-    """What was written, one entry a row; row b * num_return_sequences + i is sample i of prompt b."""
+class Written(NamedTuple):
+    """What one row became."""
 
-    tokens: list[list[int]]  # new token ids, the end-of-sequence token included where it was reached
-    verified: list[int]  # System 2's forwards in which the row took part
+    tokens: list[int]  # new token ids, the end-of-sequence token included where it was reached
+    verified: int  # System 2's forwards in which the row took part
 
 
-@dataclass
 class Rows:
-    """The rows still being written."""
+    """The rows in flight, in the first `count` slots; every tensor is indexed by slot."""
 
-    index: torch.Tensor  # (R,) which row of the output each one is
-    mask: torch.Tensor  # (R, T) False on left padding
-    logits: torch.Tensor  # (R, V) System 1's, for the token to be chosen
-    system1: GrowingCache  # T columns
-    system2: GrowingCache | None  # T - N columns
-    pending: torch.Tensor  # (R, N) ids of the last N trunk columns
+    def __init__(self, slots: int, columns: int, vocabulary: int, device: torch.device) -> None:
+        def integers(*shape: int) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=torch.long, device=device)
 
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows (a tensor of indices), as often as they are named."""
-        self.index, self.mask = self.index[rows], self.mask[rows]
-        self.logits, self.pending = self.logits[rows], self.pending[rows]
-        for cache in (self.system1, self.system2):
-            if cache is not None:
-                cache.select_rows(rows)
+        self.count, self.slots = 0, slots
+        self.name = integers(slots)  # which row of the output this is
+        self.seed = integers(slots)
+        self.ids = integers(slots, columns)  # prompt and what was written
+        self.start = integers(slots)  # length of the prompt
+        self.length = integers(slots)  # tokens in ids; System 1 has read them all when `logits` is asked for
+        self.read = integers(slots)  # tokens that System 2 has read
+        self.verified = integers(slots)
+        self.logits = torch.zeros(slots, vocabulary, device=device)  # System 1's, for the token to be chosen
+        self.system1, self.system2 = SlotCache(slots), SlotCache(slots)
+
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy rows from slots source (n,) to slots target (n,), which may overlap."""
+        width = int(self.length[source].max())
+        for state in (self.name, self.seed, self.ids, self.start, self.length, self.read, self.verified, self.logits):
+            state[target] = state[source]
+        self.system1.copy_rows(source, target, width)
+        self.system2.copy_rows(source, target, width)
+
+    def written(self, slot: int) -> Written:
+        return Written(self.ids[slot, self.start[slot] : self.length[slot]].tolist(), int(self.verified[slot]))
+
+
+def decode(system1: PreTrainedModel, prompts: Sequence[Sequence[int]], **options) -> list[list[Written]]:
+    """What each prompt's rows became, in order; the arguments are those of `stream`."""
+    found = dict(stream(system1, prompts, **options))
+    return [found[index] for index in range(len(prompts))]
 
 
 @torch.inference_mode()
-def decode(
+def stream(
     system1: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     *,
@@ -84,97 +102,132 @@ def decode(
     eos: Sequence[int],
     guidance: Guidance | None = None,
     sampling: Sampling | None = None,
-    seeds: Sequence[int] | None = None,
-    num_return_sequences: int = 1,
-) -> Decoded:
-    """Continue a batch of prompts until an end-of-sequence token or the limit.
+    seeds: Sequence[Sequence[int]] | None = None,
+    batch_size: int = 64,
+) -> Iterator[tuple[int, list[Written]]]:
+    """Continue prompts until an end-of-sequence token or the limit; yields a prompt's rows when all are done.
 
     Args:
-        prompts: B lists of token ids of any lengths, none empty.
+        prompts: lists of token ids of any lengths, none empty. They are started in this order.
         guidance: None for System 1 alone.
         sampling: None for greedy.
-        seeds: with sampling, one a row (B * num_return_sequences, sample by sample); a row's tokens depend on its seed
-            and prompt alone, not on the rest of the batch.
-        num_return_sequences: rows a prompt, from one prefill.
+        seeds: for each prompt a seed a row: rows of a prompt share its prefill. One row a prompt when None. With
+            sampling, a row's tokens depend on its prompt and seed alone.
+        batch_size: rows in flight; at least the rows of one prompt.
     """
-    device = system1.device
-    total = len(prompts) * num_return_sequences
-    if sampling is not None and (seeds is None or len(seeds) != total):
-        raise ValueError(f"sampling wants one seed a row: expected {total}, found {len(seeds or [])}")
-    ends = torch.tensor(list(eos), device=device)
-    row_seeds = torch.tensor(list(seeds), device=device) if sampling is not None else None
-    written = torch.zeros(total, max_new_tokens, dtype=torch.long, device=device)
-    lengths = torch.zeros(total, dtype=torch.long, device=device)
-    verified = torch.zeros(total, dtype=torch.long, device=device)
-
-    rows = prefill(system1, guidance, prompts)
-    if num_return_sequences > 1:
-        rows.select(torch.arange(len(prompts), device=device).repeat_interleave(num_return_sequences))
-    rows.index = torch.arange(total, device=device)
-    going = torch.ones_like(rows.index, dtype=torch.bool)  # (R,)
-    for step in range(max_new_tokens):
-        uniform = None if sampling is None else uniforms(row_seeds[rows.index], step)
-        tokens, asked = next_tokens(rows, guidance, sampling, uniform)
-        written[rows.index[going], step] = tokens[going]
-        lengths[rows.index[going]] = step + 1
-        verified[rows.index[going]] += asked
-        going = going & ~torch.isin(tokens, ends)
-        remaining = int(going.sum())
-        if remaining == 0 or step + 1 == max_new_tokens:
-            break
-        if remaining <= (1 - DROP_SHARE) * going.shape[0]:
-            kept = going.nonzero().squeeze(-1)
-            rows.select(kept)
-            tokens, going = tokens[kept], going[kept]
-        advance(system1, rows, tokens)
-    return Decoded([row[:n] for row, n in zip(written.tolist(), lengths.tolist(), strict=True)], verified.tolist())
+    if sampling is not None and seeds is None:
+        raise ValueError("sampling wants seeds: a list for each prompt, found None")
+    seeds = [[0]] * len(prompts) if seeds is None else seeds
+    firsts = [0, *accumulate(map(len, seeds))]  # the first row of each prompt
+    owner = [index for index, own in enumerate(seeds) for _ in own]
+    slots = min(max([batch_size, *map(len, seeds)]), firsts[-1])
+    columns = max(map(len, prompts), default=0) + max_new_tokens
+    refuse_sliding_window(system1.config, columns)
+    rows = Rows(slots, columns, system1.get_output_embeddings().weight.shape[0], system1.device)
+    ends = torch.tensor(list(eos), device=system1.device)
+    finished: dict[int, Written] = {}
+    waiting = 0  # the next prompt to be admitted
+    while waiting < len(prompts) or rows.count:
+        admitted = _fitting(seeds, waiting, rows)
+        if admitted > waiting:
+            batch = range(waiting, admitted)
+            admit(system1, guidance, rows, [prompts[i] for i in batch], [seeds[i] for i in batch], firsts[waiting])
+            waiting = admitted
+        write(rows, next_tokens(rows, guidance, sampling))
+        for name, row in dismiss(rows, ends, max_new_tokens):
+            finished[name] = row
+            index = owner[name]
+            names = range(firsts[index], firsts[index + 1])
+            if all(other in finished for other in names):
+                yield index, [finished.pop(other) for other in names]
+        if rows.count:
+            advance(system1, rows)
 
 
-def prefill(system1: PreTrainedModel, guidance: Guidance | None, prompts: Sequence[Sequence[int]]) -> Rows:
-    """Left-pad and read the prompts once; System 2 reads all but their last token, so that its queue is never empty."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=system1.device)
-    mask = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in prompts], device=system1.device)
-    refuse_sliding_window(system1.config, longest)
-    rows = Rows(
-        index=torch.arange(len(prompts), device=system1.device),
-        mask=mask,
-        logits=torch.empty(0),
-        system1=GrowingCache(),
-        system2=None if guidance is None else GrowingCache(),
-        pending=ids[:, -1:],
-    )
-    rows.logits = read(system1, mask, ids, rows.system1, logits_to_keep=1).logits[:, -1].float()
-    if guidance is not None and longest > 1:
-        read(guidance.verifier, mask[:, :-1], ids[:, :-1], rows.system2)
-    return rows
+def _fitting(seeds: Sequence[Sequence[int]], waiting: int, rows: Rows) -> int:
+    """One past the last prompt to admit now: as many as there are slots for, once enough slots are free."""
+    free = rows.slots - rows.count
+    if rows.count and free < ADMIT_SHARE * rows.slots:
+        return waiting
+    while waiting < len(seeds) and len(seeds[waiting]) <= free:
+        free -= len(seeds[waiting])
+        waiting += 1
+    return waiting
 
 
-def next_tokens(
-    rows: Rows, guidance: Guidance | None, sampling: Sampling | None, uniform: torch.Tensor | None
-) -> tuple[torch.Tensor, bool]:
-    """The token of each row (R,), and whether System 2 was asked. It is asked only where some row has a choice."""
+def admit(
+    system1: PreTrainedModel,
+    guidance: Guidance | None,
+    rows: Rows,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[Sequence[int]],
+    name: int,
+) -> None:
+    """Both systems read new prompts, each once, into the next free slots; then every row of a prompt gets a copy."""
+    device, first, n = rows.ids.device, rows.count, len(prompts)
+    ids = pad_sequence([torch.tensor(prompt, device=device) for prompt in prompts], batch_first=True)  # (n, Q)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    place = slice(first, first + n)
+    rows.ids[place, : ids.shape[1]] = ids
+    for state in (rows.start, rows.length, rows.read):
+        state[place] = lengths
+    rows.verified[place] = 0
+    columns = torch.arange(ids.shape[1], device=device).expand(n, -1)
+    # Of the vocabulary-sized logits only the columns in which some prompt ends are made.
+    last, where = torch.unique(lengths - 1, return_inverse=True)
+    output = read(system1, rows.system1, place, ids, columns, columns, logits_to_keep=last)
+    rows.logits[place] = output.logits[torch.arange(n, device=device), where].float()
+    if guidance is not None:
+        read(guidance.verifier, rows.system2, place, ids, columns, columns)
+
+    copies = torch.tensor([len(own) for own in seeds], device=device)
+    total = int(copies.sum())
+    rows.count = first + total
+    place = slice(first, first + total)
+    source = torch.arange(first, first + n, device=device).repeat_interleave(copies)
+    if total > n:
+        rows.move(source, torch.arange(first, first + total, device=device))
+    rows.name[place] = torch.arange(name, name + total, device=device)
+    rows.seed[place] = torch.tensor([seed for own in seeds for seed in own], device=device)
+
+
+def next_tokens(rows: Rows, guidance: Guidance | None, sampling: Sampling | None) -> torch.Tensor:
+    """The token of each row, (R,)."""
+    busy = slice(0, rows.count)
+    uniform = None if sampling is None else uniforms(rows.seed[busy], (rows.length - rows.start)[busy])
     if guidance is None:
-        return choose(rows.logits, sampling, uniform), False
-    candidates, valid = plausible(rows.logits, guidance.alpha, guidance.top_k)  # (R, K)
-    asked = candidates.shape[1] > 1
-    scores = verify(guidance.verifier, rows, candidates) if asked else None
-    logits = guided_logits(rows.logits, candidates, valid, scores, guidance.beta)  # (R, K)
-    choice = choose(logits, sampling, uniform)  # (R,)
-    if asked:
-        rows.system2.keep_branch(candidates.shape[1], choice)
-        rows.pending = rows.pending[:, :0]
-    return candidates.gather(-1, choice[:, None]).squeeze(-1), asked
+        return choose(rows.logits[busy], sampling, uniform)
+    candidates, valid = plausible(rows.logits[busy], guidance.alpha, guidance.top_k)  # (R, K)
+    asking = (valid.sum(-1) > 1).nonzero().squeeze(-1)
+    scores = torch.zeros_like(candidates, dtype=rows.logits.dtype)
+    if len(asking):
+        scores[asking] = verify(guidance.verifier, rows, asking, candidates[asking])
+    choice = choose(guided_logits(rows.logits[busy], candidates, valid, scores, guidance.beta), sampling, uniform)
+    if len(asking):
+        # The chosen branch becomes the next token of the trunk; the others are written over.
+        rows.system2.move_column(asking, rows.length[asking] + choice[asking], rows.length[asking])
+        rows.read[asking] = rows.length[asking] + 1
+        rows.verified[asking] += 1
+    return candidates.gather(-1, choice[:, None]).squeeze(-1)
 
 
-def verify(verifier: ProcessVerifier, rows: Rows, candidates: torch.Tensor) -> torch.Tensor:
-    """Scores (R, K) of all candidates in one forward, which also catches up on the pending tokens.
+def verify(verifier: ProcessVerifier, rows: Rows, asking: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Scores (n, K) of the candidates (n, K) of the rows `asking` (n,), in one forward with what they have unread.
 
-    Afterwards the cache holds the trunk and then the K branches; the caller keeps one of them.
+    The candidates lie in the columns from the row's length on; what only fills the rectangle lies behind them.
     """
-    slots = torch.full_like(candidates, rows.mask.shape[1])
-    output = read(verifier, rows.mask, rows.pending, rows.system2, candidates, slots)
-    return output.scores[:, -candidates.shape[1] :].float()
+    length, behind = rows.length[asking, None], (rows.length - rows.read)[asking, None]  # (n, 1)
+    K, unread = candidates.shape[1], int(behind.max())
+    step = torch.arange(unread, device=length.device)  # (Q - K,)
+    real = step < behind
+    column = rows.read[asking, None] + step  # (n, Q - K)
+    trunk = rows.ids[asking[:, None], torch.where(real, column, 0)]
+    branch = length + torch.arange(K, device=length.device)  # (n, K)
+    own = torch.cat([torch.where(real, column, length + K + step), branch], dim=-1)
+    bound = torch.cat([torch.where(real, column, 0), length.expand_as(branch)], dim=-1)
+    rest = slice(0, len(asking)) if len(asking) == rows.count else asking
+    output = read(verifier, rows.system2, rest, torch.cat([trunk, candidates], dim=-1), own, bound)
+    return output.scores[:, unread:].float()
 
 
 def choose(logits: torch.Tensor, sampling: Sampling | None, uniform: torch.Tensor | None) -> torch.Tensor:
@@ -186,108 +239,56 @@ def choose(logits: torch.Tensor, sampling: Sampling | None, uniform: torch.Tenso
     return torch.searchsorted(scale, uniform[:, None].double() * scale[:, -1:], right=True).squeeze(-1)
 
 
-def advance(system1: PreTrainedModel, rows: Rows, tokens: torch.Tensor) -> None:
-    """System 1 reads the chosen tokens (R,); System 2 will when it is next asked."""
-    column = tokens[:, None]
-    rows.mask = torch.nn.functional.pad(rows.mask, (0, 1), value=True)
-    rows.logits = read(system1, rows.mask, column, rows.system1, logits_to_keep=1).logits[:, -1].float()
-    if rows.system2 is not None and rows.system2.get_seq_length() < rows.mask.shape[1]:
-        rows.pending = torch.cat([rows.pending, column], dim=-1)
+def write(rows: Rows, tokens: torch.Tensor) -> None:
+    """Append the chosen tokens (R,)."""
+    slots = torch.arange(rows.count, device=tokens.device)
+    rows.ids[slots, rows.length[: rows.count]] = tokens
+    rows.length[: rows.count] += 1
+
+
+def dismiss(rows: Rows, ends: torch.Tensor, max_new_tokens: int) -> list[tuple[int, Written]]:
+    """Take out the rows that are done, with their names; the last rows move into their slots."""
+    busy = slice(0, rows.count)
+    last = rows.ids[busy].gather(-1, rows.length[busy, None] - 1).squeeze(-1)
+    done = torch.isin(last, ends) | (rows.length[busy] - rows.start[busy] >= max_new_tokens)
+    gone = done.nonzero().squeeze(-1).tolist()
+    if not gone:
+        return []
+    leaving = [(int(rows.name[slot]), rows.written(slot)) for slot in gone]
+    kept = rows.count - len(gone)
+    holes = [slot for slot in gone if slot < kept]
+    movers = (~done[kept:]).nonzero().squeeze(-1) + kept
+    rows.count = kept
+    if holes:
+        rows.move(movers, torch.tensor(holes, device=movers.device))
+    return leaving
+
+
+def advance(system1: PreTrainedModel, rows: Rows) -> None:
+    """System 1 reads the chosen tokens; System 2 will when it is next asked."""
+    busy = slice(0, rows.count)
+    column = rows.length[busy, None] - 1  # (R, 1)
+    output = read(system1, rows.system1, busy, rows.ids[busy].gather(-1, column), column, column, logits_to_keep=1)
+    rows.logits[busy] = output.logits[:, -1].float()
 
 
 def read(
     model: PreTrainedModel,
-    mask: torch.Tensor,
-    new_ids: torch.Tensor,
-    cache: GrowingCache,
-    branch_ids: torch.Tensor | None = None,
-    slots: torch.Tensor | None = None,
+    cache: SlotCache,
+    rows: slice | torch.Tensor,
+    ids: torch.Tensor,
+    own: torch.Tensor,
+    bound: torch.Tensor,
     **options,
 ):
-    """One forward over new trunk columns (R, N) and branches (R, P) behind what the cache holds."""
-    nothing = new_ids[:, :0]
-    laid = branch(mask, new_ids, nothing if branch_ids is None else branch_ids, nothing if slots is None else slots)
+    """One forward over tokens ids (n, Q) of these slots, each with its own column and its bound (see `branches`)."""
+    width = int(own.max()) + 1
+    cache.aim(rows, own, width)
     return model(
-        input_ids=laid.input_ids,
-        position_ids=laid.position_ids,
-        attention_mask=laid.mask_for(model),
+        input_ids=ids,
+        position_ids=bound,
+        attention_mask=mask_for(model, sees(own, bound, width)),
         past_key_values=cache,
         use_cache=True,
         **options,
     )
-
-
-class LLM2:
-    """System 1 and System 2 behind the interface of transformers' `generate`.
-
-    llm2 = LLM2.from_pretrained("meta-llama/Llama-3.2-1B-Instruct", "results/llama-3.2-1b-instruct/verifier")
-    inputs = llm2.tokenizer(["..."], return_tensors="pt", padding=True, padding_side="left")
-    sequences = llm2.generate(**inputs, max_new_tokens=512)
-    """
-
-    def __init__(
-        self,
-        system1: PreTrainedModel,
-        tokenizer,
-        verifier: ProcessVerifier | None = None,
-        alpha: float = 0.1,
-        beta: float = 0.25,
-        top_k: int | None = None,
-    ) -> None:
-        self.system1, self.tokenizer = system1, tokenizer
-        self.eos = eos_ids(system1, tokenizer)
-        self.guidance = None if verifier is None else Guidance(verifier=verifier, alpha=alpha, beta=beta, top_k=top_k)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: str,
-        verifier: str | None = None,
-        alpha: float = 0.1,
-        beta: float = 0.25,
-        top_k: int | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
-    ) -> "LLM2":
-        """Load both systems from folders or hub ids; without a verifier System 1 decodes alone."""
-        place = pick_device(device)
-        system1 = load_system1(model, place, dtype)
-        system2 = None if verifier is None else load_verifier(verifier, place, dtype, system1.config.vocab_size)
-        return cls(system1, load_tokenizer(model), system2, alpha, beta, top_k)
-
-    def generate(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        max_new_tokens: int = 512,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        num_return_sequences: int = 1,
-        seed: int = 0,
-    ) -> torch.Tensor:
-        """Prompts and what was written, as transformers' `generate` returns them.
-
-        Args:
-            input_ids: (B, T), left-padded where `attention_mask` (B, T) is 0.
-            seed: with do_sample, sample i of row b is drawn from a seed made of (seed, b, i).
-
-        Returns:
-            (B * num_return_sequences, T + new), right-padded with the tokenizer's pad token.
-        """
-        keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        decoded = decode(
-            self.system1,
-            [row[real.bool()].tolist() for row, real in zip(input_ids, keep, strict=True)],
-            max_new_tokens=max_new_tokens,
-            eos=self.eos,
-            guidance=self.guidance,
-            sampling=Sampling(temperature=temperature, top_p=top_p) if do_sample else None,
-            seeds=[row_seed(seed, b, i) for b in range(len(input_ids)) for i in range(num_return_sequences)],
-            num_return_sequences=num_return_sequences,
-        )
-        longest = max(map(len, decoded.tokens))
-        pad = self.tokenizer.pad_token_id
-        new = torch.tensor([tokens + [pad] * (longest - len(tokens)) for tokens in decoded.tokens])
-        return torch.cat([input_ids.repeat_interleave(num_return_sequences, dim=0), new.to(input_ids.device)], dim=-1)

@@ -19,10 +19,9 @@ def row_seed(*names: object) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def uniforms(seeds: torch.Tensor, step: int) -> torch.Tensor:
-    """One number in [0, 1) a row: seeds (B,) int64 -> (B,) float32."""
-    offset = torch.tensor(step + 1, device=seeds.device) * _GOLDEN  # int64 wraps around, as SplitMix64 wants
-    mixed = seeds + offset
+def uniforms(seeds: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """One number in [0, 1) a row: seeds (B,) and steps (B,), int64 -> (B,) float32."""
+    mixed = seeds + (steps + 1) * _GOLDEN  # int64 wraps around, as SplitMix64 wants
     mixed = (mixed ^ _shift_right(mixed, 30)) * _MIX_1
     mixed = (mixed ^ _shift_right(mixed, 27)) * _MIX_2
     mixed = mixed ^ _shift_right(mixed, 31)

@@ -13,6 +13,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, Train
 from transformers.trainer_utils import get_last_checkpoint
 
 from llm2.batch import verifier_batch
+from llm2.branches import mask_for
 from llm2.chat import resolve_template
 from llm2.config import TrainConfig, write_config
 from llm2.errors import UserError
@@ -37,14 +38,8 @@ class VerifierTrainer(Trainer):
         )
 
     def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        branched, pairs, labels = verifier_batch(examples)
-        return {
-            "input_ids": branched.input_ids,
-            "position_ids": branched.position_ids,
-            "attention_mask": branched.mask_for(self.model),
-            "pairs": pairs,
-            "labels": labels,
-        }
+        batch = verifier_batch(examples)
+        return batch._replace(attention_mask=mask_for(self.model, batch.attention_mask))._asdict()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Of the outputs only the margins are kept: scores differ in width from batch to batch."""
@@ -158,7 +153,8 @@ def training_arguments(config: TrainConfig, solutions: int) -> TrainingArguments
         per_device_train_batch_size=config.per_device_batch_size,
         per_device_eval_batch_size=config.per_device_batch_size,
         gradient_accumulation_steps=config.global_batch_size // forward,
-        gradient_checkpointing=config.gradient_checkpointing,
+        # its name changes with transformers 6, which warns where it is merely passed
+        **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
         bf16=config.bf16,
         eval_strategy="steps",
         eval_steps=every,

@@ -75,13 +75,14 @@ def read_records(path: str | Path) -> Iterator[Record]:
     Raises UserError at the first line that does not have the format.
     """
     try:
-        file = open(path, encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            for number, text in enumerate(file, start=1):
+                if text.strip():
+                    yield _parse(text, number, f"{path}, line {number}")
     except OSError as error:
         raise UserError(f"cannot read the triplets {path}: {error.strerror}") from None
-    with file:
-        for number, text in enumerate(file, start=1):
-            if text.strip():
-                yield _parse(text, number, f"{path}, line {number}")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read the triplets {path}: expected UTF-8, found {error.reason}") from None
 
 
 def load_examples(
@@ -169,8 +170,8 @@ def _refusal(
     shifts = {_shift(ids, record.triplets) for record, ids, _ in misfits}
     if len(shifts) == 1 and (shift := shifts.pop()):
         lines.append(
-            f"  likely cause: the chat template writes {abs(shift)} tokens {'more' if shift > 0 else 'fewer'} before the "
-            "solution than the one the triplets were made with (a system preamble or a date?); "
+            f"  likely cause: the chat template writes {abs(shift)} tokens {'more' if shift > 0 else 'fewer'} before "
+            "the solution than the one the triplets were made with (a system preamble or a date?); "
             "try the chat template llama3-plain or chatml-plain"
         )
     return "\n".join(lines)

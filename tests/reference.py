@@ -39,7 +39,7 @@ def _pick(logits: list[float], seed: int | None, step: int, temperature: float) 
     if seed is None:
         return max(range(len(logits)), key=logits.__getitem__)
     weights = [math.exp((value - max(logits)) / temperature) for value in logits]
-    point = uniforms(torch.tensor([seed]), step).item() * sum(weights)
+    point = uniforms(torch.tensor([seed]), torch.tensor([step])).item() * sum(weights)
     for index, weight in enumerate(weights):
         point -= weight
         if point < 0:

@@ -5,9 +5,10 @@ from conftest import VOCABULARY
 from reference import score
 
 from llm2.batch import verifier_batch
-from llm2.branches import branch
+from llm2.branches import mask_for
 from llm2.loss import NO_PAIR
 from llm2.triplets import Example, Triplet
+from llm2.verifier import ProcessVerifier
 
 
 def examples(count: int, seed: int = 0) -> list[Example]:
@@ -27,12 +28,12 @@ def examples(count: int, seed: int = 0) -> list[Example]:
 
 def test_the_docstrings_example():
     example = Example([5, 6, 7], [Triplet(1, 6, 9), Triplet(1, 6, 9), Triplet(2, 7, 8)])
-    branched, pairs, labels = verifier_batch([example])
-    assert branched.input_ids.tolist() == [[5, 6, 7, 9, 8]]
-    assert branched.position_ids.tolist() == [[0, 1, 2, 1, 2]]
-    assert pairs.tolist() == [[[1, 3], [1, 3], [2, 4]]]
-    assert labels.tolist() == [[1, 1, 1]]
-    assert branched.attention_mask[0, 0].int().tolist() == [
+    batch = verifier_batch([example])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 9, 8]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 1, 2]]
+    assert batch.pairs.tolist() == [[[1, 3], [1, 3], [2, 4]]]
+    assert batch.labels.tolist() == [[1, 1, 1]]
+    assert batch.attention_mask[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
         [1, 1, 1, 0, 0],
@@ -42,37 +43,34 @@ def test_the_docstrings_example():
 
 
 def test_packed_scores_equal_each_branch_alone(verifier):
-    batch = examples(9)
-    branched, pairs, labels = verifier_batch(batch)
+    solutions = examples(9)
+    batch = verifier_batch(solutions)
     with torch.inference_mode():
-        output = verifier(branched.input_ids, branched.attention_mask, branched.position_ids, pairs=pairs)
-    for row, example in enumerate(batch):
+        output = verifier(batch.input_ids, batch.attention_mask, batch.position_ids, pairs=batch.pairs)
+    for row, example in enumerate(solutions):
         for column, triplet in enumerate(example.triplets):
             prefix = example.ids[: triplet.position]
             expected = score(verifier, [*prefix, triplet.gold]) - score(verifier, [*prefix, triplet.negative])
             assert abs(output.margins[row, column].item() - expected) < 1e-4
-        assert labels[row].tolist().count(1) == len(example.triplets)
-        assert set(labels[row, len(example.triplets) :].tolist()) <= {NO_PAIR}
+        assert batch.labels[row].tolist().count(1) == len(example.triplets)
+        assert set(batch.labels[row, len(example.triplets) :].tolist()) <= {NO_PAIR}
 
 
 def test_branches_do_not_change_the_trunk(verifier):
-    ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(5))
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    branched = branch(mask, ids, torch.randint(3, VOCABULARY, (2, 4)), torch.tensor([[0, 3, 9, 9], [1, 1, 8, 0]]))
+    (example,) = examples(1)
+    batch = verifier_batch([example])
     with torch.inference_mode():
-        packed = verifier(branched.input_ids, branched.attention_mask, branched.position_ids).scores[:, :9]
-        alone = verifier(ids).scores
-    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
+        packed = verifier(batch.input_ids, batch.attention_mask, batch.position_ids).scores
+        alone = verifier(torch.tensor([example.ids])).scores
+    torch.testing.assert_close(packed[:, : len(example.ids)], alone, atol=1e-5, rtol=0)
 
 
-def test_left_padding_changes_no_score(verifier):
-    ids = torch.tensor([[7, 8, 9, 10]])
-    padded = torch.tensor([[0, 0, 0, 7, 8, 9, 10]])
-    mask = torch.tensor([[False] * 3 + [True] * 4])
-    nothing = ids[:, :0]
-    plain = branch(torch.ones_like(ids, dtype=torch.bool), ids, nothing, nothing)
-    left = branch(mask, padded, nothing, nothing)
+def test_the_eager_attention_gives_the_same_scores(verifier, tmp_path):
+    verifier.save_pretrained(tmp_path)
+    eager = ProcessVerifier.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert eager.backbone.config._attn_implementation == "eager"
+    batch = verifier_batch(examples(3))
     with torch.inference_mode():
-        expected = verifier(plain.input_ids, plain.attention_mask, plain.position_ids).scores
-        found = verifier(left.input_ids, left.attention_mask, left.position_ids).scores
-    torch.testing.assert_close(found[:, 3:], expected, atol=1e-5, rtol=0)
+        expected = verifier(batch.input_ids, batch.attention_mask, batch.position_ids).scores
+        found = eager(batch.input_ids, mask_for(eager, batch.attention_mask), batch.position_ids).scores
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

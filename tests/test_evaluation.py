@@ -76,7 +76,7 @@ def test_predictions_are_what_decode_writes(config):
         messages = [{"role": "user", "content": line["question"]}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         decoded = decode(model, [prompt], max_new_tokens=160, eos=[tokenizer.eos_token_id], guidance=guidance)
-        assert line["samples"][0]["text"] == tokenizer.decode(decoded.tokens[0], skip_special_tokens=True)
+        assert line["samples"][0]["text"] == tokenizer.decode(decoded[0][0].tokens, skip_special_tokens=True)
 
 
 def test_a_killed_run_goes_on_with_the_same_result(config, tmp_path):

@@ -13,7 +13,7 @@ LAYERS = [
     {"benchmarks"},
     {"verifier", "batch"},
     {"generation"},
-    {"rollouts", "report"},
+    {"rollouts", "report", "model"},
     {"exploration", "training", "evaluation"},
     {"__main__"},
 ]

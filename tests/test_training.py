@@ -1,6 +1,7 @@
 """The trainer: every parameter moves, the loss falls, and batching, accumulation and padding change no gradient."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import TrainingArguments
 
 from llm2.config import TrainConfig
 from llm2.errors import UserError
+from llm2.models import load_tokenizer
 from llm2.training import VerifierTrainer, train, training_arguments, truncate
 from llm2.triplets import Example, Triplet, record_line
 from llm2.verifier import ProcessVerifier
@@ -89,8 +91,6 @@ def write_triplets(path, tokenizer, count: int) -> None:
 
 @pytest.fixture
 def config(system1_folder, tmp_path):
-    from llm2.models import load_tokenizer
-
     write_triplets(tmp_path / "triplets.jsonl", load_tokenizer(system1_folder), 40)
     return TrainConfig(
         model=system1_folder,
@@ -114,18 +114,11 @@ def test_train_learns_and_leaves_a_verifier_that_loads(config):
 
 
 def test_global_batch_must_divide(config):
-    from dataclasses import replace
-
     with pytest.raises(UserError, match="global_batch_size 8: expected a multiple of per_device_batch_size 3 x 1"):
         training_arguments(replace(config, per_device_batch_size=3), 40)
 
 
 def test_truncation_drops_the_pairs_beyond_it_and_counts_them():
-    kept, dropped = truncate(
-        [
-            Example(list(range(10)), [Triplet(3, 3, 0), Triplet(5, 5, 0)]),
-            Example([1, 2, 3, 4, 5, 6], [Triplet(5, 6, 0)]),
-        ],
-        5,
-    )
+    long = Example(list(range(10)), [Triplet(3, 3, 0), Triplet(5, 5, 0)])
+    kept, dropped = truncate([long, Example([1, 2, 3, 4, 5, 6], [Triplet(5, 6, 0)])], 5)
     assert kept == [Example([0, 1, 2, 3, 4], [Triplet(3, 3, 0)])] and dropped == 2
