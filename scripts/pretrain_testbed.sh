@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the testbed's System 1 from scratch, as it is committed in llm2/testbed/system1 (about half an hour on two cores).
+# Train the testbed's System 1 from scratch, as it is committed in llm2/testbed/system1 (25 to 45 minutes on two cores).
 #
 #   bash scripts/pretrain_testbed.sh [CONFIG.yaml] [key=value ...]
 #
