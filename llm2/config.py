@@ -163,6 +163,19 @@ def write_config(config: Any, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
 
 
+def difference(earlier: dict[str, Any], config: Any, free: tuple[str, ...]) -> str | None:
+    """The first key, other than the `free` ones, in which a resumed run would differ from how it was begun."""
+    for key, value in as_dict(config).items():
+        if key not in free and earlier.get(key) != value:
+            return f"{key} was {earlier.get(key)!r} and now is {value!r}"
+    return None
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """The plain values of a file that `write_config` wrote."""
+    return yaml.load(Path(path).read_text(), Loader=_Loader)
+
+
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The file's values and, per key, where they stand."""
     try:

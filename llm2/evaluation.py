@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-import yaml
 from tqdm import tqdm
 
 from llm2.benchmarks import Problem, load_problems
 from llm2.chat import encode_chats, resolve_template
-from llm2.config import EvaluateConfig, as_dict, write_config
+from llm2.config import EvaluateConfig, difference, read_values, write_config
 from llm2.errors import UserError
 from llm2.generation import Sampling, Written, stream
 from llm2.grading import extract_answer, is_correct
@@ -129,13 +128,11 @@ class Predictions:
         self.file = self.path.open("a", encoding="utf-8")
 
     def _recover(self, earlier: Path, config: EvaluateConfig) -> None:
-        old, new = yaml.safe_load(earlier.read_text()), as_dict(config)
-        for key in new:
-            if key not in FREE and old.get(key) != new[key]:
-                raise UserError(
-                    f"{self.path} was made with {key} {old.get(key)!r}, and now it is {new[key]!r}; "
-                    "choose another output_dir, or pass resume=false to begin anew"
-                )
+        if change := difference(read_values(earlier), config, FREE):
+            raise UserError(
+                f"{self.path} was made with another config: {change}; "
+                "choose another output_dir, or pass resume=false to begin anew"
+            )
         text = self.path.read_bytes()
         whole = text[: text.rfind(b"\n") + 1]  # a kill may have left half a line
         self.path.write_bytes(whole)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llm2.benchmarks import Problem, load_problems
 from llm2.candidates import plausible
 from llm2.chat import encode_chats, resolve_template
-from llm2.config import ExploreConfig, as_dict
+from llm2.config import ExploreConfig, as_dict, difference
 from llm2.errors import UserError
 from llm2.generation import Sampling
 from llm2.grading import is_correct
@@ -32,6 +32,7 @@ from llm2.seeds import row_seed
 from llm2.triplets import Triplet, record_line
 
 CHUNK = 32  # problems explored together and then written: enough rollouts to fill the batches
+FREE = ("limit", "batch_size", "device", "output")  # may differ between a run and its continuation
 
 
 @dataclass(frozen=True)
@@ -227,21 +228,19 @@ class Journal:
 
     def __init__(self, path: Path, config: ExploreConfig) -> None:
         self.path, self.done = path, {}
-        # What may change between a run and its continuation: how many problems, how fast, where.
-        settings = {k: v for k, v in as_dict(config).items() if k not in ("limit", "batch_size", "device", "output")}
         if path.exists():
-            self._recover(settings)
+            self._recover(config)
         else:
-            path.write_text(json.dumps(settings) + "\n")
+            path.write_text(json.dumps(as_dict(config)) + "\n")
         self.file = path.open("a")
 
-    def _recover(self, settings: dict) -> None:
+    def _recover(self, config: ExploreConfig) -> None:
         text = self.path.read_bytes()
         whole = text[: text.rfind(b"\n") + 1]  # a kill may have left half a line
-        first, *lines = whole.decode().splitlines() or [""]
-        if first != json.dumps(settings):
+        first, *lines = whole.decode().splitlines() or ["{}"]
+        if change := difference(json.loads(first), config, FREE):
             raise UserError(
-                f"{self.path} was begun with other settings; delete it, or choose another output, or restore them"
+                f"{self.path} was begun with another config: {change}; choose another output, or delete that file"
             )
         self.done = {entry["id"]: entry for entry in map(json.loads, lines)}
         self.path.write_bytes(whole)

@@ -10,7 +10,6 @@ Letters: R rows in flight (the first slots of the caches), Q tokens of a forward
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -65,7 +64,7 @@ class Rows:
             return torch.zeros(*shape, dtype=torch.long, device=device)
 
         self.count, self.slots = 0, slots
-        self.name = integers(slots)  # which row of the output this is
+        self.prompt, self.sample = integers(slots), integers(slots)  # which row of whose this is
         self.seed = integers(slots)
         self.ids = integers(slots, columns)  # prompt and what was written
         self.start = integers(slots)  # length of the prompt
@@ -78,8 +77,9 @@ class Rows:
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy rows from slots source (n,) to slots target (n,), which may overlap."""
         width = int(self.length[source].max())
-        for state in (self.name, self.seed, self.ids, self.start, self.length, self.read, self.verified, self.logits):
-            state[target] = state[source]
+        for state in vars(self).values():
+            if isinstance(state, torch.Tensor):
+                state[target] = state[source]
         self.system1.copy_rows(source, target, width)
         self.system2.copy_rows(source, target, width)
 
@@ -118,28 +118,24 @@ def stream(
     if sampling is not None and seeds is None:
         raise ValueError("sampling wants seeds: a list for each prompt, found None")
     seeds = [[0]] * len(prompts) if seeds is None else seeds
-    firsts = [0, *accumulate(map(len, seeds))]  # the first row of each prompt
-    owner = [index for index, own in enumerate(seeds) for _ in own]
-    slots = min(max([batch_size, *map(len, seeds)]), firsts[-1])
     columns = max(map(len, prompts), default=0) + max_new_tokens
     refuse_sliding_window(system1.config, columns)
+    slots = min(max([batch_size, *map(len, seeds)]), sum(map(len, seeds)))
     rows = Rows(slots, columns, system1.get_output_embeddings().weight.shape[0], system1.device)
     ends = torch.tensor(list(eos), device=system1.device)
-    finished: dict[int, Written] = {}
+    finished: list[dict[int, Written]] = [{} for _ in prompts]
     waiting = 0  # the next prompt to be admitted
     while waiting < len(prompts) or rows.count:
-        admitted = _fitting(seeds, waiting, rows)
-        if admitted > waiting:
-            batch = range(waiting, admitted)
-            admit(system1, guidance, rows, [prompts[i] for i in batch], [seeds[i] for i in batch], firsts[waiting])
-            waiting = admitted
+        batch = range(waiting, _fitting(seeds, waiting, rows))
+        waiting = batch.stop
+        if batch:
+            admit(system1, guidance, rows, prompts, seeds, batch)
         write(rows, next_tokens(rows, guidance, sampling))
-        for name, row in dismiss(rows, ends, max_new_tokens):
-            finished[name] = row
-            index = owner[name]
-            names = range(firsts[index], firsts[index + 1])
-            if all(other in finished for other in names):
-                yield index, [finished.pop(other) for other in names]
+        for prompt, sample, row in dismiss(rows, ends, max_new_tokens):
+            finished[prompt][sample] = row
+            if len(finished[prompt]) == len(seeds[prompt]):
+                yield prompt, [row for _, row in sorted(finished[prompt].items())]
+                finished[prompt].clear()
         if rows.count:
             advance(system1, rows)
 
@@ -161,34 +157,31 @@ def admit(
     rows: Rows,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[Sequence[int]],
-    name: int,
+    batch: range,
 ) -> None:
-    """Both systems read new prompts, each once, into the next free slots; then every row of a prompt gets a copy."""
-    device, first, n = rows.ids.device, rows.count, len(prompts)
-    ids = pad_sequence([torch.tensor(prompt, device=device) for prompt in prompts], batch_first=True)  # (n, Q)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    """Both systems read the prompts of the batch, each once, into free slots; then each row of a prompt gets a copy."""
+    device, first, n = rows.ids.device, rows.count, len(batch)
+    ids = pad_sequence([torch.tensor(prompts[i], device=device) for i in batch], batch_first=True)  # (n, Q)
     place = slice(first, first + n)
     rows.ids[place, : ids.shape[1]] = ids
-    for state in (rows.start, rows.length, rows.read):
-        state[place] = lengths
+    rows.start[place] = rows.length[place] = rows.read[place] = torch.tensor([len(prompts[i]) for i in batch])
     rows.verified[place] = 0
     columns = torch.arange(ids.shape[1], device=device).expand(n, -1)
     # Of the vocabulary-sized logits only the columns in which some prompt ends are made.
-    last, where = torch.unique(lengths - 1, return_inverse=True)
+    last, where = torch.unique(rows.length[place] - 1, return_inverse=True)
     output = read(system1, rows.system1, place, ids, columns, columns, logits_to_keep=last)
     rows.logits[place] = output.logits[torch.arange(n, device=device), where].float()
     if guidance is not None:
         read(guidance.verifier, rows.system2, place, ids, columns, columns)
 
-    copies = torch.tensor([len(own) for own in seeds], device=device)
-    total = int(copies.sum())
-    rows.count = first + total
-    place = slice(first, first + total)
-    source = torch.arange(first, first + n, device=device).repeat_interleave(copies)
-    if total > n:
-        rows.move(source, torch.arange(first, first + total, device=device))
-    rows.name[place] = torch.arange(name, name + total, device=device)
-    rows.seed[place] = torch.tensor([seed for own in seeds for seed in own], device=device)
+    source = [first + offset for offset, i in enumerate(batch) for _ in seeds[i]]
+    rows.count = first + len(source)
+    place = slice(first, rows.count)
+    if len(source) > n:
+        rows.move(torch.tensor(source, device=device), torch.arange(first, rows.count, device=device))
+    rows.prompt[place] = torch.tensor([i for i in batch for _ in seeds[i]])
+    rows.sample[place] = torch.tensor([sample for i in batch for sample in range(len(seeds[i]))])
+    rows.seed[place] = torch.tensor([seed for i in batch for seed in seeds[i]])
 
 
 def next_tokens(rows: Rows, guidance: Guidance | None, sampling: Sampling | None) -> torch.Tensor:
@@ -246,20 +239,19 @@ def write(rows: Rows, tokens: torch.Tensor) -> None:
     rows.length[: rows.count] += 1
 
 
-def dismiss(rows: Rows, ends: torch.Tensor, max_new_tokens: int) -> list[tuple[int, Written]]:
-    """Take out the rows that are done, with their names; the last rows move into their slots."""
+def dismiss(rows: Rows, ends: torch.Tensor, max_new_tokens: int) -> list[tuple[int, int, Written]]:
+    """Take out the rows that are done, each with its prompt and sample; the last rows move into their slots."""
     busy = slice(0, rows.count)
     last = rows.ids[busy].gather(-1, rows.length[busy, None] - 1).squeeze(-1)
     done = torch.isin(last, ends) | (rows.length[busy] - rows.start[busy] >= max_new_tokens)
     gone = done.nonzero().squeeze(-1).tolist()
     if not gone:
         return []
-    leaving = [(int(rows.name[slot]), rows.written(slot)) for slot in gone]
-    kept = rows.count - len(gone)
-    holes = [slot for slot in gone if slot < kept]
-    movers = (~done[kept:]).nonzero().squeeze(-1) + kept
-    rows.count = kept
+    leaving = [(int(rows.prompt[slot]), int(rows.sample[slot]), rows.written(slot)) for slot in gone]
+    rows.count -= len(gone)
+    holes = [slot for slot in gone if slot < rows.count]
     if holes:
+        movers = (~done[rows.count :]).nonzero().squeeze(-1) + rows.count
         rows.move(movers, torch.tensor(holes, device=movers.device))
     return leaving
 

@@ -15,13 +15,15 @@ from transformers.trainer_utils import get_last_checkpoint
 from llm2.batch import verifier_batch
 from llm2.branches import mask_for
 from llm2.chat import resolve_template
-from llm2.config import TrainConfig, write_config
+from llm2.config import TrainConfig, difference, read_values, write_config
 from llm2.errors import UserError
 from llm2.loss import NO_PAIR, pair_accuracy, pairwise_loss
 from llm2.models import is_local, load_system1, load_tokenizer, pick_device
 from llm2.statistics import wilson_interval
 from llm2.triplets import Example, load_examples
 from llm2.verifier import ProcessVerifier, VerifierOutput, refuse_sliding_window
+
+FREE = ("output_dir", "resume", "report_to", "logging_steps")  # may differ between a run and its continuation
 
 
 class VerifierTrainer(Trainer):
@@ -72,18 +74,19 @@ def train(config: TrainConfig) -> dict:
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.model)
     train_set, eval_set, data = load_data(config, tokenizer)
-    arguments = training_arguments(config, len(train_set))
-    main = arguments.process_index == 0
+    main = os.environ.get("RANK", "0") == "0"
+    checkpoint = begin(config, main)
     if main:
         print("\n".join(data), flush=True)
+    # Before the TrainingArguments: under ZeRO-3 these make every model that is loaded later a sharded one.
     system1 = system1_pair_accuracy(config, eval_set, device) if main else math.nan
 
+    arguments = training_arguments(config, len(train_set))
     verifier = ProcessVerifier.from_system1(config.model, dtype=torch.float32, local_files_only=is_local(config.model))
     refuse_sliding_window(verifier.backbone.config, max(len(example.ids) for example in [*train_set, *eval_set]))
     trainer = VerifierTrainer(
         verifier, arguments, train_dataset=train_set, eval_dataset=eval_set, processing_class=tokenizer
     )
-    checkpoint = get_last_checkpoint(config.output_dir) if config.resume and Path(config.output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = {
         **trainer.evaluate(),
@@ -95,9 +98,24 @@ def train(config: TrainConfig) -> dict:
     trainer.save_model(config.output_dir)
     if main:
         tokenizer.save_pretrained(config.output_dir)
-        write_config(config, Path(config.output_dir, "train.yaml"))
         Path(config.output_dir, "training.json").write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
+
+
+def begin(config: TrainConfig, main: bool) -> str | None:
+    """The checkpoint to go on from, if the folder holds one of the same config; the config is written beside it."""
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, earlier = get_last_checkpoint(folder), folder / "train.yaml"
+    if checkpoint is not None and not config.resume:
+        raise UserError(f"{folder} holds checkpoints and resume is false; choose another output_dir, or delete them")
+    if checkpoint is not None and (change := difference(read_values(earlier), config, FREE)):
+        raise UserError(
+            f"{folder} holds checkpoints of another config: {change}; choose another output_dir, or delete them"
+        )
+    if main:
+        write_config(config, earlier)
+    return checkpoint
 
 
 def load_data(

@@ -58,7 +58,6 @@ class ProcessVerifier(PreTrainedModel):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config)
         self.score = nn.Linear(config.backbone_config.get_text_config().hidden_size, 1, bias=False)
-        self._no_split_modules = self.backbone._no_split_modules
         self.post_init()
 
     @classmethod
@@ -70,9 +69,11 @@ class ProcessVerifier(PreTrainedModel):
             options: passed to AutoModel.from_pretrained (dtype, local_files_only, attn_implementation, ...).
         """
         backbone = AutoModel.from_pretrained(model, **options)
-        config = ProcessVerifierConfig(backbone.config, dtype=backbone.dtype)
-        verifier = cls._from_config(config, dtype=backbone.dtype)
+        with torch.device("meta"):  # the frame alone: its weights would only be thrown away
+            verifier = cls(ProcessVerifierConfig(backbone.config, dtype=backbone.dtype))
         verifier.backbone = backbone
+        verifier.score = nn.Linear(verifier.score.in_features, 1, bias=False, dtype=backbone.dtype)
+        nn.init.normal_(verifier.score.weight, std=backbone.config.get_text_config().initializer_range)
         return verifier
 
     def get_input_embeddings(self) -> nn.Module:

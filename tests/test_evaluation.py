@@ -93,7 +93,7 @@ def test_a_killed_run_goes_on_with_the_same_result(config, tmp_path):
 def test_predictions_of_another_config_are_never_mixed_in(config):
     small = replace(config, modes=("plain_greedy",), limit=2)
     evaluate(small)
-    with pytest.raises(UserError, match=r"was made with beta 4.0, and now it is 1.0"):
+    with pytest.raises(UserError, match=r"another config: beta was 4.0 and now is 1.0"):
         evaluate(replace(small, beta=1.0))
     before = Path(config.output_dir, "predictions.jsonl").read_bytes()
     assert before.count(b"\n") == 2, "what was there is left as it was"

@@ -101,5 +101,5 @@ def test_the_result_does_not_depend_on_batch_size_or_a_kill(config, tmp_path, mo
 
 def test_a_journal_of_other_settings_is_refused(config):
     Path(config.output + ".partial").write_text('{"seed": 1}\n')
-    with pytest.raises(UserError, match="begun with other settings"):
+    with pytest.raises(UserError, match="begun with another config: model was None and now is"):
         explore(config)

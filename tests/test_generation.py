@@ -5,9 +5,11 @@ import torch
 from conftest import VOCABULARY, tiny_system1, tiny_verifier
 from reference import decode_one, score
 from scipy.stats import chisquare
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm2.generation import Guidance, Rows, Sampling, admit, decode, stream, verify
 from llm2.model import LLM2
+from llm2.verifier import ProcessVerifier
 
 EOS = [1]
 
@@ -37,10 +39,6 @@ def test_guided_greedy_equals_the_uncached_reference(system1, verifier, count, a
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "gemma", "phi3", "gpt_neox"])
 def test_other_backbones_decode_as_their_reference(family, tmp_path):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from llm2.verifier import ProcessVerifier
-
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     sizes |= {"num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2}
     config = AutoConfig.for_model(
@@ -134,7 +132,7 @@ def test_candidate_scores_equal_each_alone(system1, verifier):
     asking = torch.tensor([1, 2, 4, 5])
     candidates = torch.randint(3, VOCABULARY, (4, 5), generator=torch.Generator().manual_seed(4))
     with torch.inference_mode():
-        admit(system1, Guidance(verifier=verifier), rows, batch, [[0]] * 6, 0)
+        admit(system1, Guidance(verifier=verifier), rows, batch, [[0]] * 6, range(6))
         rows.read[:] = (rows.length - torch.tensor([0, 1, 3, 0, 0, 2])).clamp(min=0)
         scores = verify(verifier, rows, asking, candidates)
     for row, own, found in zip(asking.tolist(), candidates.tolist(), scores, strict=True):

@@ -1,5 +1,6 @@
 """What the README says is there, is there."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -43,3 +44,9 @@ def test_scripts_are_strict_and_parse(script):
     text = script.read_text()
     assert text.startswith("#!/usr/bin/env bash\n# ") and "set -euo pipefail" in text
     subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_the_explained_record_is_in_the_file():
+    block = re.search(r"```json\n(.*?)```", DOCUMENTS[ROOT / "dataset" / "README.md"], re.DOTALL).group(1)
+    with open(ROOT / "dataset" / "testbed.jsonl") as file:
+        assert json.loads(block) in map(json.loads, file)

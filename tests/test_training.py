@@ -1,6 +1,7 @@
 """The trainer: every parameter moves, the loss falls, and batching, accumulation and padding change no gradient."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,6 +112,35 @@ def test_train_learns_and_leaves_a_verifier_that_loads(config):
     assert metrics == json.loads(Path(config.output_dir, "training.json").read_text())
     assert 0 <= metrics["system1_pair_accuracy"] <= 1
     ProcessVerifier.from_pretrained(config.output_dir)
+
+
+def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(config, tmp_path, monkeypatch):
+    whole = train(config)
+
+    class Killed(Exception):
+        pass
+
+    def kill(self, *arguments, **options):
+        raise Killed
+
+    torn = replace(config, output_dir=str(tmp_path / "torn"))
+    monkeypatch.setattr(VerifierTrainer, "_load_best_model", kill)  # after the last checkpoint, before the end
+    with pytest.raises(Killed):
+        train(torn)
+    monkeypatch.undo()
+    newest = max(Path(torn.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    shutil.rmtree(newest)  # go on from the one before
+    again = train(torn)
+    assert again["steps"] == whole["steps"]
+    assert again["eval_mean_margin"] == pytest.approx(whole["eval_mean_margin"], abs=1e-4)
+
+
+def test_checkpoints_of_another_config_are_never_gone_on_from(config):
+    train(config)
+    with pytest.raises(UserError, match="another config: learning_rate was 0.001 and now is 0.002"):
+        train(replace(config, learning_rate=2e-3))
+    with pytest.raises(UserError, match="holds checkpoints and resume is false"):
+        train(replace(config, resume=False))
 
 
 def test_global_batch_must_divide(config):

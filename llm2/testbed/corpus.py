@@ -105,10 +105,8 @@ def _read(step: Step, rng: random.Random, told: list[int]) -> tuple[Step, str]:
 def _work(story: Story, step: Step, values: list[int], rng: random.Random) -> tuple[str, int, str]:
     """The sentence an author writes for the step, the result in it, and "slip" if it is off."""
     left, right = value_of(step.left, values), value_of(step.right, values)
-    if (
-        step.operator == "-" and left < right
-    ):  # after an earlier error: a careless author takes the smaller from the larger
-        left, right = right, left
+    if step.operator == "-" and left < right:
+        left, right = right, left  # after an earlier error: a careless author takes the smaller from the larger
     result, slip = calculate(left, step.operator, right), ""
     if rng.random() < SLIP:
         result, slip = abs(result + rng.choice((-10, -1, 1, 10))), "slip"
