@@ -95,7 +95,8 @@ def run_evaluate(config: EvaluateConfig) -> None:
 
     evaluate(config)
     print(write_report(config.output_dir))
-    print(f"results in {config.output_dir}")
+    chosen = f"alpha {config.alpha}, beta {config.beta}, top_k {config.top_k}, temperature {config.temperature}"
+    print(f"{chosen}\nresults in {config.output_dir}")
 
 
 def run_pretrain(config: PretrainConfig) -> None:

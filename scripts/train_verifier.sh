@@ -10,13 +10,16 @@ set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 
 config=${1:-configs/llama-3.2-1b-instruct/train.yaml}
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+read -r gpus cores < <(python -c 'import os, torch; print(torch.cuda.device_count(), os.cpu_count())')
 case $gpus in
   0) default=cpu processes=1 ;;
   1) default=gpu processes=1 ;;
   *) default=multi_gpu processes=$gpus ;;
 esac
+processes=${NUM_PROCESSES:-$processes}
+threads=$((cores / processes))
 
 python -m llm2 train "$config" "${@:2}" --dry-run  # a mistake is told before processes are started
 accelerate launch --quiet --config_file "${ACCELERATE_CONFIG:-configs/accelerate/$default.yaml}" \
-  --num_processes "${NUM_PROCESSES:-$processes}" -m llm2 train "$config" "${@:2}"
+  --num_processes "$processes" --num_cpu_threads_per_process "$((threads > 0 ? threads : 1))" \
+  -m llm2 train "$config" "${@:2}"
