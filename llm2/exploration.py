@@ -77,14 +77,18 @@ def explore(config: ExploreConfig) -> dict:
 
 
 class Pace:
-    """Tokens a second, beside a progress bar."""
+    """Tokens a second, beside a progress bar; shown once a second, since problems are finished in chunks."""
 
     def __init__(self, bar: tqdm) -> None:
-        self.bar, self.tokens, self.started = bar, 0, time.perf_counter()
+        self.bar, self.tokens = bar, 0
+        self.started = self.shown = time.perf_counter()
 
     def __call__(self, tokens: int) -> None:
         self.tokens += tokens
-        self.bar.set_postfix_str(f"{self.tokens / (time.perf_counter() - self.started):,.0f} tokens/s")
+        now = time.perf_counter()
+        if now - self.shown >= 1:
+            self.shown = now
+            self.bar.set_postfix_str(f"{self.tokens / (now - self.started):,.0f} tokens/s")
 
 
 class Explorer:
