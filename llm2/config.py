@@ -84,7 +84,7 @@ class TrainConfig:
     max_length: Count = 2048  # pairs at or beyond this position are dropped, and counted
     epochs: Positive = 2.0
     learning_rate: Positive = 2e-5
-    lr_scheduler: str = "cosine"  # a name that transformers' TrainingArguments knows
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"] = "cosine"
     warmup: Share = 0.1  # share of the steps
     weight_decay: NonNegative = 0.0
     max_grad_norm: NonNegative = 1.0

@@ -29,8 +29,6 @@ def evaluate(config: EvaluateConfig) -> dict:
     """Fill `config.output_dir` with config.yaml, predictions.jsonl and metrics.json; returns the metrics."""
     check(config)
     problems = load_problems(config.benchmark, config.split, config.limit, config.data_file)
-    folder = Path(config.output_dir)
-    predictions = Predictions(folder, config)
     llm2 = LLM2.from_pretrained(
         config.model,
         config.verifier if any(mode.startswith("guided") for mode in config.modes) else None,
@@ -40,6 +38,8 @@ def evaluate(config: EvaluateConfig) -> dict:
         config.device,
         config.dtype,
     )
+    folder = Path(config.output_dir)
+    predictions = Predictions(folder, config)
     for mode in config.modes:
         run_mode(llm2, config, mode, problems, predictions)
     lines = predictions.of(problems, config.modes)

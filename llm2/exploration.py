@@ -55,10 +55,12 @@ class Gold:
 
 def explore(config: ExploreConfig) -> dict:
     """Write `config.output` (and its .report.json), going on where an interrupted run stopped; returns the report."""
+    output = Path(config.output)
+    if output.exists():
+        raise UserError(f"{output} exists already; choose another output, or delete it to explore anew")
     device = pick_device(config.device)
     tokenizer, model = load_tokenizer(config.model), load_system1(config.model, device, config.dtype)
     problems = load_problems(config.benchmark, config.split, config.limit, config.data_file)
-    output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(output.with_name(output.name + ".partial"), config)
     waiting = [problem for problem in problems if problem.id not in journal.done]

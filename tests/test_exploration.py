@@ -87,16 +87,26 @@ def test_the_result_does_not_depend_on_batch_size_or_a_kill(config, tmp_path, mo
 
     monkeypatch.setattr("llm2.exploration.CHUNK", 2)
     again = replace(config, output=str(tmp_path / "again.jsonl"), batch_size=24)
-    explore(replace(again, limit=2))  # finishes two problems; their journal is remade below, torn as a kill would
-    monkeypatch.setattr("llm2.exploration.Journal.publish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    def kill(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llm2.exploration.Journal.publish", kill)
     with pytest.raises(KeyboardInterrupt):
-        explore(again)
+        explore(replace(again, limit=4))
     monkeypatch.undo()
     journal = Path(again.output + ".partial")
-    journal.write_bytes(journal.read_bytes()[:-40])
+    journal.write_bytes(journal.read_bytes()[:-40])  # the last line is torn, as a kill may leave it
     explore(again)
     assert Path(again.output).read_text() == whole
     assert not journal.exists()
+
+
+def test_what_was_explored_is_never_written_over(config):
+    Path(config.output).write_text("precious")
+    with pytest.raises(UserError, match="exists already"):
+        explore(config)
+    assert Path(config.output).read_text() == "precious"
 
 
 def test_a_journal_of_other_settings_is_refused(config):
