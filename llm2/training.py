@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Subset, random_split
 from tqdm import tqdm
-from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from llm2.batch import verifier_batch
@@ -82,6 +82,7 @@ def train(config: TrainConfig) -> dict:
     system1 = system1_pair_accuracy(config, eval_set, device) if main else math.nan
 
     arguments = training_arguments(config, len(train_set))
+    set_seed(config.seed)  # the head is drawn before the Trainer sets the seed itself
     verifier = ProcessVerifier.from_system1(config.model, dtype=torch.float32, local_files_only=is_local(config.model))
     refuse_sliding_window(verifier.backbone.config, max(len(example.ids) for example in [*train_set, *eval_set]))
     trainer = VerifierTrainer(

@@ -143,6 +143,12 @@ def test_checkpoints_of_another_config_are_never_gone_on_from(config):
         train(replace(config, resume=False))
 
 
+def test_the_same_seed_trains_the_same_verifier(config, tmp_path):
+    once = train(config)
+    torch.rand(3)  # whatever was drawn before does not matter
+    assert train(replace(config, output_dir=str(tmp_path / "again")))["eval_mean_margin"] == once["eval_mean_margin"]
+
+
 def test_global_batch_must_divide(config):
     with pytest.raises(UserError, match="global_batch_size 8: expected a multiple of per_device_batch_size 3 x 1"):
         training_arguments(replace(config, per_device_batch_size=3), 40)
