@@ -5,14 +5,24 @@ Exit status: 0 done, 2 a user's mistake (one sentence, no traceback), 130 interr
 
 import argparse
 import sys
+from importlib import import_module
 
-from llm2.config import EvaluateConfig, ExploreConfig, PretrainConfig, TrainConfig, load_config
+from llm2.config import (
+    EvaluateConfig,
+    ExploreConfig,
+    PretrainConfig,
+    SweepConfig,
+    TrainConfig,
+    benchmark_class,
+    load_config,
+)
 from llm2.errors import UserError
 
 CONFIGS = {
     "explore": (ExploreConfig, "token quality exploration: gold solutions in, triplets out"),
     "train": (TrainConfig, "train the verifier on triplets"),
     "evaluate": (EvaluateConfig, "decode a benchmark with and without System 2 and compare"),
+    "sweep": (SweepConfig, "choose alpha, beta, top_k, temperature on a validation split, then evaluate them"),
     "pretrain": (PretrainConfig, "train the testbed's System 1 from scratch"),
 }
 
@@ -40,6 +50,10 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="key=value", help="replace a field of the file")
         command.add_argument("--dry-run", action="store_true", help="only see whether everything needed is there")
         command.set_defaults(run=run_command)
+    command = commands.add_parser("benchmark", help="measure speed and memory on this machine")
+    command.add_argument("config", help="YAML file; its key `benchmark` says what is measured")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="replace a field of the file")
+    command.set_defaults(run=run_benchmark)
     command = commands.add_parser("check", help="hold a triplets file against a tokenizer and a chat template")
     command.add_argument("triplets", help="JSON lines of messages and samples")
     command.add_argument("--tokenizer", required=True, help="local folder or hub id")
@@ -62,25 +76,46 @@ def run_command(options: argparse.Namespace) -> None:
         pick_device(config.device)
         require_model(config.model)
     if options.dry_run:
+        if options.command == "explore":
+            plan_explore(config)
         return
-    {"explore": run_explore, "train": run_train, "evaluate": run_evaluate, "pretrain": run_pretrain}[options.command](
-        config
-    )
+    run = {
+        "explore": run_explore,
+        "train": run_train,
+        "evaluate": run_evaluate,
+        "sweep": run_sweep,
+        "pretrain": run_pretrain,
+    }
+    run[options.command](config)
+
+
+def plan_explore(config: ExploreConfig) -> None:
+    """Tell mistakes before processes are started, and print how many to start and the threads of each."""
+    from llm2.exploration import prepare
+    from llm2.processes import plan
+
+    prepare(config)
+    print(*plan(config))
 
 
 def run_explore(config: ExploreConfig) -> None:
     from llm2.exploration import explore
+    from llm2.exploration_report import render
 
     report = explore(config)
-    for key, value in report.items():
-        print(f"{key:>18}  {value:,.0f}")
-    print(f"triplets in {config.output}")
+    if report is not None:  # one process speaks for all
+        print(render(report))
+        print(f"triplets in {config.output}")
 
 
 def run_train(config: TrainConfig) -> None:
-    from llm2.training import train
+    from llm2.pairs import table
+    from llm2.training import is_main, train
 
     metrics = train(config)
+    if not is_main():
+        return
+    print(table(metrics))
     print(
         f"held-out pairs: verifier prefers gold in {metrics['eval_pair_accuracy']:.1%} "
         f"[{metrics['eval_pair_accuracy_low']:.1%}, {metrics['eval_pair_accuracy_high']:.1%}], "
@@ -93,10 +128,18 @@ def run_evaluate(config: EvaluateConfig) -> None:
     from llm2.evaluation import evaluate
     from llm2.report import write_report
 
-    evaluate(config)
-    print(write_report(config.output_dir))
-    chosen = f"alpha {config.alpha}, beta {config.beta}, top_k {config.top_k}, temperature {config.temperature}"
-    print(f"{chosen}\nresults in {config.output_dir}")
+    if evaluate(config) is not None:  # None in all processes but the main one
+        print(write_report(config.output_dir))
+        print(f"results in {config.output_dir}: open report.html")
+
+
+def run_sweep(config: SweepConfig) -> None:
+    from llm2.report import write_report
+    from llm2.sweep import sweep
+
+    if sweep(config) is not None:
+        print(write_report(config.output_dir))
+        print(f"results in {config.output_dir}: open report.html")
 
 
 def run_pretrain(config: PretrainConfig) -> None:
@@ -106,6 +149,14 @@ def run_pretrain(config: PretrainConfig) -> None:
     print(f"System 1 in {config.output_dir}")
 
 
+def run_benchmark(options: argparse.Namespace) -> None:
+    cls = benchmark_class(options.config)
+    config = load_config(cls, options.config, options.overrides)
+    measure = import_module(f"llm2.speed.{config.benchmark}").measure
+    print(measure(config))
+    print(f"written to {config.output}")
+
+
 def run_check(options: argparse.Namespace) -> None:
     from llm2.chat import resolve_template
     from llm2.models import load_tokenizer
@@ -113,7 +164,7 @@ def run_check(options: argparse.Namespace) -> None:
 
     tokenizer = load_tokenizer(options.tokenizer)
     _, summary = load_examples(options.triplets, tokenizer, resolve_template(options.chat_template))
-    print(f"{options.triplets}: {summary}; every position fits")
+    print(f"{options.triplets}: {summary}; every position fits\n{summary.table()}")
 
 
 def run_report(options: argparse.Namespace) -> None:

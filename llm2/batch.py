@@ -1,56 +1,110 @@
-"""Examples -> the padded batch of one verifier forward: negatives ride as branches behind their gold solution.
+"""Examples -> the batch of one verifier forward: solutions packed in rows, their negatives as branches behind them.
 
-Letters: B solutions, T tokens of the longest, P distinct branches of the busiest, M pairs of the busiest.
+Letters: R rows, S columns, M pairs of the batch.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from llm2.branches import sees
-from llm2.loss import NO_PAIR
+from llm2.loss import NO_TOKEN
+from llm2.packing import fill_rows
 from llm2.triplets import Example
 
 
 class VerifierBatch(NamedTuple):
-    """T trunk columns, then P branches."""
+    """What ProcessVerifier.forward takes, and what the loss and the metrics want to know besides."""
 
-    input_ids: torch.Tensor  # (B, T + P)
-    position_ids: torch.Tensor  # (B, T + P)
-    attention_mask: torch.Tensor  # (B, 1, T + P, T + P) booleans
-    pairs: torch.Tensor  # (B, M, 2) the columns of gold and negative
-    labels: torch.Tensor  # (B, M) 1 for a pair, NO_PAIR for what only fills the rectangle
+    input_ids: torch.Tensor  # (R, S)
+    start: torch.Tensor  # (R, S) first column of the token's solution
+    bound: torch.Tensor  # (R, S) the token sees start <= column < bound, and itself
+    pairs: torch.Tensor  # (1, M, 2) of gold and negative, the places in the R * S columns of the batch
+    labels: torch.Tensor  # (1, M) float32: the weight of each pair in the loss
+    numbers: torch.Tensor  # (1, M) by which the metrics know each pair
+    targets: torch.Tensor | None  # (R, S) the token that follows in the solution, or NO_TOKEN; for the LM loss
 
 
-def verifier_batch(examples: Sequence[Example]) -> VerifierBatch:
-    """Lay out B solutions and all their pairs.
+def verifier_batch(
+    examples: Sequence[Example],
+    *,
+    capacity: int | None = None,
+    multiple: int = 1,
+    quality_weight: bool = False,
+    language: bool = False,
+) -> VerifierBatch:
+    """Lay out solutions and all their pairs.
 
     Two triplets with the same position and negative share a branch and stay two pairs. Example:
 
-        one solution of ids [5, 6, 7] with the triplets [1, 6, 9], [1, 6, 9], [2, 7, 8] gives
-        input_ids [5, 6, 7, 9, 8], position_ids [0, 1, 2, 1, 2] and pairs [1, 3], [1, 3], [2, 4].
+        solutions of ids [5, 6, 7, 4] and [3, 2] with the triplets [1, 6, 9], [1, 6, 9], [2, 7, 8] and [1, 2, 1] give
+        input_ids [[5, 6, 7, 9, 8], [3, 2, 1, 0, 0]] and pairs [1, 3], [1, 3], [2, 4], [6, 7]; what stands behind the
+        last pair's position, here 4, no pair can see, and it is left out.
+
+    Args:
+        capacity: columns of a row, unless one solution needs more; those of the longest solution when None.
+        multiple: a row's columns are a multiple of this.
+        quality_weight: weight a pair by how much better gold's continuations end than the negative's; 1 otherwise.
+        language: keep the whole solution and give `targets`.
     """
-    branches = [sorted({(t.position, t.negative) for t in example.triplets}) for example in examples]
-    trunk = _pad([example.ids for example in examples])  # (B, T)
-    negatives = _pad([[negative for _, negative in own] for own in branches])  # (B, P)
-    slots = _pad([[position for position, _ in own] for own in branches])  # (B, P)
-    (B, T), P = trunk.shape, negatives.shape[1]
-    pairs = []
-    for example, own in zip(examples, branches, strict=True):
-        column = {branch: T + index for index, branch in enumerate(own)}
-        pairs.append(torch.tensor([[t.position, column[t.position, t.negative]] for t in example.triplets]).view(-1, 2))
-    own = torch.arange(T + P).expand(B, -1)
-    bound = torch.cat([own[:, :T], slots], dim=-1)
+    solutions = [_lay_out(example, language) for example in examples]
+    widths = [len(solution.ids) for solution in solutions]
+    rows = fill_rows(widths, max(capacity or 0, *widths, 1))
+    R, S = len(rows), -(-max(sum(widths[i] for i in row) for row in rows) // multiple) * multiple
+
+    input_ids = torch.zeros(R, S, dtype=torch.long)
+    start = torch.arange(S).repeat(R, 1)  # what fills a row up sees itself alone
+    bound = start.clone()
+    targets = torch.full((R, S), NO_TOKEN)
+    pairs = [torch.empty(0)] * len(examples)
+    for row, members in enumerate(rows):
+        column = 0
+        for index in members:
+            solution, span = solutions[index], slice(column, column + widths[index])
+            input_ids[row, span], targets[row, span] = solution.ids, solution.targets
+            start[row, span], bound[row, span] = column, solution.bound + column
+            pairs[index] = solution.pairs + row * S + column
+            column = span.stop
     return VerifierBatch(
-        input_ids=torch.cat([trunk, negatives], dim=-1),
-        position_ids=bound,
-        attention_mask=sees(own, bound, T + P),
-        pairs=pad_sequence(pairs, batch_first=True),
-        labels=pad_sequence([torch.ones(len(p), dtype=torch.long) for p in pairs], True, NO_PAIR),
+        input_ids=input_ids,
+        start=start,
+        bound=bound,
+        pairs=torch.cat(pairs)[None],
+        labels=torch.cat([_weights(example, quality_weight) for example in examples])[None],
+        numbers=torch.cat([torch.arange(len(e.triplets)) + e.number for e in examples])[None],
+        targets=targets if language else None,
     )
 
 
-def _pad(rows: list[list[int]]) -> torch.Tensor:
-    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
+class _Solution(NamedTuple):
+    """One example alone in a row, from column 0 on."""
+
+    ids: torch.Tensor  # (S,) trunk, then branches
+    bound: torch.Tensor  # (S,)
+    targets: torch.Tensor  # (S,)
+    pairs: torch.Tensor  # (M, 2)
+
+
+def _lay_out(example: Example, language: bool) -> _Solution:
+    end = len(example.ids) if language else max((t.position for t in example.triplets), default=0) + 1
+    trunk = torch.tensor(example.ids[:end])
+    branches = sorted({(t.position, t.negative) for t in example.triplets})
+    column = {branch: end + offset for offset, branch in enumerate(branches)}
+    positions, negatives = torch.tensor(branches, dtype=torch.long).view(-1, 2).unbind(-1)
+    pairs = [(t.position, column[t.position, t.negative]) for t in example.triplets]
+    targets = torch.full((end + len(branches),), NO_TOKEN)
+    first = max(example.start, 1)  # the solution's first token; nothing foretells token 0
+    if language:
+        targets[first - 1 : end - 1] = trunk[first:]
+    return _Solution(
+        ids=torch.cat([trunk, negatives]),
+        bound=torch.cat([torch.arange(end), positions]),
+        targets=targets,
+        pairs=torch.tensor(pairs, dtype=torch.long).view(-1, 2),
+    )
+
+
+def _weights(example: Example, quality: bool) -> torch.Tensor:
+    """(M,) float32."""
+    gaps = torch.tensor(example.gaps) if quality else torch.ones(len(example.triplets))
+    return gaps.float().clamp(min=0)

@@ -51,20 +51,40 @@ class ExploreConfig:
     """Token quality exploration: gold solutions in, triplets out: `python -m llm2 explore`."""
 
     model: str  # System 1: a local folder or a hub id
-    output: str  # the triplets, JSON lines; a side file OUTPUT.report.json holds the counts
-    benchmark: Literal["testbed", "gsm8k"]
-    data_file: str | None = None  # local JSON lines with `question` and `answer` in place of the benchmark's own source
+    output: str  # the triplets, JSON lines; OUTPUT.pairs.jsonl holds every verdict, OUTPUT.report.json the counts
+    benchmark: Literal["testbed", "gsm8k", "chats"]  # chats: any JSON lines of `messages`, from data_file
+    data_file: str | None = (
+        None  # local JSON lines in place of the benchmark's own source: `question` and `answer`, ...
+    )
+    # ... or, with benchmark chats, `messages` that end in the gold solution, and `answer` where the checker wants one
+    checker: str = "number"  # is an answer right? number (llm2/grading.py), or MODULE:FUNCTION of (text, gold) -> bool
     split: str = "train"
     limit: Count | None = None  # the first so many problems; all when null
     chat_template: str | None = None  # name or file (llm2/chat.py); the tokenizer's own when null
     alpha: Share = 0.1  # a token is plausible from alpha times the top probability
     top_k: Count | None = None  # at most so many plausible tokens a position
-    rollouts: Count = 8  # sampled continuations a candidate, gold included
-    temperature: Positive = 1.0
+    margin: Share = 0.35  # a negative's quality is below gold's by more than this ...
+    confidence: Share = 0.85  # ... with at least this posterior probability (the test: llm2/quality.py)
+    futility: Share = 0.03  # a token is as good as gold once that probability is at most this
+    rollouts_gold: Count = 10  # rollouts of the gold token of a fork, those counted that pass through it
+    rollouts_first: Count = 2  # rollouts of another token before it can be a negative
+    rollouts_step: Count = 1  # rollouts added where still undecided
+    rollouts_cap: Count = 8  # rollouts at which an undecided token is given up
+    max_triplets: Count | None = None  # a solution keeps at most so many, the most informative ones; all when null
+    temperature: NonNegative = 1.0  # of the rollouts; 0 is greedy
     top_p: Share = 1.0
     max_new_tokens: Count = 512  # per rollout
-    margin: Share = 0.1  # a negative's quality is below gold's by more than this ...
-    confidence: Share = 0.95  # ... with at least this posterior probability
+    stop_pattern: str | None = (
+        None  # a regular expression that ends a rollout whose answer is decided; engine llm2 only
+    )
+    engine: Literal["llm2", "vllm"] = "llm2"  # what writes the rollouts; vllm is an extra that is installed separately
+    tensor_parallel: Count = 1  # GPUs of one vLLM engine
+    data_parallel: Count | None = (
+        None  # processes that scripts/explore_tokens.sh starts, each with an engine and its ...
+    )
+    # ... share of the problems; when null one for every tensor_parallel GPUs, and one on a CPU
+    server: str | None = None  # with engine vllm: a vLLM server's URL (http://HOST:8000/v1) in place of one in process
+    server_requests: Count = 64  # requests in flight at that server
     batch_size: Count = 64  # rollouts in flight
     seed: int = 0
     device: Device = "auto"
@@ -82,6 +102,13 @@ class TrainConfig:
     eval_share: Share = 0.05  # share of the solutions held out when there is no eval_file
     chat_template: str | None = None  # name or file (llm2/chat.py); the tokenizer's own when null
     max_length: Count = 2048  # pairs at or beyond this position are dropped, and counted
+    lora_rank: Count | None = None  # train adapters of this rank on System 1's frozen weights; all weights when null
+    lora_alpha: Positive = 32.0  # the adapters' sum is scaled by lora_alpha / lora_rank
+    lora_dropout: Share = 0.0
+    lora_targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # names of the adapted layers
+    quality_weight: bool = False  # weight a pair by gold's quality less the negative's (key `quality` of the file)
+    margin: NonNegative = 0.0  # by how much gold's score is to exceed the negative's before a pair counts as even
+    language_weight: NonNegative = 0.0  # of an auxiliary loss: mean -log p of the solutions' tokens
     epochs: Positive = 2.0
     learning_rate: Positive = 2e-5
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"] = "cosine"
@@ -92,7 +119,9 @@ class TrainConfig:
     per_device_batch_size: Count = 4  # solutions a forward
     gradient_checkpointing: bool = False
     bf16: bool = False  # train in bfloat16 mixed precision
+    attention: Literal["auto", "sdpa", "flex_attention", "eager"] = "auto"  # auto: flex_attention on a GPU, else sdpa
     evaluations: Count = 4  # held-out evaluations (and checkpoints) over the run; the best one is kept
+    patience: Count | None = None  # stop after so many evaluations without a better pair accuracy; never when null
     logging_steps: Count = 10
     report_to: str = "none"  # none, tensorboard, wandb, ...
     resume: bool = True  # go on from the last checkpoint in output_dir, if there is one
@@ -106,26 +135,174 @@ class EvaluateConfig:
 
     model: str  # System 1: a local folder or a hub id
     output_dir: str  # the results folder
-    benchmark: Literal["testbed", "gsm8k"]
+    benchmark: Literal["testbed", "gsm8k", "math500"]
     verifier: str | None = None  # folder or hub id of a trained verifier; needed by the guided modes
     modes: tuple[Mode, ...] = ("plain_greedy", "guided_greedy")
     data_file: str | None = None  # local JSON lines with `question` and `answer` in place of the benchmark's own source
     split: str = "test"
     limit: Count | None = None  # the first so many problems; all when null
     chat_template: str | None = None  # name or file (llm2/chat.py); the tokenizer's own when null
+    few_shot: str | None = None  # worked examples before each problem: gsm8k-cot (the 8 published ones) or a JSONL file
+    shots: Count | None = None  # the first so many of them; all when null
     alpha: Share = 0.1  # a token is plausible from alpha times the top probability
     beta: NonNegative = 0.25  # weight of the verifier's score
     top_k: Count | None = None  # at most so many candidates a step
     samples: Count = 20  # samples a problem in the sampling modes
-    majority_at: tuple[Count, ...] = (1, 5, 10, 20)  # the k of majority@k and pass@k, each at most `samples`
+    majority_at: tuple[Count, ...] = (1, 5, 10, 20)  # the k in tables and paired tests, each at most `samples`
     temperature: Positive = 1.0
     top_p: Share = 1.0
     max_new_tokens: Count = 512
     batch_size: Count = 16  # sequences in flight
-    resume: bool = True  # keep what predictions.jsonl already holds
+    score_samples: bool = True  # the verifier reads every sample: best of k, weighted votes, the report's colours
+    solution_score: Literal["mean", "min", "last"] = (
+        "mean"  # what ranks a sample: its tokens' mean, worst or last score
+    )
+    traced_samples: Annotated[int, Field(ge=0)] = 4  # samples a problem and mode that the report shows token by token
+    take_over: tuple[str, ...] = ()  # results folders whose predictions count, where they were made with equal settings
+    resume: bool = True  # keep what the results folder already holds
     seed: int = 0
     device: Device = "auto"
     dtype: Dtype = "auto"
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class SweepConfig(EvaluateConfig):
+    """Choose settings on a validation split, report them on the test split: `python -m llm2 sweep`.
+
+    An evaluation, with the settings to be tried beside it: all combinations of the lists that are given.
+    """
+
+    alphas: tuple[Share, ...] = ()  # alpha alone when empty; likewise the others
+    betas: tuple[NonNegative, ...] = ()
+    top_ks: tuple[Count | None, ...] = ()
+    temperatures: tuple[Positive, ...] = ()
+    validation_split: str = "validation"
+    validation_file: str | None = None  # local JSON lines in place of the benchmark's own validation split
+    validation_limit: Count | None = None
+    choose_by: Mode = "guided_greedy"  # the mode whose accuracy decides; in a sampling mode majority@k of the largest k
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class DecodeBenchmark:
+    """Guided decoding against transformers' `generate`: `python -m llm2 benchmark`."""
+
+    benchmark: Literal["decode"]
+    output: str = "results/benchmark/decode.json"
+    hidden_size: Count = 256  # of a Llama with random weights, the shape of both systems
+    intermediate_size: Count = 688
+    layers: Count = 6
+    heads: Count = 8
+    key_value_heads: Count = 4
+    vocab_size: Count = 8_192
+    batch_sizes: tuple[Count, ...] = (1, 32)  # sequences of a call
+    prompt_tokens: Count = 64
+    new_tokens: Count = 128
+    alpha: Share = 0.1
+    beta: NonNegative = 0.25
+    choice_share: Share = 0.2  # System 1's logits are scaled until this share of the steps has more than one candidate
+    lora_rank: Count = 8
+    rounds: Count = 5  # alternating runs of each row
+    seed: int = 0
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class ProblemsBenchmark:
+    """Problems a second with trained systems, against `generate` at several batch sizes: `python -m llm2 benchmark`."""
+
+    benchmark: Literal["problems"]
+    verifier: str  # folder of a trained verifier
+    output: str = "results/benchmark/problems.json"
+    model: str = "llm2/testbed/system1"
+    chat_template: str | None = None  # name or file (llm2/chat.py); the tokenizer's own when null
+    problems: Count = 512  # of the testbed's test split
+    problems_one_by_one: Count = 64  # of these, for `generate` at batch size 1
+    generate_batch_sizes: tuple[Count, ...] = (1, 16, 64, 128, 256)  # 1 among them
+    batch_size: Count = 256  # rows in flight of ours
+    alpha: Share = 0.1
+    beta: NonNegative = 0.5
+    max_new_tokens: Count = 200
+    rounds: Count = 5  # alternating runs of each row
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class TrainBenchmark:
+    """A training step against the plain way and the bare backbone; reading data: `python -m llm2 benchmark`."""
+
+    benchmark: Literal["train"]
+    output: str = "results/benchmark/train.json"
+    hidden_size: Count = 256  # of a Llama with random weights
+    intermediate_size: Count = 688
+    layers: Count = 6
+    heads: Count = 8
+    key_value_heads: Count = 4
+    vocab_size: Count = 8_192
+    solutions: tuple[Count, ...] = (1, 8)  # of a step; the plain way runs at the first of these alone
+    tokens: Count = 200  # a solution
+    pairs: Count = 20  # a solution, evenly spread over its tokens
+    lines: Count = 10_000  # of the file that is checked and tokenized
+    rounds: Count = 5  # alternating runs of each row
+    seed: int = 0
+    device: Device = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class RolloutBenchmark:
+    """Exploration's rollouts against transformers' `generate`: `python -m llm2 benchmark`."""
+
+    benchmark: Literal["rollouts"]
+    output: str = "results/benchmark/rollouts.json"
+    model: str = "llm2/testbed/system1"  # System 1: a local folder or a hub id
+    data: Literal["testbed", "gsm8k"] = "testbed"
+    split: str = "train"
+    problems: Count = 8  # whose forks' tokens are the prefixes
+    chat_template: str | None = None  # name or file (llm2/chat.py); the tokenizer's own when null
+    top_k: Count | None = None  # at most so many plausible tokens a position
+    rollouts: Count = 8  # continuations of each prefix
+    vllm: bool = False  # measure vLLM too, where it is installed; wants top_k
+    max_new_tokens: Count = 200
+    batch_size: Count = 64  # rows in flight, of both
+    rounds: Count = 5  # alternating runs of each row
+    seed: int = 0
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class LabelsBenchmark:
+    """The sequential test's labels against an exhaustive reference: `python -m llm2 benchmark`."""
+
+    benchmark: Literal["labels"]
+    output: str = "results/benchmark/labels.json"
+    explore: str = "configs/testbed/explore.yaml"  # what is held against the reference
+    problems: Count = 200  # the first so many
+    reference_rollouts: Count = 64  # of every plausible token
+    reference_seed: int = 1
+    fixed_rollouts: Count = 16  # a token, of the exploration whose cost is compared with
+
+
+BENCHMARKS = {
+    "decode": DecodeBenchmark,
+    "problems": ProblemsBenchmark,
+    "train": TrainBenchmark,
+    "rollouts": RolloutBenchmark,
+    "labels": LabelsBenchmark,
+}
+
+
+def benchmark_class(path: str | Path) -> type:
+    """Which benchmark a file is for, by its key `benchmark`."""
+    values, origin = _read(path)
+    found = values.get("benchmark")
+    if found not in BENCHMARKS:
+        raise UserError(
+            f"{origin.get('benchmark', path)}: key 'benchmark': found {found!r}, "
+            f"expected: one of {', '.join(BENCHMARKS)}"
+        )
+    return BENCHMARKS[found]
 
 
 class _Loader(yaml.SafeLoader):

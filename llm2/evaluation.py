@@ -1,57 +1,64 @@
 """Decode a benchmark in several modes on the same problems, grade, compare, write a results folder.
 
-Knows how predictions are made, kept and summed up. Answers are graded by `grading`, figures made by `statistics`, and
-what a person looks at by `report`.
+Knows how predictions are made, by one process or several, and what a results folder holds. Where they are kept is
+`predictions`' business; answers are graded by the benchmark's grader, figures made by `metrics`, and what a person
+looks at by `report`.
 """
 
 import json
 import platform
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
+from accelerate import PartialState
 from tqdm import tqdm
 
-from llm2.benchmarks import Problem, load_problems
-from llm2.chat import encode_chats, resolve_template
-from llm2.config import EvaluateConfig, difference, read_values, write_config
+from llm2.benchmarks import Grader, Problem, grader_of, load_problems
+from llm2.benchmarks.few_shot import load_examples
+from llm2.chat import Message, encode_chats, resolve_template
+from llm2.config import EvaluateConfig
 from llm2.errors import UserError
 from llm2.generation import Sampling, Written, stream
-from llm2.grading import extract_answer, is_correct
 from llm2.metrics import summarise
 from llm2.model import LLM2
+from llm2.predictions import Predictions
+from llm2.scoring import score_tokens, solution_score
 from llm2.seeds import row_seed
+from llm2.tracing import Pieces, trace_of
 
-FREE = ("output_dir", "modes", "limit", "majority_at", "batch_size", "resume", "device")  # may differ between parts
+PATIENCE = timedelta(days=7)  # how long a process that is done waits for the others
+SCORED_TOGETHER = 16  # finished rows that wait for one forward of the verifier, and are then written
+SETTINGS = ("model", "verifier", "alpha", "beta", "top_k", "temperature", "top_p", "samples", "few_shot", "shots")
 
 
-def evaluate(config: EvaluateConfig) -> dict:
-    """Fill `config.output_dir` with config.yaml, predictions.jsonl and metrics.json; returns the metrics."""
+def evaluate(config: EvaluateConfig) -> dict | None:
+    """Fill `config.output_dir` with config.yaml, predictions, traces and metrics.json.
+
+    Returns the metrics; None in the processes of `accelerate launch` other than the main one.
+    """
     check(config)
+    processes = PartialState(cpu=config.device == "cpu", timeout=PATIENCE)
     problems = load_problems(config.benchmark, config.split, config.limit, config.data_file)
-    llm2 = LLM2.from_pretrained(
-        config.model,
-        config.verifier if any(mode.startswith("guided") for mode in config.modes) else None,
-        config.alpha,
-        config.beta,
-        config.top_k,
-        config.device,
-        config.dtype,
-    )
-    folder = Path(config.output_dir)
-    predictions = Predictions(folder, config)
-    for mode in config.modes:
-        run_mode(llm2, config, mode, problems, predictions)
-    lines = predictions.of(problems, config.modes)
-    metrics = {
-        "benchmark": config.benchmark,
-        "split": config.split,
-        "n": len(problems),
-        "seed": config.seed,
-        "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
-        **summarise(lines, config.majority_at, config.seed),
-    }
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    examples = load_examples(config.few_shot, config.shots)
+    predictions = Predictions(config, processes)
+    if any(predictions.missing(problems, mode) for mode in config.modes):
+        llm2 = LLM2.from_pretrained(
+            config.model, config.verifier, config.alpha, config.beta, config.top_k, config.device, config.dtype
+        )
+        evaluation = Evaluation(config, llm2, examples, grader_of(config.benchmark))
+        for mode in config.modes:
+            evaluation.run(mode, problems, predictions, processes)
+    processes.wait_for_everyone()
+    metrics = None
+    if processes.is_main_process:
+        lines = predictions.publish(problems, config.modes)
+        metrics = describe(config, len(problems)) | summarise(lines, config.majority_at, config.seed)
+        Path(config.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    processes.wait_for_everyone()
     return metrics
 
 
@@ -63,87 +70,124 @@ def check(config: EvaluateConfig) -> None:
         raise UserError(f"majority_at: found {max(config.majority_at)}, expected at most samples={config.samples}")
 
 
-def run_mode(
-    llm2: LLM2, config: EvaluateConfig, mode: str, problems: Sequence[Problem], predictions: "Predictions"
-) -> None:
-    """Decode and grade what is missing of one mode; each problem is written as soon as it is done."""
-    waiting = [problem for problem in problems if (problem.id, mode) not in predictions.lines]
-    sampled = mode.endswith("sampling")
-    samples = config.samples if sampled else 1
-    decoded = stream(
-        llm2.system1,
-        _encode_prompts(llm2, config, waiting),
-        max_new_tokens=config.max_new_tokens,
-        eos=llm2.eos,
-        guidance=llm2.guidance if mode.startswith("guided") else None,
-        sampling=Sampling(temperature=config.temperature, top_p=config.top_p) if sampled else None,
-        seeds=[[row_seed(config.seed, problem.id, i) for i in range(samples)] for problem in waiting],
-        batch_size=config.batch_size,
-    )
-    done = [line for (_, other), line in predictions.lines.items() if other == mode]
-    right = [sample["correct"] for line in done for sample in line["samples"]]
-    with tqdm(total=len(problems), initial=len(problems) - len(waiting), desc=mode, unit="problem") as bar:
-        for index, rows in decoded:
-            line = prediction(llm2, mode, waiting[index], rows)
-            predictions.add(line)
-            right += [sample["correct"] for sample in line["samples"]]
-            bar.set_postfix_str(f"accuracy {sum(right) / len(right):.1%}", refresh=False)
-            bar.update()
+def describe(config: EvaluateConfig, n: int) -> dict:
+    """The head of metrics.json: what was measured, with what."""
+    return {
+        "benchmark": config.benchmark,
+        "split": config.split,
+        "n": n,
+        "seed": config.seed,
+        "settings": {key: getattr(config, key) for key in SETTINGS},
+        "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
+        "git_commit": git_commit(),
+    }
 
 
-def prediction(llm2: LLM2, mode: str, problem: Problem, rows: Sequence[Written]) -> dict:
-    """A line of predictions.jsonl."""
-    texts = llm2.tokenizer.batch_decode([row.tokens for row in rows], skip_special_tokens=True)
-    samples = [
-        {
-            "text": text,
-            "answer": extract_answer(text),
-            "correct": is_correct(text, problem.gold),
-            "correct_strict": is_correct(text, problem.gold, "strict"),
-            "tokens": len(row.tokens),
-            "verifier_forwards": row.verified,
-        }
-        for text, row in zip(texts, rows, strict=True)
-    ]
-    return {"id": problem.id, "question": problem.question, "gold": problem.gold, "mode": mode, "samples": samples}
+def git_commit() -> str | None:
+    """The commit that the code stands at, with `-dirty` where it was changed since; None outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--match="]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
-def _encode_prompts(llm2: LLM2, config: EvaluateConfig, problems: Sequence[Problem]) -> list[list[int]]:
-    template = resolve_template(config.chat_template)
-    return encode_chats(llm2.tokenizer, [problem.prompt for problem in problems], template, generation_prompt=True)
+class Decoded(NamedTuple):
+    """A problem with its prompt's token ids and what became of its rows."""
+
+    problem: Problem
+    prompt: list[int]
+    rows: list[Written]
 
 
-class Predictions:
-    """predictions.jsonl: written as it goes, read again after a kill; one line a problem and mode."""
+class Evaluation:
+    """Both systems with all it takes to predict and grade."""
 
-    def __init__(self, folder: Path, config: EvaluateConfig) -> None:
-        self.path, self.lines = folder / "predictions.jsonl", {}
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            if config.resume:
-                self._recover(folder / "config.yaml", config)
-            else:
-                self.path.unlink()
-        write_config(config, folder / "config.yaml")
-        self.file = self.path.open("a", encoding="utf-8")
+    def __init__(self, config: EvaluateConfig, llm2: LLM2, examples: Sequence[Message], grader: Grader) -> None:
+        self.config, self.llm2, self.examples, self.grader = config, llm2, list(examples), grader
+        self.pieces = Pieces(llm2.tokenizer)
 
-    def _recover(self, earlier: Path, config: EvaluateConfig) -> None:
-        if change := difference(read_values(earlier), config, FREE):
-            raise UserError(
-                f"{self.path} was made with another config: {change}; "
-                "choose another output_dir, or pass resume=false to begin anew"
-            )
-        text = self.path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]  # a kill may have left half a line
-        self.path.write_bytes(whole)
-        self.lines = {(line["id"], line["mode"]): line for line in map(json.loads, whole.decode().splitlines())}
+    def run(self, mode: str, problems: Sequence[Problem], predictions: Predictions, processes: PartialState) -> None:
+        """Decode and grade this process's share of what is missing of one mode; what is done is written at once."""
+        missing = predictions.missing(problems, mode)
+        share = missing[processes.process_index :: processes.num_processes]
+        right, seen = predictions.grades(problems, mode) if processes.is_main_process else (0, 0)
+        with tqdm(total=len(share), desc=mode, unit="problem", disable=not processes.is_main_process) as bar:
+            for group in _grouped(self._decode(mode, share), SCORED_TOGETHER if self._scores(mode) else 1):
+                for entry in self._entries(mode, group):
+                    predictions.add(entry)
+                    right += sum(sample["correct"] for sample in entry["samples"])
+                    seen += len(entry["samples"])
+                    bar.set_postfix_str(f"accuracy {right / seen:.1%}", refresh=False)
+                    bar.update()
 
-    def add(self, line: dict) -> None:
-        self.lines[line["id"], line["mode"]] = line
-        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self.file.flush()
+    def _scores(self, mode: str) -> bool:
+        return self.config.verifier is not None and (self.config.score_samples or mode.endswith("greedy"))
 
-    def of(self, problems: Sequence[Problem], modes: Sequence[str]) -> dict[str, list[dict]]:
-        """Each mode's lines, in the problems' order."""
-        self.file.close()
-        return {mode: [self.lines[problem.id, mode] for problem in problems] for mode in modes}
+    def _decode(self, mode: str, problems: Sequence[Problem]) -> Iterator[Decoded]:
+        """The problems in the order in which they are done."""
+        config, guided, sampled = self.config, mode.startswith("guided"), mode.endswith("sampling")
+        messages = [[*self.examples, *problem.prompt] for problem in problems]
+        template = resolve_template(config.chat_template)
+        prompts = encode_chats(self.llm2.tokenizer, messages, template, generation_prompt=True)
+        samples = config.samples if sampled else 1
+        rows = stream(
+            self.llm2.system1,
+            prompts,
+            max_new_tokens=config.max_new_tokens,
+            eos=self.llm2.eos,
+            guidance=self.llm2.guidance if guided else None,
+            sampling=Sampling(temperature=config.temperature, top_p=config.top_p) if sampled else None,
+            seeds=[[row_seed(config.seed, problem.id, i) for i in range(samples)] for problem in problems],
+            batch_size=config.batch_size,
+            trace=guided and config.traced_samples > 0,
+        )
+        for index, written in rows:
+            yield Decoded(problems[index], prompts[index], written)
+
+    def _entries(self, mode: str, group: Sequence[Decoded]) -> Iterator[dict]:
+        """A journal entry a problem: its line of predictions.jsonl, and `traces`."""
+        scores = iter([])
+        if self._scores(mode):
+            prompts = [done.prompt for done in group for _ in done.rows]
+            solutions = [row.tokens for done in group for row in done.rows]
+            scores = iter(score_tokens(self.llm2.guidance.verifier, prompts, solutions, SCORED_TOGETHER))
+        for problem, _, rows in group:
+            own = [next(scores, None) for _ in rows]
+            traced = list(zip(rows, own, strict=True))[: self.config.traced_samples]
+            yield {
+                "id": problem.id,
+                "question": problem.question,
+                "gold": problem.gold,
+                "mode": mode,
+                "samples": self._samples(problem, rows, own),
+                "traces": [trace_of(row, token_scores, self.pieces) for row, token_scores in traced],
+            }
+
+    def _samples(self, problem: Problem, rows: Sequence[Written], scores: Sequence[list[float] | None]) -> list[dict]:
+        texts = self.llm2.tokenizer.batch_decode([row.tokens for row in rows], skip_special_tokens=True)
+        return [
+            {
+                "text": text,
+                "answer": grade.answer,
+                "correct": grade.correct,
+                "correct_strict": grade.correct_strict,
+                "tokens": len(row.tokens),
+                "verifier_forwards": row.verified,
+                "score": None if own is None else round(solution_score(own, self.config.solution_score), 5),
+            }
+            for text, grade, row, own in zip(texts, self.grader(texts, problem.gold), rows, scores, strict=True)
+        ]
+
+
+def _grouped(decoded: Iterable[Decoded], rows: int) -> Iterator[list[Decoded]]:
+    """Finished problems, in groups of at least so many rows (the last one may have fewer)."""
+    group, held = [], 0
+    for done in decoded:
+        group.append(done)
+        held += len(done.rows)
+        if held >= rows:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group

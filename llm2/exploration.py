@@ -1,85 +1,128 @@
 """Token quality exploration: gold solutions in, triplets out.
 
-Along each gold solution it finds the positions where System 1 has more than one plausible token, rolls out from every
-one of them, and keeps as negatives the tokens whose continuations reach the right answer less often than gold's.
-Equally good tokens (a paraphrase, another order of steps) are counted and left alone.
+Along each gold solution it finds the positions where System 1 has more than one plausible token, asks `quality` which
+rollouts each test still wants, and has an engine of `rollouts` write them, those of many problems at a time. Tokens
+that are found worse than gold become triplets. Processes share the problems and nothing else.
 """
 
 import json
+import re
+import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 
-import numpy as np
-import torch
-from scipy.stats import beta
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from llm2.benchmarks import Problem, load_problems
-from llm2.candidates import plausible
-from llm2.chat import encode_chats, resolve_template
-from llm2.config import ExploreConfig, as_dict, difference
+from llm2.chat import resolve_template
+from llm2.checkers import Checker, load_checker
+from llm2.config import ExploreConfig
 from llm2.errors import UserError
-from llm2.generation import Sampling
-from llm2.grading import is_correct
-from llm2.models import eos_ids, load_system1, load_tokenizer, pick_device
-from llm2.rollouts import roll_out
+from llm2.exploration_report import summary
+from llm2.golds import Gold, Solved, encode_golds, load_solved
+from llm2.journal import Journal
+from llm2.models import load_tokenizer
+from llm2.processes import place, wait_for_all
+from llm2.quality import Fork, Rule, Trial, passes
+from llm2.rollouts import Candidate, Engine, Request, Span, open_engine
 from llm2.seeds import row_seed
 from llm2.triplets import Triplet, record_line
 
-CHUNK = 32  # problems explored together and then written: enough rollouts to fill the batches
-FREE = ("limit", "batch_size", "device", "output")  # may differ between a run and its continuation
+CHUNK = 16  # problems begun together
+WINDOW = 8  # rollouts handed to the engine at a time, in batches: rounds of many problems keep its rows busy
+BINS = 10  # of the histogram of qualities
+# What may differ between a run and its continuation: none of it changes a triplet.
+FREE = ("limit", "batch_size", "device", "output", "data_parallel", "tensor_parallel", "server", "server_requests")
 
 
-@dataclass(frozen=True)
-class Fork:
-    """A position of a gold solution where System 1 has more than one plausible token."""
+@dataclass
+class Case:
+    """A problem being explored."""
 
-    position: int
-    tokens: tuple[int, ...]  # gold first, then System 1's other plausible tokens, best first
-
-
-@dataclass(frozen=True)
-class Gold:
-    """A problem with its solution's token ids."""
-
-    problem: Problem
-    ids: list[int]  # the whole conversation
-    start: int  # first token that the assistant chose
-    end: int  # one past the token that ends its turn
+    gold: Gold
+    forks: list[Fork]
+    trial: Trial
+    counts: Counter = field(default_factory=Counter)
 
 
-def explore(config: ExploreConfig) -> dict:
-    """Write `config.output` (and its .report.json), going on where an interrupted run stopped; returns the report."""
-    output = Path(config.output)
-    if output.exists():
-        raise UserError(f"{output} exists already; choose another output, or delete it to explore anew")
-    device = pick_device(config.device)
-    tokenizer, model = load_tokenizer(config.model), load_system1(config.model, device, config.dtype)
-    problems = load_problems(config.benchmark, config.split, config.limit, config.data_file)
+def explore(config: ExploreConfig) -> dict | None:
+    """Write `config.output` and its side files, going on where an interrupted run stopped.
+
+    Returns the report; in a process that is not the first one None, once its share of the problems is done.
+    """
+    output, partial = Path(config.output), partial_of(config)
+    if output.exists() and partial.exists():  # killed after the last file was in place, before tidying up
+        return _tidy(output, partial)
+    checker, problems, repeated = prepare(config)
+    tokenizer = load_tokenizer(config.model)
+    engine = open_engine(config, tokenizer)
     output.parent.mkdir(parents=True, exist_ok=True)
-    journal = Journal(output.with_name(output.name + ".partial"), config)
-    waiting = [problem for problem in problems if problem.id not in journal.done]
+    journal = Journal(partial, config, free=FREE, key=itemgetter("id"), shard=place().rank)
+    earlier = frozenset(journal.done)
+    wait_for_all()  # all have seen the same problems done before one adds to them
+    waiting = [problem for problem in problems if problem.id not in earlier][place().rank :: place().world]
 
     start = time.perf_counter()
-    with tqdm(total=len(problems), initial=len(problems) - len(waiting), desc="explore", unit="problem") as bar:
-        explorer = Explorer(config, model, tokenizer, Pace(bar))
-        for index in range(0, len(waiting), CHUNK):
-            for entry in explorer.explore(waiting[index : index + CHUNK]):
-                journal.add(entry)
-                bar.update()
-    report = journal.publish(output, [problem.id for problem in problems])
-    report["seconds"] = time.perf_counter() - start
-    output.with_name(output.name + ".report.json").write_text(json.dumps(report, indent=2) + "\n")
-    return report
+    with tqdm(total=len(waiting), desc="explore", unit="problem", disable=not place().first) as bar:
+        explorer = Explorer(config, engine, tokenizer, checker, Pace(bar))
+        for entry in explorer.explore(waiting):
+            journal.add(entry)
+            bar.update()
+    engine.close()
+    journal.close()
+    wait_for_all()  # every problem is in some shard
+    if not place().first:
+        return None
+    order = [problem.id for problem in problems]
+    return publish(journal, output, order, earlier, time.perf_counter() - start, repeated)
+
+
+def prepare(config: ExploreConfig) -> tuple[Checker, list[Solved], int]:
+    """The checker, the problems, how many were repetitions; every mistake that can be told without a model."""
+    check(config)
+    if Path(config.output).exists() and not partial_of(config).exists():
+        raise UserError(f"{config.output} exists already; choose another output, or delete it to explore anew")
+    checker = load_checker(config.checker)
+    return checker, *load_solved(config, checker)
+
+
+def partial_of(config: ExploreConfig) -> Path:
+    """The journal's folder, beside the output."""
+    return Path(config.output + ".partial")
+
+
+def check(config: ExploreConfig) -> None:
+    """What one field alone cannot tell."""
+    if config.benchmark == "chats" and config.data_file is None:
+        raise UserError("benchmark: chats wants data_file=<JSON lines of messages>, found none")
+    if config.engine == "vllm" and config.top_k is None:
+        raise UserError(
+            "engine: vllm wants top_k (say 10; a server shows at most 20): it lists the likeliest tokens only"
+        )
+    if config.server is not None and config.engine != "vllm":
+        raise UserError(f"server: found {config.server!r} with engine {config.engine}, expected engine vllm")
+    if config.stop_pattern is not None:
+        if config.engine != "llm2":
+            raise UserError(
+                f"stop_pattern: found {config.stop_pattern!r} with engine {config.engine}, expected engine llm2"
+            )
+        try:
+            re.compile(config.stop_pattern)
+        except re.error as error:
+            raise UserError(f"stop_pattern: {config.stop_pattern!r} is no regular expression: {error}") from None
+    if config.rollouts_first > config.rollouts_cap:
+        raise UserError(
+            f"rollouts_first: found {config.rollouts_first}, expected at most rollouts_cap={config.rollouts_cap}"
+        )
 
 
 class Pace:
-    """Tokens a second, beside a progress bar; shown once a second, since problems are finished in chunks."""
+    """Tokens a second, beside a progress bar; shown once a second, since problems are finished in rounds."""
 
     def __init__(self, bar: tqdm) -> None:
         self.bar, self.tokens = bar, 0
@@ -94,179 +137,195 @@ class Pace:
 
 
 class Explorer:
-    """System 1 with all it needs to judge its own plausible tokens."""
+    """An engine with all it takes to judge System 1's plausible tokens."""
 
     def __init__(
         self,
         config: ExploreConfig,
-        model: PreTrainedModel,
+        engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
-        on_tokens: Callable[[int], None],
+        checker: Checker,
+        on_tokens: Callable[[int], None] = lambda count: None,
     ) -> None:
-        self.config, self.model, self.tokenizer, self.on_tokens = config, model, tokenizer, on_tokens
+        self.config, self.engine, self.tokenizer = config, engine, tokenizer
+        self.checker, self.on_tokens = checker, on_tokens
         self.template = resolve_template(config.chat_template)
-        self.eos = eos_ids(model, tokenizer)
+        self.rule = rule_of(config)
 
-    def explore(self, problems: Sequence[Problem]) -> Iterator[dict]:
-        """One journal entry a problem: its line of triplets and its counts."""
-        golds = encode_golds(problems, self.tokenizer, self.template, self.eos)
-        forks = [find_forks(self.model, gold, self.config.alpha, self.config.top_k) for gold in golds]
-        hits, generated = self.judge(golds, forks)
-        for gold, own in zip(golds, forks, strict=True):
-            quality = {
-                (fork.position, token): hits[gold.problem.id, fork.position, token]
-                for fork in own
-                for token in fork.tokens
-            }
-            yield entry_of(gold, own, quality, self.config, generated[gold.problem.id])
+    def explore(self, problems: Iterable[Solved]) -> Iterator[dict]:
+        """One journal entry a problem, as their last verdicts fall.
 
-    def judge(self, golds: Sequence[Gold], forks: Sequence[Sequence[Fork]]) -> tuple[dict, Counter]:
-        """Right answers among the rollouts of each (problem, position, token), and tokens generated a problem."""
-        config, n = self.config, self.config.rollouts
-        branches = [
-            (gold, fork.position, token)
-            for gold, own in zip(golds, forks, strict=True)
-            for fork in own
-            for token in fork.tokens
-        ]
-        # A token that ends the turn has nothing to roll out: what stands before it is the answer.
-        open_branches = [branch for branch in branches if branch[2] not in self.eos]
-        continuations = roll_out(
-            self.model,
-            [[*gold.ids[:position], token] for gold, position, token in open_branches],
-            [
-                [row_seed(config.seed, gold.problem.id, position, token, i) for i in range(n)]
-                for gold, position, token in open_branches
-            ],
-            sampling=Sampling(temperature=config.temperature, top_p=config.top_p),
-            max_new_tokens=config.max_new_tokens,
-            eos=self.eos,
-            batch_size=config.batch_size,
-            on_tokens=self.on_tokens,
-        )
-        rolled_out = iter(continuations)
-        hits, generated = {}, Counter()
-        for gold, position, token in branches:
-            tails = [[]] * n if token in self.eos else next(rolled_out)
-            begun = [*gold.ids[gold.start : position], token]
-            texts = self.tokenizer.batch_decode([begun + tail for tail in tails], skip_special_tokens=True)
-            hits[gold.problem.id, position, token] = sum(is_correct(text, gold.problem.gold) for text in texts)
-            generated[gold.problem.id] += sum(map(len, tails))
-        return hits, generated
+        Each round hands the engine what all active problems ask for; new problems join until that fills its window.
+        """
+        waiting, active = iter(problems), []
+        while True:
+            asked = [(case, case.trial.ask()) for case in active]
+            while _rollouts(asked) < WINDOW * self.config.batch_size and (new := list(islice(waiting, CHUNK))):
+                asked += [(case, case.trial.ask()) for case in self.begin(new)]
+            yield from (entry_of(case, self.config) for case, asks in asked if not asks)
+            asked = [(case, asks) for case, asks in asked if asks]
+            if not asked:
+                return
+            self.roll_out(asked)
+            active = [case for case, _ in asked]
 
+    def begin(self, problems: Sequence[Solved]) -> list[Case]:
+        golds = encode_golds(problems, self.tokenizer, self.template, self.engine.eos)
+        plausible = self.engine.plausible([Span(gold.ids, gold.start, gold.end) for gold in golds])
+        cases = []
+        for gold, candidates in zip(golds, plausible, strict=True):
+            forks = forks_of(gold, candidates)
+            case = Case(gold, forks, Trial(forks, self.rule))
+            for fork in forks:
+                for token in fork.tokens:
+                    if token in self.engine.eos:  # what stands before it is the answer: nothing to roll out
+                        self.count(case, fork, token, [[]], weight=max(self.rule.gold, self.rule.cap))
+            cases.append(case)
+        return cases
 
-def encode_golds(
-    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, template: str | None, eos: Sequence[int]
-) -> list[Gold]:
-    """Raises UserError where the prompt's tokens do not begin those of the whole conversation."""
-    whole = encode_chats(tokenizer, [problem.conversation for problem in problems], template)
-    prompts = encode_chats(tokenizer, [problem.prompt for problem in problems], template, generation_prompt=True)
-    golds = []
-    for problem, ids, prompt in zip(problems, whole, prompts, strict=True):
-        start = len(prompt)
-        if ids[:start] != prompt:
-            raise UserError(
-                f"problem {problem.id}: the chat template writes another prompt before generation than in the whole "
-                "conversation; expected one that only appends (llama3-plain or chatml-plain)"
+    def roll_out(self, asked: Sequence[tuple[Case, dict[tuple[int, int], range]]]) -> None:
+        """Write the rollouts asked for and count their outcomes."""
+        rounds = [(case, *key, indices) for case, asks in asked for key, indices in asks.items()]
+        greedy = self.config.temperature == 0  # one rollout then says what all of them would
+        requests = [
+            Request(
+                case.gold.ids,
+                position,
+                (token,),
+                [
+                    row_seed(self.config.seed, case.gold.problem.id, position, token, i)
+                    for i in (indices[:1] if greedy else indices)
+                ],
             )
-        end = next((i + 1 for i in range(start, len(ids)) if ids[i] in eos), len(ids))
-        golds.append(Gold(problem, ids, start, end))
-    return golds
+            for case, position, token, indices in rounds
+        ]
+        continuations = self.engine.roll_out(requests, self.on_tokens)
+        for (case, position, token, indices), tails in zip(rounds, continuations, strict=True):
+            fork = next(fork for fork in case.forks if fork.position == position)
+            self.count(case, fork, token, tails, weight=len(indices) if greedy else 1)
+            case.counts["rollouts"] += len(tails)
+            case.counts["generated_tokens"] += sum(map(len, tails))
+
+    def count(self, case: Case, fork: Fork, token: int, tails: Sequence[Sequence[int]], weight: int) -> None:
+        """Grade rollouts of a token; those of gold count for the later forks that they pass through too."""
+        gold = case.gold
+        begun = [*gold.ids[gold.start : fork.position], token]
+        texts = self.tokenizer.batch_decode([[*begun, *tail] for tail in tails], skip_special_tokens=True)
+        for text, tail in zip(texts, tails, strict=True):
+            right = self.checker(text, gold.problem.gold)
+            case.trial.add(fork.position, token, right, weight)
+            if token == fork.tokens[0]:
+                for position, passed in passes(gold.ids, fork.position, tail, case.forks):
+                    case.trial.add(position, passed, right, weight)
+                    case.counts["rollouts_passing_by"] += 1
 
 
-@torch.inference_mode()
-def find_forks(model: PreTrainedModel, gold: Gold, alpha: float, top_k: int | None) -> list[Fork]:
-    """Positions of the solution where more than one token is plausible. Gold is among `tokens` in any case."""
-    ids = torch.tensor([gold.ids[: gold.end]], device=model.device)
-    logits = model(ids, use_cache=False, logits_to_keep=gold.end - gold.start + 1).logits[0, :-1].float()
-    candidates, valid = plausible(logits, alpha, top_k)  # one row a position
+def rule_of(config: ExploreConfig) -> Rule:
+    return Rule(
+        margin=config.margin,
+        confidence=config.confidence,
+        futility=config.futility,
+        gold=config.rollouts_gold,
+        first=config.rollouts_first,
+        step=config.rollouts_step,
+        cap=config.rollouts_cap,
+    )
+
+
+def _rollouts(asked: Sequence[tuple[Case, dict[tuple[int, int], range]]]) -> int:
+    return sum(len(indices) for _, asks in asked for indices in asks.values())
+
+
+def forks_of(gold: Gold, candidates: Sequence[Sequence[Candidate]]) -> list[Fork]:
+    """Positions of the solution where more than one token is plausible. Gold is a fork's first token in any case."""
     forks = []
-    for offset in (valid.sum(-1) > 1).nonzero().flatten().tolist():
-        position = gold.start + offset
-        others = [t for t in candidates[offset][valid[offset]].tolist() if t != gold.ids[position]]
-        forks.append(Fork(position, (gold.ids[position], *others)))
+    for position, plausible in enumerate(candidates, start=gold.start):
+        if len(plausible) > 1:
+            own = gold.ids[position]
+            probability = dict(plausible)
+            tokens = (own, *(token for token, _ in plausible if token != own))
+            forks.append(Fork(position, tokens, tuple(probability.get(token, 0.0) for token in tokens)))
     return forks
 
 
-@cache
-def probability_worse(hits: int, gold_hits: int, rollouts: int, margin: float) -> float:
-    """P(gold's quality - the token's quality > margin), both with a uniform prior and `rollouts` trials.
-
-    The posterior of a share after h hits in n independent trials is Beta(1 + h, 1 + n - h); the probability is the
-    integral over gold's quality of its density times the token's distribution function at `margin` below.
-    """
-    grid = (np.arange(2_000) + 0.5) / 2_000
-    density = beta.pdf(grid, 1 + gold_hits, 1 + rollouts - gold_hits)
-    below = beta.cdf(grid - margin, 1 + hits, 1 + rollouts - hits)
-    return float((density * below).mean())
-
-
-def entry_of(
-    gold: Gold, forks: Sequence[Fork], hits: dict[tuple[int, int], int], config: ExploreConfig, generated: int
-) -> dict:
-    """The problem's triplets with both qualities, and what was counted on the way."""
-    n, triplets, quality = config.rollouts, [], []
-    for fork in forks:
-        gold_token, *others = fork.tokens
-        gold_hits = hits[fork.position, gold_token]
-        for token in others:
-            own = hits[fork.position, token]
-            if probability_worse(own, gold_hits, n, config.margin) >= config.confidence:
-                triplets.append(Triplet(fork.position, gold_token, token))
-                quality.append([gold_hits / n, own / n])
-    candidates = sum(len(fork.tokens) for fork in forks)
+def entry_of(case: Case, config: ExploreConfig) -> dict:
+    """The problem's line of triplets, every verdict with its evidence, and what was counted on the way."""
+    tallies, pairs = case.trial.tallies, []
+    for fork in case.forks:
+        gold = tallies[fork.position, fork.tokens[0]]
+        for token, probability in zip(fork.tokens[1:], fork.probabilities[1:], strict=True):
+            own = tallies[fork.position, token]
+            pairs.append(
+                {
+                    "triplet": Triplet(fork.position, fork.tokens[0], token),
+                    "verdict": case.trial.verdicts[fork.position, token],
+                    "gold": gold,  # right, rollouts
+                    "token": own,
+                    "probability": round(probability, 4),
+                }
+            )
+    negatives = [pair for pair in pairs if pair["verdict"] == "negative"]
+    kept = most_informative(negatives, config.max_triplets)
+    verdicts = Counter(pair["verdict"] for pair in pairs)
+    qualities = [tally.quality for tally in tallies.values() if tally.rollouts]
     counts = {
         "problems": 1,
-        "positions": gold.end - gold.start,
-        "forks": len(forks),
-        "candidates": candidates,
-        "rollouts": candidates * n,
-        "generated_tokens": generated,
-        "triplets": len(triplets),
-        "rejected": candidates - len(forks) - len(triplets),
+        "positions": case.gold.end - case.gold.start,
+        "forks": len(case.forks),
+        "candidates": len(tallies),
+        **{key: case.counts[key] for key in ("rollouts", "rollouts_passing_by", "generated_tokens")},
+        "triplets": len(kept),
+        "rejected_as_equal": verdicts["equal"],
+        "undecided": verdicts["undecided"],
+        "beyond_max_triplets": len(negatives) - len(kept),
     }
-    line = record_line(gold.problem.conversation, triplets, id=gold.problem.id, quality=quality, rollouts=n)
-    return {"id": gold.problem.id, "line": line, "counts": counts}
+    line = record_line(
+        case.gold.problem.conversation,
+        [pair["triplet"] for pair in kept],
+        id=case.gold.problem.id,
+        quality=[[round(pair[of].quality, 4) for of in ("gold", "token")] for pair in kept],
+        rollouts=[[pair[of].rollouts for of in ("gold", "token")] for pair in kept],
+    )
+    histogram = [sum(min(int(q * BINS), BINS - 1) == i for q in qualities) for i in range(BINS)]
+    return {"id": case.gold.problem.id, "line": line, "pairs": pairs, "counts": counts, "histogram": histogram}
 
 
-class Journal:
-    """What an exploration has finished, on disk line by line, so that a killed run goes on where it stopped."""
+def most_informative(negatives: list[dict], most: int | None) -> list[dict]:
+    """At most so many, in their order: those that cost System 1 most, its probability times the quality lost."""
 
-    def __init__(self, path: Path, config: ExploreConfig) -> None:
-        self.path, self.done = path, {}
-        if path.exists():
-            self._recover(config)
-        else:
-            path.write_text(json.dumps(as_dict(config)) + "\n")
-        self.file = path.open("a")
+    def cost(pair: dict) -> float:
+        return pair["probability"] * (pair["gold"].quality - pair["token"].quality)
 
-    def _recover(self, config: ExploreConfig) -> None:
-        text = self.path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]  # a kill may have left half a line
-        first, *lines = whole.decode().splitlines() or ["{}"]
-        if change := difference(json.loads(first), config, FREE):
-            raise UserError(
-                f"{self.path} was begun with another config: {change}; choose another output, or delete that file"
-            )
-        self.done = {entry["id"]: entry for entry in map(json.loads, lines)}
-        self.path.write_bytes(whole)
+    best = sorted(negatives, key=cost, reverse=True)[:most]
+    return [pair for pair in negatives if pair in best]
 
-    def add(self, entry: dict) -> None:
-        self.done[entry["id"]] = entry
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
 
-    def publish(self, output: Path, order: Sequence[str]) -> dict:
-        """Write the triplets in the problems' order, drop the journal, return the summed counts."""
-        self.file.close()
-        entries = [self.done[name] for name in order]
-        total = Counter()
-        for entry in entries:
+def publish(
+    journal: Journal, output: Path, order: Sequence[str], earlier: frozenset[str], seconds: float, repeated: int
+) -> dict:
+    """Write triplets, verdicts and report in the problems' order, whoever explored them; drop the journal."""
+    total, histogram, now = Counter(), [0] * BINS, 0
+    triplets, pairs = (output.with_name(output.name + ending) for ending in (".tmp", ".pairs.jsonl"))
+    with triplets.open("w", encoding="utf-8") as lines, pairs.open("w", encoding="utf-8") as verdicts:
+        for entry in journal.merged(order):
             total.update(entry["counts"])
-        if not total["triplets"]:
-            raise UserError(f"no triplets in {len(entries)} problems: System 1 is never or always right at its forks")
-        temporary = output.with_name(output.name + ".tmp")
-        temporary.write_text("".join(entry["line"] for entry in entries if entry["counts"]["triplets"]))
-        temporary.replace(output)
-        self.path.unlink()
-        return dict(total)
+            histogram = [one + other for one, other in zip(histogram, entry["histogram"], strict=True)]
+            now += entry["counts"]["generated_tokens"] * (entry["id"] not in earlier)
+            if entry["counts"]["triplets"]:
+                lines.write(entry["line"])
+            verdicts.write(json.dumps({"id": entry["id"], "pairs": entry["pairs"]}) + "\n")
+    if not total["triplets"]:
+        raise UserError(f"no triplets in {len(order)} problems: System 1 is never or always right at its forks")
+    report = summary(dict(total) | {"repeated_problems": repeated}, histogram, now, seconds)
+    output.with_name(output.name + ".report.json").write_text(json.dumps(report, indent=2) + "\n")
+    triplets.replace(output)
+    journal.discard()
+    return report
+
+
+def _tidy(output: Path, partial: Path) -> dict | None:
+    wait_for_all()  # all have seen the folder that now goes
+    if not place().first:
+        return None
+    shutil.rmtree(partial)
+    return json.loads(output.with_name(output.name + ".report.json").read_text())

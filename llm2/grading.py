@@ -8,8 +8,9 @@ characters around them is parsed, so that no text, however long or odd, takes mo
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from operator import itemgetter
 from typing import Literal, NamedTuple
 
 Mode = Literal["flexible", "strict"]
@@ -24,21 +25,36 @@ WINDOWS_TRIED = 4  # likewise
 def extract_answer(text: str, mode: Mode = "flexible") -> str | None:
     """The solution's answer in canonical form (`72`, `-0.5`, `1/3`), or None where there is none that can be read.
 
-    strict: the number at the last `#### N` or `the answer is N`. flexible: that one if there, else the number in the
-    last LaTeX box, else the one after a closing `Answer:`, else the last number of the text. Two answers are equal as
+    strict: the number at the last `#### N` or `the answer is N`. flexible: the one at the last of these, of LaTeX boxes
+    and of a closing `Answer:`; where there is none of them, the last number of the text. Two answers are equal as
     numbers exactly if their canonical forms are the same string.
     """
     text = _own_turn(text)
-    value = _strict(text)
-    if value is None and mode == "flexible":
-        value = _boxed(text) or _announced(text) or _last_number(text)
-    return None if value is None or value.value is None else canonical(value.value)
+    announcements = (_strict,) if mode == "strict" else (_strict, _boxed, _announced)
+    found = [one for announcement in announcements if (one := announcement(text))]
+    number = max(found, key=itemgetter(0))[1] if found else None
+    if number is None and mode == "flexible":
+        number = _last_number(text)
+    return None if number is None or number.value is None else canonical(number.value)
 
 
 def is_correct(text: str, gold: str, mode: Mode = "flexible") -> bool:
     """Whether the solution's answer is the gold one: a number (`1,000`) or a gold solution that ends in `#### 72`."""
     answer = extract_answer(text, mode)
     return answer is not None and answer == extract_answer(gold)
+
+
+class Grade(NamedTuple):
+    """One solution's grade."""
+
+    answer: str | None  # equal answers are equal strings: they vote together; None where none can be read
+    correct: bool
+    correct_strict: bool  # by the format's own final-answer marker alone
+
+
+def grade_numbers(texts: Sequence[str], gold: str) -> list[Grade]:
+    """The grades of a problem's solutions, where the answer is a number."""
+    return [Grade(extract_answer(text), is_correct(text, gold), is_correct(text, gold, "strict")) for text in texts]
 
 
 def canonical(value: Fraction) -> str:
@@ -95,10 +111,12 @@ _CHARACTERS = str.maketrans(
         **{"\u00f7": "/", "\u2044": "/", "\uff0c": ",", "\uff0e": ".", "\u200b": None, "\ufeff": None},
     }
 )
+_FRACTION = r"\\[dtc]?frac\s?\{\s?([0-9,.]{1,30})\s?\}\s?\{\s?([0-9,.]{1,30})\s?\}"
 _REWRITES = [  # in this order; the first: thousands may be set off by thin spaces, and no number but `1 000` writes 000
     (re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!;:]|\\ |[\u00a0\u2009\u202f]| (?=000))(?=[0-9]{3}(?![0-9]))"), ","),
-    (re.compile(r"\\[dtc]?frac\s?\{\s?([0-9,.]{1,30})\s?\}\s?\{\s?([0-9,.]{1,30})\s?\}"), r" \1/\2 "),
-    (re.compile(r"\\[dtc]?frac\s?([0-9])([0-9])"), r" \1/\2 "),
+    (re.compile(r"\\[dtc]?frac\s?([0-9])([0-9])"), r"\\frac{\1}{\2}"),
+    (re.compile(rf"-\s?{_FRACTION}"), r"-\1/\2 "),  # a space would set the minus apart, as an operator is
+    (re.compile(_FRACTION), r" \1/\2 "),
     (re.compile(r"\\([$%#&])"), r"\1"),
     (re.compile(r"\\(?:times|cdot)(?![a-zA-Z])"), "*"),
     (re.compile(r"\\(?:approx|simeq)(?![a-zA-Z])"), "="),
@@ -109,9 +127,12 @@ _REWRITES = [  # in this order; the first: thousands may be set off by thin spac
     (re.compile(r"\*\*|__|[`{}]"), " "),
     (re.compile(r"\b(?:Rs|INR|USD|US|EUR|GBP|AUD|CAD|RM|Php)\.? ?(?=[$0-9])", re.IGNORECASE), "$"),
     (re.compile(r"\bequals\b|\bis equal to\b", re.IGNORECASE), "="),
+    (re.compile(r"(?:^|(?<=is )|(?<=[=#])|(?<=[=#] ))minus (?=[$0-9])", re.IGNORECASE), "-"),
 ]
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})*,[0-9]{3,}|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}|[0-9]+)"
+_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+_SCALE = "|".join(_SCALES)
 _VALUE = rf"(?:{_DIGITS}(?:\.[0-9]+)?|(?<![0-9.])\.[0-9]+)"
 _NUMBER = re.compile(
     rf"""(?<![0-9A-Za-z^])(?<![A-Za-z]_)(?<!\^-)(?:
@@ -121,7 +142,7 @@ _NUMBER = re.compile(
     | (?<![0-9]/)(?P<over>{_VALUE})[ ]?/[ ]?\$?(?P<under>{_VALUE})(?![ ]?/[ ]?[0-9]|[0-9^])
     | (?P<base>[0-9]{{1,4}})\^(?P<power>-?[0-9]{{1,2}})(?![0-9])
     | (?P<mantissa>{_VALUE})\s?[*xX]\s?10\^(?P<exponent>-?[0-9]{{1,2}})(?![0-9])
-    | (?P<plain>{_VALUE})(?:[eE](?P<e>[+-]?[0-9]{{1,2}})(?![0-9A-Za-z]))?
+    | (?P<plain>{_VALUE})(?:[eE](?P<e>[+-]?[0-9]{{1,2}})(?![0-9A-Za-z])|[ -]?(?P<scale>{_SCALE})\b)?
     )(?P<ordinal>(?:st|nd|rd|th)\b)?""",
     re.VERBOSE,
 )
@@ -148,7 +169,7 @@ def _numbers(plain: str) -> Iterator[Number]:
 def _value(match: re.Match) -> Fraction | None:
     if match.end() - match.start() > LONGEST_NUMBER:
         return None
-    numerals = {name: text for name, text in match.groupdict().items() if text and name != "ordinal"}
+    numerals = {name: text for name, text in match.groupdict().items() if text and name not in ("ordinal", "scale")}
     part = {name: Fraction(text.replace(",", "")) for name, text in numerals.items()}
     if "hour" in part:
         return part["hour"]
@@ -160,7 +181,7 @@ def _value(match: re.Match) -> Fraction | None:
     if "base" in part:
         return part["base"] ** int(part["power"]) if part["base"] or part["power"] > 0 else None
     significand, exponent = ("mantissa", "exponent") if "mantissa" in part else ("plain", "e")
-    return part[significand] * Fraction(10) ** int(part.get(exponent, 0))
+    return part[significand] * Fraction(10) ** int(part.get(exponent, 0)) * _SCALES.get(match["scale"], 1)
 
 
 _MINUS = re.compile(r"(?P<word>(?<![A-Za-z])negative\s{1,2})?(?P<sign>-)?(?P<gap>[\s$€£¥₹]*)$", re.IGNORECASE)
@@ -181,7 +202,7 @@ def _is_negative(before: str) -> bool:
 
 _ANSWER_IS = re.compile(
     r"answers?(?:,? (?:to|for|in|of) [^.!?:\n]{1,80}?)?[\s*_\"',]{1,4}(?:therefore|thus|then)?,? ?"
-    r"(?:is|are|was|=|(?:will|would|should|must) be|comes to)(?![A-Za-z])(?! not )",
+    r"(?:is|are|=|(?:will|would|should|must) be|comes to)(?![A-Za-z])(?! not )",
     re.IGNORECASE,
 )
 _ANSWER_COLON = re.compile(r"answers?[\s*_]{0,4}[:=]", re.IGNORECASE)
@@ -191,11 +212,12 @@ _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
 _TAIL_END = re.compile(r"[.!?;](?=\s|$)|\n|,(?=\s)|(?<![-+*/=x(])\s\(|\s(?:because|since|as|so|or)\s")
 _RESULT = re.compile(r"=[\s$€£¥₹~(<-]{0,8}$")  # what stands before the result of an equation
 _OPERATION = re.compile(r"\s?[-+*/]\s?[$(]?[0-9]")  # what follows a number that is yet to be worked out
+_CUT_OFF = re.compile(r"[\s$)%]{0,8}(?:[=+/\u00d7\u00f7]|\s\*)\s{0,8}\$?\Z")
 _LIST_ITEM = re.compile(r"[.)]\s+\*{0,2}[A-Za-z]")
 
 
-def _strict(text: str) -> Number | None:
-    """The number at the last `####` or `answer is` that has one."""
+def _strict(text: str) -> tuple[int, Number] | None:
+    """Where the last `####` or `answer is` that has a number stands, and that number."""
     for start in sorted([*_positions(text, "####"), *_answer_positions(text)], reverse=True):
         if text[start] == "#":
             number = _number_after(text[start : start + WINDOW], must_follow=True)
@@ -203,21 +225,21 @@ def _strict(text: str) -> Number | None:
             marker = _ANSWER_IS.match(text, start)
             number = marker and _number_after(text[marker.end() : marker.end() + WINDOW], must_follow=False)
         if number:
-            return number
+            return start, number
     return None
 
 
-def _boxed(text: str) -> Number | None:
-    """The number in the last box that has one."""
+def _boxed(text: str) -> tuple[int, Number] | None:
+    """Where the last box that has a number stands, and that number."""
     for start in _positions(text, "\\boxed"):
         number = _stated(_plain(_group(text[start : start + WINDOW])))
         if number:
-            return number
+            return start, number
     return None
 
 
-def _announced(text: str) -> Number | None:
-    """The number after `Final answer:`, or after an `Answer:` that does not head a solution with numbers to come."""
+def _announced(text: str) -> tuple[int, Number] | None:
+    """Where the last `Final answer:` stands, or an `Answer:` that does not head a solution, and its number."""
     last_digit = _last_digit(text, len(text))
     for start in _answer_positions(text):
         marker = _ANSWER_COLON.match(text, start)
@@ -227,13 +249,21 @@ def _announced(text: str) -> Number | None:
         sentence_end = _SENTENCE_END.search(announced, len(announced) - len(announced.lstrip(" *_\n")))
         closing = sentence_end is None or last_digit < marker.end() + sentence_end.start()
         if closing or text[max(0, start - 6) : start].lower() == "final ":
-            return _number_after(announced, must_follow=True)
+            number = _number_after(announced, must_follow=True)
+            return (start, number) if number else None
     return None
 
 
 def _last_number(text: str) -> Number | None:
-    """The text's last cardinal; an ordinal (`on the 5th day`) only where there is no cardinal near the end."""
+    """The text's last cardinal; an ordinal (`on the 5th day`) only where there is no cardinal near the end.
+
+    A text that was cut off within a calculation (`9 * 2 =`, or an annotation `<<9*2=1` that never closes) has none: the
+    last number it holds is an operand, not a result.
+    """
     end, ordinal = _last_digit(text, len(text)), None
+    annotation = text.rfind("<<", max(0, end - WINDOW))
+    if _CUT_OFF.match(text, end + 1) or annotation >= 0 and text.find(">>", annotation) < 0:
+        return None
     for _ in range(WINDOWS_TRIED):
         start = max(0, end - WINDOW)
         numbers = list(_numbers(_plain(text[start : end + 20])))

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llm2.errors import UserError
 
@@ -41,6 +49,11 @@ def load_system1(name: str, device: torch.device, dtype: str = "auto") -> PreTra
     return model.to(device).eval()
 
 
+def load_backbone(name: str, **options) -> PreTrainedModel:
+    """The language model without its vocabulary-sized head; `options` are those of AutoModel.from_pretrained."""
+    return _load(AutoModel, name, **options)
+
+
 def pick_dtype(name: str, device: torch.device) -> str | torch.dtype:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
@@ -49,7 +62,20 @@ def pick_dtype(name: str, device: torch.device) -> str | torch.dtype:
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends an answer: the generation config's and the tokenizer's own."""
-    ends = model.generation_config.eos_token_id
+    return _eos_ids(model.generation_config, tokenizer)
+
+
+def end_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """`eos_ids` of a model that runs elsewhere: without its weights."""
+    try:
+        generation = GenerationConfig.from_pretrained(name, local_files_only=is_local(name))
+    except OSError:  # no generation_config.json
+        generation = GenerationConfig.from_model_config(_load(AutoConfig, name))
+    return _eos_ids(generation, tokenizer)
+
+
+def _eos_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ends = generation.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     return sorted({token for token in [*ends, tokenizer.eos_token_id] if token is not None})
 
@@ -65,7 +91,7 @@ def _load(auto_class, name: str, **options):
     if not is_local(name) and not isinstance(try_to_load_from_cache(name, "config.json"), str):
         _probe_hub(name)
     try:
-        return auto_class.from_pretrained(name, local_files_only=is_local(name), **options)
+        return auto_class.from_pretrained(name, **{"local_files_only": is_local(name), **options})
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model {name!r} could not be loaded: {reason}; {WAY_OUT}") from None

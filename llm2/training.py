@@ -1,120 +1,88 @@
-"""Training the verifier: a transformers Trainer whose loss is the mean over real pairs, however they are batched."""
+"""Training the verifier, from a config to a folder: data checked, System 1 consulted, trained, the best one kept."""
 
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch.utils.data import Subset, random_split
-from tqdm import tqdm
-from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from llm2.batch import verifier_batch
-from llm2.branches import mask_for
 from llm2.chat import resolve_template
+from llm2.checkpoints import last_whole_checkpoint
 from llm2.config import TrainConfig, difference, read_values, write_config
 from llm2.errors import UserError
-from llm2.loss import NO_PAIR, pair_accuracy, pairwise_loss
 from llm2.models import is_local, load_system1, load_tokenizer, pick_device
-from llm2.statistics import wilson_interval
-from llm2.triplets import Example, load_examples
-from llm2.verifier import ProcessVerifier, VerifierOutput, refuse_sliding_window
+from llm2.pairs import Pair, describe, figures, system1_margins
+from llm2.trainer import Loss, VerifierTrainer
+from llm2.triplets import Example, ExampleFile, Summary, load_examples
+from llm2.verifier import ProcessVerifier, refuse_sliding_window
 
 FREE = ("output_dir", "resume", "report_to", "logging_steps")  # may differ between a run and its continuation
-
-
-class VerifierTrainer(Trainer):
-    """Trains a ProcessVerifier on `Example`s. Everything that is not the loss and the batch is the Trainer's own."""
-
-    def __init__(self, model: ProcessVerifier, args: TrainingArguments, **options) -> None:
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=self.collate,
-            compute_loss_func=_loss_of_output,
-            compute_metrics=pair_metrics,
-            **options,
-        )
-
-    def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        batch = verifier_batch(examples)
-        return batch._replace(attention_mask=mask_for(self.model, batch.attention_mask))._asdict()
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Of the outputs only the margins are kept: scores differ in width from batch to batch."""
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=["scores", "past_key_values"])
-
-
-def _loss_of_output(
-    output: VerifierOutput, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-) -> torch.Tensor:
-    return pairwise_loss(output.margins, labels, num_items_in_batch)
-
-
-def pair_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Over all held-out pairs at once, so that neither batches nor ranks weigh in."""
-    real = prediction.label_ids != NO_PAIR
-    margins = torch.as_tensor(prediction.predictions[real])
-    low, high = wilson_interval(round(pair_accuracy(margins) * len(margins)), len(margins))
-    return {
-        "pair_accuracy": pair_accuracy(margins),
-        "pair_accuracy_low": low,
-        "pair_accuracy_high": high,
-        "pair_loss": pairwise_loss(margins, torch.ones_like(margins)).item(),
-        "mean_margin": margins.mean().item(),
-        "pairs": len(margins),
-    }
 
 
 def train(config: TrainConfig) -> dict:
     """Check the data, train, keep the best checkpoint; returns the metrics, which also lie in training.json."""
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.model)
-    train_set, eval_set, data = load_data(config, tokenizer)
-    main = os.environ.get("RANK", "0") == "0"
-    checkpoint = begin(config, main)
-    if main:
-        print("\n".join(data), flush=True)
+    train_set, eval_set, notes = load_data(config, tokenizer)
+    checkpoint = begin(config)
+    if is_main():
+        print("\n".join(notes), flush=True)
     # Before the TrainingArguments: under ZeRO-3 these make every model that is loaded later a sharded one.
-    system1 = system1_pair_accuracy(config, eval_set, device) if main else math.nan
+    pairs = describe(eval_set, tokenizer)
+    baseline, unembedding = consult_system1(config, eval_set, pairs, device)
 
-    arguments = training_arguments(config, len(train_set))
+    arguments = training_arguments(config, len(train_set), device)
     set_seed(config.seed)  # the head is drawn before the Trainer sets the seed itself
-    verifier = ProcessVerifier.from_system1(config.model, dtype=torch.float32, local_files_only=is_local(config.model))
+    verifier = new_verifier(config, device)
+    verifier.set_unembedding(unembedding)
     refuse_sliding_window(verifier.backbone.config, max(len(example.ids) for example in [*train_set, *eval_set]))
+    refuse_unknown_tokens(verifier, tokenizer)
     trainer = VerifierTrainer(
-        verifier, arguments, train_dataset=train_set, eval_dataset=eval_set, processing_class=tokenizer
+        verifier,
+        arguments,
+        train_set,
+        Loss(quality_weight=config.quality_weight, margin=config.margin, language_weight=config.language_weight),
+        pairs,
+        eval_dataset=eval_set,
+        processing_class=tokenizer,
+        callbacks=[] if config.patience is None else [EarlyStoppingCallback(config.patience)],
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = {
         **trainer.evaluate(),
-        "system1_pair_accuracy": system1,
+        **baseline,
         "train_solutions": len(train_set),
         "eval_solutions": len(eval_set),
         "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step,
     }
     trainer.save_model(config.output_dir)
-    if main:
-        tokenizer.save_pretrained(config.output_dir)
+    if is_main():
         Path(config.output_dir, "training.json").write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
-def begin(config: TrainConfig, main: bool) -> str | None:
+def is_main() -> bool:
+    """Whether this is the one process that writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def begin(config: TrainConfig) -> Path | None:
     """The checkpoint to go on from, if the folder holds one of the same config; the config is written beside it."""
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, earlier = get_last_checkpoint(folder), folder / "train.yaml"
+    checkpoint, earlier = last_whole_checkpoint(folder), folder / "train.yaml"
     if checkpoint is not None and not config.resume:
         raise UserError(f"{folder} holds checkpoints and resume is false; choose another output_dir, or delete them")
     if checkpoint is not None and (change := difference(read_values(earlier), config, FREE)):
         raise UserError(
             f"{folder} holds checkpoints of another config: {change}; choose another output_dir, or delete them"
         )
-    if main:
+    if is_main():
         write_config(config, earlier)
     return checkpoint
 
@@ -123,35 +91,57 @@ def load_data(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Sequence[Example], Sequence[Example], list[str]]:
     """Checked training and held-out examples, and what a person should read of them."""
-    template = resolve_template(config.chat_template)
-    examples, summary = load_examples(config.train_file, tokenizer, template)
-    notes = [f"{config.train_file}: {summary}"]
-    examples, dropped = truncate(examples, config.max_length)
+    examples, summary = read_file(config, config.train_file, tokenizer)
+    notes = [f"{config.train_file}: {summary}", summary.table()]
     if config.eval_file is not None:
-        held_out, summary = load_examples(config.eval_file, tokenizer, template)
-        notes.append(f"{config.eval_file}: {summary}")
-        held_out, dropped_too = truncate(held_out, config.max_length)
-        dropped += dropped_too
-    else:
-        count = max(1, round(config.eval_share * len(examples)))
-        if count >= len(examples):
-            raise UserError(f"{config.train_file}: expected more than {count} solutions, so that some can be held out")
-        generator = torch.Generator().manual_seed(config.seed)
-        examples, held_out = random_split(examples, [len(examples) - count, count], generator)
-        notes.append(f"{count} of them are held out, {len(examples)} are trained on")
-    if dropped:
-        notes.append(f"{dropped} triplets at or beyond max_length {config.max_length} are dropped")
-    return examples, held_out, notes
+        held_out, summary = read_file(config, config.eval_file, tokenizer)
+        return examples, held_out, [*notes, f"{config.eval_file}: {summary}", summary.table()]
+    count = max(1, round(config.eval_share * len(examples)))
+    if count >= len(examples):
+        raise UserError(f"{config.train_file}: expected more than {count} solutions, so that some can be held out")
+    generator = torch.Generator().manual_seed(config.seed)
+    examples, held_out = random_split(examples, [len(examples) - count, count], generator)
+    return examples, held_out, [*notes, f"{count} of them are held out, {len(examples)} are trained on"]
 
 
-def truncate(examples: Sequence[Example], max_length: int) -> tuple[list[Example], int]:
-    """Cut to max_length tokens; a pair beyond the cut goes, and so does a solution without pairs. Counts the pairs."""
-    cut = [Example(ids[:max_length], [t for t in pairs if t.position < max_length]) for ids, pairs in examples]
-    dropped = sum(len(old.triplets) - len(new.triplets) for old, new in zip(examples, cut, strict=True))
-    return [example for example in cut if example.triplets], dropped
+def read_file(config: TrainConfig, path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[ExampleFile, Summary]:
+    template = resolve_template(config.chat_template)
+    return load_examples(path, tokenizer, template, max_length=config.max_length, quality=config.quality_weight)
 
 
-def training_arguments(config: TrainConfig, solutions: int) -> TrainingArguments:
+def new_verifier(config: TrainConfig, device: torch.device) -> ProcessVerifier:
+    """In float32, whatever System 1 is stored in: small steps would be lost in 16 bits."""
+    lora = config.lora_rank and {
+        "rank": config.lora_rank,
+        "alpha": config.lora_alpha,
+        "dropout": config.lora_dropout,
+        "targets": config.lora_targets,
+    }
+    attention = config.attention
+    if attention == "auto":
+        attention = "flex_attention" if device.type == "cuda" else "sdpa"
+    if attention == "flex_attention" and device.type != "cuda":
+        raise UserError("attention flex_attention: expected a CUDA GPU, since torch trains it nowhere else; use sdpa")
+    return ProcessVerifier.from_system1(
+        config.model,
+        lora=lora,
+        dtype=torch.float32,
+        local_files_only=is_local(config.model),
+        attn_implementation=attention,
+    )
+
+
+def refuse_unknown_tokens(verifier: ProcessVerifier, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A tokenizer with added tokens wants a System 1 whose embeddings were resized for them."""
+    rows = verifier.backbone.config.get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens and the model embeds {rows}; "
+            "expected a model whose embeddings were resized"
+        )
+
+
+def training_arguments(config: TrainConfig, solutions: int, device: torch.device) -> TrainingArguments:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     forward = config.per_device_batch_size * ranks
     if config.global_batch_size % forward:
@@ -185,21 +175,28 @@ def training_arguments(config: TrainConfig, solutions: int) -> TrainingArguments
         greater_is_better=True,
         logging_steps=config.logging_steps,
         report_to=config.report_to,
-        label_names=["labels"],
+        label_names=["numbers"],
         remove_unused_columns=False,
-        use_cpu=config.device == "cpu",
+        ddp_broadcast_buffers=False,  # they are the same everywhere, and the unembedding is large
+        use_cpu=device.type == "cpu",
         seed=config.seed,
         data_seed=config.seed,
     )
 
 
-@torch.inference_mode()
-def system1_pair_accuracy(config: TrainConfig, examples: Sequence[Example] | Subset, device: torch.device) -> float:
-    """The baseline that the verifier has to beat: how often System 1's own probability prefers gold."""
-    model = load_system1(config.model, device)
-    margins = []
-    for example in tqdm(examples, desc="System 1 on the held-out pairs", unit="solution"):
-        logits = model(torch.tensor([example.ids], device=device), use_cache=False).logits[0]
-        position, gold, negative = torch.tensor(example.triplets, device=device).unbind(-1)
-        margins.append(logits[position - 1, gold] - logits[position - 1, negative])
-    return pair_accuracy(torch.cat(margins).float())
+def consult_system1(
+    config: TrainConfig,
+    examples: Sequence[Example] | Subset,
+    pairs: Mapping[int, Pair],
+    device: torch.device,
+) -> tuple[dict[str, float], torch.Tensor | None]:
+    """System 1's figures on the held-out pairs (on the main rank), and its output embedding where the loss wants it."""
+    language = config.language_weight > 0
+    if not is_main() and not language:
+        return {}, None
+    system1 = load_system1(config.model, device)
+    head = system1.get_output_embeddings().weight
+    tied = head is system1.get_input_embeddings().weight
+    told = figures(system1_margins(system1, examples), pairs) if is_main() else {}
+    baseline = {f"system1_{name}": value for name, value in told.items() if not name.startswith("pairs")}
+    return baseline, head.detach().float().cpu() if language and not tied else None

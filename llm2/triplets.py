@@ -1,23 +1,27 @@
 """The data format: JSON lines of `messages` and `samples`, a list of [position, gold token id, negative token id].
 
 Reads it, holds every position against a tokenizer and a chat template, writes it. What leaves `load_examples` is token
-ids and triplets that fit each other. Knows nothing of verifiers.
+ids and triplets that fit each other, on disk and not in memory. Knows nothing of verifiers.
 """
 
 import json
+import os
+import tempfile
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llm2.chat import Message, encode_chats
 from llm2.errors import UserError
 
-CHUNK = 1_000  # lines tokenized at a time: fast in the tokenizer, flat in memory
+CHUNK = 250  # lines tokenized at a time: fast in the tokenizer, flat in memory
 SHOWN = 3  # mistakes that a refusal quotes
 
 
@@ -34,6 +38,7 @@ class Record:
     messages: list[Message]
     triplets: list[Triplet]
     line: int  # of the file, from 1
+    gaps: list[float] | None = None  # of each triplet gold's quality less the negative's, where the line tells it
 
 
 class Example(NamedTuple):
@@ -41,32 +46,99 @@ class Example(NamedTuple):
 
     ids: list[int]
     triplets: list[Triplet]
+    start: int = 0  # position of the first token of the solution, behind the prompt
+    number: int = 0  # of its first triplet, counted through the whole file
+    gaps: Sequence[float] = ()  # one a triplet where the file tells quality
+
+
+class ExampleFile(Sequence[Example]):
+    """Examples in a file that has no name and vanishes with this object, so that memory does not grow with the data."""
+
+    ROW = 4  # numbers of a triplet: position, gold, negative, and its gap as the bits of a float32
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (it lives as long as this object)
+        self._index = array("q")  # of each example: its place in the file, tokens, triplets, start, number, gaps
+        self._numbers = self._place = 0
+
+    def append(self, ids: Sequence[int], triplets: Sequence[Triplet], start: int, gaps: Sequence[float]) -> None:
+        table = np.zeros((len(triplets), self.ROW), dtype=np.int32)
+        table[:, :3] = np.array(triplets, dtype=np.int32).reshape(-1, 3)
+        table[: len(gaps), 3] = np.array(gaps, dtype=np.float32).view(np.int32)
+        self._file.write(np.array(ids, dtype=np.int32).tobytes() + table.tobytes())
+        self._index.extend([self._place, len(ids), len(triplets), start, self._numbers, len(gaps)])
+        self._place += len(ids) + self.ROW * len(triplets)
+        self._numbers += len(triplets)
+
+    def __len__(self) -> int:
+        return len(self._index) // 6
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        place, tokens, triplets, start, number, gaps = self._index[6 * index : 6 * index + 6]
+        length = 4 * (tokens + self.ROW * triplets)
+        values = np.frombuffer(os.pread(self._file.fileno(), length, 4 * place), dtype=np.int32)
+        table = values[tokens:].reshape(-1, self.ROW)
+        return Example(
+            values[:tokens].tolist(),
+            [Triplet(*row) for row in table[:, :3].tolist()],
+            start,
+            number,
+            table[:gaps, 3].copy().view(np.float32).tolist(),
+        )
 
 
 @dataclass
 class Summary:
-    """What a file holds."""
+    """What a file holds, before anything is cut off."""
 
     lines: int = 0
     triplets: int = 0
     duplicates: int = 0  # triplets that repeat one of the same line
-    tokens: int = 0
-    longest: int = 0  # tokens
+    dropped: int = 0  # triplets at or beyond max_length
+    emptied: int = 0  # lines without a triplet, or without one before max_length: nothing to train on
+    lengths: Counter = field(default_factory=Counter)  # tokens of a line -> lines
+    pairs: Counter = field(default_factory=Counter)  # triplets of a line -> lines
 
-    def add(self, example: Example) -> None:
+    def add(self, ids: Sequence[int], triplets: Sequence[Triplet], kept: int) -> None:
         self.lines += 1
-        self.triplets += len(example.triplets)
-        self.duplicates += sum(count - 1 for count in Counter(example.triplets).values())
-        self.tokens += len(example.ids)
-        self.longest = max(self.longest, len(example.ids))
+        self.triplets += len(triplets)
+        self.duplicates += len(triplets) - len(set(triplets))
+        self.dropped += len(triplets) - kept
+        self.emptied += kept == 0
+        self.lengths[len(ids)] += 1
+        self.pairs[len(triplets)] += 1
 
     def __str__(self) -> str:
-        pairs = self.triplets / max(self.lines, 1)
-        length = self.tokens / max(self.lines, 1)
-        return (
-            f"{self.lines} solutions, {self.triplets} triplets ({pairs:.1f} a solution, {self.duplicates} duplicates), "
-            f"{length:.0f} tokens a solution, longest {self.longest}"
+        return f"{self.lines:,} solutions, {self.triplets:,} triplets ({self.duplicates:,} duplicates)"
+
+    def table(self) -> str:
+        """Lengths, pairs and what is left out, for a person to read."""
+        header = f"{'':>20}{'min':>9}{'median':>9}{'mean':>9}{'max':>9}"
+        rows = [("tokens a solution", self.lengths), ("pairs a solution", self.pairs)]
+        counts = [
+            ("duplicate pairs", self.duplicates),
+            ("pairs dropped", self.dropped),
+            ("solutions left out", self.emptied),
+        ]
+        return "\n".join(
+            [
+                header,
+                *(f"{name:>20}" + "".join(f"{value:>9,.4g}" for value in _spread(counter)) for name, counter in rows),
+                *(f"{name:>20}{count:>9,}" for name, count in counts),
+            ]
         )
+
+
+def _spread(values: Counter) -> tuple[float, float, float, float]:
+    """Smallest, median, mean and largest of counted values."""
+    total, seen = values.total(), 0
+    for median in sorted(values):
+        seen += values[median]
+        if 2 * seen >= total:
+            break
+    return min(values), median, sum(value * count for value, count in values.items()) / total, max(values)
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
@@ -86,26 +158,46 @@ def read_records(path: str | Path) -> Iterator[Record]:
 
 
 def load_examples(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, template: str | None = None
-) -> tuple[list[Example], Summary]:
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None = None,
+    *,
+    max_length: int | None = None,
+    quality: bool = False,
+) -> tuple[ExampleFile, Summary]:
     """Read, tokenize and check a file; every position of every line, before anything is trained on it.
+
+    Args:
+        max_length: cut lines to so many tokens; a triplet beyond the cut goes, and so does a line without triplets.
+            Both are counted.
+        quality: ask for the quality of each triplet's tokens.
 
     Raises UserError with the first misfits: line, position, expected and found token, and the likely cause.
     """
-    examples, summary, misfits = [], Summary(), []
-    for record, ids in _tokenized(path, tokenizer, template):
+    examples, summary, misfits = ExampleFile(), Summary(), []
+    for record, ids, start in _tokenized(path, tokenizer, template):
         misfit = find_misfit(ids, record.triplets, len(tokenizer))
         if misfit is not None:
             misfits.append((record, ids, misfit))
             if len(misfits) == SHOWN:
                 break
-        else:
-            examples.append(Example(ids, record.triplets))
-            summary.add(examples[-1])
+            continue
+        if quality and record.gaps is None:
+            raise UserError(
+                f"{path}, line {record.line}: key 'quality': expected [gold's, negative's] for each of the samples, "
+                "by which pairs are to be weighted, found none"
+            )
+        kept = [i for i, t in enumerate(record.triplets) if max_length is None or t.position < max_length]
+        summary.add(ids, record.triplets, len(kept))
+        if kept:
+            gaps = [record.gaps[i] for i in kept] if record.gaps is not None else []
+            examples.append(ids[:max_length], [record.triplets[i] for i in kept], start, gaps)
     if misfits:
         raise UserError(_refusal(path, tokenizer, misfits))
     if not summary.triplets:
         raise UserError(f"{path}: expected at least one triplet, found none in {summary.lines} lines")
+    if not examples:
+        raise UserError(f"{path}: expected triplets before max_length {max_length}, found all of them beyond it")
     return examples, summary
 
 
@@ -140,15 +232,36 @@ def _parse(text: str, number: int, where: str) -> Record:
             raise UserError(
                 f"{where}: key 'samples': expected [position, gold_token_id, negative_token_id], found {sample!r}"
             )
-    return Record(record["messages"], [Triplet(*sample) for sample in record["samples"]], number)
+    triplets = [Triplet(*sample) for sample in record["samples"]]
+    return Record(record["messages"], triplets, number, _gaps(record.get("quality"), len(triplets)))
+
+
+def _gaps(quality: Any, triplets: int) -> list[float] | None:
+    """By how much gold is better, a triplet each, from what exploration writes: gold's and the negative's quality."""
+    if not isinstance(quality, list) or len(quality) != triplets:
+        return None
+    for pair in quality:
+        if not isinstance(pair, list) or len(pair) != 2 or any(type(share) not in (int, float) for share in pair):
+            return None
+    return [gold - negative for gold, negative in quality]
 
 
 def _tokenized(
     path: str | Path, tokenizer: PreTrainedTokenizerBase, template: str | None
-) -> Iterator[tuple[Record, list[int]]]:
+) -> Iterator[tuple[Record, list[int], int]]:
+    """Each record with its token ids and the position where its last message, the solution, begins."""
     records = read_records(path)
     while chunk := list(islice(records, CHUNK)):
-        yield from zip(chunk, encode_chats(tokenizer, [record.messages for record in chunk], template), strict=True)
+        whole = encode_chats(tokenizer, [record.messages for record in chunk], template)
+        asked = [record.messages[:-1] for record in chunk]
+        prompts = iter(encode_chats(tokenizer, [messages for messages in asked if messages], template, True))
+        for record, ids, messages in zip(chunk, whole, asked, strict=True):
+            yield record, ids, _common(ids, next(prompts)) if messages else 0
+
+
+def _common(ids: Sequence[int], prompt: Sequence[int]) -> int:
+    """Length of the common beginning: a template may write less before a solution than before one to come."""
+    return next((i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), min(len(ids), len(prompt)))
 
 
 def _refusal(

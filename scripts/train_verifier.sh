@@ -3,6 +3,7 @@
 #
 #   bash scripts/train_verifier.sh [config.yaml] [key=value ...]
 #   ACCELERATE_CONFIG=configs/accelerate/zero3.yaml bash scripts/train_verifier.sh configs/llama-3.1-8b-instruct/train.yaml
+#   bash scripts/train_verifier.sh configs/llama-3.1-8b-instruct/train_lora.yaml  # an adapter on frozen weights
 #
 # ACCELERATE_CONFIG is one of configs/accelerate/ (or your own); without it cpu.yaml, gpu.yaml or multi_gpu.yaml, by the
 # number of GPUs. NUM_PROCESSES is the number of processes where the config leaves it open (all GPUs by default).

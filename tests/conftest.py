@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork, and a child cannot wait for threads that it does not have
 
 import pytest
 import torch

@@ -2,12 +2,17 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from llm2.benchmarks import Problem, load_problems
+from llm2.benchmarks.few_shot import load_examples
+from llm2.benchmarks.math500 import MathGrader
 from llm2.errors import UserError
+from llm2.grading import Grade, extract_answer
 
 GSM8K = Path(__file__).parents[2] / "shared" / "gsm8k"
 NATALIA = {
@@ -57,6 +62,72 @@ def test_limit_reads_no_further(write):
     assert len(load_problems("gsm8k", "test", limit=2, data_file=data_file)) == 2
 
 
+def test_gsm8ks_validation_split_is_the_end_of_its_training_problems(monkeypatch):
+    rows = [{"question": str(index), "answer": "#### 1"} for index in range(7473)]
+    monkeypatch.setattr("llm2.benchmarks.gsm8k.hub_rows", lambda dataset, split, subset: rows)
+    problems = load_problems("gsm8k", "validation")
+    assert (len(problems), problems[0].question, problems[0].id) == (473, "7000", "validation-0")
+
+
+def test_few_shot_examples_are_turns_of_the_chat(write):
+    assert load_examples(None) == []
+    messages = load_examples(write(NATALIA, NATALIA), shots=1)
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    assert messages[1]["content"].endswith("So the answer is 1072.")
+    with pytest.raises(UserError, match="holds 2 examples, expected at least shots=3"):
+        load_examples(write(NATALIA, NATALIA), shots=3)
+
+
+def test_the_published_examples_end_in_their_answers():
+    pytest.importorskip("lm_eval")
+    answers = [extract_answer(m["content"], "strict") for m in load_examples("gsm8k-cot") if m["role"] == "assistant"]
+    assert answers == ["6", "5", "39", "8", "9", "29", "33", "8"]  # Wei et al. (2022), table 20
+
+
+MATH = {"problem": "What is 1/2 + 1/2?", "solution": "It is \\boxed{1}.", "answer": "1", "unique_id": "test/1.json"}
+
+
+def test_math500_asks_for_a_box(write):
+    [problem] = load_problems("math500", "test", data_file=write(MATH))
+    assert (problem.id, problem.gold, problem.solution) == ("test/1.json", "1", "It is \\boxed{1}.")
+    assert problem.prompt[0]["content"].startswith("What is 1/2 + 1/2?\n\n")
+    assert problem.prompt[0]["content"].endswith("\\boxed{}.")
+
+
+@pytest.fixture(scope="module")
+def grader():
+    pytest.importorskip("math_verify")
+    grader = MathGrader(workers=1, time_limit=2.0)
+    yield grader
+    grader.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "answer", "correct", "strict"),
+    [
+        ("so \\boxed{\\frac{1}{2}}", "0.5", "0.5", True, True),
+        ("The answer is $x = 5$.", "5", "5", True, False),
+        ("\\boxed{(1, 2)}", "(1,2)", "(1,2)", True, True),
+        ("\\boxed{2\\sqrt{3}}", "\\sqrt{12}", "\\sqrt{12}", True, True),
+        ("\\boxed{6}", "5", "6", False, False),
+        ("no idea", "5", None, False, False),
+    ],
+)
+def test_math_answers_are_compared_as_formulas(grader, text, gold, answer, correct, strict):
+    assert grader([text], gold) == [Grade(answer, correct, strict)]
+
+
+def test_a_formula_without_end_costs_its_time_limit_off_the_main_thread_too(grader):
+    endless = "\\boxed{9^{9^{9^{9}}}}"
+    found = []
+    start = time.monotonic()
+    thread = threading.Thread(target=lambda: found.extend(grader([endless, "\\boxed{5}"], "5")))
+    thread.start()
+    thread.join()
+    assert found == [Grade(None, False, False), Grade("5", True, True)]
+    assert time.monotonic() - start < 30
+
+
 def test_an_empty_file_has_no_problems(write):
     assert load_problems("gsm8k", "test", data_file=write("")) == []
 
@@ -95,8 +166,8 @@ def test_unreadable_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("benchmark", "split", "message"),
     [
-        ("gsm9k", "test", "unknown benchmark 'gsm9k': expected one of gsm8k, testbed"),
-        ("gsm8k", "dev", "gsm8k has no split 'dev': expected one of train, test"),
+        ("gsm9k", "test", "unknown benchmark 'gsm9k': expected one of gsm8k, math500, testbed"),
+        ("gsm8k", "dev", "gsm8k has no split 'dev': expected one of train, validation, test"),
         ("testbed", "dev", "testbed has no split 'dev': expected one of pretrain, train, validation, test"),
     ],
 )
@@ -131,7 +202,7 @@ def test_the_hubs_rows_become_problems(monkeypatch):
     import datasets
 
     asked = []
-    monkeypatch.setattr("llm2.benchmarks.gsm8k._hub_answers", lambda: True)
+    monkeypatch.setattr("llm2.benchmarks.records.hub_answers", lambda dataset: True)
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: asked.append((*names, split)) or [NATALIA] * 3)
     assert [problem.id for problem in load_problems("gsm8k", "test", limit=2)] == ["test-0", "test-1"]
     assert asked == [("openai/gsm8k", "main", "test")]

@@ -28,7 +28,7 @@ def test_alpha_one_leaves_the_best_token_and_alpha_zero_all():
 def test_guided_logits_add_beta_times_the_score_and_rule_out_the_rest():
     candidates, valid = plausible(LOGITS, alpha=0.15)
     scores = torch.tensor([[-1.0, 2.0, 0.0], [5.0, 5.0, 5.0]])
-    guided = guided_logits(LOGITS, candidates, valid, scores, beta=0.5)
+    guided = guided_logits(LOGITS.gather(-1, candidates), valid, scores, beta=0.5)
     expected = [math.log(0.60) - 0.5, math.log(0.25) + 1.0, math.log(0.10)]
     torch.testing.assert_close(guided[0], torch.tensor(expected))
     assert guided[1].isinf().tolist() == [False, True, True]

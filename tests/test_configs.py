@@ -7,11 +7,27 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
-from llm2.config import EvaluateConfig, ExploreConfig, PretrainConfig, TrainConfig, as_dict, load_config, write_config
+from llm2.config import (
+    EvaluateConfig,
+    ExploreConfig,
+    PretrainConfig,
+    SweepConfig,
+    TrainConfig,
+    as_dict,
+    benchmark_class,
+    load_config,
+    write_config,
+)
 from llm2.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-CLASSES = {"explore": ExploreConfig, "train": TrainConfig, "evaluate": EvaluateConfig, "pretrain": PretrainConfig}
+CLASSES = {
+    "explore": ExploreConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "pretrain": PretrainConfig,
+    "sweep": SweepConfig,
+}
 COMMAND_FILES = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "accelerate")
 ACCELERATE_FILES = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 GSM8K_MODELS = ["llama-3.1-8b-instruct", "llama-3.2-1b-instruct", "llama-3.2-3b-instruct", "qwen2.5-1.5b-instruct"]
@@ -23,6 +39,8 @@ def name(path):
 
 def config_class(path):
     """The class that a file's name says: train.yaml and train_small.yaml are a TrainConfig."""
+    if path.parent.name == "benchmark":
+        return benchmark_class(path)
     return CLASSES[path.stem.replace("-", "_").split("_")[0]]
 
 

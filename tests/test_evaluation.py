@@ -1,17 +1,21 @@
 """A results folder: what it holds, that it is resumed and never mixed."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from llm2.config import EvaluateConfig
+from llm2.config import EvaluateConfig, SweepConfig, write_config
 from llm2.errors import UserError
 from llm2.evaluation import evaluate
 from llm2.generation import Guidance, decode
 from llm2.models import load_system1, load_tokenizer
+from llm2.predictions import Predictions
+from llm2.sweep import sweep
 from llm2.verifier import ProcessVerifier, load_verifier
 
 SYSTEM1 = "llm2/testbed/system1"
@@ -27,12 +31,13 @@ def untrained(tmp_path_factory) -> str:
     return folder
 
 
-@pytest.fixture
-def config(untrained, tmp_path) -> EvaluateConfig:
-    return EvaluateConfig(
+@pytest.fixture(scope="module")
+def done(untrained, tmp_path_factory) -> tuple[EvaluateConfig, dict]:
+    """A run that nothing disturbed, and its metrics: what every other way to the same result is held against."""
+    config = EvaluateConfig(
         model=SYSTEM1,
         verifier=untrained,
-        output_dir=str(tmp_path / "results"),
+        output_dir=str(tmp_path_factory.mktemp("done") / "results"),
         benchmark="testbed",
         modes=MODES,
         limit=5,
@@ -43,10 +48,31 @@ def config(untrained, tmp_path) -> EvaluateConfig:
         batch_size=8,
         device="cpu",
     )
+    return config, evaluate(config)
 
 
-def test_a_results_folder_explains_itself(config):
-    metrics = evaluate(config)
+@pytest.fixture
+def config(done, tmp_path) -> EvaluateConfig:
+    return replace(done[0], output_dir=str(tmp_path / "results"))
+
+
+def results(config: EvaluateConfig) -> list:
+    """The lines of predictions.jsonl and traces.jsonl."""
+    files = [Path(config.output_dir, name).read_text() for name in ("predictions.jsonl", "traces.jsonl")]
+    return [[json.loads(line) for line in text.splitlines()] for text in files]
+
+
+def alike(a, b) -> bool:
+    """Equal but for the last digits of scores, which depend on what stood in one batch."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return a == pytest.approx(b, abs=0.02) if isinstance(a, float) and isinstance(b, float) else a == b
+
+
+def test_a_results_folder_explains_itself(done):
+    config, metrics = done
     folder = Path(config.output_dir)
     assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     assert (folder / "config.yaml").is_file()
@@ -55,6 +81,8 @@ def test_a_results_folder_explains_itself(config):
         ("accuracy", "plain_greedy"),
         ("majority@1", "plain_sampling"),
         ("majority@4", "plain_sampling"),
+        ("best of 4", "plain_sampling"),
+        ("weighted@4", "plain_sampling"),
     }
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 20 == len({(line["id"], line["mode"]) for line in lines})
@@ -64,6 +92,26 @@ def test_a_results_folder_explains_itself(config):
     assert metrics["modes"]["plain_greedy"]["accuracy"] == sum(right) / 5
     assert metrics["modes"]["plain_greedy"]["verifier_forwards_per_token"] == 0
     assert metrics["modes"]["guided_greedy"]["verifier_forwards_per_token"] > 0
+
+
+def test_traces_tell_every_choice_and_the_finished_text_scores_its_tokens_as_decoding_did(config):
+    evaluate(replace(config, modes=("plain_greedy", "guided_sampling"), limit=3, traced_samples=2))
+    texts = {
+        (line["id"], line["mode"]): [sample["text"] for sample in line["samples"]]
+        for line in map(json.loads, Path(config.output_dir, "predictions.jsonl").read_text().splitlines())
+    }
+    lines = [json.loads(line) for line in Path(config.output_dir, "traces.jsonl").read_text().splitlines()]
+    choices = []
+    for line in lines:
+        assert len(line["traces"]) == (1 if line["mode"] == "plain_greedy" else 2)
+        for trace, text in zip(line["traces"], texts[line["id"], line["mode"]], strict=False):
+            assert "".join(trace["tokens"]).removesuffix("<|eot_id|>") == text
+            assert len(trace["scores"]) == len(trace["tokens"])
+            for choice in trace["choices"]:
+                assert choice["candidates"][choice["chosen"]] == trace["tokens"][choice["at"]]
+                assert choice["scores"][choice["chosen"]] == pytest.approx(trace["scores"][choice["at"]], abs=0.01)
+            choices += trace["choices"]
+    assert any(choice["changed"] for choice in choices) and not all(choice["changed"] for choice in choices)
 
 
 def test_predictions_are_what_decode_writes(config):
@@ -79,15 +127,11 @@ def test_predictions_are_what_decode_writes(config):
         assert line["samples"][0]["text"] == tokenizer.decode(decoded[0][0].tokens, skip_special_tokens=True)
 
 
-def test_a_killed_run_goes_on_with_the_same_result(config, tmp_path):
-    whole = evaluate(config)
-    predictions = Path(config.output_dir, "predictions.jsonl").read_bytes()
-    torn = replace(config, output_dir=str(tmp_path / "torn"), batch_size=3)
-    evaluate(replace(torn, limit=3))
-    path = Path(torn.output_dir, "predictions.jsonl")
-    path.write_bytes(path.read_bytes()[:-30])
-    assert evaluate(torn) == whole
-    assert sorted(path.read_bytes().splitlines()) == sorted(predictions.splitlines())
+def test_a_finished_run_is_extended_with_the_same_result(config, done):
+    part = replace(config, batch_size=3)
+    evaluate(replace(part, limit=3))
+    assert alike(evaluate(part), done[1])
+    assert alike(results(part), results(done[0]))
 
 
 def test_predictions_of_another_config_are_never_mixed_in(config):
@@ -98,6 +142,110 @@ def test_predictions_of_another_config_are_never_mixed_in(config):
     before = Path(config.output_dir, "predictions.jsonl").read_bytes()
     assert before.count(b"\n") == 2, "what was there is left as it was"
     evaluate(replace(small, beta=1.0, resume=False))
+
+
+def test_a_kill_in_the_middle_costs_only_what_was_in_flight(config, done, monkeypatch):
+    made = []
+
+    def killed(self, entry):
+        if len(made) == 7:
+            raise KeyboardInterrupt
+        counted(self, entry)
+
+    def counted(self, entry):
+        made.append((entry["id"], entry["mode"]))
+        add(self, entry)
+
+    add = Predictions.add
+    monkeypatch.setattr(Predictions, "add", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config)
+    path = Path(config.output_dir, "predictions.jsonl")
+    assert [(line["id"], line["mode"]) for line in map(json.loads, path.read_text().splitlines())] == made
+    path.write_bytes(path.read_bytes()[:-30])  # and the machine lost what it had not yet written
+    monkeypatch.setattr(Predictions, "add", counted)
+    assert alike(evaluate(config), done[1])
+    assert len(made) == 20 == len(set(made)), "no problem was evaluated twice"
+    assert alike(results(config), results(done[0]))
+
+
+def test_the_result_does_not_depend_on_the_number_of_processes(config, tmp_path):
+    small = replace(config, limit=3, modes=("guided_greedy", "plain_sampling"), samples=2, majority_at=(2,))
+    metrics = evaluate(small)
+    shared = replace(small, output_dir=str(tmp_path / "shared"))
+    write_config(shared, tmp_path / "shared.yaml")
+    launch = ["accelerate.commands.launch", "--quiet", "--config_file", "configs/accelerate/multi_gpu.yaml"]
+    command = ["-m", *launch, "--num_processes", "2", "--main_process_port", "0", "-m", "llm2", "evaluate"]
+    subprocess.run([sys.executable, *command, tmp_path / "shared.yaml"], check=True, capture_output=True)
+    assert alike(results(shared), results(small))
+    assert alike(json.loads(Path(shared.output_dir, "metrics.json").read_text()), metrics)
+
+
+def test_predictions_of_other_runs_are_taken_over_where_they_hold(config, done, tmp_path):
+    plain = replace(config, modes=("plain_greedy", "plain_sampling"), beta=1.0, output_dir=str(tmp_path / "plain"))
+    evaluate(plain)
+    guided = replace(config, modes=("guided_greedy",), output_dir=str(tmp_path / "guided"), samples=2, majority_at=(1,))
+    evaluate(guided)
+    merged = replace(config, take_over=(plain.output_dir, guided.output_dir))
+    assert alike(evaluate(merged), done[1])
+    assert alike(results(merged), results(done[0]))
+    with pytest.raises(UserError, match="another config: beta was 4.0 and now is 2.0; it cannot be taken over"):
+        evaluate(replace(merged, beta=2.0, output_dir=str(tmp_path / "other")))
+
+
+def test_modes_evaluated_one_after_the_other_are_reported_together(config):
+    evaluate(replace(config, modes=("plain_greedy",), limit=2))
+    assert set(evaluate(replace(config, modes=("guided_greedy",), limit=2))["modes"]) == {
+        "plain_greedy",
+        "guided_greedy",
+    }
+
+
+def test_the_cost_of_a_mode_is_counted_in_forwards_a_problem(config):
+    metrics = evaluate(replace(config, modes=("guided_sampling",), limit=2))["modes"]["guided_sampling"]
+    lines = [json.loads(line) for line in Path(config.output_dir, "predictions.jsonl").read_text().splitlines()]
+    tokens = sum(sample["tokens"] for line in lines for sample in line["samples"]) / 2
+    verified = sum(sample["verifier_forwards"] for line in lines for sample in line["samples"]) / 2
+    assert metrics["tokens_per_problem"] == tokens
+    assert (
+        metrics["system1_forwards_per_problem"] == 1 + tokens - 4
+    )  # the first token of each sample follows the prompt
+    assert metrics["system2_forwards_per_problem"] == 1 + verified
+    assert metrics["scoring_forwards_per_problem"] == 4
+
+
+def test_few_shot_examples_change_the_prompt(config, tmp_path):
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text(json.dumps({"question": "Two and two?", "answer": "2 + 2 = 4\n#### 4"}) + "\n")
+    greedy = replace(config, modes=("plain_greedy",), limit=2)
+    evaluate(greedy)
+    evaluate(replace(greedy, few_shot=str(examples), output_dir=str(tmp_path / "shots")))
+    texts = [Path(folder, "predictions.jsonl").read_text() for folder in (greedy.output_dir, tmp_path / "shots")]
+    assert texts[0] != texts[1]
+
+
+def test_a_sweep_chooses_on_validation_and_reports_on_test(untrained, tmp_path):
+    config = SweepConfig(
+        model=SYSTEM1,
+        verifier=untrained,
+        output_dir=str(tmp_path / "sweep"),
+        benchmark="testbed",
+        modes=("plain_greedy", "guided_greedy"),
+        limit=3,
+        betas=(0.0, 8.0),
+        alphas=(0.1,),
+        validation_limit=6,
+        max_new_tokens=120,
+        device="cpu",
+    )
+    metrics = sweep(config)
+    points = {point["beta"]: point["accuracy"] for point in metrics["sweep"]["points"]}
+    best = max(points, key=points.get)
+    assert set(points) == {0.0, 8.0} and metrics["sweep"]["chosen"]["beta"] == best == metrics["settings"]["beta"]
+    assert (metrics["sweep"]["split"], metrics["sweep"]["n"]) == ("validation", 6)
+    assert (metrics["split"], metrics["n"]) == ("test", 3)
+    with pytest.raises(UserError, match="chosen on other problems than they are reported on"):
+        sweep(replace(config, validation_split="test"))
 
 
 def test_what_one_field_alone_cannot_tell_is_told(config):

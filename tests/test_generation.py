@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_system1, tiny_verifier
+from conftest import VOCABULARY, tiny_system1
 from reference import decode_one, score
 from scipy.stats import chisquare
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm2.generation import Guidance, Rows, Sampling, admit, decode, stream, verify
-from llm2.model import LLM2
+from llm2 import flight
+from llm2.errors import UserError
+from llm2.generation import Decoder, Guidance, Sampling, decode, stream
+from llm2.readers import BlockLine, Reader, SpanLine
 from llm2.verifier import ProcessVerifier
 
 EOS = [1]
@@ -37,22 +39,196 @@ def test_guided_greedy_equals_the_uncached_reference(system1, verifier, count, a
     assert greedy(system1, batch, max_new_tokens=16, guidance=guidance) == expected
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "gemma", "phi3", "gpt_neox"])
-def test_other_backbones_decode_as_their_reference(family, tmp_path):
+WINDOWS = {"mistral": {"sliding_window": 6}, "qwen3": {"sliding_window": 6, "use_sliding_window": True}}
+WINDOWS |= {"gemma2": {"sliding_window": 6}, "gemma3_text": {"sliding_window": 6}}
+FAMILIES = [("llama", False), *[(name, False) for name in ("qwen2", "gemma", "phi3", "gpt_neox")]]
+FAMILIES += [(name, windowed) for name in WINDOWS for windowed in (False, True)]
+
+
+def of_family(family: str, folder, windowed: bool = False, **lora):
+    """A System 1 of random weights and a verifier made from it or, with LoRA settings, on it."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     sizes |= {"num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2}
+    # Far from the window where there is to be none: it must not cut what these tests write.
+    sizes |= WINDOWS.get(family, {}) if windowed else {"sliding_window": 512} if family in WINDOWS else {}
+    if family == "qwen3":
+        sizes |= {"max_window_layers": 1}  # one layer with a window, one without
     config = AutoConfig.for_model(
         family, vocab_size=VOCABULARY, **sizes, pad_token_id=2, bos_token_id=0, eos_token_id=1
     )
+    config._attn_implementation = "eager"  # of the twin: the only one that knows soft caps
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    verifier = ProcessVerifier.from_system1(str(tmp_path)).eval()
-    guidance = Guidance(verifier=verifier, alpha=0.02, beta=3.0)
-    batch = prompts(3, seed=8)
-    twin = {"verifier": verifier, "alpha": 0.02, "beta": 3.0}
+    (model if lora else AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
+    verifier = ProcessVerifier.from_system1(str(folder), attn_implementation="eager", **lora).eval()
+    for name, parameter in verifier.named_parameters():
+        if "lora_B" in name or name == "score.weight":  # an adapter begins as nothing
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model, verifier
+
+
+def expect_reference(model, verifier, count: int = 3, alpha: float = 0.02, beta: float = 3.0, **options) -> None:
+    batch = prompts(count, seed=8)
+    guidance = Guidance(verifier=verifier, alpha=alpha, beta=beta, **options)
+    twin = {"verifier": verifier, "alpha": alpha, "beta": beta}
     expected = [decode_one(model, p, max_new_tokens=8, eos=EOS, **twin) for p in batch]
     assert greedy(model, batch, max_new_tokens=8, guidance=guidance) == expected
+
+
+@pytest.mark.parametrize("family, windowed", FAMILIES)
+def test_other_backbones_decode_as_their_reference(family, windowed, tmp_path):
+    expect_reference(*of_family(family, tmp_path, windowed))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text"])
+def test_a_lora_verifier_decodes_as_the_reference_in_one_forward_or_two(family, shared, tmp_path):
+    expect_reference(*of_family(family, tmp_path, lora={"rank": 4}), shared=shared)
+
+
+@pytest.fixture(scope="module", params=[None, {"rank": 4}], ids=["full", "lora"])
+def told(request, tmp_path_factory):
+    """Both systems, prompts, and what the twin makes of them."""
+    model, verifier = of_family("llama", tmp_path_factory.mktemp("told"), lora=request.param)
+    batch, twin = prompts(5, seed=8), {"verifier": verifier, "alpha": 0.02, "beta": 3.0}
+    return model, verifier, batch, [decode_one(model, p, max_new_tokens=12, eos=EOS, **twin) for p in batch]
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+@pytest.mark.parametrize("patience", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("line", [SpanLine, BlockLine])
+def test_laziness_patience_and_layout_change_nothing(told, lazy, patience, line, monkeypatch):
+    """BlockLine is what a GPU gets."""
+    monkeypatch.setattr(Reader, "_line", lambda self: line(self.device))
+    model, verifier, batch, expected = told
+    guidance = Guidance(verifier=verifier, alpha=0.02, beta=3.0, lazy=lazy, patience=patience)
+    assert greedy(model, batch, max_new_tokens=12, guidance=guidance) == expected
+
+
+@pytest.mark.parametrize("family", WINDOWS)
+def test_windows_hold_in_blocks_and_trunks(family, tmp_path, monkeypatch):
+    model, verifier = of_family(family, tmp_path, windowed=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "_line", lambda self: BlockLine(self.device))
+        expect_reference(model, verifier, count=4)
+    expect_shared_prompts(model, verifier, monkeypatch, in_place=True)
+
+
+def expect_shared_prompts(model, verifier, monkeypatch, in_place: bool) -> Decoder:
+    """Prompts that begin alike, several rows each, some alone between them."""
+    monkeypatch.setattr(flight, "IN_PLACE", 0 if in_place else 10**9)
+    trunk = prompts(1, seed=5)[0] * 9
+    batch = [trunk[:40], trunk[:39] + [7], trunk[:30] + [8, 9, 10], prompts(1, seed=6)[0], trunk[:21], trunk[1:30]]
+    seeds = [[1, 2, 3], [4], [5, 6], [7, 8], [9], [10]]
+    twin = {"verifier": verifier, "alpha": 0.02, "beta": 2.0, "temperature": 0.8}
+    expected = [
+        [decode_one(model, p, max_new_tokens=7, eos=EOS, seed=s, **twin) for s in own]
+        for p, own in zip(batch, seeds, strict=True)
+    ]
+    decoder = Decoder(model, Guidance(verifier=verifier, alpha=0.02, beta=2.0))
+    for batch_size in (1, 3, 8, 64):
+        rows = decoder.decode(
+            batch, max_new_tokens=7, eos=EOS, sampling=Sampling(temperature=0.8), seeds=seeds, batch_size=batch_size
+        )
+        assert [[row.tokens for row in own] for own in rows] == expected
+    return decoder
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+def test_what_prompts_have_in_common_is_read_once(lora, in_place, tmp_path, monkeypatch):
+    model, verifier = of_family("llama", tmp_path, lora=lora)
+    expect_shared_prompts(model, verifier, monkeypatch, in_place=in_place)
+    decoder = Decoder(model, Guidance(verifier=verifier, alpha=0.9))
+    prompt, rows, new = [3, *range(4, 60)], 16, 2
+    decoder.decode(
+        [prompt], max_new_tokens=new, eos=[], sampling=Sampling(), seeds=[list(range(rows))], batch_size=rows
+    )
+    most = len(prompt) - 1 + rows * new + decoder.counts["candidates"]
+    assert decoder.counts["system1_tokens"] <= most < rows * len(prompt) / 4
+    assert decoder.counts["system2_tokens"] <= most
+
+
+def test_every_token_is_read_once(system1, verifier):
+    batch, new = prompts(9), 16
+    plain = Decoder(system1)
+    plain.decode(batch, max_new_tokens=new, eos=[])
+    # The last token of a row is written and never read.
+    assert plain.counts["system1_tokens"] == sum(map(len, batch)) + 9 * (new - 1)
+    guided = Decoder(system1, Guidance(verifier=verifier, alpha=0.02, lazy=False))
+    guided.decode(batch, max_new_tokens=new, eos=[])
+    # System 2 reads each prompt once, and at every step the candidates: the chosen one is then there already.
+    assert guided.counts["system2_tokens"] == sum(map(len, batch)) + guided.counts["candidates"]
+    lazy = Decoder(system1, Guidance(verifier=verifier, alpha=0.5))
+    lazy.decode(batch, max_new_tokens=new, eos=[], batch_size=1)
+    assert 0 < lazy.counts["system2_forwards"] < lazy.counts["system1_forwards"]
+
+
+def test_a_trace_tells_how_each_token_came_about(system1, verifier):
+    guidance = Guidance(verifier=verifier, alpha=0.02, beta=3.0)
+    batch = prompts(4)
+    for written, plain in zip(
+        decode(system1, batch, max_new_tokens=12, eos=EOS, guidance=guidance, trace=True),
+        decode(system1, batch, max_new_tokens=12, eos=EOS),
+        strict=True,
+    ):
+        (row,), ids = written, list(batch[0])
+        first = next((i for i, choice in enumerate(row.trace) if choice.changed), len(row.tokens))
+        assert row.tokens[:first] == plain[0].tokens[:first] and row.tokens[: first + 1] != plain[0].tokens[: first + 1]
+        assert [choice.candidates[choice.chosen] for choice in row.trace] == row.tokens
+        assert all((choice.scores is None) == (len(choice.candidates) == 1) for choice in row.trace)
+        assert all(choice.logprobs == sorted(choice.logprobs, reverse=True) for choice in row.trace)
+    ids = list(batch[3])
+    for choice in row.trace:
+        with torch.inference_mode():
+            logprobs = system1(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[choice.candidates]
+        torch.testing.assert_close(torch.tensor(choice.logprobs), logprobs, atol=1e-4, rtol=0)
+        if choice.scores is not None:
+            expected = [score(verifier, [*ids, token]) for token in choice.candidates]
+            torch.testing.assert_close(torch.tensor(choice.scores), torch.tensor(expected), atol=1e-4, rtol=0)
+        ids.append(choice.candidates[choice.chosen])
+
+
+def test_a_row_can_be_stopped_processed_and_watched(system1):
+    batch, seen = prompts(3), []
+
+    def never_twice(rows, new, logits):
+        last = torch.tensor([[*batch[row], *own][-1] for row, own in zip(rows, new, strict=True)])
+        return logits.scatter(-1, last[:, None], -torch.inf)
+
+    written = decode(
+        system1,
+        batch,
+        max_new_tokens=9,
+        eos=EOS,
+        stop=lambda prompt, sample, new: len(new) == prompt + 1,
+        process=never_twice,
+        on_token=lambda prompt, sample, token: seen.append((prompt, token)),
+    )
+    assert [len(row.tokens) for (row,) in written] == [1, 2, 3]
+    assert all(row.tokens == [token for prompt, token in seen if prompt == i] for i, (row,) in enumerate(written))
+    for prompt, (row,) in zip(batch, written, strict=True):
+        ids = [*prompt, *row.tokens]
+        assert all(a != b for a, b in zip(ids[len(prompt) - 1 :], ids[len(prompt) :], strict=False))
+
+
+def test_a_model_without_pluggable_attention_is_refused(system1):
+    class Old(type(system1.base_model)):
+        _supports_attention_backend = False
+
+    with pytest.raises(UserError, match="Old does not take attention functions"):
+        Reader(Old(system1.config))
+
+
+def test_decoding_leaves_the_model_as_it_was(system1, verifier):
+    before = system1.config._attn_implementation
+    weights = {name: parameter.data_ptr() for name, parameter in system1.base_model.named_parameters()}
+    decoder = Decoder(system1, Guidance(verifier=verifier))
+    assert system1.config._attn_implementation == before
+    own = dict(decoder.readers.system1.body.named_parameters())
+    assert all(
+        own[name.removeprefix("model.")].data_ptr() == at for name, at in weights.items() if "lm_head" not in name
+    )
 
 
 def test_guidance_changes_what_is_written(system1, verifier):
@@ -126,21 +302,6 @@ def test_sampling_follows_the_distribution(system1):
     assert chisquare(observed.numpy(), expected.numpy()).pvalue > 0.001
 
 
-def test_candidate_scores_equal_each_alone(system1, verifier):
-    """Of a part of the rows, some of which System 2 has yet to catch up with by different amounts."""
-    batch = prompts(6, seed=3)
-    rows = Rows(6, 32, VOCABULARY, system1.device)
-    asking = torch.tensor([1, 2, 4, 5])
-    candidates = torch.randint(3, VOCABULARY, (4, 5), generator=torch.Generator().manual_seed(4))
-    with torch.inference_mode():
-        admit(system1, Guidance(verifier=verifier), rows, batch, [[0]] * 6, range(6))
-        rows.read[:] = (rows.length - torch.tensor([0, 1, 3, 0, 0, 2])).clamp(min=0)
-        scores = verify(verifier, rows, asking, candidates)
-    for row, own, found in zip(asking.tolist(), candidates.tolist(), scores, strict=True):
-        expected = [score(verifier, [*batch[row], token]) for token in own]
-        torch.testing.assert_close(found, torch.tensor(expected), atol=1e-4, rtol=0)
-
-
 def test_sampling_without_seeds_is_refused(system1):
     with pytest.raises(ValueError, match="sampling wants seeds"):
         decode(system1, [[3]], max_new_tokens=2, eos=EOS, sampling=Sampling())
@@ -148,20 +309,6 @@ def test_sampling_without_seeds_is_refused(system1):
 
 def test_nothing_in_nothing_out(system1):
     assert decode(system1, [], max_new_tokens=2, eos=EOS) == []
-
-
-def test_llm2_takes_and_returns_what_generate_does(system1_folder, tmp_path):
-    tiny_verifier(tmp_path / "system1", vocab_size=261).save_pretrained(tmp_path / "verifier")
-    llm2 = LLM2.from_pretrained(system1_folder, str(tmp_path / "verifier"), beta=0.0, device="cpu")
-    inputs = llm2.tokenizer(["2 + 2 =", "How many?"], return_tensors="pt", padding=True, padding_side="left")
-    inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-    expected = llm2.system1.generate(**inputs, max_new_tokens=9, do_sample=False)
-    assert torch.equal(llm2.generate(**inputs, max_new_tokens=9), expected)
-    sampled = llm2.generate(**inputs, max_new_tokens=9, do_sample=True, num_return_sequences=3, seed=5)
-    assert sampled.shape[0] == 6 and torch.equal(sampled[:3, :9], inputs["input_ids"][:1].expand(3, -1)[:, :9])
-    assert torch.equal(
-        sampled, llm2.generate(**inputs, max_new_tokens=9, do_sample=True, num_return_sequences=3, seed=5)
-    )
 
 
 def test_another_system1_writes_something_else(system1):

@@ -9,15 +9,23 @@ PACKAGE = Path(__file__).parent.parent / "llm2"
 # A module may import from the layers before its own, and pure modules from pure ones.
 LAYERS = [
     {"errors", "seeds", "candidates", "branches", "loss", "statistics", "grading", "config", "chat", "cache"},
-    {"triplets", "metrics", "models", "testbed"},
+    {
+        *("triplets", "metrics", "models", "testbed", "journal", "attention", "trunks"),
+        *("quality", "checkers", "processes"),
+    },
     {"benchmarks"},
+    {"lora", "packing", "checkpoints", "pairs", "golds", "predictions"},
     {"verifier", "batch"},
-    {"generation"},
-    {"rollouts", "report", "model"},
-    {"exploration", "training", "evaluation"},
+    {"readers", "scoring", "choosing"},
+    {"flight"},
+    {"generation", "trainer"},
+    {"rollouts", "report", "model", "processor", "exploration_report", "tracing"},
+    {"exploration", "training", "evaluation", "harness"},
+    {"sweep"},
+    {"speed"},
     {"__main__"},
 ]
-PURE = {"errors", "seeds", "candidates", "branches", "loss", "statistics", "grading", "metrics"}
+PURE = {"errors", "seeds", "candidates", "branches", "packing", "loss", "statistics", "grading", "metrics", "quality"}
 
 
 def imports() -> dict[str, set[str]]:

@@ -1,33 +1,53 @@
-"""The loss by hand, and that it does not see how pairs were batched."""
+"""The losses by hand, and that they do not see how pairs were batched."""
 
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from llm2.loss import NO_PAIR, pair_accuracy, pairwise_loss
+from llm2 import loss as losses
+from llm2.loss import pair_accuracy, pairwise_loss, token_losses
 
 
 def test_loss_by_hand():
     """-log sigmoid(0) = log 2; -log sigmoid(log 3) = log(4 / 3)."""
-    loss = pairwise_loss(torch.tensor([[0.0, math.log(3)]]), torch.tensor([[1, 1]]))
+    loss = pairwise_loss(torch.tensor([[0.0, math.log(3)]]), torch.ones(1, 2))
     assert loss.item() == pytest.approx((math.log(2) + math.log(4 / 3)) / 2)
 
 
-def test_padding_does_not_count():
-    padded = pairwise_loss(torch.tensor([[0.0, 7.0], [-9.0, 7.0]]), torch.tensor([[1, NO_PAIR], [NO_PAIR, NO_PAIR]]))
-    assert padded.item() == pytest.approx(math.log(2))
+def test_a_weight_counts_as_so_many_pairs():
+    """A pair of weight 3 is three pairs; one of weight 0 is none."""
+    loss = pairwise_loss(torch.tensor([[0.0, math.log(3), -9.0]]), torch.tensor([[3.0, 1.0, 0.0]]))
+    assert loss.item() == pytest.approx((3 * math.log(2) + math.log(4 / 3)) / 4)
+
+
+def test_a_margin_moves_the_even_point():
+    assert pairwise_loss(torch.tensor([2.0]), torch.ones(1), margin=2.0).item() == pytest.approx(math.log(2))
 
 
 def test_parts_add_up_to_the_mean_over_all_pairs():
-    margins, labels = torch.randn(12), torch.ones(12, dtype=torch.long)
-    whole = pairwise_loss(margins, labels)
-    parts = sum(pairwise_loss(margins[part], labels[part], 12) for part in (slice(0, 1), slice(1, 7), slice(7, 12)))
-    torch.testing.assert_close(parts, whole)
+    margins, weights = torch.randn(12), torch.rand(12)
+    whole, total = pairwise_loss(margins, weights), weights.sum()
+    parts = [pairwise_loss(margins[part], weights[part], total) for part in (slice(0, 1), slice(1, 7), slice(7, 12))]
+    torch.testing.assert_close(sum(parts), whole)
 
 
 def test_a_batch_without_pairs_is_zero_and_not_nan():
-    assert pairwise_loss(torch.zeros(1, 2), torch.full((1, 2), NO_PAIR)).item() == 0
+    assert pairwise_loss(torch.zeros(1, 0), torch.zeros(1, 0)).item() == 0
+
+
+def test_token_losses_are_cross_entropy_in_chunks(monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK", 3)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(8, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
+    targets = torch.randint(11, (8,))
+    found = token_losses(hidden, weight, targets)
+    own = torch.autograd.grad(found, (hidden, weight))
+    expected = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    torch.testing.assert_close(found, expected)
+    for gradient, twin in zip(own, torch.autograd.grad(expected, (hidden, weight)), strict=True):
+        torch.testing.assert_close(gradient, twin)
 
 
 def test_pair_accuracy_counts_a_tie_half():

@@ -2,11 +2,16 @@
 
 import copy
 import json
+import re
+import shutil
+import subprocess
 
 import pytest
 
 from llm2.errors import UserError
 from llm2.report import markdown_table, plot, read_metrics, table, write_report
+from llm2.report.page import fitting
+from llm2.report.read import parse
 
 METRICS = {
     "benchmark": "testbed",
@@ -129,6 +134,161 @@ def test_the_report_prints_nothing(tmp_path, capsys):
     (tmp_path / "metrics.json").write_text(json.dumps(METRICS))
     write_report(tmp_path)
     assert capsys.readouterr() == ("", "")
+
+
+SAMPLED = {
+    **METRICS,
+    "reported_k": [1, 20],
+    "settings": {"alpha": 0.1, "beta": 0.5},
+    "modes": {
+        name: {
+            **mode,
+            "best_of_at": {"1": 0.4, "20": 0.8},
+            "weighted_at": {"20": 0.85},
+            "tokens_per_problem": 1210.0,
+            "system1_forwards_per_problem": 1191.0,
+            "system2_forwards_per_problem": 240.5,
+            "scoring_forwards_per_problem": 20.0,
+        }
+        for name, mode in METRICS["modes"].items()
+    },
+}
+POINT = {"alpha": 0.1, "top_k": None, "temperature": 1.0, "ci95": [0.5, 0.9]}
+SWEPT = {
+    **SAMPLED,
+    "sweep": {
+        "split": "validation",
+        "n": 500,
+        "mode": "guided_greedy",
+        "chosen": {"alpha": 0.1, "beta": 0.5, "top_k": None, "temperature": 1.0},
+        "points": [{**POINT, "beta": beta, "accuracy": 0.7} for beta in (0.25, 0.5, 1.0)],
+    },
+}
+
+
+def test_only_the_reported_k_have_rows_and_one_sample_is_not_the_best_of_itself():
+    lines = table(SAMPLED).splitlines()
+    labels = [line.split("  ")[0] for line in lines if line.startswith(("majority", "weighted", "best", "pass"))]
+    assert labels == ["majority@1", "majority@20", "weighted@20", "best of 20", "pass@1", "pass@20"]
+
+
+def test_the_cost_of_each_mode_stands_below():
+    assert cells(table(SAMPLED), "System 2 forwards") == ["240.5"] * 4
+    assert cells(table(SAMPLED), "tokens") == ["1,210.0"] * 4
+    assert "cost" not in table(METRICS)
+
+
+def test_the_report_says_on_which_split_settings_were_chosen_and_on_which_they_are_reported():
+    said = " ".join(table(SWEPT).split())
+    assert "chosen on the validation split (n = 500) by guided_greedy among 3: alpha 0.1, beta 0.5" in said
+    assert "reported on the test split" in said
+
+
+def test_a_figure_is_drawn_for_all_that_was_measured(tmp_path):
+    (tmp_path / "metrics.json").write_text(json.dumps(SWEPT))
+    write_report(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"accuracy.png", "cost.png", "sweep.png"}
+
+
+TRACE = {
+    "tokens": ["Ann", " has", " </script>", " 4", "<|eot_id|>"],
+    "scores": [0.5, -1.25, 2.0, 0.0, 0.25],
+    "choices": [
+        {
+            "at": 1,
+            "candidates": [" had", " has"],
+            "logprobs": [-0.2, -1.7],
+            "scores": [-2.0, 3.5],
+            "chosen": 1,
+            "changed": True,
+        }
+    ],
+}
+
+
+def write_results(folder, n: int, metrics=METRICS, samples: int = 3) -> None:
+    """n problems, a fifth of each kind: fixed, fixed, broken, both wrong, both right."""
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    with open(folder / "predictions.jsonl", "w") as predictions, open(folder / "traces.jsonl", "w") as traces:
+        for i in range(n):
+            for mode in metrics["modes"]:
+                right = i % 5 == 4 or (i % 5 < 2 if mode.startswith("guided") else i % 5 == 2)
+                count = samples if mode.endswith("sampling") else 1
+                sample = {"text": "Ann has </script> 4", "answer": "4", "correct": right, "tokens": 5, "score": 0.3}
+                line = {"id": f"test-{i}", "mode": mode}
+                own = {"question": f"How many <b>{i}</b>?", "gold": "4", "samples": [sample] * count}
+                predictions.write(json.dumps({**line, **own}) + "\n")
+                traces.write(json.dumps({**line, "traces": [TRACE] * count}) + "\n")
+
+
+def packed(folder) -> dict:
+    page = (folder / "report.html").read_text()
+    return json.loads(page.split('id="data">')[1].split("</script>")[0])
+
+
+def test_the_page_holds_every_problem_token_by_token(tmp_path):
+    write_results(tmp_path, 10)
+    write_report(tmp_path)
+    data = packed(tmp_path)
+    assert [problem[0] for problem in data["problems"]] == [f"test-{i}" for i in range(10)]
+    _, question, gold, modes = data["problems"][3]
+    assert (question, gold, set(modes)) == ("How many <b>3</b>?", "4", set(METRICS["modes"]))
+    assert [len(modes[mode]) for mode in data["modes"]] == [1, 1, 3, 3]
+    answer, right, tokens, score, (ids, scores, choices) = modes["guided_greedy"][0]
+    assert (answer, right, tokens, score) == ("4", 0, 5, 0.3)
+    assert [data["vocabulary"][i] for i in ids] == TRACE["tokens"]
+    assert scores == [50, -125, 200, 0, 25]
+    ((at, candidates, logprobs, choice_scores, chosen, changed),) = choices
+    assert (at, [data["vocabulary"][i] for i in candidates], chosen, changed) == (1, [" had", " has"], 1, 1)
+    assert (logprobs, choice_scores) == ([-20, -170], [-200, 350])
+    assert data["scale"] == [-1.25, 0.25, 2.0]
+
+
+def test_the_page_needs_no_network_and_no_text_breaks_out_of_it(tmp_path):
+    write_results(tmp_path, 2, metrics=SWEPT)
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "://" not in page and "url(//" not in page
+    assert page.count("</script>") == 2 and "<b>0</b>" not in page
+
+
+def test_samples_are_left_out_until_the_page_fits(tmp_path):
+    write_results(tmp_path, 20, samples=8)
+    metrics = parse(METRICS, "here")
+    (everything, eight), (less, few) = fitting(tmp_path, metrics, 10**7), fitting(tmp_path, metrics, 16000)
+    assert eight == 8 > few and len(less.encode()) <= 16000 < len(everything.encode())
+    shown = [body is not None for *_, body in json.loads(less)["problems"][0][3]["plain_sampling"]]
+    assert shown == [True] * max(few, 1) + [False] * (8 - max(few, 1)), "votes are all there, texts are not"
+
+
+def test_a_results_folder_without_predictions_still_has_its_page(tmp_path):
+    (tmp_path / "metrics.json").write_text(json.dumps(METRICS))
+    write_report(tmp_path)
+    assert packed(tmp_path)["problems"] == []
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_lists_and_filters_1319_problems(tmp_path):
+    write_results(tmp_path, 1319)
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    acts = """
+    document.querySelector('#filters [data-kind=broken]').click();
+    document.getElementById('search').value = 'how many <b>7';
+    filter();
+    document.querySelector('.choice.changed').click();
+    document.body.dataset.rows = document.querySelectorAll('.row').length;
+    document.body.dataset.shown = shown.map((problem) => problem.id).join(' ');"""
+    at = page.rindex("</script>")
+    (tmp_path / "acted.html").write_text(page[:at] + acts + page[at:])
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
+    dom = subprocess.run(
+        [*command, (tmp_path / "acted.html").as_uri()], capture_output=True, text=True, timeout=60
+    ).stdout
+    expected = [i for i in range(1319) if i % 5 == 2 and str(i).startswith("7")]
+    assert re.search('data-shown="([^"]*)"', dom)[1].split() == [f"test-{i}" for i in expected]
+    assert len(expected) < 60 and 0 < int(re.search('data-rows="([0-9]*)"', dom)[1]) < 40, "only the rows in view exist"
+    assert "System 2 changed this choice" in dom and "Broken 264" in dom and "Fixed 528" in dom
 
 
 def test_nothing_to_plot_is_a_users_mistake(tmp_path):

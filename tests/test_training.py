@@ -1,34 +1,59 @@
 """The trainer: every parameter moves, the loss falls, and batching, accumulation and padding change no gradient."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from test_branches import examples
-from transformers import TrainingArguments
+import yaml
+from conftest import tiny_system1
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_batch import examples
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, TrainingArguments
 
-from llm2.config import TrainConfig
+from llm2.batch import verifier_batch
+from llm2.checkpoints import last_whole_checkpoint
+from llm2.config import TrainConfig, as_dict
 from llm2.errors import UserError
+from llm2.loss import pairwise_loss
 from llm2.models import load_tokenizer
-from llm2.training import VerifierTrainer, train, training_arguments, truncate
-from llm2.triplets import Example, Triplet, record_line
-from llm2.verifier import ProcessVerifier
+from llm2.trainer import Loss, VerifierTrainer, WholeSteps
+from llm2.training import train, training_arguments
+from llm2.triplets import Triplet, record_line
+from llm2.verifier import ProcessVerifier, load_verifier
+
+UNEMBEDDING = torch.randn(259 + 2, 32, generator=torch.Generator().manual_seed(3))
 
 
 def arguments(folder, **changes) -> TrainingArguments:
     defaults = {"output_dir": str(folder), "report_to": "none", "use_cpu": True, "remove_unused_columns": False}
     return TrainingArguments(
-        **{**defaults, "label_names": ["labels"], "save_strategy": "no", "disable_tqdm": True, **changes}
+        **{**defaults, "label_names": ["numbers"], "save_strategy": "no", "disable_tqdm": True, **changes}
     )
 
 
-def gradients(system1_folder, folder, data, per_device: int, accumulation: int) -> dict[str, torch.Tensor]:
+def gradients(
+    system1_folder,
+    folder,
+    data,
+    per_device: int,
+    accumulation: int,
+    loss: Loss | None = None,
+    lora: dict | None = None,
+    **changes,
+) -> dict[str, torch.Tensor]:
     """What one optimizer step of the trainer sees: plain SGD with rate 1 moves each weight by its gradient."""
     torch.manual_seed(0)
-    verifier = ProcessVerifier.from_system1(system1_folder, local_files_only=True)
+    verifier = ProcessVerifier.from_system1(system1_folder, lora=lora, local_files_only=True)
+    verifier.set_unembedding(UNEMBEDDING)
     before = {name: p.detach().clone() for name, p in verifier.named_parameters()}
     trainer = VerifierTrainer(
         verifier,
@@ -41,8 +66,10 @@ def gradients(system1_folder, folder, data, per_device: int, accumulation: int) 
             learning_rate=1.0,
             lr_scheduler_type="constant",
             max_grad_norm=0.0,
+            **changes,
         ),
-        train_dataset=data,
+        data,
+        loss,
     )
     trainer.train()
     return {name: before[name] - p.detach() for name, p in verifier.named_parameters()}
@@ -65,13 +92,92 @@ def test_gradient_equals_that_of_the_plain_sum_over_pairs(system1_folder, tmp_pa
     torch.manual_seed(0)
     verifier = ProcessVerifier.from_system1(system1_folder, local_files_only=True)
     losses = []
-    for ids, triplets in data:
-        for position, gold, negative in triplets:
-            scores = [verifier(torch.tensor([[*ids[:position], token]])).scores[0, -1] for token in (gold, negative)]
+    for example in data:
+        for position, gold, negative in example.triplets:
+            scores = [
+                verifier(torch.tensor([[*example.ids[:position], token]])).scores[0, -1] for token in (gold, negative)
+            ]
             losses.append(-torch.nn.functional.logsigmoid(scores[0] - scores[1]))
     torch.stack(losses).mean().backward()
     for name, parameter in verifier.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("loss", [Loss(quality_weight=True, margin=0.5), Loss(language_weight=0.5)])
+def test_no_loss_sees_how_solutions_were_batched(system1_folder, tmp_path, loss):
+    data = [
+        example._replace(gaps=[(1 + i) / (1 + len(example.triplets)) for i in range(len(example.triplets))])
+        for example in examples(10)
+    ]
+    whole = gradients(system1_folder, tmp_path, data, 10, 1, loss)
+    parts = gradients(system1_folder, tmp_path, data, 3, 4, loss)
+    plain = gradients(system1_folder, tmp_path, data, 10, 1)
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], atol=1e-5, rtol=0, msg=name)
+    assert max((whole[name] - plain[name]).abs().max() for name in plain) > 1e-3, "the option does something"
+
+
+def test_the_language_loss_is_added_to_the_mean_over_pairs(system1_folder, tmp_path):
+    """The slow twin: logits of whole solutions, each token behind the prompt once, beside the gradient of the pairs."""
+    data = examples(4)
+    found = gradients(system1_folder, tmp_path, data, 4, 1, Loss(language_weight=0.5))
+    expected = gradients(system1_folder, tmp_path, data, 4, 1)
+    torch.manual_seed(0)
+    verifier = ProcessVerifier.from_system1(system1_folder, local_files_only=True)
+    losses = []
+    for example in data:
+        logits = verifier.backbone(torch.tensor([example.ids])).last_hidden_state[0] @ UNEMBEDDING.T
+        for position in range(example.start, len(example.ids)):
+            losses.append(-logits[position - 1].log_softmax(-1)[example.ids[position]])
+    (0.5 * torch.stack(losses).mean()).backward()
+    for name, parameter in verifier.backbone.named_parameters():
+        both = expected[f"backbone.{name}"] + parameter.grad
+        torch.testing.assert_close(found[f"backbone.{name}"], both, atol=1e-5, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "lora"])
+def test_gradient_checkpointing_changes_no_gradient(system1_folder, tmp_path, lora):
+    data = examples(6)
+    expected = gradients(system1_folder, tmp_path, data, 6, 1, lora=lora)
+    found = gradients(system1_folder, tmp_path, data, 6, 1, lora=lora, gradient_checkpointing=True)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=0, msg=name)
+
+
+def test_with_lora_only_the_adapter_and_the_head_move(system1_folder, tmp_path):
+    moved = gradients(system1_folder, tmp_path, examples(6), 6, 1, lora={"rank": 4})
+    trained = {name for name, change in moved.items() if change.abs().max() > 0}
+    assert trained == {name for name in moved if "lora_B" in name or name == "score.weight"}, "A moves once B is not 0"
+
+
+def test_no_tensor_is_as_wide_as_the_vocabulary(tmp_path):
+    """A vocabulary of 333 and no other size like it: only the embedding and its gradient have such rows."""
+
+    class Widths(TorchDispatchMode):
+        found: set[tuple[int, ...]] = set()
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            output = function(*arguments, **(options or {}))
+            for tensor in output if isinstance(output, (tuple, list)) else [output]:
+                if isinstance(tensor, torch.Tensor) and 333 in tensor.shape:
+                    self.found.add(tuple(tensor.shape))
+            return output
+
+    tiny_system1(vocab_size=333).save_pretrained(tmp_path)
+    verifier = ProcessVerifier.from_system1(str(tmp_path))
+    batch = verifier_batch(examples(6))
+    with Widths() as widths:
+        output = verifier(batch.input_ids, start=batch.start, bound=batch.bound, pairs=batch.pairs)
+        pairwise_loss(output.margins, batch.labels).backward()
+    assert widths.found == {(333, 32)}
+
+
+def test_every_example_comes_once_an_epoch_and_steps_are_whole():
+    order = WholeSteps(10, 4, seed=0)
+    first = list(order)
+    assert sorted(first) == list(range(12)) == sorted([*first[:10], 10, 11]) and len(order) == 12
+    order.set_epoch(1)
+    assert list(order) != first and sorted(order) == list(range(12))
 
 
 def test_every_parameter_moves(system1_folder, tmp_path):
@@ -114,7 +220,9 @@ def test_train_learns_and_leaves_a_verifier_that_loads(config):
     ProcessVerifier.from_pretrained(config.output_dir)
 
 
-def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rank", [None, 4], ids=["full", "lora"])
+def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(config, tmp_path, monkeypatch, rank):
+    config = replace(config, lora_rank=rank)
     whole = train(config)
 
     class Killed(Exception):
@@ -151,10 +259,83 @@ def test_the_same_seed_trains_the_same_verifier(config, tmp_path):
 
 def test_global_batch_must_divide(config):
     with pytest.raises(UserError, match="global_batch_size 8: expected a multiple of per_device_batch_size 3 x 1"):
-        training_arguments(replace(config, per_device_batch_size=3), 40)
+        training_arguments(replace(config, per_device_batch_size=3), 40, torch.device("cpu"))
 
 
-def test_truncation_drops_the_pairs_beyond_it_and_counts_them():
-    long = Example(list(range(10)), [Triplet(3, 3, 0), Triplet(5, 5, 0)])
-    kept, dropped = truncate([long, Example([1, 2, 3, 4, 5, 6], [Triplet(5, 6, 0)])], 5)
-    assert kept == [Example([0, 1, 2, 3, 4], [Triplet(3, 3, 0)])] and dropped == 2
+def test_a_run_killed_with_sigkill_ends_with_the_same_loss(config, tmp_path):
+    config = replace(config, epochs=16.0, evaluations=8, logging_steps=1)
+    whole = train(config)
+    killed = replace(config, output_dir=str(tmp_path / "killed"))
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(as_dict(killed)))
+    command = [sys.executable, "-m", "llm2", "train", str(tmp_path / "train.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    while last_whole_checkpoint(Path(killed.output_dir)) is None and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert last_whole_checkpoint(Path(killed.output_dir)).name != "checkpoint-64"
+    again = train(killed)
+
+    def last_loss(folder: str) -> float:
+        history = json.loads((last_whole_checkpoint(Path(folder)) / "trainer_state.json").read_text())["log_history"]
+        return [entry["loss"] for entry in history if "loss" in entry][-1]
+
+    assert again["steps"] == whole["steps"] == 64
+    assert last_loss(killed.output_dir) == pytest.approx(last_loss(config.output_dir), abs=1e-6)
+    assert again["eval_pair_loss"] == pytest.approx(whole["eval_pair_loss"], abs=1e-6)
+
+
+def test_half_a_checkpoint_is_not_gone_on_from(tmp_path):
+    for step, state in ((5, "{}"), (10, "{}"), (15, '{"half": '), (20, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_whole_checkpoint(tmp_path).name == "checkpoint-10"
+
+
+def test_patience_ends_a_run_that_gets_no_better(config):
+    metrics = train(replace(config, epochs=10.0, evaluations=20, patience=2))
+    assert metrics["eval_pair_accuracy"] == 1.0
+    assert metrics["steps"] == metrics["best_step"] + 2 * 2 < 40, "an evaluation every other step"
+
+
+def test_tensorboard_is_told_the_pair_accuracy(config):
+    train(replace(config, epochs=1.0, report_to="tensorboard", logging_steps=1))
+    told = set()
+    for events in Path(config.output_dir).glob("runs/*/events*"):
+        told |= set(EventAccumulator(str(events)).Reload().Tags()["scalars"])
+    assert {"eval/pair_accuracy", "eval/pair_accuracy_digit", "train/loss", "train/learning_rate"} <= told
+
+
+def test_lora_and_bfloat16_learn_too(config):
+    metrics = train(replace(config, lora_rank=4, bf16=True, gradient_checkpointing=True, lora_dropout=0.1))
+    assert metrics["eval_pair_accuracy"] == 1.0
+    stored = sum(path.stat().st_size for path in Path(config.output_dir).glob("*.safetensors"))
+    assert stored < 50_000 < Path(config.model, "model.safetensors").stat().st_size
+    assert ProcessVerifier.from_pretrained(config.output_dir).config.base_model == config.model
+
+
+def test_quality_is_asked_for_by_name(config):
+    with pytest.raises(UserError, match="line 1: key 'quality'"):
+        train(replace(config, quality_weight=True))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(config):
+    tokenizer = load_tokenizer(config.model)
+    tokenizer.add_tokens(["<more>", "<and more>"])
+    folder = Path(config.output_dir, "system1")
+    shutil.copytree(config.model, folder)
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=f"has {len(tokenizer)} tokens and the model embeds {len(tokenizer) - 2}"):
+        train(replace(config, model=str(folder)))
+    resized = AutoModelForCausalLM.from_pretrained(folder)
+    resized.resize_token_embeddings(len(tokenizer))
+    resized.save_pretrained(folder)
+    train(replace(config, model=str(folder), epochs=1.0))
+    load_verifier(config.output_dir, torch.device("cpu"), "auto", vocabulary=len(tokenizer))
+
+
+def test_flex_attention_without_a_gpu_is_refused(config):
+    with pytest.raises(UserError, match="expected a CUDA GPU"):
+        train(replace(config, attention="flex_attention"))

@@ -1,12 +1,14 @@
 """The data format: what is accepted, what is refused, and in which words."""
 
 import json
+import tracemalloc
 
 import pytest
 
+from llm2 import triplets
 from llm2.chat import LLAMA3_PLAIN, encode_chats
 from llm2.errors import UserError
-from llm2.triplets import Triplet, load_examples, read_records, record_line
+from llm2.triplets import Example, Triplet, load_examples, read_records, record_line
 
 MESSAGES = [
     {"role": "user", "content": "Natalia sold clips to 48 of her friends in April, and then half as many in May."},
@@ -112,3 +114,71 @@ def test_a_missing_file_and_an_empty_one_are_refused(tmp_path, tokenizer):
 def test_a_tokenizer_without_template_asks_for_one(seed_record, tokenizer):
     with pytest.raises(UserError, match="has no chat template of its own"):
         load_examples(seed_record[0], tokenizer)
+
+
+def test_examples_come_back_from_disk_as_they_were(tokenizer, tmp_path):
+    """Two lines, the second one without the quality of its tokens; the solution begins behind the prompt."""
+    ids = encode_chats(tokenizer, [MESSAGES], LLAMA3_PLAIN)[0]
+    start = len(encode_chats(tokenizer, [MESSAGES[:1]], LLAMA3_PLAIN, generation_prompt=True)[0])
+    own = [Triplet(start + i, ids[start + i], 5) for i in (0, 3, 3)]
+    path = tmp_path / "two.jsonl"
+    quality = [[1.0, 0.25], [0.5, 0.5], [0.5, 0.625]]
+    path.write_text(record_line(MESSAGES, own, quality=quality) + record_line(MESSAGES, own[:1]))
+    examples, _ = load_examples(path, tokenizer, LLAMA3_PLAIN)
+    assert list(examples) == [
+        Example(ids, own, start, number=0, gaps=[0.75, 0.0, -0.125]),
+        Example(ids, own[:1], start, number=3, gaps=[]),
+    ]
+
+
+def test_pairs_beyond_max_length_are_dropped_and_counted(tokenizer, tmp_path):
+    ids = encode_chats(tokenizer, [MESSAGES], LLAMA3_PLAIN)[0]
+    near, far = (Triplet(p, ids[p], ids[p] ^ 1) for p in (40, 60))
+    path = tmp_path / "three.jsonl"
+    lines = [([near, far], [[1.0, 0.0], [1.0, 0.5]]), ([far], [[1.0, 0.0]]), ([near], [[1.0, 0.25]])]
+    path.write_text("".join(record_line(MESSAGES, t, quality=q) for t, q in lines))
+    examples, summary = load_examples(path, tokenizer, LLAMA3_PLAIN, max_length=60)
+    assert [example.ids for example in examples] == [ids[:60], ids[:60]]
+    assert [(example.triplets, example.gaps) for example in examples] == [([near], [1.0]), ([near], [0.75])]
+    assert [example.number for example in examples] == [0, 1]
+    assert (summary.lines, summary.triplets, summary.dropped, summary.emptied) == (3, 4, 2, 1)
+    with pytest.raises(UserError, match="expected triplets before max_length 40"):
+        load_examples(path, tokenizer, LLAMA3_PLAIN, max_length=40)
+
+
+def test_the_table_tells_lengths_pairs_and_duplicates(seed_record, tokenizer):
+    path, ids, _ = seed_record
+    path.write_text(path.read_text() * 3)
+    _, summary = load_examples(path, tokenizer, LLAMA3_PLAIN)
+    rows = {line[:20].strip(): line[20:].split() for line in summary.table().splitlines()}
+    assert rows["tokens a solution"] == [str(len(ids))] * 4 and rows["pairs a solution"] == ["2"] * 4
+    assert rows["duplicate pairs"] == ["3"] and rows["pairs dropped"] == ["0"]
+
+
+@pytest.mark.parametrize("quality", [None, [[1.0, 0.0]], [1.0, 0.0], "good"])
+def test_weights_by_quality_want_the_quality_of_each_pair(seed_record, tokenizer, quality):
+    """The file has two triplets a line; who does not weigh by quality does not look at it."""
+    path, _, _ = seed_record
+    record = json.loads(path.read_text()) | {"quality": quality}
+    path.write_text(json.dumps(record))
+    load_examples(path, tokenizer, LLAMA3_PLAIN)
+    with pytest.raises(UserError, match="line 1: key 'quality'"):
+        load_examples(path, tokenizer, LLAMA3_PLAIN, quality=True)
+
+
+def test_memory_does_not_grow_with_the_file(seed_record, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(triplets, "CHUNK", 50)
+    path, _, _ = seed_record
+    line = path.read_text()
+
+    def most(lines: int) -> int:
+        many = tmp_path / f"{lines}.jsonl"
+        many.write_text(line * lines)
+        tracemalloc.start()
+        load_examples(many, tokenizer, LLAMA3_PLAIN)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    most(200)  # what is imported or cached once
+    assert most(1_600) < 1.2 * most(400), "four times the lines"

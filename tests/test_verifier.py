@@ -3,8 +3,11 @@
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_system1, tiny_verifier
+from reference import score
+from test_batch import examples
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from llm2.batch import verifier_batch
 from llm2.errors import UserError
 from llm2.verifier import ProcessVerifier, load_verifier, refuse_sliding_window
 
@@ -22,27 +25,85 @@ def test_scores_are_the_head_on_system1s_hidden_states(system1, tmp_path):
 
 
 def test_saved_and_reloaded_scores_are_the_same(verifier, tmp_path):
-    verifier.save_pretrained(tmp_path)
-    reloaded = load_verifier(str(tmp_path), torch.device("cpu"), "auto", VOCABULARY)
-    for (name, old), (_, new) in zip(verifier.state_dict().items(), reloaded.state_dict().items(), strict=True):
+    """Bit for bit once both were read from a file; what was never stored may lie in memory otherwise aligned."""
+    verifier.save_pretrained(tmp_path / "once")
+    once = load_verifier(str(tmp_path / "once"), torch.device("cpu"), "auto", VOCABULARY)
+    once.save_pretrained(tmp_path / "again")
+    again = load_verifier(str(tmp_path / "again"), torch.device("cpu"), "auto", VOCABULARY)
+    for (name, old), (_, new) in zip(verifier.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(old, new), name
     with torch.inference_mode():
-        torch.testing.assert_close(reloaded(IDS).scores, verifier(IDS).scores, atol=1e-6, rtol=0)
+        assert torch.equal(once(IDS).scores, again(IDS).scores)
+        torch.testing.assert_close(again(IDS).scores, verifier(IDS).scores, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "phi3"])
-def test_any_decoder_only_backbone_serves(family, tmp_path):
+def test_resized_embeddings_are_kept(tmp_path):
+    verifier = tiny_verifier(tmp_path / "system1")
+    verifier.resize_token_embeddings(VOCABULARY + 3)
+    verifier.save_pretrained(tmp_path / "verifier")
+    again = load_verifier(str(tmp_path / "verifier"), torch.device("cpu"), "auto", VOCABULARY + 3)
+    assert torch.equal(again.get_input_embeddings().weight, verifier.get_input_embeddings().weight)
+    assert again.config.backbone_config.vocab_size == VOCABULARY + 3
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "lora"])
+def test_tied_weights_stay_tied(lora, tmp_path):
+    """What foretells tokens is the input embedding itself, where System 1 ties the two; System 1's tie is not cut."""
+    tiny_system1(tie_word_embeddings=True).save_pretrained(tmp_path / "system1")
+    verifier = ProcessVerifier.from_system1(str(tmp_path / "system1"), lora=lora)
+    verifier.save_pretrained(tmp_path / "verifier")
+    system1 = AutoModelForCausalLM.from_pretrained(tmp_path / "system1")
+    again = ProcessVerifier.from_pretrained(tmp_path / "verifier", system1=system1)
+    assert system1.lm_head.weight is system1.model.embed_tokens.weight
+    assert (again.get_input_embeddings().weight is system1.lm_head.weight) == (lora is not None)
+    foretold = again(IDS, targets=IDS.roll(-1, 1)).foretold
+    expected = torch.nn.functional.cross_entropy(
+        system1(IDS).logits.flatten(0, 1), IDS.roll(-1, 1).flatten(), reduction="sum"
+    )
+    torch.testing.assert_close(foretold[0], expected)
+
+
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "phi3"]
+
+
+def family_system1(family: str, folder) -> str:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     sizes |= {"num_key_value_heads": 2, "head_dim": 8}
     config = AutoConfig.for_model(
         family, vocab_size=VOCABULARY, **sizes, pad_token_id=2, bos_token_id=0, eos_token_id=1
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "system1")
-    verifier = ProcessVerifier.from_system1(str(tmp_path / "system1")).eval()
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
+def test_any_decoder_only_backbone_serves(family, lora, tmp_path):
+    verifier = ProcessVerifier.from_system1(family_system1(family, tmp_path / "system1"), lora=lora).eval()
+    for name, parameter in verifier.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
     verifier.save_pretrained(tmp_path / "verifier")
     reloaded = ProcessVerifier.from_pretrained(tmp_path / "verifier").eval()
     with torch.inference_mode():
         torch.testing.assert_close(reloaded(IDS).scores, verifier(IDS).scores, atol=1e-6, rtol=0)
+        torch.testing.assert_close(reloaded.merge()(IDS).scores, verifier(IDS).scores, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_are_shared_in_any_backbone(family, tmp_path):
+    verifier = ProcessVerifier.from_system1(family_system1(family, tmp_path)).eval()
+    solutions = examples(4)
+    packed = verifier_batch(solutions, capacity=10**6)
+    with torch.inference_mode():
+        margins = verifier(packed.input_ids, start=packed.start, bound=packed.bound, pairs=packed.pairs).margins[0]
+    for number, found in zip(packed.numbers[0].tolist(), margins.tolist(), strict=True):
+        example = next(e for e in solutions if e.number <= number < e.number + len(e.triplets))
+        position, gold, negative = example.triplets[number - example.number]
+        prefix = example.ids[:position]
+        expected = score(verifier, [*prefix, gold]) - score(verifier, [*prefix, negative])
+        assert found == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_verifier_of_another_vocabulary_is_refused(verifier, tmp_path):

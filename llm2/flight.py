@@ -1,0 +1,314 @@
+"""The rows being written: when they come and go, what each system reads of them, how their tokens are chosen.
+
+Finished rows leave and waiting prompts take their slots; System 2 is asked only where there is a choice, and catches up
+there on what it has not read; prompts that begin alike share what they have in common. Where System 2 is a LoRA adapter
+on System 1's weights both read in one forward. What a row becomes depends on its prompt and seed alone, never on the
+schedule.
+
+Letters: n rows, V vocabulary, K candidates.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from llm2.cache import SlotCache
+from llm2.candidates import guided_logits, plausible
+from llm2.choosing import Choice, Guidance, Sampling, draw
+from llm2.readers import Piece, SharedReader, System1Reader, System2Reader
+from llm2.seeds import uniforms
+from llm2.trunks import Trunk, Trunks
+
+LINE = 8_192  # tokens of prompts admitted at once: the memory of a forward is bounded
+IN_PLACE = 2_000  # rows times tokens from which a trunk is read in place: below, a copy a row is cheaper to read
+Stop = Callable[[int, int, list[int]], bool]
+Process = Callable[[list[int], list[list[int]], torch.Tensor], torch.Tensor]
+
+
+@dataclass(eq=False)
+class Row:
+    """A sequence being written. Column c of its slots holds own[c]; a trunk's columns stand before."""
+
+    prompt: int  # whose this is
+    sample: int
+    seed: int
+    slot: int
+    own: list[int]  # the prompt behind the trunk, and what was written
+    start: int  # how much of `own` is the prompt's
+    trunk: Trunk | None = None
+    bound: int = 0  # the columns of the trunk that belong to this row
+    read1: int = 0  # columns that System 1 has read ...
+    read2: int = 0  # ... and System 2
+    verified: int = 0
+    trace: list[Choice] = field(default_factory=list)
+    proposal: "Proposal | None" = None  # what waits for System 2
+    done: bool = False
+
+    @property
+    def new(self) -> list[int]:
+        return self.own[self.start :]
+
+    def piece(self, first: int, candidates: Sequence[int] = (), offset: int = 0) -> Piece:
+        """The row's tokens from column `first` on, and behind them the candidates as branches."""
+        trunk = None if self.trunk is None else (self.trunk.slot + offset, self.bound)
+        return Piece(self.slot + offset, first, [*self.own[first:], *candidates], len(candidates), trunk)
+
+
+class Proposal(NamedTuple):
+    """What System 1 would accept as a row's next token, best first."""
+
+    candidates: list[int]
+    logits: torch.Tensor  # (V,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is to be written; see `Decoder.stream`."""
+
+    prompts: Sequence[Sequence[int]]
+    seeds: Sequence[Sequence[int]]
+    max_new_tokens: int
+    eos: frozenset[int]
+    sampling: Sampling | None
+    stop: Stop | None
+    process: Process | None
+    on_token: Callable[[int, int, int], None] | None
+    trace: bool
+    keep_logits: bool
+
+
+@dataclass(eq=False)
+class Readers:
+    """The systems that read."""
+
+    system1: System1Reader
+    system2: System2Reader | SharedReader | None  # None for System 1 alone; System 1's own where they share a forward
+    guidance: Guidance | None
+    counts: Counter[str] = field(default_factory=Counter)  # tokens, candidates; forwards of each system, tokens it read
+
+    @property
+    def shared(self) -> bool:
+        return self.system1 is self.system2
+
+
+class Flight:
+    """The rows being written, in the first slots of the caches, and what waits for a slot."""
+
+    def __init__(self, readers: Readers, task: Task, slots: int) -> None:
+        self.readers, self.guidance, self.task, self.slots = readers, readers.guidance, task, slots
+        trunks = max(1, slots // 8)
+        self.trunks = Trunks(slots, trunks)
+        # Where both systems read in one forward, System 2's slots are the second half of the only cache.
+        self.offset = slots + trunks if readers.shared else 0
+        self.cache1 = SlotCache(slots + trunks + self.offset)
+        self.cache2 = self.cache1 if readers.shared else SlotCache(slots + trunks)
+        self.rows: list[Row] = []  # a row's place is its slot
+        self.waiting = deque((prompt, sample) for prompt, own in enumerate(task.seeds) for sample in range(len(own)))
+        self.counts = [len(own) for own in task.seeds]
+
+    # Rows come and go.
+
+    def admit(self) -> None:
+        """Waiting rows take the free slots; their prompts are read in the next forward."""
+        tokens = 0
+        while self.waiting and len(self.rows) < self.slots and tokens < LINE:
+            index, sample = self.waiting.popleft()
+            prompt = self.task.prompts[index]
+            row = Row(index, sample, self.task.seeds[index][sample], len(self.rows), list(prompt), len(prompt))
+            if found := self.trunks.of(self.task.prompts, self.counts, index, self.slots):
+                self._share(row, *found)
+            tokens += len(row.own) - row.read1
+            self.rows.append(row)
+
+    def _share(self, row: Row, trunk: Trunk, bound: int, rows: int) -> None:
+        """Let the row read its first `bound` tokens from a trunk, in place or as a copy in its own slot."""
+        if self.readers.system1.device.type == "cpu" and rows * bound >= IN_PLACE:
+            row.trunk, row.bound = trunk, bound
+            row.own, row.start = row.own[bound:], row.start - bound
+            trunk.users += 1
+            return
+        self._read(self._unread([trunk], 1), [] if self.guidance is None else self._unread([trunk], 2))
+        self.cache1.copy_slot(trunk.slot, row.slot, bound)
+        row.read1 = bound
+        if self.guidance is not None:
+            self.cache2.copy_slot(trunk.slot + self.offset, row.slot + self.offset, bound)
+            row.read2 = bound
+
+    def dismiss(self) -> list[Row]:
+        """Take out the rows that are done; the last ones move into their slots."""
+        done = [row for row in self.rows if row.done]
+        for row in done:
+            last = self.rows.pop()
+            if last is not row:
+                self.cache1.copy_slot(last.slot, row.slot, len(last.own))
+                if self.guidance is not None:
+                    self.cache2.copy_slot(last.slot + self.offset, row.slot + self.offset, last.read2)
+                self.rows[row.slot], last.slot = last, row.slot
+            if row.trunk is not None:
+                row.trunk.users -= 1
+        return done
+
+    # The systems read.
+
+    def step(self) -> None:
+        """A token more for every row that does not wait for System 2, and for those that do once it is asked."""
+        asking = [row for row in self.rows if row.proposal]
+        reading = [row for row in self.rows if not row.proposal]
+        if reading and len(asking) < self.patience * len(self.rows):
+            asking = []
+        if self.readers.shared:
+            self._step_together(asking, reading)
+        else:
+            self._step_apart(asking, reading)
+
+    @property
+    def patience(self) -> float:
+        return 0.0 if self.guidance is None else self.guidance.patience
+
+    def _step_apart(self, asking: list[Row], reading: list[Row]) -> None:
+        """System 2 in a forward of its own, then System 1."""
+        if asking:
+            pieces = [row.piece(row.read2, row.proposal.candidates) for row in asking]
+            hidden = self._read([], self._unread([row.trunk for row in asking], 2) + pieces)
+            self._choose(asking, self.readers.system2.scores(hidden[_heads(pieces)]))
+            reading = reading + [row for row in asking if not row.done]
+            reading.sort(key=lambda row: row.slot)
+        if reading:
+            pieces = [row.piece(row.read1) for row in reading]
+            hidden = self._read(self._unread([row.trunk for row in reading], 1) + pieces, [])
+            self._propose(reading, hidden, [piece.last for piece in pieces])
+
+    def _step_together(self, asking: list[Row], reading: list[Row]) -> None:
+        """Both systems in one forward: System 1 reads the candidates too, so that it is ready behind the winner."""
+        pieces = [row.piece(row.read1) for row in reading]
+        branches = [row.piece(len(row.own), row.proposal.candidates) for row in asking]
+        asked = [row.piece(row.read2, row.proposal.candidates, self.offset) for row in asking]
+        hidden = self._read(
+            self._unread([row.trunk for row in reading], 1) + pieces + branches,
+            self._unread([row.trunk for row in asking], 2) + asked,
+        )
+        places = [piece.last for piece in pieces]
+        if asking:
+            choice = self._choose(asking, self.readers.system2.scores(hidden[_heads(asked)]))
+            for piece, chosen in zip(branches, choice, strict=True):
+                places.append(piece.heads[chosen])
+            _keep(self.cache1, asking, choice, 0)
+        ready = [(row, place) for row, place in zip(reading + asking, places, strict=True) if not row.done]
+        if ready:
+            self._propose([row for row, _ in ready], hidden, [place for _, place in ready])
+
+    def _unread(self, trunks: Sequence[Trunk | None], system: int) -> list[Piece]:
+        """The trunks among these that a system has not read yet; it is about to."""
+        pieces = []
+        for trunk in trunks:
+            if trunk is not None and system not in trunk.readers:
+                trunk.readers.add(system)
+                pieces.append(Piece(trunk.slot + (self.offset if system == 2 else 0), 0, trunk.ids))
+        return pieces
+
+    def _read(self, system1: list[Piece], system2: list[Piece]) -> torch.Tensor | None:
+        """Hidden states of the line; where the systems do not share a forward, of the one that read last."""
+        readers, hidden = self.readers, None
+        for name, pieces in (("system1", system1), ("system2", system2)):
+            readers.counts[f"{name}_forwards"] += bool(pieces)
+            readers.counts[f"{name}_tokens"] += sum(len(piece.ids) for piece in pieces)
+        if readers.shared and (system1 or system2):
+            return readers.system1.read(self.cache1, system1, system2)
+        if system1:
+            hidden = readers.system1.read(self.cache1, system1)
+        if system2:
+            hidden = readers.system2.read(self.cache2, system2)
+        return hidden
+
+    # Tokens are chosen.
+
+    def _propose(self, rows: list[Row], hidden: torch.Tensor, places: list[int]) -> None:
+        """From System 1's hidden states: the next token of each row, or what System 2 is to choose from."""
+        for row in rows:
+            row.read1 = len(row.own)
+        logits = self.readers.system1.logits(hidden[places])  # (n, V)
+        if self.task.process is not None:
+            logits = self.task.process([row.prompt for row in rows], [row.new for row in rows], logits)
+        if self.guidance is None:
+            candidates = draw(logits, self.task.sampling, self._uniforms(rows))[:, None]
+            valid = torch.ones_like(candidates, dtype=torch.bool)
+        else:
+            candidates, valid = plausible(logits, self.guidance.alpha, self.guidance.top_k)
+        sizes = valid.sum(dim=-1).tolist()
+        for row, tokens, size, own in zip(rows, candidates.tolist(), sizes, logits, strict=True):
+            proposal = Proposal(tokens[:size], own)
+            if size > 1 or not (self.guidance is None or self.guidance.lazy):
+                row.proposal = proposal
+            else:
+                self._write(row, proposal, 0)
+        self.readers.counts["candidates"] += sum(sizes)
+
+    def _choose(self, rows: list[Row], scores: torch.Tensor) -> list[int]:
+        """Which of its candidates each row goes on with; the chosen branch becomes a part of what System 2 has read."""
+        proposals = [row.proposal for row in rows]
+        sizes = [len(proposal.candidates) for proposal in proposals]
+        logits = _padded([proposal.logits[proposal.candidates] for proposal in proposals])  # (n, K)
+        own = scores.split(sizes)
+        valid = torch.arange(max(sizes), device=logits.device) < torch.tensor(sizes, device=logits.device)[:, None]
+        uniform = self._uniforms(rows)
+        guided = guided_logits(logits, valid, _padded(own), self.guidance.beta)
+        choice = draw(guided, self.task.sampling, uniform).tolist()
+        alone = choice
+        if self.task.trace:
+            alone = draw(guided_logits(logits, valid, None, 0.0), self.task.sampling, uniform).tolist()
+        for row, proposal, chosen, plain, score in zip(rows, proposals, choice, alone, own, strict=True):
+            row.proposal = None
+            row.verified += 1
+            self._write(row, proposal, chosen, score, chosen != plain)
+            row.read2 = len(row.own)
+        _keep(self.cache2, rows, choice, self.offset)
+        return choice
+
+    def _write(
+        self, row: Row, proposal: Proposal, chosen: int, scores: torch.Tensor | None = None, changed: bool = False
+    ) -> None:
+        """Append a token to its row, and see whether the row ends with it."""
+        task, token = self.task, proposal.candidates[chosen]
+        row.own.append(token)
+        self.readers.counts["tokens"] += 1
+        if task.trace:
+            logprobs = proposal.logits.log_softmax(dim=-1)[proposal.candidates].tolist()
+            kept = proposal.logits if task.keep_logits else None
+            found = None if scores is None else scores.tolist()
+            row.trace.append(Choice(proposal.candidates, logprobs, found, chosen, changed, kept))
+        if task.on_token is not None:
+            task.on_token(row.prompt, row.sample, token)
+        written = len(row.own) - row.start
+        row.done = token in task.eos or written >= task.max_new_tokens
+        if not row.done and task.stop is not None:
+            row.done = task.stop(row.prompt, row.sample, row.new)
+
+    def _uniforms(self, rows: list[Row]) -> torch.Tensor | None:
+        """A row's random number for its next token, (n,); None for greedy."""
+        if self.task.sampling is None:
+            return None
+        device = self.readers.system1.device
+        steps = [len(row.own) - row.start for row in rows]
+        return uniforms(torch.tensor([row.seed for row in rows], device=device), torch.tensor(steps, device=device))
+
+
+def _heads(pieces: Sequence[Piece]) -> list[int]:
+    """Where the branches of these pieces are in the line, one after the other."""
+    return [place for piece in pieces for place in piece.heads]
+
+
+def _padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(K,) each -> (n, K)."""
+    return pad_sequence(list(rows), batch_first=True)
+
+
+def _keep(cache: SlotCache, rows: Sequence[Row], choice: Sequence[int], offset: int) -> None:
+    """The chosen branch becomes the next column of its row; the others will be written over."""
+    moves = [(row.slot + offset, len(row.own) - 1, chosen) for row, chosen in zip(rows, choice, strict=True) if chosen]
+    if moves:
+        slots, columns, chosen = torch.tensor(moves).T
+        cache.move_columns(slots, columns + chosen, columns)

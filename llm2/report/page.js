@@ -1,0 +1,237 @@
+// The list of problems and what is shown of one. Data: see `pack` in page.py.
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const $ = (id) => document.getElementById(id);
+const ROW = 58; // pixels, as in page.css
+const NAMES = { plain_greedy: "Plain, greedy", guided_greedy: "Guided, greedy", plain_sampling: "Plain, sampling", guided_sampling: "Guided, sampling" };
+const KINDS = { fixed: "Fixed", broken: "Broken", wrong: "Both wrong", right: "Both right" };
+const TAGS = { fixed: ["fixed", "✓ fixed"], broken: ["broken", "✗ broken"], wrong: ["both", "both wrong"], right: ["both", "both right"] };
+
+// --- What a problem is: its kind by the greedy modes where both are there, else by the larger half of the samples ---
+const pair = data.modes.includes("plain_greedy") && data.modes.includes("guided_greedy")
+  ? ["plain_greedy", "guided_greedy"] : [data.modes.find((m) => m.startsWith("plain")), data.modes.find((m) => m.startsWith("guided"))];
+const solved = (samples) => samples.filter((sample) => sample[1]).length * 2 > samples.length;
+const wordsOf = (body) => Array.isArray(body) ? body[0].map((t) => data.vocabulary[t]).join("") : body || "";
+
+const problems = data.problems.map(([id, question, gold, modes]) => {
+  const [plain, guided] = pair.map((mode) => modes[mode] && solved(modes[mode]));
+  let kind = "";
+  if (plain !== undefined && guided !== undefined) kind = plain ? (guided ? "right" : "broken") : guided ? "fixed" : "wrong";
+  return { id, question, gold, modes, kind, words: null };
+});
+const words = (problem) => (problem.words ??= [problem.id, problem.question, problem.gold,
+  ...Object.values(problem.modes).flatMap((samples) => samples.flatMap((s) => [s[0] ?? "", wordsOf(s[4])]))].join("\n").toLowerCase());
+
+// --- The list: only the rows in view are in the document ---
+let kind = "", shown = problems, selected = null;
+
+function filter() {
+  const wanted = $("search").value.trim().toLowerCase();
+  shown = problems.filter((p) => (!kind || p.kind === kind) && (!wanted || words(p).includes(wanted)));
+  $("count").textContent = `${shown.length.toLocaleString("en")} of ${problems.length.toLocaleString("en")} problems`;
+  $("rows").style.height = `${shown.length * ROW}px`;
+  $("list").scrollTop = 0;
+  drawRows();
+  if (!shown.includes(selected)) select(shown[0] ?? null);
+}
+
+function drawRows() {
+  const list = $("list"), first = Math.max(0, Math.floor(list.scrollTop / ROW) - 4);
+  const last = Math.min(shown.length, Math.ceil((list.scrollTop + list.clientHeight) / ROW) + 4);
+  const rows = [];
+  for (let i = first; i < last; i++) {
+    const problem = shown[i], row = element("div", "row");
+    row.id = `row-${i}`;
+    row.style.top = `${i * ROW}px`;
+    row.setAttribute("role", "option");
+    row.setAttribute("aria-selected", problem === selected);
+    row.setAttribute("aria-setsize", shown.length);
+    row.setAttribute("aria-posinset", i + 1);
+    if (problem.kind) row.append(element("span", `tag ${TAGS[problem.kind][0]}`, TAGS[problem.kind][1]));
+    row.append(element("b", "", problem.id), element("span", "q", problem.question));
+    row.addEventListener("click", () => select(problem));
+    rows.push(row);
+  }
+  $("rows").replaceChildren(...rows);
+  list.setAttribute("aria-activedescendant", `row-${shown.indexOf(selected)}`);
+}
+
+function select(problem) {
+  selected = problem;
+  closeChoice();
+  drawRows();
+  drawDetail();
+  if (problem) history.replaceState(null, "", `#${encodeURIComponent(problem.id)}`);
+}
+
+function step(by) {
+  const at = Math.min(shown.length - 1, Math.max(0, shown.indexOf(selected) + by)), list = $("list");
+  if (!shown.length) return;
+  if (at * ROW < list.scrollTop) list.scrollTop = at * ROW;
+  if ((at + 1) * ROW > list.scrollTop + list.clientHeight) list.scrollTop = (at + 1) * ROW - list.clientHeight;
+  select(shown[at]);
+}
+
+// --- One problem ---
+function drawDetail() {
+  const detail = $("detail");
+  detail.replaceChildren();
+  if (!selected) return void detail.append(element("p", "muted", problems.length ? "No problem fits." : "This folder holds no predictions.jsonl."));
+  const head = element("p", "muted", `${selected.id} · right answer `);
+  head.append(element("b", "", selected.gold));
+  if (selected.kind) head.append(element("span", `tag ${TAGS[selected.kind][0]}`, TAGS[selected.kind][1]));
+  detail.append(head, element("p", "question", selected.question));
+  for (const mode of data.modes) if (selected.modes[mode]) detail.append(drawMode(mode, selected.modes[mode]));
+  detail.scrollTop = 0;
+}
+
+function drawMode(mode, samples) {
+  const section = element("section", "mode"), heading = element("h3"), dot = element("span", "dot");
+  dot.style.background = `var(--system${mode.startsWith("guided") ? 2 : 1})`;
+  heading.append(dot, NAMES[mode]);
+  section.append(heading);
+  if (samples.length > 1) section.append(drawVotes(samples));
+  for (const [index, sample] of samples.entries()) if (sample[4] !== null) section.append(...drawSample(sample, samples.length > 1 ? index + 1 : 0));
+  return section;
+}
+
+function drawVotes(samples) {
+  const votes = new Map(), box = element("div", "votes");
+  for (const [answer, right] of samples) {
+    const vote = votes.get(answer) ?? { right, count: 0 };
+    vote.count += 1;
+    votes.set(answer, vote);
+  }
+  for (const [answer, vote] of [...votes].sort((a, b) => b[1].count - a[1].count))
+    box.append(element("span", vote.right ? "right" : "", `${answer ?? "unreadable"} × ${vote.count}${vote.right ? " ✓" : ""}`));
+  return box;
+}
+
+function drawSample([answer, right, tokens, score, body], index) {
+  const line = element("p", "muted");
+  if (index) line.append(`sample ${index}: `);
+  line.append(element("b", right ? "right" : "wrong", `${right ? "✓" : "✗"} ${answer ?? "no answer"}`), ` · ${tokens} tokens`);
+  if (score !== null && score !== undefined) line.append(` · System 2's score ${score.toFixed(2)}`);
+  const text = element("div", "text");
+  if (Array.isArray(body)) text.append(...drawTokens(body));
+  else text.textContent = body;
+  return [line, text];
+}
+
+function drawTokens([tokens, scores, choices]) {
+  const byPlace = new Map(choices.map((choice) => [choice[0], choice]));
+  return tokens.map((token, at) => {
+    const choice = byPlace.get(at), piece = data.vocabulary[token], span = element("span", "token", piece);
+    if (/^<\|.*\|>$/.test(piece)) span.classList.add("special");
+    if (scores) tint(span, scores[at] / 100);
+    if (choice) {
+      span.tabIndex = 0;
+      span.setAttribute("role", "button"); // a <button> would be a box of its own in the line
+      span.classList.add("choice");
+      if (choice[5]) span.classList.add("changed");
+      span.setAttribute("aria-label", `${piece.trim() || "space"}, one of ${choice[1].length} candidates${choice[5] ? ", changed by System 2" : ""}`);
+      span.addEventListener("mouseenter", () => { if (!pinned) openChoice(span, choice); });
+      span.addEventListener("mouseleave", () => { if (!pinned) closeChoice(); });
+      const pin = () => { openChoice(span, choice); pinned = true; };
+      span.addEventListener("click", pin);
+      span.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); pin(); } });
+    }
+    return span;
+  });
+}
+
+function tint(span, score) {
+  const [low, middle, high] = data.scale, up = score >= middle, reach = up ? high - middle : middle - low;
+  const share = reach > 0 ? Math.min(1, Math.abs(score - middle) / reach) : 0;
+  span.classList.add(up ? "high" : "low");
+  span.style.setProperty("--tint", (0.5 * share).toFixed(2));
+  span.title = `System 2: ${score.toFixed(2)}`;
+}
+
+// --- The candidates of one token: shown while the pointer is on it, kept by a click ---
+let pinned = false, opener = null;
+
+function openChoice(span, [, candidates, logprobs, scores, chosen, changed]) {
+  closeChoice();
+  opener = span;
+  span.setAttribute("aria-expanded", "true");
+  const guided = logprobs.map((value, i) => value / 100 + (data.beta ?? 0) * scores[i] / 100), top = Math.max(...guided);
+  const total = guided.reduce((sum, value) => sum + Math.exp(value - top), 0);
+  const table = element("table"), header = element("tr");
+  for (const name of ["candidate", "System 1", "System 2's score", "together", ""]) header.append(element("th", "", name));
+  table.append(header);
+  candidates.forEach((token, i) => {
+    const row = element("tr", i === chosen ? "picked" : ""), cell = element("td");
+    cell.append(element("code", "", JSON.stringify(data.vocabulary[token]).slice(1, -1).replace(/^ /, "␣")));
+    row.append(cell, share(Math.exp(logprobs[i] / 100), 1), element("td", "", (scores[i] / 100).toFixed(2)));
+    row.append(share(Math.exp(guided[i] - top) / total, 2));
+    row.append(element("td", "", [i === 0 ? "System 1's best" : "", i === chosen ? "✓ written" : ""].filter(Boolean).join(", ")));
+    table.append(row);
+  });
+  const box = $("choice");
+  box.replaceChildren(element("b", "", changed ? "▲ System 2 changed this choice" : "System 2 left this choice as it was"), table);
+  box.hidden = false;
+  const place = span.getBoundingClientRect(), width = box.offsetWidth, below = place.bottom + 6 + box.offsetHeight < innerHeight;
+  box.style.left = `${Math.max(8, Math.min(place.left, innerWidth - width - 12)) + scrollX}px`;
+  box.style.top = `${(below ? place.bottom + 6 : place.top - box.offsetHeight - 6) + scrollY}px`;
+}
+
+function share(value, system) {
+  const cell = element("td", "", `${(100 * value).toFixed(1)} %`), bar = element("span", "bar");
+  bar.style.cssText = `width:${(60 * value).toFixed(0)}px;background:var(--system${system})`;
+  cell.append(bar);
+  return cell;
+}
+
+function closeChoice() {
+  opener?.removeAttribute("aria-expanded");
+  [opener, pinned] = [null, false];
+  $("choice").hidden = true;
+}
+
+function element(name, classes = "", text) {
+  const made = document.createElement(name);
+  if (classes) made.className = classes;
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+// --- Begin ---
+for (const [value, name] of [["", "All"], ...Object.entries(KINDS)]) {
+  const count = value ? problems.filter((problem) => problem.kind === value).length : problems.length;
+  const button = element("button", "", `${name} ${count.toLocaleString("en")}`);
+  button.type = "button";
+  button.dataset.kind = value;
+  button.setAttribute("aria-pressed", value === "");
+  button.addEventListener("click", () => {
+    kind = value;
+    for (const other of $("filters").children) other.setAttribute("aria-pressed", other === button);
+    filter();
+  });
+  $("filters").append(button);
+}
+$("search").addEventListener("input", filter);
+$("list").addEventListener("scroll", drawRows, { passive: true });
+$("list").addEventListener("keydown", (event) => {
+  const by = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10, Home: -problems.length, End: problems.length }[event.key];
+  if (by) { event.preventDefault(); step(by); }
+});
+$("detail").addEventListener("scroll", closeChoice, { passive: true });
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") { const back = opener; closeChoice(); back?.focus(); } });
+document.addEventListener("click", (event) => { if (!event.target.closest("#choice, .choice")) closeChoice(); });
+$("theme").addEventListener("click", () => {
+  const root = document.documentElement, dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  root.dataset.theme = dark ? "light" : "dark";
+});
+addEventListener("resize", drawRows);
+let searchable = 0; // what a search reads is made ready while nothing else is to be done
+const prepare = (idle) => {
+  while (searchable < problems.length && idle.timeRemaining() > 2) words(problems[searchable++]);
+  if (searchable < problems.length) requestIdleCallback(prepare);
+};
+window.requestIdleCallback?.(prepare);
+$("ramp-label").textContent = data.scale[0] === data.scale[2] ? "" : `${data.scale[0].toFixed(1)} to ${data.scale[2].toFixed(1)}, pale at the median ${data.scale[1].toFixed(1)}`;
+const linked = decodeURIComponent(location.hash.slice(1));
+filter();
+const target = problems.find((problem) => problem.id === linked);
+if (target) { select(target); $("list").scrollTop = Math.max(0, problems.indexOf(target) - 2) * ROW; }

@@ -1,0 +1,119 @@
+"""metrics.json, checked: what the report may rely on.
+
+Knows the contract of the file (figures are fractions of 1). Every figure was computed before it was written.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as validated
+
+from llm2.errors import UserError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Interval = tuple[Share, Share]
+K = Annotated[str, Field(pattern=r"^[1-9]\d*$")]  # the k of majority@k and pass@k, as a JSON key
+
+
+@validated(frozen=True)
+class ModeFigures:
+    """One mode of metrics.json; keys that this module does not use are ignored."""
+
+    accuracy: Share
+    ci95: Interval | None = None
+    accuracy_strict: Share | None = None
+    majority_at: dict[K, Share] = Field(default_factory=dict)  # k -> majority@k; the sampling modes only
+    majority_ci95: dict[K, Interval] = Field(default_factory=dict)
+    pass_at: dict[K, Share] = Field(default_factory=dict)
+    pass_ci95: dict[K, Interval] = Field(default_factory=dict)
+    best_of_at: dict[K, Share] = Field(default_factory=dict)  # k -> accuracy of the sample that the verifier likes best
+    best_of_ci95: dict[K, Interval] = Field(default_factory=dict)
+    weighted_at: dict[K, Share] = Field(default_factory=dict)  # k -> the vote weighted by the verifier's scores
+    weighted_ci95: dict[K, Interval] = Field(default_factory=dict)
+    tokens_per_problem: float | None = None
+    system1_forwards_per_problem: float | None = None
+    system2_forwards_per_problem: float | None = None
+    scoring_forwards_per_problem: float | None = None
+
+
+@validated(frozen=True)
+class Paired:
+    """A paired comparison of two modes on the same problems."""
+
+    a: str
+    b: str
+    metric: str  # "accuracy" or "majority@k"
+    p: Share
+    test: str
+    fixed: int | None = None  # problems right in b alone; null where the test does not count problems
+    broken: int | None = None  # problems right in a alone
+    difference: float | None = None
+    ci95: tuple[float, float] | None = None
+    detectable: float | None = None  # the smallest difference that this n shows with a power of 0.8
+
+
+@validated(frozen=True)
+class Point:
+    """Settings that were tried on the validation split."""
+
+    accuracy: Share
+    ci95: Interval
+    alpha: float
+    beta: float
+    top_k: int | None
+    temperature: float
+
+
+@validated(frozen=True)
+class Sweep:
+    """How the settings were chosen."""
+
+    split: str
+    n: int
+    mode: str
+    chosen: dict[str, Any]
+    points: list[Point]
+    file: str | None = None  # where its problems are from, if not the benchmark's own
+
+
+@validated(frozen=True)
+class Metrics:
+    benchmark: str
+    split: str
+    n: Annotated[int, Field(ge=1)]
+    modes: dict[str, ModeFigures]
+    paired: list[Paired] = Field(default_factory=list)
+    reported_k: list[int] = Field(default_factory=list)  # the k that tables show; all when empty
+    settings: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    git_commit: str | None = None
+    seed: int = 0
+    sweep: Sweep | None = None
+
+
+def read_metrics(path: str | Path) -> dict:
+    """The content of a metrics.json, checked. Raises UserError that names the file and what is wrong with it."""
+    try:
+        metrics = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; `python -m llm2 evaluate` writes it") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    parse(metrics, str(path))
+    return metrics
+
+
+def parse(metrics: Any, source: str) -> Metrics:
+    if not isinstance(metrics, dict):
+        raise UserError(f"{source}: expected an object with benchmark, split, n and modes")
+    try:
+        return TypeAdapter(Metrics).validate_python(metrics)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "missing":
+            raise UserError(f"{source}: the key {key!r} is missing") from None
+        expected = first["msg"][0].lower() + first["msg"][1:]
+        raise UserError(f"{source}, key {key!r}: found {first['input']!r}, expected: {expected}") from None

@@ -1,0 +1,20 @@
+"""What each of several processes runs in test_distributed: one optimizer step, whose movement the first one saves.
+
+python -m torch.distributed.run --nproc_per_node 2 tests/ranks.py SYSTEM1 SOLUTIONS PER_DEVICE ACCUMULATION OUTPUT
+"""
+
+import sys
+
+import torch
+from test_batch import examples
+from test_training import gradients
+
+
+def main(system1: str, solutions: str, per_device: str, accumulation: str, output: str) -> None:
+    moved = gradients(system1, f"{output}.run", examples(int(solutions)), int(per_device), int(accumulation))
+    if torch.distributed.get_rank() == 0:
+        torch.save(moved, output)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

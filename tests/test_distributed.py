@@ -1,0 +1,117 @@
+"""Two processes on the CPU: the same gradients as one, and DeepSpeed's ZeRO-2 and ZeRO-3 for real."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from test_batch import examples
+from test_training import gradients, write_triplets
+
+from llm2.config import TrainConfig, as_dict
+from llm2.models import load_tokenizer
+from llm2.training import train
+from llm2.verifier import ProcessVerifier
+
+ROOT = Path(__file__).parent.parent
+IDS = torch.arange(3, 40)[None]
+
+
+def launch(*arguments: str | Path) -> None:
+    """Run a Python module in a process of its own; a failure shows what it printed."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, "-m", *map(str, arguments)]
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-6000:]
+
+
+def test_accumulation_and_ranks_change_no_gradient(system1_folder, tmp_path):
+    """256 solutions in one batch, in four that accumulate, and on two processes; 250 leave a last batch uneven."""
+    found = {}
+    for solutions in (256, 250):
+        data = examples(solutions)
+        found[solutions] = gradients(system1_folder, tmp_path, data, 256, 1)
+        accumulated = gradients(system1_folder, tmp_path, data, 64, 4)
+        for name, expected in found[solutions].items():
+            torch.testing.assert_close(accumulated[name], expected, atol=1e-5, rtol=0, msg=name)
+    output = tmp_path / "moved.pt"
+    ranks = ("torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "tests" / "ranks.py")
+    launch(*ranks, system1_folder, 250, 64, 2, output)
+    for name, moved in torch.load(output).items():
+        torch.testing.assert_close(moved, found[250][name], atol=1e-5, rtol=0, msg=name)
+    assert max((found[256][name] - moved).abs().max() for name, moved in found[250].items()) > 1e-4
+
+
+@pytest.fixture
+def config(system1_folder, tmp_path) -> TrainConfig:
+    write_triplets(
+        tmp_path / "triplets.jsonl", load_tokenizer(system1_folder), 43
+    )  # 9 held out, 34 trained on: uneven batches on two ranks
+    return TrainConfig(
+        model=system1_folder,
+        train_file=str(tmp_path / "triplets.jsonl"),
+        output_dir=str(tmp_path / "one"),
+        eval_share=0.2,
+        epochs=1.0,
+        learning_rate=1e-3,
+        global_batch_size=8,
+        per_device_batch_size=2,
+        device="cpu",
+    )
+
+
+def on_two_cpus(stage: int, folder: Path) -> Path:
+    """configs/accelerate/zero{stage}.yaml with the hardware replaced: processes on the CPU have no bfloat16 to gain."""
+    accelerate = yaml.safe_load((ROOT / "configs" / "accelerate" / f"zero{stage}.yaml").read_text())
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    accelerate |= {"num_processes": 2, "use_cpu": True, "mixed_precision": "no", "main_process_port": port}
+    (folder / "accelerate.yaml").write_text(yaml.safe_dump(accelerate))
+    return folder / "accelerate.yaml"
+
+
+def train_with_deepspeed(config: TrainConfig, stage: int, folder: Path) -> dict:
+    (folder / "train.yaml").write_text(yaml.safe_dump(as_dict(config) | {"output_dir": str(folder / "zero")}))
+    accelerate = on_two_cpus(stage, folder)
+    launch(
+        "accelerate.commands.launch", "--config_file", accelerate, "--module", "llm2", "train", folder / "train.yaml"
+    )
+    return json.loads((folder / "zero" / "training.json").read_text())
+
+
+@torch.inference_mode()
+def scores(folder: Path) -> torch.Tensor:
+    return ProcessVerifier.from_pretrained(folder).eval()(IDS).scores
+
+
+def test_zero2_with_lora_trains_as_one_process_does(config, tmp_path):
+    changed = TrainConfig(**as_dict(config) | {"lora_rank": 4, "language_weight": 0.1})
+    expected, found = train(changed), train_with_deepspeed(changed, 2, tmp_path)
+    for key in ("eval_pair_loss", "eval_mean_margin", "eval_pairs", "system1_pair_accuracy"):
+        assert found[key] == pytest.approx(expected[key], abs=1e-4), key
+    torch.testing.assert_close(scores(tmp_path / "zero"), scores(tmp_path / "one"), atol=1e-3, rtol=0)
+
+
+def test_zero3_trains_as_one_process_does_and_its_shards_make_the_same_verifier(config, tmp_path):
+    expected, found = train(config), train_with_deepspeed(config, 3, tmp_path)
+    for key in ("eval_pair_loss", "eval_mean_margin", "eval_pairs"):
+        assert found[key] == pytest.approx(expected[key], abs=1e-4), key
+    torch.testing.assert_close(scores(tmp_path / "zero"), scores(tmp_path / "one"), atol=1e-3, rtol=0)
+
+    checkpoint = max((tmp_path / "zero").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    gathered = scores(checkpoint)
+    (checkpoint / "model.safetensors").unlink()  # now there are DeepSpeed's shards alone
+    ProcessVerifier.from_pretrained(checkpoint).save_pretrained(tmp_path / "from_shards")
+    assert torch.equal(scores(tmp_path / "from_shards"), gathered), "bit for bit, both read from a file of weights"

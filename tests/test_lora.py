@@ -1,0 +1,132 @@
+"""A LoRA verifier: System 1's own weights, an adapter and a head, and nothing lost on the way to disk and back."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import VOCABULARY, tiny_system1
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+from llm2.errors import UserError
+from llm2.verifier import ProcessVerifier, load_verifier
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+
+
+@torch.inference_mode()
+def scores(verifier: ProcessVerifier) -> torch.Tensor:
+    return verifier(IDS).scores
+
+
+def lora_verifier(folder, **settings) -> ProcessVerifier:
+    """Its B matrices are drawn too, as if it had been trained."""
+    tiny_system1().save_pretrained(folder)
+    torch.manual_seed(1)
+    verifier = ProcessVerifier.from_system1(str(folder), lora={"rank": 4, **settings}).eval()
+    for name, parameter in verifier.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return verifier
+
+
+@pytest.fixture
+def verifier(tmp_path) -> ProcessVerifier:
+    return lora_verifier(tmp_path / "system1")
+
+
+@pytest.fixture
+def folder(verifier, tmp_path) -> str:
+    verifier.save_pretrained(tmp_path / "verifier")
+    return str(tmp_path / "verifier")
+
+
+def test_a_new_adapter_changes_no_score(tmp_path):
+    tiny_system1().save_pretrained(tmp_path)
+    verifier = ProcessVerifier.from_system1(str(tmp_path), lora={})
+    hidden = tiny_system1().model(IDS).last_hidden_state
+    torch.testing.assert_close(scores(verifier), (hidden @ verifier.score.weight[0]).detach())
+    assert verifier.config.lora == {"rank": 16, "alpha": 32.0, "dropout": 0.0, "targets": "all-linear"}
+
+
+def test_only_the_adapter_and_the_head_are_trained(verifier):
+    trained = {name for name, parameter in verifier.named_parameters() if parameter.requires_grad}
+    assert "score.weight" in trained
+    assert trained - {"score.weight"} == {name for name in verifier.state_dict() if ".lora_" in name}
+
+
+def test_the_folder_holds_no_weight_of_system1(verifier, folder, tmp_path):
+    names = sorted(path.name for path in (tmp_path / "verifier").iterdir())
+    assert names == ["adapter_config.json", "adapter_model.safetensors", "config.json"]
+    stored = load_file(tmp_path / "verifier" / "adapter_model.safetensors")
+    assert all("lora_" in name or name == "base_model.model.score.weight" for name in stored)
+    assert json.loads((tmp_path / "verifier" / "config.json").read_text())["lora"]["rank"] == 4
+
+
+def test_loaded_saved_and_loaded_again_scores_are_bit_equal(verifier, folder, tmp_path):
+    once = load_verifier(folder, CPU, "auto", VOCABULARY)
+    once.save_pretrained(tmp_path / "again")
+    again = load_verifier(str(tmp_path / "again"), CPU, "auto", VOCABULARY)
+    assert torch.equal(scores(once), scores(again))
+    torch.testing.assert_close(scores(once), scores(verifier), atol=1e-6, rtol=0)
+    assert all(torch.equal(a, b) for a, b in zip(verifier.parameters(), again.parameters(), strict=True))
+
+
+def test_on_a_loaded_system1_the_base_weights_are_its_own(folder, tmp_path):
+    system1 = AutoModelForCausalLM.from_pretrained(tmp_path / "system1").eval()
+    before = system1(IDS).logits
+    verifier = load_verifier(folder, CPU, "auto", VOCABULARY, system1=system1)
+    own = {id(parameter) for parameter in system1.parameters()}
+    for name, parameter in verifier.named_parameters():
+        assert (id(parameter) in own) == (".lora_" not in name and name != "score.weight"), name
+    assert torch.equal(scores(verifier), scores(load_verifier(folder, CPU, "auto", VOCABULARY)))
+    assert torch.equal(system1(IDS).logits, before), "System 1 itself has no adapter"
+    assert not any("lora_" in name for name in system1.state_dict())
+
+
+def test_merging_changes_no_score_and_leaves_system1_alone(folder, tmp_path):
+    system1 = AutoModelForCausalLM.from_pretrained(tmp_path / "system1").eval()
+    verifier = load_verifier(folder, CPU, "auto", VOCABULARY, system1=system1)
+    expected, before = scores(verifier), system1(IDS).logits
+    merged = verifier.merge()
+    torch.testing.assert_close(scores(merged), expected, atol=1e-5, rtol=0)
+    assert torch.equal(system1(IDS).logits, before)
+    assert merged.config.lora is None and not any("lora_" in name for name in merged.state_dict())
+
+    merged.save_pretrained(tmp_path / "merged")
+    once = load_verifier(str(tmp_path / "merged"), CPU, "auto", VOCABULARY)
+    once.save_pretrained(tmp_path / "again")
+    again = load_verifier(str(tmp_path / "again"), CPU, "auto", VOCABULARY)
+    assert torch.equal(scores(once), scores(again))
+    torch.testing.assert_close(scores(once), expected, atol=1e-5, rtol=0)
+
+
+def test_chosen_targets_are_adapted_and_unknown_ones_refused(tmp_path):
+    verifier = lora_verifier(tmp_path, targets=["q_proj", "v_proj"])
+    adapted = {name.split(".lora_")[0].split(".")[-1] for name in verifier.state_dict() if ".lora_" in name}
+    assert adapted == {"q_proj", "v_proj"}
+    with pytest.raises(UserError, match="LoRA targets .* do not fit the backbone"):
+        lora_verifier(tmp_path, targets=["nothing_proj"])
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": 48}, {"num_hidden_layers": 3}, {"num_hidden_layers": 1}])
+def test_an_adapter_of_another_system1_is_refused(folder, changes):
+    with pytest.raises(UserError, match="the adapter was not made from this System 1"):
+        load_verifier(folder, CPU, "auto", VOCABULARY, system1=tiny_system1(**changes))
+
+
+def test_a_base_model_that_is_gone_is_one_sentence(folder, tmp_path):
+    shutil.rmtree(tmp_path / "system1")
+    with pytest.raises(UserError, match="verifier .*: model .*system1': expected a folder"):
+        load_verifier(folder, CPU, "auto", VOCABULARY)
+
+
+def test_peft_itself_reads_the_adapter(verifier, folder, tmp_path):
+    backbone = AutoModel.from_pretrained(tmp_path / "system1")
+    theirs = PeftModel.from_pretrained(backbone, folder).eval()
+    with torch.inference_mode():
+        expected = verifier.backbone(IDS).last_hidden_state
+        torch.testing.assert_close(theirs(IDS).last_hidden_state, expected, atol=1e-5, rtol=0)

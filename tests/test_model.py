@@ -1,0 +1,167 @@
+"""LLM2 takes and returns what transformers' `generate` does; System 2 as a custom_generate and as a LogitsProcessor."""
+
+import pytest
+import torch
+from conftest import VOCABULARY, tiny_verifier
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCriteriaList
+
+from llm2 import LLM2
+from llm2.generation import Guidance
+from llm2.model import GuidedGenerate
+from llm2.processor import GuidedLogitsProcessor
+
+
+@pytest.fixture(scope="module")
+def llm2(system1_folder, tmp_path_factory) -> LLM2:
+    """beta 0: what it writes greedily is System 1's own."""
+    folder = tmp_path_factory.mktemp("verifier")
+    tiny_verifier(folder / "system1", vocab_size=261).save_pretrained(folder / "verifier")
+    return LLM2.from_pretrained(system1_folder, str(folder / "verifier"), beta=0.0, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def inputs(llm2) -> dict:
+    inputs = llm2.tokenizer(["2 + 2 =", "How many?", "x"], return_tensors="pt", padding=True, padding_side="left")
+    return {key: inputs[key] for key in ("input_ids", "attention_mask")}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 9},
+        {"max_length": 14},
+        {"max_new_tokens": 9, "repetition_penalty": 1.5},
+        {"max_new_tokens": 9, "no_repeat_ngram_size": 2},
+        {"max_new_tokens": 9, "bad_words_ids": [[5], [40, 41]]},
+        {"max_new_tokens": 9, "min_new_tokens": 4},
+        {"generation_config": GenerationConfig(max_new_tokens=7, eos_token_id=list(range(0, 261, 5)), pad_token_id=3)},
+    ],
+    ids=lambda options: next(reversed(options)),
+)
+def test_beta_zero_writes_what_generate_writes(llm2, inputs, options):
+    expected = llm2.system1.generate(**inputs, do_sample=False, **options)
+    assert torch.equal(llm2.generate(**inputs, do_sample=False, **options), expected)
+
+
+def test_a_stop_string_ends_a_row(llm2, inputs):
+    free = llm2.generate(**inputs, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :]
+    stop = llm2.tokenizer.decode(free[3:5])
+    options = {"max_new_tokens": 12, "do_sample": False, "stop_strings": [stop], "tokenizer": llm2.tokenizer}
+    assert torch.equal(llm2.generate(**inputs, **options), llm2.system1.generate(**inputs, **options))
+
+
+def test_a_stopping_criterion_is_asked_of_each_row(llm2, inputs):
+    class Even(StoppingCriteria):
+        def __call__(self, input_ids, scores, **options):
+            return (input_ids[:, -1] % 2 == 0) & (input_ids[:, -1] > 4)
+
+    options = {"max_new_tokens": 12, "do_sample": False, "stopping_criteria": StoppingCriteriaList([Even()])}
+    assert torch.equal(llm2.generate(**inputs, **options), llm2.system1.generate(**inputs, **options))
+
+
+@pytest.mark.parametrize("verified", [True, False])
+def test_scores_and_logits_come_as_from_generate(llm2, inputs, verified):
+    own = llm2 if verified else LLM2(llm2.system1, llm2.tokenizer)
+    wanted = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "eos_token_id": None}
+    options = {"max_new_tokens": 6, "do_sample": False, **wanted}
+    expected, found = llm2.system1.generate(**inputs, **options), own.generate(**inputs, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert len(found.logits) == len(expected.logits) == 6
+    for step in range(6):
+        torch.testing.assert_close(found.logits[step], expected.logits[step], atol=1e-4, rtol=0)
+        kept = found.scores[step].isfinite()
+        assert kept.any(-1).all() and (verified or kept.all())
+        torch.testing.assert_close(found.scores[step][kept], expected.scores[step][kept], atol=1e-4, rtol=0)
+        assert torch.equal(found.scores[step].argmax(-1), found.sequences[:, inputs["input_ids"].shape[1] + step])
+
+
+def test_a_trace_has_a_choice_a_token(llm2, inputs):
+    output = llm2.generate(**inputs, max_new_tokens=5, eos_token_id=None, trace=True)
+    assert [len(trace) for trace in output.trace] == [5, 5, 5]
+    new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+    assert [[choice.candidates[choice.chosen] for choice in trace] for trace in output.trace] == new
+
+
+def test_a_streamer_sees_every_token_once(llm2):
+    class Seen(BaseStreamer):
+        def __init__(self):
+            self.ids, self.ended = [], False
+
+        def put(self, value):
+            self.ids += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    streamer, ids = Seen(), llm2.tokenizer("2 + 2 =", return_tensors="pt")["input_ids"]
+    sequence = llm2.generate(ids, max_new_tokens=8, streamer=streamer)
+    assert streamer.ids == sequence[0].tolist() and streamer.ended
+    with pytest.raises(ValueError, match="one sequence, found a batch of 2"):
+        llm2.generate(ids.repeat(2, 1), max_new_tokens=2, streamer=Seen())
+
+
+def test_samples_depend_on_seed_and_place_alone(llm2, inputs):
+    options = {"max_new_tokens": 9, "do_sample": True, "num_return_sequences": 3, "top_k": 20, "top_p": 0.95}
+    sampled = llm2.generate(**inputs, **options, seed=5)
+    width = inputs["input_ids"].shape[1]
+    assert sampled.shape[0] == 9 and torch.equal(sampled[:3, :width], inputs["input_ids"][:1].expand(3, -1))
+    assert torch.equal(sampled, llm2.generate(**inputs, **options, seed=5))
+    assert not torch.equal(sampled, llm2.generate(**inputs, **options, seed=6))
+    alone = {key: value[:1] for key, value in inputs.items()}
+    part = llm2.generate(**alone, **options, seed=5)
+    assert torch.equal(part, sampled[:3, : part.shape[1]]), "what else is in the batch must not matter"
+
+
+@pytest.mark.parametrize("option", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-4}])
+def test_each_warper_acts_on_the_guided_logits(system1, verifier, option):
+    """At its extreme each leaves only the guided logits' best token, which is not System 1's best everywhere."""
+    generate = GuidedGenerate(Guidance(verifier=verifier, alpha=0.02, beta=3.0))
+    ids = torch.tensor([[5, 9, 3, 17]])
+    options = {"max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 2, "custom_generate": generate}
+    greedy = system1.generate(ids, do_sample=False, **options)
+    off = {"top_k": 0, "top_p": 1.0, "temperature": 1.0}
+    assert torch.equal(system1.generate(ids, do_sample=True, **{**off, **option}, **options), greedy)
+    assert not torch.equal(greedy, system1.generate(ids, do_sample=False, **{**options, "custom_generate": None}))
+
+
+def test_custom_generate_and_processor_write_what_llm2_writes(system1, verifier):
+    """With left padding, and rows whose lengths differ."""
+    guidance = Guidance(verifier=verifier, alpha=0.02, beta=3.0)
+    ids = torch.randint(3, VOCABULARY, (4, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[0, :3], mask[0, :3] = 2, 0
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 2}
+    plain = system1.generate(ids, **options)
+    custom = system1.generate(ids, custom_generate=GuidedGenerate(guidance), **options)
+    processor = LogitsProcessorList([GuidedLogitsProcessor(guidance, pad_token_id=2)])
+    assert torch.equal(custom, system1.generate(ids, logits_processor=processor, **options))
+    assert not torch.equal(custom, plain)
+
+
+def test_the_processor_follows_beams_that_change_places(system1, verifier):
+    """Rows of a beam search are permuted; what was read of another row must not be taken for one's own."""
+
+    class Forgetful(GuidedLogitsProcessor):
+        def __call__(self, input_ids, scores):
+            self.known = [[] for _ in self.known]
+            return super().__call__(input_ids, scores)
+
+    ids = torch.tensor([[5, 9, 3, 17], [8, 30, 21, 4]])
+    written = [
+        system1.generate(
+            ids,
+            num_beams=3,
+            do_sample=False,
+            max_new_tokens=10,
+            pad_token_id=2,
+            logits_processor=LogitsProcessorList([kind(Guidance(verifier=verifier, alpha=0.01, beta=2.0))]),
+        )
+        for kind in (GuidedLogitsProcessor, Forgetful)
+    ]
+    assert torch.equal(*written)
+
+
+def test_beam_search_is_refused(llm2, inputs):
+    with pytest.raises(ValueError, match="does not search beams"):
+        llm2.generate(**inputs, max_new_tokens=2, num_beams=2)

@@ -1,0 +1,45 @@
+"""A process's place, its cores, and how many there are to be."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from llm2.config import ExploreConfig
+from llm2.processes import Place, place, plan, wait_for_all
+
+
+def config(**changes) -> ExploreConfig:
+    return ExploreConfig(model="m", output="o", benchmark="testbed", **{"device": "cpu", **changes})
+
+
+def test_the_launchers_words_are_taken_and_without_them_one_is_alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert place() == Place(0, 1, 0, 1) and place().first
+    wait_for_all()  # returns at once: there is no other
+    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    assert place() == Place(5, 8, 1, 4) and not place().first
+
+
+def test_a_process_for_every_tensor_parallel_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    assert plan(config()) == (1, 16)
+    assert plan(config(device="cuda")) == (8, 2)
+    assert plan(config(device="cuda", engine="vllm", tensor_parallel=4)) == (2, 8)
+    assert plan(config(device="cuda", data_parallel=3)) == (3, 5)
+    assert plan(config(device="cuda", server="http://localhost/v1")) == (1, 16)  # the GPUs are the server's
+
+
+@pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="two cores of Linux are wanted")
+def test_processes_of_one_machine_share_its_cores_out():
+    code = "import os; from llm2.processes import keep_to_own_cores as f; f(); print(sorted(os.sched_getaffinity(0)))"
+    found = []
+    for rank in "01":
+        environment = {**os.environ, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
+        printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout
+        found.append(set(eval(printed)))
+    assert found[0] and found[1] and not found[0] & found[1]

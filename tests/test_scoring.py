@@ -1,0 +1,29 @@
+"""Scores of finished solutions: batched equals one by one, and each token is scored in what stands before it."""
+
+import pytest
+import torch
+
+from llm2.scoring import score_tokens, solution_score
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
+SOLUTIONS = [[20, 21], [22, 23, 24, 25, 26], [27]]
+
+
+def test_batched_scores_equal_those_of_each_text_alone(verifier):
+    for own, prompt, solution in zip(score_tokens(verifier, PROMPTS, SOLUTIONS), PROMPTS, SOLUTIONS, strict=True):
+        with torch.inference_mode():
+            alone = verifier(torch.tensor([prompt + solution])).scores[0, len(prompt) :]
+        assert own == pytest.approx(alone.tolist(), abs=1e-4)
+    assert score_tokens(verifier, PROMPTS, SOLUTIONS, batch_size=1)[1] == pytest.approx(
+        score_tokens(verifier, PROMPTS, SOLUTIONS)[1], abs=1e-4
+    )
+
+
+def test_a_score_does_not_depend_on_what_follows(verifier):
+    (scores,) = score_tokens(verifier, PROMPTS[:1], [[20, 21]])
+    (longer,) = score_tokens(verifier, PROMPTS[:1], [[20, 21, 40, 41]])
+    assert scores == pytest.approx(longer[: len(scores)], abs=1e-4)
+
+
+def test_a_solution_is_ranked_by_its_mean_worst_or_last_score():
+    assert [solution_score([1.0, -2.0, 4.0], how) for how in ("mean", "min", "last")] == [1.0, -2.0, 4.0]

