@@ -70,6 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_command(options: argparse.Namespace) -> None:
     config = load_config(CONFIGS[options.command][0], options.config, options.overrides)
+    from llm2.processes import leave_group
+
     if options.command != "pretrain":
         from llm2.models import pick_device, require_model
 
@@ -87,6 +89,7 @@ def run_command(options: argparse.Namespace) -> None:
         "pretrain": run_pretrain,
     }
     run[options.command](config)
+    leave_group()
 
 
 def plan_explore(config: ExploreConfig) -> None:

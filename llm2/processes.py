@@ -4,6 +4,7 @@ Knows what the launcher says in the environment, which cores are this process's,
 other. They share files, nothing else: what one finds out, another reads from disk.
 """
 
+import gc
 import os
 import sys
 from datetime import timedelta
@@ -51,6 +52,17 @@ def wait_for_all() -> None:
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=WAIT)
     torch.distributed.barrier()
+
+
+def leave_group() -> None:
+    """The last thing that a process does among others: end the threads that carried its messages.
+
+    Left alone, one of them may still let go of a tensor while Python shuts down, and that aborts a process whose work
+    is done.
+    """
+    if torch.distributed.is_initialized():
+        gc.collect()  # a wrapped model in a reference cycle would keep the group's threads alive
+        torch.distributed.destroy_process_group()
 
 
 def plan(config: ExploreConfig) -> tuple[int, int]:
