@@ -129,32 +129,35 @@ class Step:
 
 @dataclass(eq=False)
 class Block:
-    """A rectangle of tokens, Q each of R rows, what only fills it written to a column that no one sees."""
+    """A rectangle of tokens, Q each of R rows."""
 
     tokens: slice  # of the line, row by row
     slots: slice | torch.Tensor  # (R,); a slice is read in place
-    own: torch.Tensor  # (R, Q) columns
+    own: torch.Tensor  # (R, Q) columns; negative ones, from the end, are of tokens that only fill the rectangle
     bound: torch.Tensor  # (R, Q) how many columns a token sees besides its own
     width: int  # columns that are read
-    biases: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    biases: dict[tuple[int | None, int], torch.Tensor] = field(default_factory=dict)  # the same in all layers
 
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule) -> torch.Tensor:
         """Query (1, H, N, D) of the whole line -> (1, R * Q, H, D)."""
         query = query[0, :, self.tokens].unflatten(1, self.own.shape).transpose(0, 1)  # (R, H, Q, D)
         own = (buffer[self.slots, :, : self.width] for buffer in (keys, values))
-        output = _dot_product(query, *own, self._bias(rule.window, query), rule)
-        return output.transpose(1, 2).flatten(0, 1)[None]
+        # Heads that share keys as tokens of one head: CUDA's kernels for a mask know no grouped heads.
+        groups, count = query.shape[1] // keys.shape[1], query.shape[2]
+        folded = query.unflatten(1, (-1, groups)).flatten(2, 3)  # (R, J, H / J * Q, D)
+        output = _dot_product(folded, *own, self._bias(rule.window, groups, query), rule)
+        return output.unflatten(2, (groups, count)).flatten(1, 2).transpose(1, 2).flatten(0, 1)[None]
 
-    def _bias(self, window: int | None, like: torch.Tensor) -> torch.Tensor:
-        """(R, 1, Q, W)."""
-        if window not in self.biases:
+    def _bias(self, window: int | None, groups: int, like: torch.Tensor) -> torch.Tensor:
+        """(R, 1, groups * Q, W)."""
+        if (window, groups) not in self.biases:
             seen = sees(self.own, self.bound, self.width)
             if window is not None:
                 column = torch.arange(self.width, device=like.device)
                 near = (column > self.bound[..., None] - window) | (column == self.own[..., None])
                 seen = seen & near[:, None]
-            self.biases[window] = _bias_of(seen, like.dtype)
-        return self.biases[window]
+            self.biases[window, groups] = _bias_of(seen, like.dtype).repeat(1, 1, groups, 1)
+        return self.biases[window, groups]
 
 
 @dataclass(eq=False)

@@ -4,17 +4,27 @@ A row's tokens lie in its slot column by column and are read there: nothing is c
 chosen branch stays, in place. Knows nothing of models, masks or attention.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 ROOM = 64  # columns added when the buffers are full, besides a quarter of what is needed
 
 
 class SlotCache:
-    """Buffers (slots, heads, columns, head width) for the keys and the values of each layer."""
+    """Buffers (slots, heads, columns, head width) for the keys and the values of each layer.
 
-    def __init__(self, slots: int) -> None:
-        self.slots, self.columns = slots, 0
+    Args:
+        starts: the slots from which on a system's rows lie, lowest first.
+    """
+
+    def __init__(self, slots: int, starts: Sequence[int] = (0,)) -> None:
+        self.slots, self.starts, self.columns = slots, starts, 0
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def first_of(self, slot: int) -> int:
+        """The first of the slots that this one lies among."""
+        return max(start for start in self.starts if start <= slot)
 
     def reserve(self, columns: int) -> None:
         """Make room for so many columns."""

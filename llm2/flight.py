@@ -11,15 +11,15 @@ Letters: n rows, V vocabulary, K candidates.
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from llm2.cache import SlotCache
 from llm2.candidates import guided_logits, plausible
 from llm2.choosing import Choice, Guidance, Sampling, draw
-from llm2.readers import Piece, SharedReader, System1Reader, System2Reader
+from llm2.readers import Piece, Reader, SharedReader, System1Reader, System2Reader
 from llm2.seeds import uniforms
 from llm2.trunks import Trunk, Trunks
 
@@ -62,7 +62,8 @@ class Proposal(NamedTuple):
     """What System 1 would accept as a row's next token, best first."""
 
     candidates: list[int]
-    logits: torch.Tensor  # (V,)
+    values: list[float]  # their logits
+    logits: torch.Tensor | None  # (V,), where they are to be told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +91,21 @@ class Readers:
     guidance: Guidance | None
     counts: Counter[str] = field(default_factory=Counter)  # tokens, candidates; forwards of each system, tokens it read
 
+    kept: tuple[SlotCache, SlotCache] | None = None
+
     @property
     def shared(self) -> bool:
         return self.system1 is self.system2
+
+    def caches(self, slots: int, offset: int) -> tuple[SlotCache, SlotCache]:
+        """One for each system; System 2's rows lie `offset` slots behind System 1's.
+
+        Recordings read and write the caches that they were made with, so these are kept for the next call.
+        """
+        if self.kept is None or self.kept[0].slots != slots + offset or self.system1.recorder is None:
+            cache1 = SlotCache(slots + offset, (0, offset) if offset else (0,))
+            self.kept = cache1, cache1 if self.shared else SlotCache(slots)
+        return self.kept
 
 
 class Flight:
@@ -104,8 +117,7 @@ class Flight:
         self.trunks = Trunks(slots, trunks)
         # Where both systems read in one forward, System 2's slots are the second half of the only cache.
         self.offset = slots + trunks if readers.shared else 0
-        self.cache1 = SlotCache(slots + trunks + self.offset)
-        self.cache2 = self.cache1 if readers.shared else SlotCache(slots + trunks)
+        self.cache1, self.cache2 = readers.caches(slots + trunks, self.offset)
         self.rows: list[Row] = []  # a row's place is its slot
         self.waiting = deque((prompt, sample) for prompt, own in enumerate(task.seeds) for sample in range(len(own)))
         self.counts = [len(own) for own in task.seeds]
@@ -174,7 +186,7 @@ class Flight:
         if asking:
             pieces = [row.piece(row.read2, row.proposal.candidates) for row in asking]
             hidden = self._read([], self._unread([row.trunk for row in asking], 2) + pieces)
-            self._choose(asking, self.readers.system2.scores(hidden[_heads(pieces)]))
+            self._choose(asking, self.readers.system2.scores(hidden[_heads(pieces, hidden.device)]))
             reading = reading + [row for row in asking if not row.done]
             reading.sort(key=lambda row: row.slot)
         if reading:
@@ -193,10 +205,10 @@ class Flight:
         )
         places = [piece.last for piece in pieces]
         if asking:
-            choice = self._choose(asking, self.readers.system2.scores(hidden[_heads(asked)]))
+            choice = self._choose(asking, self.readers.system2.scores(hidden[_heads(asked, hidden.device)]))
             for piece, chosen in zip(branches, choice, strict=True):
                 places.append(piece.heads[chosen])
-            _keep(self.cache1, asking, choice, 0)
+            self._keep(self.readers.system1, self.cache1, asking, choice)
         ready = [(row, place) for row, place in zip(reading + asking, places, strict=True) if not row.done]
         if ready:
             self._propose([row for row, _ in ready], hidden, [place for _, place in ready])
@@ -230,17 +242,18 @@ class Flight:
         """From System 1's hidden states: the next token of each row, or what System 2 is to choose from."""
         for row in rows:
             row.read1 = len(row.own)
-        logits = self.readers.system1.logits(hidden[places])  # (n, V)
+        logits = self.readers.system1.logits(hidden[torch.tensor(places, device=hidden.device)])  # (n, V)
         if self.task.process is not None:
             logits = self.task.process([row.prompt for row in rows], [row.new for row in rows], logits)
         if self.guidance is None:
-            candidates = draw(logits, self.task.sampling, self._uniforms(rows))[:, None]
+            candidates = draw(logits, self.task.sampling, self._uniforms(rows, logits.device))[:, None]
             valid = torch.ones_like(candidates, dtype=torch.bool)
         else:
             candidates, valid = plausible(logits, self.guidance.alpha, self.guidance.top_k)
-        sizes = valid.sum(dim=-1).tolist()
-        for row, tokens, size, own in zip(rows, candidates.tolist(), sizes, logits, strict=True):
-            proposal = Proposal(tokens[:size], own)
+        sizes, values = valid.sum(dim=-1).tolist(), logits.gather(-1, candidates).tolist()
+        told = logits if self.task.trace else [None] * len(rows)
+        for row, tokens, own, size, whole in zip(rows, candidates.tolist(), values, sizes, told, strict=True):
+            proposal = Proposal(tokens[:size], own[:size], whole)
             if size > 1 or not (self.guidance is None or self.guidance.lazy):
                 row.proposal = proposal
             else:
@@ -249,13 +262,14 @@ class Flight:
 
     def _choose(self, rows: list[Row], scores: torch.Tensor) -> list[int]:
         """Which of its candidates each row goes on with; the chosen branch becomes a part of what System 2 has read."""
-        proposals = [row.proposal for row in rows]
+        proposals, flat = [row.proposal for row in rows], scores.tolist()  # few numbers: no work for a GPU
         sizes = [len(proposal.candidates) for proposal in proposals]
-        logits = _padded([proposal.logits[proposal.candidates] for proposal in proposals])  # (n, K)
-        own = scores.split(sizes)
-        valid = torch.arange(max(sizes), device=logits.device) < torch.tensor(sizes, device=logits.device)[:, None]
-        uniform = self._uniforms(rows)
-        guided = guided_logits(logits, valid, _padded(own), self.guidance.beta)
+        ends = list(accumulate(sizes))
+        own = [flat[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+        logits = _rectangle([proposal.values for proposal in proposals])  # (n, K)
+        valid = torch.arange(max(sizes), device="cpu") < torch.tensor(sizes, device="cpu")[:, None]
+        uniform = self._uniforms(rows, logits.device)
+        guided = guided_logits(logits, valid, _rectangle(own), self.guidance.beta)
         choice = draw(guided, self.task.sampling, uniform).tolist()
         alone = choice
         if self.task.trace:
@@ -265,11 +279,24 @@ class Flight:
             row.verified += 1
             self._write(row, proposal, chosen, score, chosen != plain)
             row.read2 = len(row.own)
-        _keep(self.cache2, rows, choice, self.offset)
+        self._keep(self.readers.system2, self.cache2, rows, choice, self.offset)
         return choice
 
+    def _keep(
+        self, reader: Reader, cache: SlotCache, rows: Sequence[Row], choice: Sequence[int], offset: int = 0
+    ) -> None:
+        """The chosen branch becomes the next column of its row; the others will be written over."""
+        columns = [len(row.own) - 1 for row in rows]
+        moves = [
+            (row.slot + offset, column + chosen, column)
+            for row, column, chosen in zip(rows, columns, choice, strict=True)
+            if chosen
+        ]
+        if moves:
+            reader.keep(cache, moves)
+
     def _write(
-        self, row: Row, proposal: Proposal, chosen: int, scores: torch.Tensor | None = None, changed: bool = False
+        self, row: Row, proposal: Proposal, chosen: int, scores: list[float] | None = None, changed: bool = False
     ) -> None:
         """Append a token to its row, and see whether the row ends with it."""
         task, token = self.task, proposal.candidates[chosen]
@@ -278,8 +305,7 @@ class Flight:
         if task.trace:
             logprobs = proposal.logits.log_softmax(dim=-1)[proposal.candidates].tolist()
             kept = proposal.logits if task.keep_logits else None
-            found = None if scores is None else scores.tolist()
-            row.trace.append(Choice(proposal.candidates, logprobs, found, chosen, changed, kept))
+            row.trace.append(Choice(proposal.candidates, logprobs, scores, chosen, changed, kept))
         if task.on_token is not None:
             task.on_token(row.prompt, row.sample, token)
         written = len(row.own) - row.start
@@ -287,28 +313,21 @@ class Flight:
         if not row.done and task.stop is not None:
             row.done = task.stop(row.prompt, row.sample, row.new)
 
-    def _uniforms(self, rows: list[Row]) -> torch.Tensor | None:
+    def _uniforms(self, rows: list[Row], device: torch.device) -> torch.Tensor | None:
         """A row's random number for its next token, (n,); None for greedy."""
         if self.task.sampling is None:
             return None
-        device = self.readers.system1.device
         steps = [len(row.own) - row.start for row in rows]
         return uniforms(torch.tensor([row.seed for row in rows], device=device), torch.tensor(steps, device=device))
 
 
-def _heads(pieces: Sequence[Piece]) -> list[int]:
+def _heads(pieces: Sequence[Piece], device: torch.device) -> torch.Tensor:
     """Where the branches of these pieces are in the line, one after the other."""
-    return [place for piece in pieces for place in piece.heads]
+    return torch.tensor([place for piece in pieces for place in piece.heads], device=device)
 
 
-def _padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(K,) each -> (n, K)."""
-    return pad_sequence(list(rows), batch_first=True)
-
-
-def _keep(cache: SlotCache, rows: Sequence[Row], choice: Sequence[int], offset: int) -> None:
-    """The chosen branch becomes the next column of its row; the others will be written over."""
-    moves = [(row.slot + offset, len(row.own) - 1, chosen) for row, chosen in zip(rows, choice, strict=True) if chosen]
-    if moves:
-        slots, columns, chosen = torch.tensor(moves).T
-        cache.move_columns(slots, columns + chosen, columns)
+def _rectangle(rows: Sequence[Sequence[float]]) -> torch.Tensor:
+    """(K,) each -> (n, K) float32, on the CPU."""
+    width = max(map(len, rows))
+    filled = [[*row, *[0.0] * (width - len(row))] for row in rows]
+    return torch.tensor(filled, dtype=torch.float32, device="cpu")

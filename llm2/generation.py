@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from llm2.choosing import Choice, Guidance, Sampling, Written
 from llm2.flight import Flight, Process, Readers, Stop, Task
+from llm2.graphs import Recorder
 from llm2.readers import SharedReader, System1Reader, System2Reader
 
 __all__ = ["Choice", "Decoder", "Guidance", "Sampling", "Written", "decode", "stream"]
@@ -22,16 +23,25 @@ class Decoder:
 
     Args:
         guidance: None for System 1 alone.
+        graphs: replay steps as CUDA graphs, which keeps the caches between calls; None: on a GPU. On a CPU the same
+            steps are run in the same few shapes, which is for tests.
     """
 
-    def __init__(self, system1: PreTrainedModel, guidance: Guidance | None = None) -> None:
+    def __init__(
+        self, system1: PreTrainedModel, guidance: Guidance | None = None, graphs: bool | None = None
+    ) -> None:
         self.guidance = guidance
+        graphs = system1.device.type == "cuda" if graphs is None else graphs
+
+        def recorder() -> Recorder | None:
+            return Recorder(system1.device) if graphs else None
+
         if guidance is not None and guidance.shared and guidance.verifier.config.lora is not None:
-            both = SharedReader(system1, guidance.verifier)
+            both = SharedReader(system1, guidance.verifier, recorder())
             self.readers = Readers(both, both, guidance)
         else:
-            system2 = None if guidance is None else System2Reader(guidance.verifier)
-            self.readers = Readers(System1Reader(system1), system2, guidance)
+            system2 = None if guidance is None else System2Reader(guidance.verifier, recorder())
+            self.readers = Readers(System1Reader(system1, recorder()), system2, guidance)
 
     @property
     def counts(self) -> Counter[str]:

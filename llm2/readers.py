@@ -7,6 +7,8 @@ What is read, and what for, is the business of `generation`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -17,11 +19,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from llm2.attention import IMPLEMENTATION, Block, Feed, Group, Span, Step
 from llm2.cache import SlotCache
 from llm2.errors import UserError
+from llm2.graphs import Recorder, rounded
 from llm2.lora import share
 from llm2.verifier import ProcessVerifier
 
 PACKED_BYTES = 2**28  # of a vocabulary's weights that are kept a second time, packed: not those of a large model
 LONG = 16  # tokens of a piece beyond which it is not padded together with shorter ones
+# Of recorded forwards: the longest piece, what a width is a multiple of, sizes of rectangles from 2 ** n to 2 ** (n + 1)
+SHORT, WIDTH, ROWS = 64, 64, 2
 
 
 @dataclass(eq=False)
@@ -52,26 +57,51 @@ class Piece:
 
 
 class Reader:
-    """A decoder-only body."""
+    """A decoder-only body.
 
-    def __init__(self, body: PreTrainedModel) -> None:
-        self.body, self.device = framed(body), body.device
+    Args:
+        recorder: with it, forwards are laid out in few shapes, and those of short pieces replayed.
+    """
+
+    def __init__(self, body: PreTrainedModel, recorder: Recorder | None = None) -> None:
+        self.body, self.device, self.recorder = framed(body), body.device, recorder
 
     def read(self, cache: SlotCache, pieces: Sequence[Piece]) -> torch.Tensor:
         """Read all tokens of these pieces, of slots that differ; tells each where it begins. -> (N, width)."""
-        return self._forward(cache, self._line().extended(pieces))
+        return self._forward(cache, self._line(cache).extended(pieces))
 
-    def _line(self) -> "Line":
-        return (SpanLine if self.device.type == "cpu" else BlockLine)(self.device)
+    def keep(self, cache: SlotCache, moves: Sequence[tuple[int, int, int]]) -> None:
+        """Copy columns of slots: each move is a slot, the column that is copied, and the one that it becomes."""
+        if self.recorder is None:
+            cache.move_columns(*torch.tensor(moves, device=self.device).T)
+            return
+        spare = rounded(len(moves), ROWS) - len(moves)
+        numbers = torch.tensor([*moves, *[(0, -1, -1)] * spare], device=self.device).T.contiguous()
+        self.recorder.rest_on((cache, cache.columns))
+        self.recorder(("keep", numbers.shape[1]), partial(_moved, cache), numbers)
+
+    def _line(self, cache: SlotCache) -> "Line":
+        if self.recorder is None and self.device.type == "cpu":
+            return SpanLine()
+        return BlockLine(cache, few_shapes=self.recorder is not None)
 
     def _forward(self, cache: SlotCache, line: "Line") -> torch.Tensor:
-        cache.reserve(max(line.columns) + 1)
-        tensors = torch.tensor([line.ids, line.positions, line.slots, line.columns], device=self.device)  # (4, N)
+        layout = line.layout()
+        cache.reserve(layout.columns)
+        numbers = torch.tensor(line.numbers, device=self.device)  # (4, N)
+        run = partial(self._run, cache, layout)
+        if self.recorder is None or not layout.short:
+            return run(numbers)
+        self.recorder.rest_on((cache, cache.columns))
+        return self.recorder(layout, run, numbers)
+
+    def _run(self, cache: SlotCache, layout: "Layout", numbers: torch.Tensor) -> torch.Tensor:
+        ids, positions, slots, columns = numbers
         output = self.body(
-            input_ids=tensors[:1],
-            position_ids=tensors[1:2],
+            input_ids=ids[None],
+            position_ids=positions[None],
             use_cache=False,
-            feed=Feed(cache, line.reads, tensors[2], tensors[3]),
+            feed=Feed(cache, layout.reads(numbers), slots, columns),
         )
         return output.last_hidden_state[0]
 
@@ -79,8 +109,8 @@ class Reader:
 class System1Reader(Reader):
     """System 1: hidden states, and of chosen ones the logits."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model.base_model)
+    def __init__(self, model: PreTrainedModel, recorder: Recorder | None = None) -> None:
+        super().__init__(model.base_model, recorder)
         self.head = head_of(model)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -91,23 +121,23 @@ class System1Reader(Reader):
 class System2Reader(Reader):
     """System 2, a forward of its own."""
 
-    def __init__(self, verifier: ProcessVerifier) -> None:
-        super().__init__(verifier.backbone)
-        self.head = verifier.score
+    def __init__(self, verifier: ProcessVerifier, recorder: Recorder | None = None) -> None:
+        super().__init__(verifier.backbone, recorder)
+        self.score = verifier.score
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """(n, width) -> (n,) float32."""
-        return self.head(hidden).squeeze(-1).float()
+        return self.score(hidden).squeeze(-1).float()
 
 
-class SharedReader(System1Reader):
+class SharedReader(System1Reader, System2Reader):
     """Both systems in one forward, where System 2 is a LoRA adapter on System 1's own weights.
 
     System 2's tokens stand at the end of the line, and the adapter acts on them alone; its rows have their own slots.
     """
 
-    def __init__(self, model: PreTrainedModel, verifier: ProcessVerifier) -> None:
-        Reader.__init__(self, verifier.backbone)
+    def __init__(self, model: PreTrainedModel, verifier: ProcessVerifier, recorder: Recorder | None = None) -> None:
+        Reader.__init__(self, verifier.backbone, recorder)
         self.head, self.score, self.adapted = head_of(model), verifier.score, Adapted()
         for name, layer in list(self.body.named_modules()):
             if isinstance(layer, LoraLayer):
@@ -115,13 +145,13 @@ class SharedReader(System1Reader):
 
     def read(self, cache: SlotCache, pieces: Sequence[Piece], system2: Sequence[Piece] = ()) -> torch.Tensor:
         """Pieces of System 1's rows, and behind them those of System 2's. -> (N, width)."""
-        line = self._line().extended(pieces)
-        self.adapted.begin = len(line.ids)
+        line = self._line(cache).extended(pieces)
+        line.begin = len(line.ids)
         return self._forward(cache, line.extended(system2))
 
-    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(n, width) -> (n,) float32."""
-        return self.score(hidden).squeeze(-1).float()
+    def _run(self, cache: SlotCache, layout: "Layout", numbers: torch.Tensor) -> torch.Tensor:
+        self.adapted.begin = layout.begin
+        return super()._run(cache, layout, numbers)
 
 
 @dataclass(eq=False)
@@ -192,29 +222,82 @@ def head_of(model: PreTrainedModel) -> PreTrainedModel:
     return share(model, instead).eval()
 
 
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """How a SpanLine is read: no two forwards alike."""
+
+    parts: Sequence[Span | Step]
+    columns: int  # that the cache must have
+    begin: int  # from which token on System 2 reads, where both systems read in one line
+    short = False  # whether a recording may be made of it
+
+    def reads(self, numbers: torch.Tensor) -> Sequence[Span | Step]:
+        return self.parts
+
+
+class Rectangle(NamedTuple):
+    rows: int
+    count: int  # tokens of each
+    slot: int | None  # of the first row, the others' slots behind it; None: each row says which
+
+
+class Blocks(NamedTuple):
+    """How a BlockLine is read, but for the numbers: equal for forwards of one shape."""
+
+    rectangles: tuple[Rectangle, ...]
+    width: int  # columns that are read
+    begin: int  # as in `Spans`
+
+    @property
+    def columns(self) -> int:
+        return self.width + 1  # the last one takes what only fills a rectangle
+
+    @property
+    def short(self) -> bool:
+        return all(rectangle.count <= SHORT for rectangle in self.rectangles)
+
+    def reads(self, numbers: torch.Tensor) -> list[Block]:
+        """Of a line's ids, positions, slots, columns (4, N)."""
+        _, positions, slots, columns = numbers
+        blocks, begin = [], 0
+        for rows, count, slot in self.rectangles:
+            tokens = slice(begin, begin + rows * count)
+            bound, own, begin = positions[tokens].view(rows, count), columns[tokens].view(rows, count), tokens.stop
+            where = slots[tokens].view(rows, count)[:, 0] if slot is None else slice(slot, slot + rows)
+            blocks.append(Block(tokens, where, own, bound, self.width))
+        return blocks
+
+
 class Line:
     """The tokens of a forward, one after the other."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.ids: list[int] = []
         self.positions: list[int] = []
         self.slots: list[int] = []
         self.columns: list[int] = []
-        self.reads: list[Span | Step | Block] = []
+        self.begin = 0
 
-    def put(self, piece: Piece, count: int) -> slice:
-        """Append a piece, filled to `count` tokens; returns where it is."""
-        piece.begin, rest = len(self.ids), count - len(piece.ids)
-        self.ids += [*piece.ids, *[0] * rest]
-        self.positions += [*piece.positions, *[0] * rest]
-        self.slots += [piece.slot] * count
-        self.columns += range(piece.start, piece.start + count)
-        return slice(piece.begin, piece.begin + count)
+    @property
+    def numbers(self) -> list[list[int]]:
+        return [self.ids, self.positions, self.slots, self.columns]
+
+    def put(self, piece: Piece) -> slice:
+        """Append a piece; returns where it is."""
+        piece.begin = len(self.ids)
+        self.ids += piece.ids
+        self.positions += piece.positions
+        self.slots += [piece.slot] * len(piece.ids)
+        self.columns += range(piece.start, piece.start + len(piece.ids))
+        return slice(piece.begin, len(self.ids))
 
 
 class SpanLine(Line):
     """Nothing is padded: single tokens of many rows are a Step, all else Spans."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[Span | Step] = []
 
     def extended(self, pieces: Sequence[Piece]) -> "SpanLine":
         single = [piece for piece in pieces if len(piece.ids) == 1]
@@ -222,30 +305,80 @@ class SpanLine(Line):
         # A Step reads all slots from the first to the last, a Span only its own but in a call of its own.
         if len(single) > 1 and 3 * len(single) >= max(slots) + 1 - min(slots):
             pieces = [piece for piece in pieces if len(piece.ids) > 1]
-            tokens = [self.put(piece, 1) for piece in single]
-            self.reads.append(step_of(single, slice(tokens[0].start, tokens[-1].stop), self.device))
+            tokens = [self.put(piece) for piece in single]
+            self.parts.append(step_of(single, slice(tokens[0].start, tokens[-1].stop)))
         for piece in pieces:
-            self.reads.append(
-                Span(self.put(piece, len(piece.ids)), piece.slot, piece.start, piece.branches, piece.trunk)
-            )
+            self.parts.append(Span(self.put(piece), piece.slot, piece.start, piece.branches, piece.trunk))
         return self
+
+    def layout(self) -> Spans:
+        return Spans(self.parts, max(self.columns) + 1, self.begin)
 
 
 class BlockLine(Line):
-    """Rectangles, a few for pieces of like length: single tokens, short pieces, long ones."""
+    """Rectangles, a few for pieces of like length: single tokens, short pieces, longer ones.
+
+    What only fills a rectangle is written to the cache's last column, which no token sees; it sees the first column.
+
+    Args:
+        few_shapes: round sizes up, so that the forwards of a decoding have few shapes between them.
+    """
+
+    def __init__(self, cache: SlotCache, few_shapes: bool) -> None:
+        super().__init__()
+        self.cache, self.few_shapes = cache, few_shapes
+        self.rectangles: list[Rectangle] = []
 
     def extended(self, pieces: Sequence[Piece]) -> "BlockLine":
         kinds = ([], [], [])
         for piece in pieces:
             kinds[(len(piece.ids) > 1) + (len(piece.ids) > LONG)].append(piece)
         for own in filter(None, kinds):
-            count = max(len(piece.ids) for piece in own)
-            tokens = [self.put(piece, count) for piece in own]
-            self.reads.append(block_of(own, slice(tokens[0].start, tokens[-1].stop), count, self.device))
+            self._put_together(own)
         return self
 
+    def layout(self) -> Blocks:
+        width = max(self.columns) + 1
+        if self.few_shapes:
+            width = WIDTH * rounded(-(-width // WIDTH), 4)
+        return Blocks(tuple(self.rectangles), width, self.begin)
 
-def step_of(single: Sequence[Piece], tokens: slice, device: torch.device) -> Step:
+    def _put_together(self, pieces: Sequence[Piece]) -> None:
+        """Append pieces as a rectangle: in place, if their slots lie close enough, from a system's first one on."""
+        pieces = sorted(pieces, key=lambda piece: piece.slot)
+        count, first = max(len(piece.ids) for piece in pieces), self.cache.first_of(pieces[0].slot)
+        span = pieces[-1].slot + 1 - first
+        close = span == len(pieces) or (count == 1 and span <= 2 * len(pieces))
+        rows = span if close else len(pieces)
+        if self.few_shapes:
+            count, rows = rounded(count, 1), rounded(rows, ROWS)
+        if close:
+            rows = min(rows, self.cache.slots - first)
+            of_slot = {piece.slot: piece for piece in pieces}
+            filled = [(slot, of_slot.get(slot)) for slot in range(first, first + rows)]
+        else:  # the keys and values of these rows are copied together
+            filled = [(piece.slot, piece) for piece in pieces] + [(first, None)] * (rows - len(pieces))
+        for slot, piece in filled:
+            self._put_row(slot, piece, count)
+        self.rectangles.append(Rectangle(rows, count, first if close else None))
+
+    def _put_row(self, slot: int, piece: Piece | None, count: int) -> None:
+        if piece is not None:
+            self.put(piece)
+            count -= len(piece.ids)
+        self.ids += [0] * count
+        self.positions += [1] * count
+        self.slots += [slot] * count
+        self.columns += [-1] * count
+
+
+def _moved(cache: SlotCache, numbers: torch.Tensor) -> torch.Tensor:
+    """Moves (3, n), as a function of one tensor."""
+    cache.move_columns(*numbers)
+    return numbers
+
+
+def step_of(single: Sequence[Piece], tokens: slice) -> Step:
     """Pieces of one token each, read at once."""
     slots = slice(min(piece.slot for piece in single), max(piece.slot for piece in single) + 1)
     columns = [0] * (slots.stop - slots.start)
@@ -258,14 +391,14 @@ def step_of(single: Sequence[Piece], tokens: slice, device: torch.device) -> Ste
     return Step(
         tokens,
         slots,
-        torch.tensor(columns, device=device),
+        torch.tensor(columns),
         width=max(columns) + 1,
-        rows=None if rows == list(range(len(columns))) else torch.tensor(rows, device=device),
+        rows=None if rows == list(range(len(columns))) else torch.tensor(rows),
         groups=[
             Group(
                 slot,
-                torch.tensor([piece.slot - slots.start for piece in own], device=device),
-                torch.tensor([piece.trunk[1] for piece in own], device=device),
+                torch.tensor([piece.slot - slots.start for piece in own]),
+                torch.tensor([piece.trunk[1] for piece in own]),
                 max(piece.trunk[1] for piece in own),
             )
             for slot, own in groups.items()
@@ -273,16 +406,3 @@ def step_of(single: Sequence[Piece], tokens: slice, device: torch.device) -> Ste
     )
 
 
-def block_of(pieces: Sequence[Piece], tokens: slice, count: int, device: torch.device) -> Block:
-    """Pieces of at most `count` tokens; what only fills the rectangle goes to the columns behind."""
-    slots = [piece.slot for piece in pieces]
-    together = slots == list(range(slots[0], slots[0] + len(slots)))
-    own = [list(range(piece.start, piece.start + count)) for piece in pieces]
-    bound = [[*piece.positions, *[0] * (count - len(piece.ids))] for piece in pieces]
-    return Block(
-        tokens,
-        slice(slots[0], slots[-1] + 1) if together else torch.tensor(slots, device=device),
-        torch.tensor(own, device=device),
-        torch.tensor(bound, device=device),
-        width=max(piece.start for piece in pieces) + count,
-    )

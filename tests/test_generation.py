@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llm2 import flight
 from llm2.errors import UserError
 from llm2.generation import Decoder, Guidance, Sampling, decode, stream
-from llm2.readers import BlockLine, Reader, SpanLine
+from llm2.readers import BlockLine, Reader
 from llm2.verifier import ProcessVerifier
 
 EOS = [1]
@@ -96,20 +96,24 @@ def told(request, tmp_path_factory):
 
 @pytest.mark.parametrize("lazy", [True, False])
 @pytest.mark.parametrize("patience", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("line", [SpanLine, BlockLine])
-def test_laziness_patience_and_layout_change_nothing(told, lazy, patience, line, monkeypatch):
-    """BlockLine is what a GPU gets."""
-    monkeypatch.setattr(Reader, "_line", lambda self: line(self.device))
+@pytest.mark.parametrize("layout", ["spans", "blocks", "graphs"])
+def test_laziness_patience_and_layout_change_nothing(told, lazy, patience, layout, monkeypatch):
+    """Blocks are what a GPU gets."""
+    if layout == "blocks":
+        monkeypatch.setattr(Reader, "_line", lambda self, cache: BlockLine(cache, few_shapes=False))
     model, verifier, batch, expected = told
     guidance = Guidance(verifier=verifier, alpha=0.02, beta=3.0, lazy=lazy, patience=patience)
-    assert greedy(model, batch, max_new_tokens=12, guidance=guidance) == expected
+    decoder = Decoder(model, guidance, graphs=layout == "graphs")
+    for _ in range(2):
+        written = decoder.decode(batch, max_new_tokens=12, eos=EOS)
+        assert [row.tokens for (row,) in written] == expected
 
 
 @pytest.mark.parametrize("family", WINDOWS)
 def test_windows_hold_in_blocks_and_trunks(family, tmp_path, monkeypatch):
     model, verifier = of_family(family, tmp_path, windowed=True)
     with monkeypatch.context() as patch:
-        patch.setattr(Reader, "_line", lambda self: BlockLine(self.device))
+        patch.setattr(Reader, "_line", lambda self, cache: BlockLine(cache, few_shapes=False))
         expect_reference(model, verifier, count=4)
     expect_shared_prompts(model, verifier, monkeypatch, in_place=True)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "llm2"
 # A module may import from the layers before its own, and pure modules from pure ones.
 LAYERS = [
-    {"errors", "seeds", "candidates", "branches", "loss", "statistics", "grading", "config", "chat", "cache"},
+    {"errors", "seeds", "candidates", "branches", "loss", "statistics", "grading", "config", "chat", "cache", "graphs"},
     {
         *("triplets", "metrics", "models", "testbed", "journal", "attention", "trunks"),
         *("quality", "checkers", "processes"),

@@ -1,0 +1,110 @@
+"""Recordings: what is run as it is, what is replayed, and that decoding by them is the same."""
+
+import pytest
+import torch
+from test_generation import EOS, of_family, prompts
+
+from llm2 import graphs
+from llm2.generation import Decoder, Guidance, Sampling
+from llm2.graphs import Recorder, Rerun, rounded
+
+CPU = torch.device("cpu")
+
+
+def test_sizes_are_rounded_up_to_a_few():
+    assert [rounded(n, 1) for n in (1, 2, 3, 5, 16, 17)] == [1, 2, 4, 8, 16, 32]
+    assert sorted({rounded(n, 2) for n in range(1, 65)}) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    assert all(rounded(n, 4) >= n for n in range(1, 1000))
+
+
+def test_the_third_call_of_a_key_is_a_recording():
+    recorder, runs = Recorder(CPU), []
+
+    def run(given: torch.Tensor) -> torch.Tensor:
+        runs.append(given)
+        return given + 1
+
+    for number in range(4):
+        assert recorder("key", run, torch.tensor(number)) == number + 1
+    assert runs[2] is runs[3] is recorder.recordings["key"].given, "the same tensor, with other numbers in it"
+    recorder.rest_on("elsewhere")
+    assert not recorder.recordings
+
+
+def test_no_more_recordings_than_the_limit(monkeypatch):
+    monkeypatch.setattr(graphs, "LIMIT", 2)
+    recorder = Recorder(CPU)
+    for _ in range(3):
+        for key in range(3):
+            assert recorder(key, torch.neg, torch.tensor(key)) == -key
+    assert set(recorder.recordings) == {0, 1}
+
+
+def test_where_recording_fails_decoding_goes_on_without():
+    def fail(run, given):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    recorder = Recorder(CPU)
+    recorder.record = fail
+    assert recorder("key", torch.neg, torch.tensor(1)) == -1
+    with pytest.warns(UserWarning, match="without CUDA graphs.*not permitted"):
+        assert recorder("key", torch.neg, torch.tensor(2)) == -2
+    assert recorder("key", torch.neg, torch.tensor(3)) == -3
+    assert not recorder.recordings
+
+
+def systems(folder, lora: bool, device: str = "cpu"):
+    model, verifier = of_family("llama", folder, lora={"rank": 4} if lora else None)
+    return model.to(device), verifier.to(device)
+
+
+SAMPLING = {"sampling": Sampling(temperature=0.8), "eos": EOS, "max_new_tokens": 40}
+
+
+def tokens(decoder: Decoder, batch: list[list[int]], batch_size: int) -> list[list[int]]:
+    seeds = [[index] for index in range(len(batch))]
+    return [row.tokens for (row,) in decoder.decode(batch, seeds=seeds, batch_size=batch_size, **SAMPLING)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 33])
+@pytest.mark.parametrize("lora", [False, True])
+def test_most_forwards_are_replayed_and_write_the_same(tmp_path, lora, batch_size, monkeypatch):
+    """Rows come and go, caches grow, System 2 asks for a few rows or many: the shapes stay few."""
+    replays = []
+    replay = Rerun.__call__
+    monkeypatch.setattr(Rerun, "__call__", lambda self, given: replays.append(given.shape) or replay(self, given))
+    model, verifier = systems(tmp_path, lora)
+    guidance, batch = Guidance(verifier=verifier, alpha=0.05, beta=2.0), prompts(40, seed=3)
+    plain, recorded = Decoder(model, guidance), Decoder(model, guidance, graphs=True)
+    expected = tokens(plain, batch, batch_size)
+    assert tokens(recorded, batch, batch_size) == expected
+    caches = recorded.readers.kept
+    replays.clear()
+    recorded.counts.clear()
+    assert tokens(recorded, batch, batch_size) == expected
+    assert recorded.readers.kept is caches
+    forwards = recorded.counts["system1_forwards"] + (0 if lora else recorded.counts["system2_forwards"])
+    assert sum(len(shape) == 2 and shape[0] == 4 for shape in replays) > 0.6 * forwards
+
+
+def test_a_sequence_longer_than_the_cache_is_recorded_anew(tmp_path):
+    model, verifier = systems(tmp_path, lora=False)
+    guidance = Guidance(verifier=verifier, alpha=0.05, beta=2.0)
+    plain, recorded = Decoder(model, guidance), Decoder(model, guidance, graphs=True)
+    for length in (10, 300, 20):
+        batch = [(prompts(1, seed=5)[0] * 300)[:length]] * 2
+        assert tokens(recorded, batch, 2) == tokens(plain, batch, 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("batch_size", [1, 5, 33])
+@pytest.mark.parametrize("lora", [False, True])
+def test_graphs_on_a_gpu_write_what_its_eager_forwards_write(tmp_path, lora, batch_size, recwarn):
+    model, verifier = systems(tmp_path, lora, "cuda")
+    guidance, batch = Guidance(verifier=verifier, alpha=0.05, beta=2.0), prompts(40, seed=3)
+    recorded = Decoder(model, guidance)
+    expected = tokens(Decoder(model, guidance, graphs=False), batch, batch_size)
+    for _ in range(2):
+        assert tokens(recorded, batch, batch_size) == expected
+    assert any(recorded.readers.system1.recorder.recordings.values())
+    assert not [warning for warning in recwarn if "CUDA graphs" in str(warning.message)]
