@@ -83,7 +83,7 @@ class Recorder:
             try:
                 self.recordings[key] = self.record(run, given)
             except RuntimeError as error:
-                warnings.warn(f"decoding goes on without CUDA graphs, since recording one failed: {error}", stacklevel=2)
+                warnings.warn(f"decoding goes on without CUDA graphs: recording one failed ({error})", stacklevel=2)
                 self.record, self.recordings = None, {}
                 return run(given)
         return self.recordings[key](given)

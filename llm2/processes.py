@@ -61,7 +61,8 @@ def leave_group() -> None:
     is done.
     """
     if torch.distributed.is_initialized():
-        gc.collect()  # a wrapped model in a reference cycle would keep the group's threads alive
+        gc.collect()  # tensors in reference cycles
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

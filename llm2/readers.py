@@ -25,8 +25,9 @@ from llm2.verifier import ProcessVerifier
 
 PACKED_BYTES = 2**28  # of a vocabulary's weights that are kept a second time, packed: not those of a large model
 LONG = 16  # tokens of a piece beyond which it is not padded together with shorter ones
-# Of recorded forwards: the longest piece, what a width is a multiple of, sizes of rectangles from 2 ** n to 2 ** (n + 1)
-SHORT, WIDTH, ROWS = 64, 64, 2
+SHORT = 64  # tokens of the longest piece of a recorded forward
+WIDTH = 64  # its width is a multiple of this
+ROWS = 2  # numbers of rows to which its rectangles are rounded up, between powers of two
 
 
 @dataclass(eq=False)
@@ -95,7 +96,7 @@ class Reader:
         self.recorder.rest_on((cache, cache.columns))
         return self.recorder(layout, run, numbers)
 
-    def _run(self, cache: SlotCache, layout: "Layout", numbers: torch.Tensor) -> torch.Tensor:
+    def _run(self, cache: SlotCache, layout: "Spans | Blocks", numbers: torch.Tensor) -> torch.Tensor:
         ids, positions, slots, columns = numbers
         output = self.body(
             input_ids=ids[None],
@@ -149,7 +150,7 @@ class SharedReader(System1Reader, System2Reader):
         line.begin = len(line.ids)
         return self._forward(cache, line.extended(system2))
 
-    def _run(self, cache: SlotCache, layout: "Layout", numbers: torch.Tensor) -> torch.Tensor:
+    def _run(self, cache: SlotCache, layout: "Spans | Blocks", numbers: torch.Tensor) -> torch.Tensor:
         self.adapted.begin = layout.begin
         return super()._run(cache, layout, numbers)
 
