@@ -27,9 +27,7 @@ class Decoder:
             steps are run in the same few shapes, which is for tests.
     """
 
-    def __init__(
-        self, system1: PreTrainedModel, guidance: Guidance | None = None, graphs: bool | None = None
-    ) -> None:
+    def __init__(self, system1: PreTrainedModel, guidance: Guidance | None = None, graphs: bool | None = None) -> None:
         self.guidance = guidance
         graphs = system1.device.type == "cuda" if graphs is None else graphs
 

@@ -55,10 +55,9 @@ def wait_for_all() -> None:
 
 
 def leave_group() -> None:
-    """The last thing that a process does among others: end the threads that carried its messages.
+    """The last thing that a process does among others, so that no message is under way while Python shuts down.
 
-    Left alone, one of them may still let go of a tensor while Python shuts down, and that aborts a process whose work
-    is done.
+    A thread that then lets go of a tensor aborts its process, whose work is done.
     """
     if torch.distributed.is_initialized():
         gc.collect()  # tensors in reference cycles

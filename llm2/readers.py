@@ -405,5 +405,3 @@ def step_of(single: Sequence[Piece], tokens: slice) -> Step:
             for slot, own in groups.items()
         ],
     )
-
-
