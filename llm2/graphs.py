@@ -25,18 +25,19 @@ class Graph:
 
     def __init__(self, run: Run, given: torch.Tensor) -> None:
         self.given = given.clone()
-        here, aside = torch.cuda.current_stream(given.device), torch.cuda.Stream(given.device)
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):  # libraries set up their workspaces at the first call on a stream
-            run(self.given)
-        here.wait_stream(aside)
-        pool = self.pools.setdefault(given.device, torch.cuda.graph_pool_handle())
-        self.graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(self.graph, pool=pool, stream=aside):
-                self.output = run(self.given)
-        finally:  # a recording that fails does not go back by itself
-            torch.cuda.set_stream(here)
+        with torch.cuda.device(given.device):
+            here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):  # libraries set up their workspaces at the first call on a stream
+                run(self.given)
+            here.wait_stream(aside)
+            pool = self.pools.setdefault(given.device, torch.cuda.graph_pool_handle())
+            self.graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(self.graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
+                    self.output = run(self.given)
+            finally:  # a recording that fails does not go back by itself
+                torch.cuda.set_stream(here)
 
     def __call__(self, given: torch.Tensor) -> torch.Tensor:
         self.given.copy_(given)

@@ -5,6 +5,7 @@ the asked share of its steps has more than one candidate, as a trained one's hav
 """
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,11 +16,14 @@ from llm2 import lora
 from llm2.config import DecodeBenchmark
 from llm2.generation import Decoder, Guidance
 from llm2.models import pick_device, pick_dtype
-from llm2.speed.harness import Contestant, alternate, markdown_table, peak_memory, rows, write_results
+from llm2.speed.harness import Contestant, alternate, markdown_table, peak_memory, rows, spread, write_results
 from llm2.speed.shapes import llama_shape
 from llm2.verifier import ProcessVerifier
 
 GENERATE = "transformers generate, System 1 alone"
+SEPARATE = "LLM2, separate verifier"
+COMPILED = "transformers generate, static cache, compiled"
+FACTS = ("verifier_forwards", "candidates", "choice_share", "bandwidth_share")
 
 
 def measure(config: DecodeBenchmark) -> str:
@@ -36,11 +40,13 @@ def measure(config: DecodeBenchmark) -> str:
         alternate(contestants, config.rounds, f"batch {batch_size}")
         for contestant in contestants:
             contestant.peak_mib = peak_memory(contestant.run, device)
+        if device.type == "cuda" and batch_size == 1:  # a small model on a CPU is read from its caches
+            tell_bandwidth(contestants, system1, separate, bandwidth(device))
         found += rows(contestants)
     adapter = sum(tensor.numel() for name, tensor in shared.state_dict().items() if "lora_" in name or "score" in name)
     weights = adapter / sum(parameter.numel() for parameter in system1.parameters())
     write_results(Path(config.output), config.rounds, found, config=vars(config), shared_verifier_weights=weights)
-    table = markdown_table(found, ("verifier_forwards", "candidates", "choice_share"))
+    table = markdown_table(found, FACTS)
     return f"{table}\n\nThe shared verifier adds {weights:.2%} of System 1's weights."
 
 
@@ -83,14 +89,18 @@ def contestants_of(
     decoders = {
         "LLM2, no verifier": Decoder(system1),
         "LLM2, separate verifier at every token": Decoder(system1, Guidance(verifier=separate, **options, lazy=False)),
-        "LLM2, separate verifier": Decoder(system1, Guidance(verifier=separate, **options)),
+        SEPARATE: Decoder(system1, Guidance(verifier=separate, **options)),
         "LLM2, shared LoRA verifier": Decoder(system1, Guidance(verifier=shared, **options)),
     }
-    runs: dict[str, Callable[[], float]] = {GENERATE: lambda: generate(system1, prompts, config)}
-    if system1.device.type == "cuda":
-        runs["transformers generate, static cache, compiled"] = lambda: generate(
-            system1, prompts, config, cache_implementation="static"
+    on_gpu = system1.device.type == "cuda"
+    if on_gpu:
+        decoders["LLM2, shared LoRA verifier, no CUDA graphs"] = Decoder(
+            system1, Guidance(verifier=shared, **options), graphs=False
         )
+    base = COMPILED if on_gpu else GENERATE
+    runs: dict[str, Callable[[], float]] = {GENERATE: lambda: generate(system1, prompts, config)}
+    if on_gpu:
+        runs[COMPILED] = lambda: generate(system1, prompts, config, cache_implementation="static")
     for name, decoder in decoders.items():
         runs[name] = lambda decoder=decoder: decode(decoder, prompts, config)
     if len(prompts) == 1:
@@ -102,7 +112,7 @@ def contestants_of(
             run=run,
             unit="tokens/s",
             batch_size=len(prompts),
-            ratio_to=None if name == GENERATE else GENERATE,
+            ratio_to=None if name == base else base,
             facts=facts(decoders[name], prompts, config) if name in decoders else {},
         )
         for name, run in runs.items()
@@ -140,6 +150,45 @@ def facts(decoder: Decoder, prompts: list[list[int]], config: DecodeBenchmark) -
         "candidates": sum(sizes) / len(sizes),
         "choice_share": sum(size > 1 for size in sizes) / len(sizes),
     }
+
+
+def tell_bandwidth(
+    contestants: list[Contestant], system1: PreTrainedModel, separate: ProcessVerifier, speed: float
+) -> None:
+    """Of batch 1: which share of the bytes that memory could deliver were weights, each read once a token.
+
+    A separate verifier's are read as often as it is asked. Of embeddings one row is read: they do not count.
+    """
+    own = weight_bytes(system1)
+    for contestant in contestants:
+        asked = contestant.facts.get("verifier_forwards", 0.0) if "separate" in contestant.name else 0.0
+        read = own + asked * weight_bytes(separate.backbone)
+        contestant.facts["bandwidth_share"] = spread(contestant.rates)["median"] * read / speed
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    looked_up = head is None or head.weight is not embedding
+    return sum(parameter.nbytes for parameter in model.parameters()) - looked_up * embedding.nbytes
+
+
+def bandwidth(device: torch.device, size: int = 2**30, copies: int = 10) -> float:
+    """Bytes a second that memory delivers and takes: the quickest of some copies of so many bytes."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target, quickest = torch.empty_like(source), math.inf
+    for _ in range(copies):
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        quickest = min(quickest, time.perf_counter() - start)
+    return 2 * size / quickest
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @torch.inference_mode()

@@ -1,0 +1,54 @@
+"""The decoding benchmark on a very small Llama: all rows, what they say, and where the figures come from."""
+
+import json
+
+import pytest
+import torch
+
+from llm2.config import DecodeBenchmark
+from llm2.speed import decode
+from llm2.speed.harness import Contestant
+
+TINY = {"hidden_size": 32, "intermediate_size": 64, "layers": 2, "heads": 4, "key_value_heads": 2, "vocab_size": 256}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> DecodeBenchmark:
+    output = str(tmp_path_factory.mktemp("decode") / "decode.json")
+    sizes = {"prompt_tokens": 8, "new_tokens": 40, "batch_sizes": (1, 3), "rounds": 2, "lora_rank": 2}
+    return DecodeBenchmark(benchmark="decode", output=output, device="cpu", **TINY, **sizes)
+
+
+def test_every_row_is_told_and_every_ratio_is_to_generate(config):
+    table = decode.measure(config)
+    with open(config.output) as file:
+        rows = json.load(file)["rows"]
+    names = [decode.GENERATE, "LLM2, no verifier", "LLM2, separate verifier at every token", decode.SEPARATE]
+    names += ["LLM2, shared LoRA verifier"]
+    assert [row["name"] for row in rows] == [*names, "the method as published, no cache", *names]
+    assert all(row["ratio_to"] == decode.GENERATE for row in rows if row["name"] != decode.GENERATE)
+    assert all(row["name"] in table for row in rows)
+    for row in rows:
+        if row["name"] == decode.SEPARATE:
+            assert 0 < row["verifier_forwards"] < 1 < row["candidates"]
+            assert 0.05 < row["choice_share"] < 0.5, "of a fifth that was asked for"
+        if "every token" in row["name"]:
+            assert row["verifier_forwards"] == pytest.approx(1, abs=0.1)
+
+
+def test_the_bound_counts_what_is_read(config):
+    system1, separate, _ = decode.build(config, torch.device("cpu"), torch.float32)
+    total = sum(parameter.numel() for parameter in system1.parameters())
+    assert decode.weight_bytes(system1) == 4 * (total - 256 * 32)
+    rows = [
+        Contestant(name=decode.GENERATE, run=float, unit="", batch_size=1, rates=[10.0]),
+        Contestant(name=decode.SEPARATE, run=float, unit="", batch_size=1, rates=[10.0]),
+    ]
+    rows[1].facts["verifier_forwards"] = 0.5
+    decode.tell_bandwidth(rows, system1, separate, speed=100.0)
+    own, other = decode.weight_bytes(system1), decode.weight_bytes(separate.backbone)
+    assert [row.facts["bandwidth_share"] for row in rows] == [0.1 * own, 0.1 * (own + other / 2)]
+
+
+def test_bandwidth_is_in_bytes_a_second():
+    assert 1e8 < decode.bandwidth(torch.device("cpu"), size=2**24, copies=3) < 1e13
