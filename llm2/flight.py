@@ -19,7 +19,8 @@ import torch
 from llm2.cache import SlotCache
 from llm2.candidates import guided_logits, plausible
 from llm2.choosing import Choice, Guidance, Sampling, draw
-from llm2.readers import Piece, Reader, SharedReader, System1Reader, System2Reader
+from llm2.lines import Piece
+from llm2.readers import Reader, SharedReader, System1Reader, System2Reader
 from llm2.seeds import uniforms
 from llm2.trunks import Trunk, Trunks
 

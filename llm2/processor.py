@@ -6,7 +6,8 @@ from transformers import LogitsProcessor
 from llm2.cache import SlotCache
 from llm2.candidates import guided_logits, plausible
 from llm2.generation import Guidance
-from llm2.readers import Piece, System2Reader
+from llm2.lines import Piece
+from llm2.readers import System2Reader
 from llm2.trunks import common_prefix
 
 

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llm2 import flight
 from llm2.errors import UserError
 from llm2.generation import Decoder, Guidance, Sampling, decode, stream
-from llm2.readers import BlockLine, Reader
+from llm2.lines import BlockLine
+from llm2.readers import Reader
 from llm2.verifier import ProcessVerifier
 
 EOS = [1]

@@ -14,7 +14,7 @@ LAYERS = [
         *("quality", "checkers", "processes"),
     },
     {"benchmarks"},
-    {"lora", "packing", "checkpoints", "pairs", "golds", "predictions"},
+    {"lora", "packing", "checkpoints", "pairs", "golds", "predictions", "lines"},
     {"verifier", "batch"},
     {"readers", "scoring", "choosing"},
     {"flight"},
