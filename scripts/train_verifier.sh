@@ -11,7 +11,7 @@ set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 
 config=${1:-configs/llama-3.2-1b-instruct/train.yaml}
-read -r gpus cores < <(python -c 'import os, torch; print(torch.cuda.device_count(), os.cpu_count())')
+read -r gpus cores < <(python -c 'import torch; print(torch.cuda.device_count(), torch.get_num_threads())')
 case $gpus in
   0) default=cpu processes=1 ;;
   1) default=gpu processes=1 ;;
