@@ -146,7 +146,7 @@ def run_sweep(config: SweepConfig) -> None:
 
 
 def run_pretrain(config: PretrainConfig) -> None:
-    from llm2.testbed.pretraining import pretrain
+    from llm2.pretraining import pretrain
 
     pretrain(config)
     print(f"System 1 in {config.output_dir}")
