@@ -32,7 +32,7 @@ def launch(*arguments: str | Path) -> None:
         "HF_HUB_OFFLINE": "1",
     }
     command = [sys.executable, "-m", *map(str, arguments)]
-    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-6000:]
 
 
