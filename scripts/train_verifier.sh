@@ -6,7 +6,10 @@
 #   bash scripts/train_verifier.sh configs/llama-3.1-8b-instruct/train_lora.yaml  # an adapter on frozen weights
 #
 # ACCELERATE_CONFIG is one of configs/accelerate/ (or your own); without it cpu.yaml, gpu.yaml or multi_gpu.yaml, by the
-# number of GPUs. NUM_PROCESSES is the number of processes where the config leaves it open (all GPUs by default).
+# number of GPUs. NUM_PROCESSES is the number of processes where the config leaves it open (all GPUs by default). For
+# several machines start it on each with ACCELERATE_CONFIG=configs/accelerate/multi_node.yaml, NUM_PROCESSES counting all
+# machines' processes, and ACCELERATE_ARGS="--num_machines N --machine_rank R --main_process_ip HOST
+# --main_process_port 29500".
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 
@@ -23,4 +26,5 @@ threads=$((cores / processes))
 python -m llm2 train "$config" "${@:2}" --dry-run  # a mistake is told before processes are started
 accelerate launch --quiet --config_file "${ACCELERATE_CONFIG:-configs/accelerate/$default.yaml}" \
   --num_processes "$processes" --num_cpu_threads_per_process "$((threads > 0 ? threads : 1))" \
+  --main_process_port 0 ${ACCELERATE_ARGS:-} \
   -m llm2 train "$config" "${@:2}"
