@@ -13,7 +13,7 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 
-config=${1:-configs/llama-3.2-1b-instruct/train.yaml}
+[[ ${1:-} == *.yaml ]] && config=$1 && shift || config=configs/llama-3.2-1b-instruct/train.yaml
 read -r gpus cores < <(python -c 'import torch; print(torch.cuda.device_count(), torch.get_num_threads())')
 case $gpus in
   0) default=cpu processes=1 ;;
@@ -23,8 +23,8 @@ esac
 processes=${NUM_PROCESSES:-$processes}
 threads=$((cores / processes))
 
-python -m llm2 train "$config" "${@:2}" --dry-run  # a mistake is told before processes are started
+python -m llm2 train "$config" "$@" --dry-run  # a mistake is told before processes are started
 accelerate launch --quiet --config_file "${ACCELERATE_CONFIG:-configs/accelerate/$default.yaml}" \
   --num_processes "$processes" --num_cpu_threads_per_process "$((threads > 0 ? threads : 1))" \
   --main_process_port 0 ${ACCELERATE_ARGS:-} \
-  -m llm2 train "$config" "${@:2}"
+  -m llm2 train "$config" "$@"
