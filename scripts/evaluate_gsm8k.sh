@@ -19,6 +19,6 @@ fi
 
 python -m llm2 "$command" "$config" "$@" --dry-run  # a mistake is told before processes are started
 threads=$((cores / processes))
-accelerate launch --quiet --config_file configs/accelerate/multi_gpu.yaml --main_process_port 0 \
+accelerate launch --quiet --config_file configs/accelerate/multi_gpu.yaml \
   --num_processes "$processes" --num_cpu_threads_per_process "$((threads > 0 ? threads : 1))" \
   -m llm2 "$command" "$config" "$@"

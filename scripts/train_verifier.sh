@@ -26,5 +26,5 @@ threads=$((cores / processes))
 python -m llm2 train "$config" "$@" --dry-run  # a mistake is told before processes are started
 accelerate launch --quiet --config_file "${ACCELERATE_CONFIG:-configs/accelerate/$default.yaml}" \
   --num_processes "$processes" --num_cpu_threads_per_process "$((threads > 0 ? threads : 1))" \
-  --main_process_port 0 ${ACCELERATE_ARGS:-} \
+  ${ACCELERATE_ARGS:-} \
   -m llm2 train "$config" "$@"
