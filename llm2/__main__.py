@@ -78,8 +78,8 @@ def run_command(options: argparse.Namespace) -> None:
         pick_device(config.device)
         require_model(config.model)
     if options.dry_run:
-        if options.command == "explore":
-            plan_explore(config)
+        if options.command in REHEARSALS:
+            REHEARSALS[options.command](config)
         return
     run = {
         "explore": run_explore,
@@ -99,6 +99,34 @@ def plan_explore(config: ExploreConfig) -> None:
 
     prepare(config)
     print(*plan(config))
+
+
+def look_at_triplets(config: TrainConfig) -> None:
+    """Tell mistakes before processes are started: all but those that only reading the whole file shows."""
+    from llm2.triplets import read_records
+
+    for path in filter(None, (config.train_file, config.eval_file)):
+        next(read_records(path), None)
+
+
+def look_at_problems(config: EvaluateConfig) -> None:
+    """Tell mistakes before processes are started."""
+    from llm2.benchmarks import load_problems
+    from llm2.evaluation import check
+    from llm2.verifier import require_verifier
+
+    check(config)
+    if config.verifier is not None:
+        require_verifier(config.verifier)
+    load_problems(config.benchmark, config.split, 1, config.data_file)
+
+
+REHEARSALS = {
+    "explore": plan_explore,
+    "train": look_at_triplets,
+    "evaluate": look_at_problems,
+    "sweep": look_at_problems,
+}
 
 
 def run_explore(config: ExploreConfig) -> None:
@@ -146,7 +174,7 @@ def run_sweep(config: SweepConfig) -> None:
 
 
 def run_pretrain(config: PretrainConfig) -> None:
-    from llm2.testbed.pretraining import pretrain
+    from llm2.pretraining import pretrain
 
     pretrain(config)
     print(f"System 1 in {config.output_dir}")

@@ -181,7 +181,10 @@ def _value(match: re.Match) -> Fraction | None:
     if "base" in part:
         return part["base"] ** int(part["power"]) if part["base"] or part["power"] > 0 else None
     significand, exponent = ("mantissa", "exponent") if "mantissa" in part else ("plain", "e")
-    return part[significand] * Fraction(10) ** int(part.get(exponent, 0)) * _SCALES.get(match["scale"], 1)
+    value = part[significand]  # most often alone, and every product of fractions costs as much as finding it
+    if exponent in part:
+        value *= Fraction(10) ** int(part[exponent])
+    return value * _SCALES[match["scale"]] if match["scale"] else value
 
 
 _MINUS = re.compile(r"(?P<word>(?<![A-Za-z])negative\s{1,2})?(?P<sign>-)?(?P<gap>[\s$€£¥₹]*)$", re.IGNORECASE)

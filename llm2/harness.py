@@ -7,6 +7,7 @@ registry and hands over. Knows requests and stop strings; decoding is `generatio
 here imports it, or lm_eval.
 """
 
+import sys
 from collections.abc import Sequence
 
 from lm_eval.__main__ import cli_evaluate
@@ -16,6 +17,7 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from llm2.chat import resolve_template
+from llm2.errors import UserError
 from llm2.generation import Decoder, Sampling
 from llm2.model import LLM2
 from llm2.seeds import row_seed
@@ -135,4 +137,7 @@ class HarnessModel(LM):
 
 
 if __name__ == "__main__":
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except UserError as error:
+        sys.exit(f"llm2: {error}")

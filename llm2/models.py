@@ -81,7 +81,8 @@ def _eos_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -
 
 
 def is_local(name: str) -> bool:
-    return Path(name).exists() or name.startswith((".", "/", "~"))
+    """A path rather than a hub id, which is OWNER/NAME at the longest."""
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _load(auto_class, name: str, **options):

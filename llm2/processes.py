@@ -69,4 +69,4 @@ def plan(config: ExploreConfig) -> tuple[int, int]:
     """Processes to start, and threads of each on this machine."""
     gpus = 0 if config.device == "cpu" or config.server is not None else torch.cuda.device_count()
     processes = config.data_parallel or max(1, gpus // config.tensor_parallel)
-    return processes, max(1, (os.cpu_count() or 1) // processes)
+    return processes, max(1, torch.get_num_threads() // processes)

@@ -41,6 +41,8 @@ def train(config: TrainConfig) -> dict:
     verifier.set_unembedding(unembedding)
     refuse_sliding_window(verifier.backbone.config, max(len(example.ids) for example in [*train_set, *eval_set]))
     refuse_unknown_tokens(verifier, tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(verifier.config, name, getattr(tokenizer, name))  # else the Trainer does it, and warns
     trainer = VerifierTrainer(
         verifier,
         arguments,

@@ -242,6 +242,15 @@ AutoConfig.register(ProcessVerifierConfig.model_type, ProcessVerifierConfig)
 AutoModel.register(ProcessVerifierConfig, ProcessVerifier)
 
 
+def require_verifier(name: str) -> None:
+    """Say at once, before anything heavy, that a local verifier is not there."""
+    if is_local(name) and not (Path(name) / "config.json").is_file():
+        raise UserError(
+            f"verifier {name!r}: expected a folder with config.json, found none; "
+            "`bash scripts/train_verifier.sh` trains one"
+        )
+
+
 def load_verifier(
     name: str, device: torch.device, dtype: str, vocabulary: int, system1: PreTrainedModel | None = None
 ) -> ProcessVerifier:
@@ -250,8 +259,7 @@ def load_verifier(
     Args:
         system1: with it a LoRA verifier stands on System 1's own weights, and `device` and `dtype` are System 1's.
     """
-    if is_local(name) and not (Path(name) / "config.json").is_file():
-        raise UserError(f"verifier {name!r}: expected a folder with config.json, found none; train one first")
+    require_verifier(name)
     options = {"local_files_only": is_local(name), "dtype": pick_dtype(dtype, device)}
     try:
         verifier = ProcessVerifier.from_pretrained(name, system1=system1, **options)

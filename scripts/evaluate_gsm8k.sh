@@ -11,7 +11,7 @@ source "$(dirname "$0")/setup.sh"
 
 [[ ${1:-} == *.yaml ]] && config=$1 && shift || config=configs/llama-3.2-1b-instruct/evaluate.yaml
 [[ $(basename "$config") == sweep* ]] && command=sweep || command=evaluate
-read -r gpus cores < <(python -c 'import os, torch; print(torch.cuda.device_count(), os.cpu_count())')
+read -r gpus cores < <(python -c 'import torch; print(torch.cuda.device_count(), torch.get_num_threads())')
 processes=${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}
 if [ "$processes" -eq 1 ]; then
   exec python -m llm2 "$command" "$config" "$@"

@@ -21,5 +21,5 @@ if [ "$processes" -eq 1 ] && [ -z "${ACCELERATE_CONFIG:-}" ]; then
 fi
 # multi_gpu.yaml serves CPUs as well: all that is wanted of it are processes that know their rank.
 exec accelerate launch --quiet --config_file "${ACCELERATE_CONFIG:-configs/accelerate/multi_gpu.yaml}" \
-  --num_processes "$processes" --num_cpu_threads_per_process "$threads" --main_process_port 0 ${ACCELERATE_ARGS:-} \
+  --num_processes "$processes" --num_cpu_threads_per_process "$threads" ${ACCELERATE_ARGS:-} \
   -m llm2 explore "$config" "$@"

@@ -41,9 +41,15 @@ def test_a_folder_that_is_not_there_is_told(capsys):
     assert "expected a folder" in refusal(capsys, "train", config, "device=cpu", "model=./nowhere")
 
 
-def test_a_dry_run_passes_where_everything_is_there(system1_folder, capsys):
-    config = "configs/llama-3.2-1b-instruct/train.yaml"
-    assert main(["train", config, "device=cpu", f"model={system1_folder}", "--dry-run"]) == 0
+def test_a_dry_run_tells_what_is_missing_and_passes_where_everything_is_there(system1_folder, capsys):
+    train = ("train", "configs/llama-3.2-1b-instruct/train.yaml", "device=cpu", f"model={system1_folder}")
+    assert "cannot read the triplets nowhere.jsonl" in refusal(capsys, *train, "train_file=nowhere.jsonl", "--dry-run")
+    assert main([*train, "train_file=dataset/testbed.jsonl", "--dry-run"]) == 0
+    evaluate = ("evaluate", "configs/testbed/evaluate.yaml", f"model={system1_folder}")
+    verifier = f"verifier={system1_folder}"  # any folder with a config.json
+    assert "'a/b/c': expected a folder with config.json" in refusal(capsys, *evaluate, "verifier=a/b/c", "--dry-run")
+    assert "majority_at: found 20" in refusal(capsys, *evaluate, verifier, "samples=3", "--dry-run")
+    assert main([*evaluate, verifier, "--dry-run"]) == 0
 
 
 def test_an_interrupt_ends_with_130(monkeypatch, capsys):

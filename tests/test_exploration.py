@@ -3,8 +3,8 @@
 import json
 import multiprocessing
 import os
+import signal
 import socket
-import time
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -20,6 +20,7 @@ from llm2.errors import UserError
 from llm2.exploration import Explorer, explore, forks_of, most_informative
 from llm2.golds import encode_golds
 from llm2.grading import is_correct
+from llm2.journal import Journal
 from llm2.models import eos_ids, load_system1, load_tokenizer
 from llm2.quality import Tally
 from llm2.rollouts import Span, open_engine
@@ -138,22 +139,38 @@ def chat(question="2 + 2?", solution="So the answer is 4.", **extra) -> dict:
 # --- Runs that end before they are done, and runs of many processes ---
 
 
-def _run(config: ExploreConfig, rank: int, world: int, port: int) -> None:
-    """An exploring process as accelerate launch starts it."""
+def _run(config: ExploreConfig, rank: int, world: int, port: int, lives: int | None) -> None:
+    """An exploring process as accelerate launch starts it; with `lives` killed while it writes its next entry."""
+    write = Journal._write
+
+    def torn(journal: Journal, entry: dict) -> None:
+        nonlocal lives
+        if lives == 0 and "id" in entry:  # not the header
+            journal.file.write(json.dumps(entry).encode()[:20])
+            journal.file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        lives -= "id" in entry
+        write(journal, entry)
+
+    if lives is not None:
+        Journal._write = torn
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
     explore(config)
 
 
-def start(config: ExploreConfig, world: int) -> list[multiprocessing.Process]:
+def run(config: ExploreConfig, world: int, lives: int | None = None) -> list[int]:
+    """The exit codes of `world` processes, each of which may finish so many problems."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     fork = multiprocessing.get_context("fork")  # with torch already imported: a start takes no seconds
-    processes = [fork.Process(target=_run, args=(config, rank, world, port)) for rank in range(world)]
+    processes = [fork.Process(target=_run, args=(config, rank, world, port, lives)) for rank in range(world)]
     for process in processes:
         process.start()
-    return processes
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 def lines(partial: Path) -> int:
@@ -183,28 +200,18 @@ def quick(system1_folder, tmp_path) -> ExploreConfig:
     )
 
 
-def test_killed_at_any_moment_and_by_any_number_of_processes_the_result_is_the_same(quick, monkeypatch):
-    """SIGKILL, six times, each time once another problem or two are on disk; then two processes finish."""
+def test_killed_again_and_again_and_with_any_number_of_processes_the_result_is_the_same(quick, monkeypatch):
+    """SIGKILL, six times, each process once it has written a problem or two; then two processes finish."""
     monkeypatch.setattr("llm2.exploration.CHUNK", 2)
     report = explore(replace(quick, batch_size=64))
     assert report["triplets"] > 5 and report["rejected_as_equal"] > 5
     killed = replace(quick, output=quick.output + ".killed")
     partial, found = Path(killed.output + ".partial"), 0
-    for kill, world in enumerate((1, 2, 1, 3, 1, 2)):
-        processes, deadline = start(killed, world), time.monotonic() + 120
-        while lines(partial) < found + 1 + kill % 2:
-            assert time.monotonic() < deadline, "nothing is being finished"
-            assert any(process.is_alive() for process in processes), "the run was over before it could be killed"
-            time.sleep(0.001)
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.join()
-        assert lines(partial) > found and not Path(killed.output).exists()
+    for world, lives in ((1, 1), (2, 2), (1, 2), (3, 1), (1, 1), (2, 2)):
+        assert -signal.SIGKILL in (codes := run(killed, world, lives)) and 0 not in codes  # 1: missed the others
+        assert found < lines(partial) <= found + world * lives and not Path(killed.output).exists()
         found = lines(partial)
-    for process in (processes := start(killed, 2)):
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0] and not partial.exists()
+    assert run(killed, 2) == [0, 0] and not partial.exists()
     for ending in ("", ".pairs.jsonl"):
         assert Path(killed.output + ending).read_bytes() == Path(quick.output + ending).read_bytes()
 

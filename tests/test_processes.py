@@ -26,7 +26,7 @@ def test_the_launchers_words_are_taken_and_without_them_one_is_alone(monkeypatch
 
 def test_a_process_for_every_tensor_parallel_gpus(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 16)
     assert plan(config()) == (1, 16)
     assert plan(config(device="cuda")) == (8, 2)
     assert plan(config(device="cuda", engine="vllm", tensor_parallel=4)) == (2, 8)

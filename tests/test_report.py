@@ -283,7 +283,7 @@ def test_a_browser_lists_and_filters_1319_problems(tmp_path):
     (tmp_path / "acted.html").write_text(page[:at] + acts + page[at:])
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
     dom = subprocess.run(
-        [*command, (tmp_path / "acted.html").as_uri()], capture_output=True, text=True, timeout=60
+        [*command, (tmp_path / "acted.html").as_uri()], capture_output=True, text=True, timeout=300
     ).stdout
     expected = [i for i in range(1319) if i % 5 == 2 and str(i).startswith("7")]
     assert re.search('data-shown="([^"]*)"', dom)[1].split() == [f"test-{i}" for i in expected]

@@ -45,7 +45,8 @@ def test_mean_intervals_agree_with_the_normal_ones_on_many_values():
 
 def test_a_column_is_resampled_as_if_it_were_alone():
     values = np.random.default_rng(0).random((50, 2))
-    assert mean_intervals(values)[1] == mean_intervals(values[:, 1:])[0]
+    alone = mean_intervals(values[:, 1:])[0]
+    assert mean_intervals(values)[1] == pytest.approx(alone)  # a product of another shape may round otherwise
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from llm2.config import PretrainConfig, load_config
+from llm2.pretraining import IGNORED, collate, examples, pretrain
 from llm2.testbed import corpus, facts, words
 from llm2.testbed.corpus import MISREADINGS, careless_conversations, careless_solution
-from llm2.testbed.pretraining import IGNORED, collate, examples, pretrain
 from llm2.testbed.problems import SIZES, gold_solution, problems, split_of, stories
 from llm2.testbed.stories import Step, Story, Told, Worked
 from llm2.testbed.tokenizer import train_tokenizer

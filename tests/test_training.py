@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -262,19 +261,30 @@ def test_global_batch_must_divide(config):
         training_arguments(replace(config, per_device_batch_size=3), 40, torch.device("cpu"))
 
 
+KILLED_AT_STEP_19 = """
+import os, signal, sys
+from llm2.__main__ import main
+from llm2.trainer import VerifierTrainer
+whole = VerifierTrainer.training_step
+def step(trainer, *arguments):
+    if trainer.state.global_step == 19:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(trainer, *arguments)
+VerifierTrainer.training_step = step
+main(["train", sys.argv[1]])
+"""
+
+
 def test_a_run_killed_with_sigkill_ends_with_the_same_loss(config, tmp_path):
     config = replace(config, epochs=16.0, evaluations=8, logging_steps=1)
     whole = train(config)
     killed = replace(config, output_dir=str(tmp_path / "killed"))
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(as_dict(killed)))
-    command = [sys.executable, "-m", "llm2", "train", str(tmp_path / "train.yaml")]
+    command = [sys.executable, "-c", KILLED_AT_STEP_19, str(tmp_path / "train.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    while last_whole_checkpoint(Path(killed.output_dir)) is None and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert last_whole_checkpoint(Path(killed.output_dir)).name != "checkpoint-64"
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert finished.returncode == -signal.SIGKILL, finished.stderr[-3000:]
+    assert last_whole_checkpoint(Path(killed.output_dir)).name == "checkpoint-16"
     again = train(killed)
 
     def last_loss(folder: str) -> float:

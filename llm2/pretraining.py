@@ -13,8 +13,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from llm2.card import write_card
+from llm2.chat import encode_chats
 from llm2.config import PretrainConfig
-from llm2.testbed.card import write_card
 from llm2.testbed.corpus import careless_conversations
 from llm2.testbed.tokenizer import train_tokenizer
 
@@ -93,10 +94,8 @@ def training_arguments(config: PretrainConfig, checkpoints: Path) -> TrainingArg
 
 def examples(conversations: list[Conversation], tokenizer: PreTrainedTokenizerFast) -> list[dict[str, list[int]]]:
     """Token ids of whole conversations; only the assistant's part, its <|eot_id|> included, carries loss."""
-    whole = tokenizer.apply_chat_template(conversations, return_dict=False)
-    prompts = tokenizer.apply_chat_template(
-        [conversation[:1] for conversation in conversations], add_generation_prompt=True, return_dict=False
-    )
+    whole = encode_chats(tokenizer, conversations)
+    prompts = encode_chats(tokenizer, [conversation[:1] for conversation in conversations], generation_prompt=True)
     return [
         {"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]}
         for ids, prompt in zip(whole, prompts, strict=True)

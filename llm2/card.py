@@ -1,11 +1,11 @@
-"""What System 1 can do, measured, and the model card that says so.
+"""What the testbed's System 1 can do, measured, and the model card that says so.
 
-Knows how to decode problems with plain `generate` and what a card tells. Leaves training to pretraining.py and decoding
-with a verifier to llm2/generation.py.
+Knows what a card tells. Leaves training to pretraining.py, decoding to generation.py, grading to the benchmark's grader
+and votes to statistics.py.
 """
 
 import math
-from collections import Counter
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -13,9 +13,18 @@ from typing import NamedTuple
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from llm2.benchmarks import Problem, grader_of, load_problems
+from llm2.candidates import plausible
+from llm2.chat import encode_chats
 from llm2.config import PretrainConfig
+from llm2.generation import Decoder, Sampling
+from llm2.golds import Gold, encode_golds
+from llm2.grading import Grade
+from llm2.models import eos_ids
+from llm2.seeds import row_seed
+from llm2.statistics import majority_at_k, pass_at_k
 from llm2.testbed.corpus import MISREADINGS, PARAPHRASED, REORDERED, SKIPPED, SLIP, SWAPPED, WRONG_OPERAND
-from llm2.testbed.problems import CONCLUSION, gold_solution, stories
+from llm2.testbed.problems import stories
 from llm2.testbed.stories import Story
 
 SAMPLED_PROBLEMS, SAMPLES = 200, 20
@@ -41,57 +50,55 @@ class Measured(NamedTuple):
 
 
 def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int, split: str = "validation") -> Measured:
-    problems = list(islice(stories(split), n))
-    greedy = [solves(text, story) for text, story in zip(solve(model, tokenizer, problems), problems, strict=True)]
-    clean = [right for right, story in zip(greedy, problems, strict=True) if not _misread_by_most(story)]
-    sampled = [problem for problem in problems[:SAMPLED_PROBLEMS] for _ in range(SAMPLES)]
-    texts = solve(model, tokenizer, sampled, do_sample=True)
-    votes = [texts[start : start + SAMPLES] for start in range(0, len(texts), SAMPLES)]
-    right = [[solves(text, story) for text in samples] for samples, story in zip(votes, problems, strict=False)]
+    problems = load_problems("testbed", split, n)
+    greedy = [grade.correct for (grade,) in solve(model, tokenizer, problems)]
+    clean = [
+        right for right, story in zip(greedy, islice(stories(split), n), strict=True) if not _misread_by_most(story)
+    ]
+    sampled = solve(model, tokenizer, problems[:SAMPLED_PROBLEMS], SAMPLES)
+    right = [sum(grade.correct for grade in grades) for grades in sampled]
+    votes = [[grade.answer for grade in grades] for grades in sampled]
+    golds = encode_golds(problems, tokenizer, None, eos_ids(model, tokenizer))
     return Measured(
         problems=len(problems),
-        sampled_problems=len(votes),
+        sampled_problems=len(sampled),
         greedy=_mean(greedy),
         unambiguous=_mean(clean),
         unambiguous_problems=len(clean),
-        sampled=_mean([_mean(samples) for samples in right]),
-        majority=_mean([solves(_majority(samples), story) for samples, story in zip(votes, problems, strict=False)]),
-        passed=_mean([any(samples) for samples in right]),
-        reachable=_mean([gold_is_plausible(model, tokenizer, story) for story in problems]),
+        sampled=_mean(right) / SAMPLES,
+        majority=_mean([majority_at_k(own, p.gold, SAMPLES) for own, p in zip(votes, problems, strict=False)]),
+        passed=_mean([pass_at_k(SAMPLES, count, SAMPLES) for count in right]),
+        reachable=_mean([gold_is_plausible(model, gold) for gold in golds]),
     )
 
 
-@torch.inference_mode()
 def solve(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[Story], do_sample: bool = False
-) -> list[str]:
-    """One solution a problem, by `generate`: greedy or at temperature 1."""
-    choice = {"do_sample": True, "temperature": 1.0, "top_k": 0} if do_sample else {"do_sample": False}
-    texts = []
-    for start in range(0, len(problems), BATCH):
-        prompts = [[{"role": "user", "content": story.question}] for story in problems[start : start + BATCH]]
-        inputs = tokenizer.apply_chat_template(
-            prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        ).to(model.device)
-        ids = model.generate(**inputs, **choice, use_cache=True, max_new_tokens=MOST_NEW_TOKENS)
-        texts += tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return texts
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], samples: int | None = None
+) -> list[list[Grade]]:
+    """The grades of each problem's solutions: of the greedy one, or of so many at temperature 1."""
+    prompts = encode_chats(tokenizer, [problem.prompt for problem in problems], generation_prompt=True)
+    rows = Decoder(model).decode(
+        prompts,
+        max_new_tokens=MOST_NEW_TOKENS,
+        eos=eos_ids(model, tokenizer),
+        sampling=Sampling() if samples else None,
+        seeds=[[row_seed(problem.id, i) for i in range(samples or 1)] for problem in problems],
+        batch_size=BATCH,
+    )
+    grader = grader_of("testbed")
+    return [
+        grader(tokenizer.batch_decode([row.tokens for row in own], skip_special_tokens=True), problem.gold)
+        for own, problem in zip(rows, problems, strict=True)
+    ]
 
 
 @torch.inference_mode()
-def gold_is_plausible(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, story: Story) -> bool:
-    """Whether each token of the gold solution has at least ALPHA times the top probability."""
-    prompt = [{"role": "user", "content": story.question}]
-    conversation = [*prompt, {"role": "assistant", "content": gold_solution(story)}]
-    ids = tokenizer.apply_chat_template(conversation, return_tensors="pt", return_dict=False).to(model.device)  # (1, T)
-    start = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
-    logits = model(input_ids=ids).logits[0, start - 1 : -1]  # (T - start, V)
-    gold = logits.gather(1, ids[0, start:, None])[:, 0]
-    return bool((gold >= logits.amax(dim=1) + math.log(ALPHA)).all())
-
-
-def solves(text: str, story: Story) -> bool:
-    return text.endswith(CONCLUSION.format(story.values[-1]))
+def gold_is_plausible(model: LlamaForCausalLM, gold: Gold) -> bool:
+    """Whether System 1 finds each token of the gold solution plausible."""
+    ids = torch.tensor([gold.ids[: gold.end]], device=model.device)  # (1, T)
+    logits = model(ids).logits[0, gold.start - 1 : -1]  # (T - start, V)
+    candidates, valid = plausible(logits, ALPHA)  # (T - start, K)
+    return bool(((candidates == ids[0, gold.start :, None]) & valid).any(dim=1).all())
 
 
 def write_card(
@@ -142,12 +149,6 @@ Measured at the end of that command, by the same code.
 
 def _misread_by_most(story: Story) -> bool:
     return any(step.phrase in MISREADINGS and MISREADINGS[step.phrase].rate >= 0.5 for step in story.steps)
-
-
-def _majority(texts: list[str]) -> str:
-    """A text with the most frequent answer."""
-    conclusions = [text.rpartition(". ")[2] for text in texts]
-    return Counter(conclusions).most_common(1)[0][0]
 
 
 def _mean(values: list) -> float:
