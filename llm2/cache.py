@@ -4,32 +4,38 @@ A row's tokens lie in its slot column by column and are read there: nothing is c
 chosen branch stays, in place. Knows nothing of models, masks or attention.
 """
 
+import math
+import mmap
+
 import torch
 
 ROOM = 64  # columns added when the buffers are full, besides a quarter of what is needed
 
 
 class SlotCache:
-    """Buffers (slots, heads, columns, head width) for the keys and the values of each layer."""
+    """Buffers (slots, heads, columns, head width) for the keys and the values of each layer.
 
-    def __init__(self, slots: int) -> None:
-        self.slots, self.columns = slots, 0
+    Args:
+        columns: room to begin with. On a CPU it costs nothing: memory is taken as tokens are written.
+    """
+
+    def __init__(self, slots: int, columns: int = 0) -> None:
+        self.slots, self.columns = slots, columns
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def reserve(self, columns: int) -> None:
         """Make room for so many columns."""
         if columns <= self.columns:
             return
-        more = columns + columns // 4 + ROOM - self.columns
-        self.columns += more
+        self.columns = columns + columns // 4 + ROOM
         for index, buffers in self.layers.items():
-            self.layers[index] = tuple(torch.nn.functional.pad(buffer, (0, 0, 0, more)) for buffer in buffers)
+            self.layers[index] = tuple(_grown(buffer, self.columns) for buffer in buffers)
 
     def layer(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer; made at the first call for states such as `like` (1, heads, tokens, width)."""
         if index not in self.layers:
             shape = (self.slots, like.shape[1], self.columns, like.shape[3])
-            self.layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
+            self.layers[index] = (_zeros(shape, like), _zeros(shape, like))
         return self.layers[index]
 
     def move_columns(self, slots: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -43,3 +49,21 @@ class SlotCache:
         for buffers in self.layers.values():
             for buffer in buffers:
                 buffer[target, :, :columns] = buffer[source, :, :columns]
+
+
+def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """On a CPU of pages that are mapped when they are first written to, and given back all at once.
+
+    So a long row takes memory for itself, not for all slots, and buffers that come and go, each of another size, leave
+    no holes in the heap: a run needs as much after a day as after a minute. torch.zeros writes to every page.
+    """
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    pages = mmap.mmap(-1, math.prod(shape) * like.element_size(), flags=mmap.MAP_PRIVATE)
+    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
+
+
+def _grown(buffer: torch.Tensor, columns: int) -> torch.Tensor:
+    grown = _zeros((*buffer.shape[:2], columns, buffer.shape[3]), buffer)
+    grown[:, :, : buffer.shape[2]] = buffer
+    return grown

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from llm2.cache import SlotCache
+from llm2.cache import ROOM, SlotCache
 from llm2.candidates import guided_logits, plausible
 from llm2.choosing import Choice, Guidance, Sampling, draw
 from llm2.readers import Piece, SharedReader, System1Reader, System2Reader
@@ -104,11 +104,18 @@ class Flight:
         self.trunks = Trunks(slots, trunks)
         # Where both systems read in one forward, System 2's slots are the second half of the only cache.
         self.offset = slots + trunks if readers.shared else 0
-        self.cache1 = SlotCache(slots + trunks + self.offset)
-        self.cache2 = self.cache1 if readers.shared else SlotCache(slots + trunks)
+        columns = self._room()
+        self.cache1 = SlotCache(slots + trunks + self.offset, columns)
+        self.cache2 = self.cache1 if readers.shared else SlotCache(slots + trunks, columns)
         self.rows: list[Row] = []  # a row's place is its slot
         self.waiting = deque((prompt, sample) for prompt, own in enumerate(task.seeds) for sample in range(len(own)))
         self.counts = [len(own) for own in task.seeds]
+
+    def _room(self) -> int:
+        """Columns to begin with: where they cost nothing, on a CPU, those of the longest row there may be."""
+        if self.readers.system1.device.type != "cpu":
+            return 0
+        return max(map(len, self.task.prompts), default=0) + self.task.max_new_tokens + ROOM
 
     # Rows come and go.
 

@@ -161,7 +161,17 @@ class PackedLinear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(states, self.packed, None, "none", [], "")
+        """(1, N, in) -> (1, N, out)."""
+        count = states.shape[1]
+        if more := few_sizes(count) - count:
+            states = nn.functional.pad(states, (0, 0, 0, more))
+        return torch.ops.mkldnn._linear_pointwise(states, self.packed, None, "none", [], "")[:, :count]
+
+
+def few_sizes(count: int) -> int:
+    """The next number of at most four binary digits and zeros behind: at most an eighth more, eight in each octave."""
+    step = 1 << max(0, count.bit_length() - 4)
+    return -(-count // step) * step
 
 
 class _Given(nn.Module):
