@@ -54,7 +54,7 @@ class Span:
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule) -> torch.Tensor:
         """Query (1, H, N, D) of the whole line -> (1, Q, H, D)."""
         if rule.window not in self.biases:
-            self.biases[rule.window] = self._bias(rule.window, keys.shape[2], query)
+            self.biases[rule.window] = self._bias(rule.window, query)
         causal, bias = self.biases[rule.window]
         end = self.start + self.tokens.stop - self.tokens.start
         own = (buffer[self.slot : self.slot + 1, :, :end] for buffer in (keys, values))
@@ -64,7 +64,7 @@ class Span:
             own = (torch.cat(parts, dim=2) for parts in zip(shared, own, strict=True))
         return _dot_product(query[:, :, self.tokens], *own, bias, rule, causal).transpose(1, 2)
 
-    def _bias(self, window: int | None, columns: int, like: torch.Tensor) -> tuple[bool, torch.Tensor | None]:
+    def _bias(self, window: int | None, like: torch.Tensor) -> tuple[bool, torch.Tensor | None]:
         """Whether it is the plain triangle, and if not, (Q, trunk and own columns) unless all is seen."""
         count = self.tokens.stop - self.tokens.start
         before = 0 if self.trunk is None else self.trunk[1]
@@ -75,7 +75,7 @@ class Span:
             return False, None
         if width == count and self.branches < 2:
             return True, None
-        room = columns if self.trunk is None else 2 * columns  # few values, so that the cache hits
+        room = 1 << (width - count).bit_length()  # few values, so that the cache hits
         return False, _span_bias(count, self.branches, room, like.dtype, like.device)[:, -width:]
 
 

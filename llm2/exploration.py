@@ -27,7 +27,7 @@ from llm2.exploration_report import summary
 from llm2.golds import Gold, Solved, encode_golds, load_solved
 from llm2.journal import Journal
 from llm2.models import load_tokenizer
-from llm2.processes import place, wait_for_all
+from llm2.processes import claimed, place, wait_for_all
 from llm2.quality import Fork, Rule, Trial, passes
 from llm2.rollouts import Candidate, Engine, Request, Span, open_engine
 from llm2.seeds import row_seed
@@ -65,14 +65,16 @@ def explore(config: ExploreConfig) -> dict | None:
     journal = Journal(partial, config, free=FREE, key=itemgetter("id"), shard=place().rank)
     earlier = frozenset(journal.done)
     wait_for_all()  # all have seen the same problems done before one adds to them
-    waiting = [problem for problem in problems if problem.id not in earlier][place().rank :: place().world]
+    waiting = [problem for problem in problems if problem.id not in earlier]
 
     start = time.perf_counter()
-    with tqdm(total=len(waiting), desc="explore", unit="problem", disable=not place().first) as bar:
+    share = len(waiting[:: place().world])  # of the first process: it may become another, see `claimed`
+    with tqdm(total=share, desc="explore", unit="problem", disable=not place().first) as bar:
         explorer = Explorer(config, engine, tokenizer, checker, Pace(bar))
-        for entry in explorer.explore(waiting):
+        for entry in explorer.explore(waiting[i] for i in claimed(len(waiting))):
             journal.add(entry)
             bar.update()
+        bar.total = bar.n
     engine.close()
     journal.close()
     wait_for_all()  # every problem is in some shard

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from llm2.cache import SlotCache
+from llm2.cache import ROOM, SlotCache
 from llm2.candidates import guided_logits, plausible
 from llm2.choosing import Choice, Guidance, Sampling, draw
 from llm2.lines import Piece
@@ -98,15 +98,18 @@ class Readers:
     def shared(self) -> bool:
         return self.system1 is self.system2
 
-    def caches(self, slots: int, offset: int) -> tuple[SlotCache, SlotCache]:
+    def caches(self, slots: int, columns: int, offset: int) -> tuple[SlotCache, SlotCache]:
         """One for each system; System 2's rows lie `offset` slots behind System 1's.
 
         Recordings read and write the caches that they were made with, so these are kept for the next call.
         """
-        if self.kept is None or self.kept[0].slots != slots + offset or self.system1.recorder is None:
-            cache1 = SlotCache(slots + offset, (0, offset) if offset else (0,))
-            self.kept = cache1, cache1 if self.shared else SlotCache(slots)
-        return self.kept
+        if self.kept is not None and self.kept[0].slots == slots + offset:
+            return self.kept
+        cache1 = SlotCache(slots + offset, columns, (0, offset) if offset else (0,))
+        caches = cache1, cache1 if self.shared else SlotCache(slots, columns)
+        if self.system1.recorder is not None:
+            self.kept = caches
+        return caches
 
 
 class Flight:
@@ -118,10 +121,16 @@ class Flight:
         self.trunks = Trunks(slots, trunks)
         # Where both systems read in one forward, System 2's slots are the second half of the only cache.
         self.offset = slots + trunks if readers.shared else 0
-        self.cache1, self.cache2 = readers.caches(slots + trunks, self.offset)
+        self.cache1, self.cache2 = readers.caches(slots + trunks, self._room(), self.offset)
         self.rows: list[Row] = []  # a row's place is its slot
         self.waiting = deque((prompt, sample) for prompt, own in enumerate(task.seeds) for sample in range(len(own)))
         self.counts = [len(own) for own in task.seeds]
+
+    def _room(self) -> int:
+        """Columns to begin with: where they cost nothing, on a CPU, those of the longest row there may be."""
+        if self.readers.system1.device.type != "cpu":
+            return 0
+        return max(map(len, self.task.prompts), default=0) + self.task.max_new_tokens + ROOM
 
     # Rows come and go.
 

@@ -1,20 +1,25 @@
 """This process's place among those that `accelerate launch` started, on one machine or several.
 
 Knows what the launcher says in the environment, which cores are this process's, and how the processes wait for each
-other. They share files, nothing else: what one finds out, another reads from disk.
+other and share work out. They share files, nothing else: what one finds out, another reads from disk.
 """
 
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from typing import NamedTuple
 
 import torch
+from torch.distributed.rendezvous import rendezvous
 
 from llm2.config import ExploreConfig
 
 WAIT = timedelta(days=30)  # for the slowest process; a dead one is noticed by the launcher, which ends the others
+works = count()  # numbers what is shared out, alike in all processes
 
 
 class Place(NamedTuple):
@@ -50,8 +55,35 @@ def wait_for_all() -> None:
     if place().world == 1:
         return
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", timeout=WAIT)
+        here = place()
+        torch.distributed.init_process_group(
+            "gloo", store=_store(), rank=here.rank, world_size=here.world, timeout=WAIT
+        )
     torch.distributed.barrier()
+
+
+def claimed(total: int) -> Iterator[int]:
+    """The numbers below `total` that are this process's to work on; each is one process's alone.
+
+    First its share, every so many-th; then, one at a time, what slower processes have not come to: none is idle while
+    another still has work ahead of it. To be called by all processes.
+    """
+    here, work = place(), next(works)
+    if here.world == 1:
+        yield from range(total)
+        return
+    for owner in ((here.rank + i) % here.world for i in range(here.world)):
+        share = range(owner, total, here.world)
+        while (taken := _store().add(f"work {work} share {owner}", 1)) <= len(share):
+            yield share[taken - 1]
+
+
+@cache
+def _store() -> torch.distributed.Store:
+    """What all processes read and write: keys and values, with the launcher or the first process."""
+    store, _, _ = next(rendezvous("env://", timeout=WAIT))
+    store.set_timeout(WAIT)
+    return store
 
 
 def leave_group() -> None:
@@ -63,6 +95,7 @@ def leave_group() -> None:
         gc.collect()  # tensors in reference cycles
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+        _store.cache_clear()
 
 
 def plan(config: ExploreConfig) -> tuple[int, int]:

@@ -161,7 +161,11 @@ class PackedLinear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(states, self.packed, None, "none", [], "")
+        """(1, N, in) -> (1, N, out)."""
+        count = states.shape[1]
+        if more := rounded(count, 8) - count:  # oneDNN keeps a kernel for every number of tokens that it meets
+            states = nn.functional.pad(states, (0, 0, 0, more))
+        return torch.ops.mkldnn._linear_pointwise(states, self.packed, None, "none", [], "")[:, :count]
 
 
 class _Given(nn.Module):

@@ -1,13 +1,16 @@
 """A process's place, its cores, and how many there are to be."""
 
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
 from llm2.config import ExploreConfig
-from llm2.processes import Place, place, plan, wait_for_all
+from llm2.processes import Place, claimed, leave_group, place, plan, wait_for_all
 
 
 def config(**changes) -> ExploreConfig:
@@ -43,3 +46,41 @@ def test_processes_of_one_machine_share_its_cores_out():
         printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout
         found.append(set(eval(printed)))
     assert found[0] and found[1] and not found[0] & found[1]
+
+
+def test_alone_all_work_is_ones_own(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert list(claimed(5)) == [0, 1, 2, 3, 4] and list(claimed(0)) == []
+
+
+def work(rank: int, world: int, port: int, results: multiprocessing.Queue) -> None:
+    """The last process is slow."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    for total in (30, 12):
+        wait_for_all()
+        taken = []
+        for number in claimed(total):
+            taken.append(number)
+            time.sleep(0.3 if rank == world - 1 else 0.01)
+        results.put((total, rank, taken))
+    wait_for_all()
+    leave_group()
+
+
+def test_work_is_done_once_and_a_slow_process_is_relieved_of_it():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork, world = multiprocessing.get_context("fork"), 3
+    results = fork.Queue()
+    processes = [fork.Process(target=work, args=(rank, world, port, results)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=120) for _ in range(2 * world)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * world
+    for total in (30, 12):
+        assert sorted(sum((numbers for own, _, numbers in found if own == total), [])) == list(range(total))
+    assert all(len(numbers) < total // world for total, rank, numbers in found if rank == world - 1)

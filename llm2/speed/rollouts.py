@@ -5,7 +5,6 @@ them sorted by length, a full batch at a time, which is the best that can be don
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,12 +15,13 @@ from llm2.config import ExploreConfig, RolloutBenchmark
 from llm2.exploration import Explorer
 from llm2.golds import load_solved
 from llm2.models import load_tokenizer, pick_device
-from llm2.rollouts import Request, open_engine
+from llm2.rollouts import Request
 from llm2.rollouts.own import OwnEngine
+from llm2.rollouts.vllm_engine import VllmEngine
 from llm2.seeds import row_seed
 from llm2.speed.harness import Contestant, alternate, markdown_table, peak_memory, rows, write_results
 
-GENERATE = "transformers generate"
+GENERATE, VLLM = "transformers generate", "vLLM in process"
 
 
 def measure(config: RolloutBenchmark) -> str:
@@ -36,8 +36,8 @@ def measure(config: RolloutBenchmark) -> str:
         "LLM2 rollouts": lambda: count(own.roll_out(requests)),
     }
     if config.vllm:
-        vllm = open_engine(replace(settings, engine="vllm"), tokenizer)
-        runs["vLLM in process"] = lambda: count(vllm.roll_out(requests))
+        vllm = VllmEngine(settings, tokenizer)
+        runs[VLLM] = lambda: count(from_cold(vllm, requests))
     contestants = [
         Contestant(
             name=name,
@@ -50,6 +50,8 @@ def measure(config: RolloutBenchmark) -> str:
     ]
     alternate(contestants, config.rounds, "rollouts")
     for contestant in contestants:
+        if contestant.name == VLLM:
+            continue  # it works in processes of its own
         contestant.peak_mib = peak_memory(contestant.run, pick_device(config.device))
     found = rows(contestants)
     write_results(Path(config.output), config.rounds, found, config=vars(config), prefixes=len(requests))
@@ -88,6 +90,12 @@ def requests_of(config: RolloutBenchmark, settings: ExploreConfig, engine: OwnEn
         for token in fork.tokens
         if token not in engine.eos
     ]
+
+
+def from_cold(vllm: VllmEngine, requests: Sequence[Request]) -> list[list[list[int]]]:
+    """Without what an earlier run has left in the prefix cache."""
+    vllm.llm.reset_prefix_cache()
+    return vllm.roll_out(requests)
 
 
 def generate(
