@@ -44,9 +44,7 @@ class Measured(NamedTuple):
     sampled: float  # mean over samples at temperature 1
     majority: float  # majority@SAMPLES
     passed: float  # pass@SAMPLES
-    reachable: (
-        float  # every token of the gold solution is plausible: what a perfect verifier could reach on that path alone
-    )
+    reachable: float  # every token of gold is plausible: what a perfect verifier could reach on that path alone
 
 
 def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int, split: str = "validation") -> Measured:
