@@ -91,8 +91,7 @@ class Readers:
     system2: System2Reader | SharedReader | None  # None for System 1 alone; System 1's own where they share a forward
     guidance: Guidance | None
     counts: Counter[str] = field(default_factory=Counter)  # tokens, candidates; forwards of each system, tokens it read
-
-    kept: tuple[SlotCache, SlotCache] | None = None
+    kept: tuple[SlotCache, SlotCache] | None = None  # of the last decoding, for the next one
 
     @property
     def shared(self) -> bool:
@@ -101,15 +100,13 @@ class Readers:
     def caches(self, slots: int, columns: int, offset: int) -> tuple[SlotCache, SlotCache]:
         """One for each system; System 2's rows lie `offset` slots behind System 1's.
 
-        Recordings read and write the caches that they were made with, so these are kept for the next call.
+        Those that were kept are taken, so that two decodings under way never write to the same ones.
         """
-        if self.kept is not None and self.kept[0].slots == slots + offset:
-            return self.kept
+        kept, self.kept = self.kept, None
+        if kept is not None and kept[0].slots == slots + offset:
+            return kept
         cache1 = SlotCache(slots + offset, columns, (0, offset) if offset else (0,))
-        caches = cache1, cache1 if self.shared else SlotCache(slots, columns)
-        if self.system1.recorder is not None:
-            self.kept = caches
-        return caches
+        return cache1, cache1 if self.shared else SlotCache(slots, columns)
 
 
 class Flight:
@@ -121,7 +118,7 @@ class Flight:
         self.trunks = Trunks(slots, trunks)
         # Where both systems read in one forward, System 2's slots are the second half of the only cache.
         self.offset = slots + trunks if readers.shared else 0
-        self.cache1, self.cache2 = readers.caches(slots + trunks, self._room(), self.offset)
+        self.caches = self.cache1, self.cache2 = readers.caches(slots + trunks, self._room(), self.offset)
         self.rows: list[Row] = []  # a row's place is its slot
         self.waiting = deque((prompt, sample) for prompt, own in enumerate(task.seeds) for sample in range(len(own)))
         self.counts = [len(own) for own in task.seeds]
@@ -173,6 +170,11 @@ class Flight:
             if row.trunk is not None:
                 row.trunk.users -= 1
         return done
+
+    def land(self) -> None:
+        """Leave the caches to the next decoding, where recordings read and write them."""
+        if self.readers.system1.recorder is not None:
+            self.readers.kept = self.caches
 
     # The systems read.
 

@@ -106,6 +106,7 @@ class Decoder:
                 if len(finished[row.prompt]) == len(seeds[row.prompt]):
                     yield row.prompt, [written for _, written in sorted(finished[row.prompt].items())]
                     finished[row.prompt].clear()
+        flight.land()
 
 
 def decode(system1: PreTrainedModel, prompts: Sequence[Sequence[int]], **options) -> list[list[Written]]:

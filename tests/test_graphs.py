@@ -87,6 +87,22 @@ def test_most_forwards_are_replayed_and_write_the_same(tmp_path, lora, batch_siz
     assert sum(len(shape) == 2 and shape[0] == 4 for shape in replays) > 0.6 * forwards
 
 
+def test_two_decodings_under_way_do_not_share_caches(tmp_path):
+    model, verifier = systems(tmp_path, lora=False)
+    guidance, batch = Guidance(verifier=verifier, alpha=0.05, beta=2.0), prompts(6, seed=3)
+    options = {"max_new_tokens": 20, "eos": [], "batch_size": 3, "stop": lambda prompt, _, new: len(new) > 3 * prompt}
+
+    def told(prompt: int, rows: list) -> tuple[int, list[int]]:
+        return prompt, rows[0].tokens
+
+    orders = (batch, batch[::-1])
+    expected = [[told(*found) for found in Decoder(model, guidance).stream(order, **options)] for order in orders]
+    decoder = Decoder(model, guidance, graphs=True)
+    both = list(zip(*(decoder.stream(order, **options) for order in orders), strict=True))
+    for place in range(2):
+        assert [told(*pair[place]) for pair in both] == expected[place]
+
+
 def test_a_sequence_longer_than_the_cache_is_recorded_anew(tmp_path):
     model, verifier = systems(tmp_path, lora=False)
     guidance = Guidance(verifier=verifier, alpha=0.05, beta=2.0)
