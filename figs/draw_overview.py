@@ -1,7 +1,7 @@
 """Draws figs/overview.svg and figs/overview.png, the method at a glance: `python -m figs.draw_overview`.
 
 Knows the layout and one illustrative decoding step, whose guided probabilities follow from softmax(z + beta * s).
-Leaves measured figures to llm2.report, from which the colours come.
+Leaves measured figures to llm2.evaluation.report, from which the colours come.
 """
 
 import math
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from llm2.report import INK, SYSTEM1, SYSTEM2, WRONG
+from llm2.evaluation.report import INK, SYSTEM1, SYSTEM2, WRONG
 
 RIGHT = "#2A7F6F"  # always beside a tick
 FAINT, GREY = "#6B7280", "#9AA0A8"  # text, bars

@@ -6,11 +6,11 @@ __all__ = ["LLM2", "ProcessVerifier"]
 def __getattr__(name: str):
     """The public names, imported when they are first asked for: torch and transformers take seconds."""
     if name == "LLM2":
-        from llm2.model import LLM2
+        from llm2.decoding.llm2 import LLM2
 
         return LLM2
     if name == "ProcessVerifier":
-        from llm2.verifier import ProcessVerifier
+        from llm2.verifier.model import ProcessVerifier
 
         return ProcessVerifier
     raise AttributeError(f"module 'llm2' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command line: python -m llm2 <command> <config.yaml> [key=value ...]. The only module that knows every command.
+"""The command line: python -m llm2 COMMAND [config.yaml] [key=value ...]. The only module that knows every command.
 
 Exit status: 0 done, 2 a user's mistake (one sentence, no traceback), 130 interrupted.
 """
@@ -7,23 +7,16 @@ import argparse
 import sys
 from importlib import import_module
 
-from llm2.config import (
-    EvaluateConfig,
-    ExploreConfig,
-    PretrainConfig,
-    SweepConfig,
-    TrainConfig,
-    benchmark_class,
-    load_config,
-)
+from llm2.common.config_file import help_text, load_config
+from llm2.config import EvaluateConfig, ExploreConfig, PretrainConfig, SweepConfig, TrainConfig
 from llm2.errors import UserError
 
 CONFIGS = {
-    "explore": (ExploreConfig, "token quality exploration: gold solutions in, triplets out"),
-    "train": (TrainConfig, "train the verifier on triplets"),
-    "evaluate": (EvaluateConfig, "decode a benchmark with and without System 2 and compare"),
-    "sweep": (SweepConfig, "choose alpha, beta, top_k, temperature on a validation split, then evaluate them"),
-    "pretrain": (PretrainConfig, "train the testbed's System 1 from scratch"),
+    "explore": ExploreConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "sweep": SweepConfig,
+    "pretrain": PretrainConfig,
 }
 
 
@@ -41,110 +34,108 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m llm2", description="Verifier-guided decoding.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, (config, text) in CONFIGS.items():
-        fields = ", ".join(config.__dataclass_fields__)
-        command = commands.add_parser(name, help=text, description=f"{text}. Keys of the config: {fields}.")
-        command.add_argument("config", help="YAML file with the fields of llm2/config.py")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="replace a field of the file")
-        command.add_argument("--dry-run", action="store_true", help="only see whether everything needed is there")
-        command.set_defaults(run=run_command)
-    command = commands.add_parser("benchmark", help="measure speed and memory on this machine")
-    command.add_argument("config", help="YAML file; its key `benchmark` says what is measured")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="replace a field of the file")
-    command.set_defaults(run=run_benchmark)
-    command = commands.add_parser("check", help="hold a triplets file against a tokenizer and a chat template")
+    parser = argparse.ArgumentParser(prog="llm2", description="Verifier-guided decoding (LLM2, arXiv 2412.20372).")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, config in CONFIGS.items():
+        command = _add_command(commands, name, config.__doc__.partition("\n")[0], run_command)
+        command.epilog = f"keys:\n{help_text(config)}"
+        command.add_argument(
+            "arguments", nargs="*", metavar="[config.yaml] key=value", help="a file of keys, overrides"
+        )
+        command.add_argument(
+            "--dry-run", action="store_true", help="check inputs; print processes and threads to start"
+        )
+    command = _add_command(commands, "benchmark", "Measure speed and memory on this machine.", run_benchmark)
+    command.epilog = _benchmark_help()
+    command.add_argument(
+        "arguments", nargs="*", metavar="[config.yaml] key=value", help="the key `benchmark` says which"
+    )
+    command = _add_command(
+        commands, "check", "Hold a triplets file against a tokenizer and a chat template.", run_check
+    )
     command.add_argument("triplets", help="JSON lines of messages and samples")
     command.add_argument("--tokenizer", required=True, help="local folder or hub id")
     command.add_argument("--chat-template", help="name or Jinja file; the tokenizer's own when left out")
-    command.set_defaults(run=run_check)
-    command = commands.add_parser("report", help="rebuild table and plots of a results folder")
+    command = _add_command(commands, "report", "Rebuild table, plots and report.html of a results folder.", run_report)
     command.add_argument("folder", help="results folder with metrics.json")
-    command.set_defaults(run=run_report)
     return parser
+
+
+def _add_command(commands, name: str, text: str, run) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _benchmark_help() -> str:
+    from llm2.benchmarks.configs import BENCHMARKS
+
+    return "\n\n".join(f"keys of benchmark={name}:\n{help_text(cls)}" for name, cls in BENCHMARKS.items())
+
+
+def _file_and_overrides(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """A first argument that is no key=value is the config file."""
+    if arguments and "=" not in arguments[0]:
+        return arguments[0], arguments[1:]
+    return None, arguments
 
 
 # Imports are inside: torch and transformers take seconds, and a misspelt key should be told at once.
 
 
 def run_command(options: argparse.Namespace) -> None:
-    config = load_config(CONFIGS[options.command][0], options.config, options.overrides)
-    from llm2.processes import leave_group
-
+    config = load_config(CONFIGS[options.command], *_file_and_overrides(options.arguments))
     if options.command != "pretrain":
-        from llm2.models import pick_device, require_model
+        from llm2.common.loading import require_model, resolve_device
 
-        pick_device(config.device)
+        resolve_device(config.device)
         require_model(config.model)
+    check, run = COMMANDS[options.command]
     if options.dry_run:
-        if options.command in REHEARSALS:
-            REHEARSALS[options.command](config)
+        from llm2.common.distributed import resolve_parallelism
+
+        check(config)
+        print(*resolve_parallelism(config))
         return
-    run = {
-        "explore": run_explore,
-        "train": run_train,
-        "evaluate": run_evaluate,
-        "sweep": run_sweep,
-        "pretrain": run_pretrain,
-    }
-    run[options.command](config)
-    leave_group()
+    run(config)
+    from llm2.common.distributed import destroy_group
+
+    destroy_group()
 
 
-def plan_explore(config: ExploreConfig) -> None:
-    """Tell mistakes before processes are started, and print how many to start and the threads of each."""
-    from llm2.exploration import prepare
-    from llm2.processes import plan
+def check_explore(config: ExploreConfig) -> None:
+    from llm2.exploration.explore import prepare
 
     prepare(config)
-    print(*plan(config))
 
 
-def look_at_triplets(config: TrainConfig) -> None:
-    """Tell mistakes before processes are started: all but those that only reading the whole file shows."""
-    from llm2.triplets import read_records
+def run_explore(config: ExploreConfig) -> None:
+    from llm2.exploration.explore import explore
+    from llm2.exploration.summary import render
+
+    report = explore(config)
+    if report is not None:  # the main process alone reports
+        print(render(report))
+        print(f"triplets in {config.output}")
+
+
+def check_train(config: TrainConfig) -> None:
+    """Errors that need the whole file surface later."""
+    from llm2.verifier.triplets import read_records
 
     for path in filter(None, (config.train_file, config.eval_file)):
         next(read_records(path), None)
 
 
-def look_at_problems(config: EvaluateConfig) -> None:
-    """Tell mistakes before processes are started."""
-    from llm2.benchmarks import load_problems
-    from llm2.evaluation import check
-    from llm2.verifier import require_verifier
-
-    check(config)
-    if config.verifier is not None:
-        require_verifier(config.verifier)
-    load_problems(config.benchmark, config.split, 1, config.data_file)
-
-
-REHEARSALS = {
-    "explore": plan_explore,
-    "train": look_at_triplets,
-    "evaluate": look_at_problems,
-    "sweep": look_at_problems,
-}
-
-
-def run_explore(config: ExploreConfig) -> None:
-    from llm2.exploration import explore
-    from llm2.exploration_report import render
-
-    report = explore(config)
-    if report is not None:  # one process speaks for all
-        print(render(report))
-        print(f"triplets in {config.output}")
-
-
 def run_train(config: TrainConfig) -> None:
-    from llm2.pairs import table
-    from llm2.training import is_main, train
+    from llm2.common.distributed import dist_info
+    from llm2.verifier.pair_metrics import table
+    from llm2.verifier.train import train
 
     metrics = train(config)
-    if not is_main():
+    if not dist_info().is_main:
         return
     print(table(metrics))
     print(
@@ -155,43 +146,62 @@ def run_train(config: TrainConfig) -> None:
     print(f"verifier in {config.output_dir}")
 
 
-def run_evaluate(config: EvaluateConfig) -> None:
-    from llm2.evaluation import evaluate
-    from llm2.report import write_report
+def check_evaluate(config: EvaluateConfig) -> None:
+    from llm2.evaluation.evaluate import check
 
-    if evaluate(config) is not None:  # None in all processes but the main one
-        print(write_report(config.output_dir))
-        print(f"results in {config.output_dir}: open report.html")
+    check(config)
+
+
+def run_evaluate(config: EvaluateConfig) -> None:
+    from llm2.evaluation.evaluate import evaluate
+
+    _report(evaluate(config), config.output_dir)
 
 
 def run_sweep(config: SweepConfig) -> None:
-    from llm2.report import write_report
-    from llm2.sweep import sweep
+    from llm2.evaluation.sweep import sweep
 
-    if sweep(config) is not None:
-        print(write_report(config.output_dir))
-        print(f"results in {config.output_dir}: open report.html")
+    _report(sweep(config), config.output_dir)
+
+
+def _report(metrics: dict | None, folder: str) -> None:
+    from llm2.evaluation.report import write_report
+
+    if metrics is not None:  # the main process alone reports
+        print(write_report(folder))
+        print(f"results in {folder}: open report.html")
 
 
 def run_pretrain(config: PretrainConfig) -> None:
-    from llm2.pretraining import pretrain
+    from llm2.testbed.train.pretrain import pretrain
 
     pretrain(config)
     print(f"System 1 in {config.output_dir}")
 
 
+# What validates the inputs before workers are launched, and what runs.
+COMMANDS = {
+    "explore": (check_explore, run_explore),
+    "train": (check_train, run_train),
+    "evaluate": (check_evaluate, run_evaluate),
+    "sweep": (check_evaluate, run_sweep),
+    "pretrain": (lambda config: None, run_pretrain),
+}
+
+
 def run_benchmark(options: argparse.Namespace) -> None:
-    cls = benchmark_class(options.config)
-    config = load_config(cls, options.config, options.overrides)
-    measure = import_module(f"llm2.speed.{config.benchmark}").measure
-    print(measure(config))
+    from llm2.benchmarks.configs import benchmark_class
+
+    path, overrides = _file_and_overrides(options.arguments)
+    config = load_config(benchmark_class(path, overrides), path, overrides)
+    print(import_module(f"llm2.benchmarks.{config.benchmark}").measure(config))
     print(f"written to {config.output}")
 
 
 def run_check(options: argparse.Namespace) -> None:
-    from llm2.chat import resolve_template
-    from llm2.models import load_tokenizer
-    from llm2.triplets import load_examples
+    from llm2.common.chat import resolve_template
+    from llm2.common.loading import load_tokenizer
+    from llm2.verifier.triplets import load_examples
 
     tokenizer = load_tokenizer(options.tokenizer)
     _, summary = load_examples(options.triplets, tokenizer, resolve_template(options.chat_template))
@@ -199,7 +209,7 @@ def run_check(options: argparse.Namespace) -> None:
 
 
 def run_report(options: argparse.Namespace) -> None:
-    from llm2.report import write_report
+    from llm2.evaluation.report import write_report
 
     print(write_report(options.folder))
 

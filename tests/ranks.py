@@ -9,14 +9,14 @@ import torch
 from test_batch import examples
 from test_training import gradients
 
-from llm2.processes import leave_group
+from llm2.common.distributed import destroy_group
 
 
 def main(system1: str, solutions: str, per_device: str, accumulation: str, output: str) -> None:
     moved = gradients(system1, f"{output}.run", examples(int(solutions)), int(per_device), int(accumulation))
     if torch.distributed.get_rank() == 0:
         torch.save(moved, output)
-    leave_group()
+    destroy_group()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from llm2.seeds import uniforms
+from llm2.common.seeds import uniforms
 
 
 @torch.inference_mode()

@@ -6,11 +6,11 @@ from conftest import VOCABULARY, tiny_verifier
 from reference import score
 from torch.nn.attention.flex_attention import create_block_mask
 
-from llm2.batch import VerifierBatch, verifier_batch
-from llm2.loss import NO_TOKEN
-from llm2.packing import BLOCK, fill_rows, row_block_mask, row_mask
-from llm2.triplets import Example, Triplet
-from llm2.verifier import ProcessVerifier, VerifierOutput
+from llm2.verifier.collate import VerifierBatch, verifier_batch
+from llm2.verifier.loss import IGNORE_INDEX
+from llm2.verifier.model import ProcessVerifier, VerifierOutput
+from llm2.verifier.packing import BLOCK, fill_rows, row_block_mask, row_mask
+from llm2.verifier.triplets import Example, Triplet
 
 SMALL = [
     Example([5, 6, 7, 4], [Triplet(1, 6, 9), Triplet(1, 6, 9), Triplet(2, 7, 8)], start=1, number=10),
@@ -66,7 +66,7 @@ def test_solutions_share_a_row_without_seeing_each_other():
 def test_targets_are_the_tokens_of_the_solution():
     batch = verifier_batch(SMALL, language=True)
     assert batch.input_ids.tolist() == [[5, 6, 7, 4, 9, 8], [3, 2, 1, 0, 0, 0]]
-    _ = NO_TOKEN
+    _ = IGNORE_INDEX
     assert batch.targets.tolist() == [[6, 7, 4, _, _, _], [2, _, _, _, _, _]]
 
 

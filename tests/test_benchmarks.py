@@ -1,17 +1,21 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+from pebble import ProcessPool
 
-from llm2.benchmarks import Problem, load_problems
-from llm2.benchmarks.few_shot import load_examples
-from llm2.benchmarks.math500 import MathGrader
 from llm2.errors import UserError
-from llm2.grading import Grade, extract_answer
+from llm2.tasks import Problem, load_problems, math500
+from llm2.tasks.few_shot import load_examples
+from llm2.tasks.grading import Grade, extract_answer
+from llm2.tasks.math500 import MathGrader
 
 GSM8K = Path(__file__).parents[2] / "shared" / "gsm8k"
 NATALIA = {
@@ -63,7 +67,7 @@ def test_limit_reads_no_further(write):
 
 def test_gsm8ks_validation_split_is_the_end_of_its_training_problems(monkeypatch):
     rows = [{"question": str(index), "answer": "#### 1"} for index in range(7473)]
-    monkeypatch.setattr("llm2.benchmarks.gsm8k.hub_rows", lambda dataset, split, subset: rows)
+    monkeypatch.setattr("llm2.tasks.gsm8k.hub_rows", lambda dataset, split, subset: rows)
     problems = load_problems("gsm8k", "validation")
     assert (len(problems), problems[0].question, problems[0].id) == (473, "7000", "validation-0")
 
@@ -123,6 +127,26 @@ def test_a_formula_without_end_costs_its_time_limit_off_the_main_thread_too(grad
     thread.start()
     thread.join()
     assert found == [Grade(None, False, False), Grade("5", True, True)]
+
+
+def end_the_process(text: str, gold: str) -> Grade:
+    if text == "fatal":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return math500.grade(text, gold)
+
+
+def test_a_solution_that_ends_its_process_is_wrong(grader, monkeypatch):
+    monkeypatch.setattr("llm2.tasks.math500.grade", end_the_process)
+    right, wrong = Grade("5", True, True), Grade(None, False, False)
+    assert grader(["\\boxed{5}", "fatal", "\\boxed{5}"], "5") == [right, wrong, right]
+
+
+def test_a_grader_without_processes_says_so():
+    grader = MathGrader(workers=1)
+    grader.pool = ProcessPool(1, initializer=sys.exit, initargs=[1], context=get_context("spawn"))
+    with pytest.raises(BrokenProcessPool):
+        grader(["\\boxed{5}"], "5")
+    grader.close()
 
 
 def test_an_empty_file_has_no_problems(write):
@@ -199,7 +223,7 @@ def test_the_hubs_rows_become_problems(monkeypatch):
     import datasets
 
     asked = []
-    monkeypatch.setattr("llm2.benchmarks.records.hub_answers", lambda dataset: True)
+    monkeypatch.setattr("llm2.tasks.records.hub_answers", lambda dataset: True)
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: asked.append((*names, split)) or [NATALIA] * 3)
     assert [problem.id for problem in load_problems("gsm8k", "test", limit=2)] == ["test-0", "test-1"]
     assert asked == [("openai/gsm8k", "main", "test")]
@@ -213,7 +237,7 @@ def patient(seconds):
     print("slept", seconds)
 socket.getaddrinfo = socket.socket.connect = unreachable
 time.sleep = patient  # what a client does before it tries again
-from llm2.benchmarks import load_problems
+from llm2.tasks import load_problems
 from llm2.errors import UserError
 try:
     print(len(load_problems("gsm8k", "test", data_file=sys.argv[1] if sys.argv[1:] else None)))

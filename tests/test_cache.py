@@ -5,11 +5,12 @@ import pytest
 import torch
 from conftest import tiny_system1
 
-from llm2 import cache, flight
-from llm2.cache import SlotCache
-from llm2.generation import Decoder, Guidance, Sampling
-from llm2.graphs import rounded
-from llm2.readers import PackedLinear
+from llm2.decoding import kv_cache as cache
+from llm2.decoding import scheduler as flight
+from llm2.decoding.cuda_graphs import rounded
+from llm2.decoding.decoder import Decoder, Guidance, SamplingParams
+from llm2.decoding.kv_cache import SlotCache
+from llm2.decoding.model_runner import PackedLinear
 
 SLOTS, HEADS, WIDTH = 256, 4, 32
 COLUMN = HEADS * WIDTH * 4 * 2  # bytes of a column, keys and values
@@ -61,8 +62,8 @@ def test_the_buffers_of_a_decoding_are_made_once(system1, guidance, guided, monk
     monkeypatch.setattr(flight, "IN_PLACE", 10**9)
     prompts = [[3] * length for length in (2, 90, 200)]
     decoder = Decoder(system1, guidance if guided else None)
-    rows = decoder.decode(prompts, max_new_tokens=150, eos=[], sampling=Sampling(), seeds=[[1], [2, 3], [4]])
-    assert all(len(row.tokens) == 150 for own in rows for row in own)
+    rows = decoder.decode(prompts, max_new_tokens=150, eos=[], sampling=SamplingParams(), seeds=[[1], [2, 3], [4]])
+    assert all(len(row.token_ids) == 150 for own in rows for row in own)
     layers = system1.config.num_hidden_layers
     assert len(made) == (4 if guided else 2) * layers
 
@@ -86,7 +87,7 @@ def test_one_long_row_does_not_raise_the_peak_of_a_decoding():
     short = [[3 + i % 50] * 20 for i in range(64)]
 
     def peak(prompts: list[list[int]]) -> int:
-        options = {"eos": [], "sampling": Sampling(), "seeds": [[i] for i in range(len(prompts))]}
+        options = {"eos": [], "sampling": SamplingParams(), "seeds": [[i] for i in range(len(prompts))]}
         return max(resident() for _ in decoder.stream(prompts, max_new_tokens=4, batch_size=64, **options))
 
     peak(short)  # what is compiled or cached once

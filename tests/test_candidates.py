@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from llm2.candidates import guided_logits, plausible
+from llm2.decoding.candidates import guided_logits, plausible
 
 LOGITS = torch.log(torch.tensor([[0.60, 0.25, 0.10, 0.05], [0.01, 0.96, 0.02, 0.01]]))
 

@@ -63,7 +63,7 @@ def test_an_interrupt_ends_with_130(monkeypatch, capsys):
 def test_check_accepts_and_refuses(system1_folder, tmp_path, capsys):
     from test_training import write_triplets
 
-    from llm2.models import load_tokenizer
+    from llm2.common.loading import load_tokenizer
 
     path = tmp_path / "triplets.jsonl"
     write_triplets(path, load_tokenizer(system1_folder), 3)

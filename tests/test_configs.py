@@ -7,17 +7,9 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
-from llm2.config import (
-    EvaluateConfig,
-    ExploreConfig,
-    PretrainConfig,
-    SweepConfig,
-    TrainConfig,
-    as_dict,
-    benchmark_class,
-    load_config,
-    write_config,
-)
+from llm2.benchmarks.configs import benchmark_class
+from llm2.common.config_file import as_dict, load_config, write_config
+from llm2.config import EvaluateConfig, ExploreConfig, PretrainConfig, SweepConfig, TrainConfig
 from llm2.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -79,11 +71,16 @@ def test_each_step_reads_what_the_one_before_it_writes(model):
 @pytest.mark.parametrize("model", GSM8K_MODELS)
 def test_the_published_hyperparameters_are_the_ones_in_use(model):
     train = load_config(TrainConfig, CONFIGS / model / "train.yaml")
-    assert (train.learning_rate, train.lr_scheduler, train.warmup, train.epochs) == (2e-5, "cosine", 0.1, 2)
+    assert (train.learning_rate, train.lr_scheduler_type, train.warmup_ratio, train.num_train_epochs) == (
+        2e-5,
+        "cosine",
+        0.1,
+        2,
+    )
     assert (train.global_batch_size, train.max_length, train.bf16) == (128, 2048, True)
-    assert all(train.global_batch_size % (train.per_device_batch_size * gpus) == 0 for gpus in (1, 2, 4, 8))
+    assert all(train.global_batch_size % (train.per_device_train_batch_size * gpus) == 0 for gpus in (1, 2, 4, 8))
     evaluate = load_config(EvaluateConfig, CONFIGS / model / "evaluate.yaml")
-    assert (evaluate.alpha, evaluate.beta, evaluate.max_new_tokens, evaluate.samples) == (0.1, 0.25, 512, 20)
+    assert (evaluate.alpha, evaluate.beta, evaluate.max_new_tokens, evaluate.num_samples) == (0.1, 0.25, 512, 20)
 
 
 @pytest.mark.parametrize("path", ACCELERATE_FILES, ids=name)
@@ -147,7 +144,7 @@ def test_a_missing_key_is_refused_by_name(write):
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        ("epochs: two", "'two'"),
+        ("num_train_epochs: two", "'two'"),
         ("global_batch_size: 12.5", "12.5"),
         ("bf16: 1", "1"),
         ("model: 5", "5"),
@@ -163,21 +160,25 @@ def test_an_ill_typed_value_is_refused_with_line_key_and_value(line, found, writ
     assert refusal(path).startswith(f"{path}, line {number}: key {key!r}: found {found}, expected: ")
 
 
-@pytest.mark.parametrize("line", ["warmup: 1.5", "eval_share: -0.1", "epochs: 0", "global_batch_size: 0"])
+@pytest.mark.parametrize(
+    "line", ["warmup_ratio: 1.5", "eval_share: -0.1", "num_train_epochs: 0", "global_batch_size: 0"]
+)
 def test_a_value_out_of_bounds_is_refused(line, write):
     key, value = line.split(": ")
     assert f"line 4: key {key!r}: found {value}" in refusal(write(TRAIN + line + "\n"))
 
 
 def test_an_override_wins_over_the_file_and_is_validated_like_it(write):
-    path = write(TRAIN + "epochs: 3\n")
-    config = load_config(TrainConfig, path, ["epochs=1.5", "eval_file=held out.jsonl", "bf16=true"])
-    assert (config.epochs, config.eval_file, config.bf16) == (1.5, "held out.jsonl", True)
-    assert "override 'epochs=many': key 'epochs': found 'many'" in refusal(path, "epochs=many")
+    path = write(TRAIN + "num_train_epochs: 3\n")
+    config = load_config(TrainConfig, path, ["num_train_epochs=1.5", "eval_file=held out.jsonl", "bf16=true"])
+    assert (config.num_train_epochs, config.eval_file, config.bf16) == (1.5, "held out.jsonl", True)
+    assert "override 'num_train_epochs=many': key 'num_train_epochs': found 'many'" in refusal(
+        path, "num_train_epochs=many"
+    )
     assert "override 'epoch=1': unknown key 'epoch'" in refusal(path, "epoch=1")
 
 
-@pytest.mark.parametrize("override", ["epochs", "=3", "epochs=[1"])
+@pytest.mark.parametrize("override", ["num_train_epochs", "=3", "num_train_epochs=[1"])
 def test_an_override_that_is_none_is_refused(override, write):
     assert repr(override) in refusal(write(TRAIN), override)
 
@@ -211,7 +212,7 @@ def test_an_empty_file_lacks_the_first_required_key(write):
 
 
 def test_a_resolved_config_reads_back_as_itself(write, tmp_path):
-    config = load_config(EvaluateConfig, write("model: m\noutput_dir: o\nbenchmark: gsm8k\nmajority_at: [1, 4]\n"))
+    config = load_config(EvaluateConfig, write("model: m\noutput_dir: o\ntask: gsm8k\nmajority_at: [1, 4]\n"))
     write_config(config, tmp_path / "resolved.yaml")
     assert load_config(EvaluateConfig, tmp_path / "resolved.yaml") == config
     assert as_dict(config)["majority_at"] == [1, 4]

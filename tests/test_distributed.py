@@ -12,10 +12,11 @@ import yaml
 from test_batch import examples
 from test_training import gradients, write_triplets
 
-from llm2.config import TrainConfig, as_dict
-from llm2.models import load_tokenizer
-from llm2.training import train
-from llm2.verifier import ProcessVerifier
+from llm2.common.config_file import as_dict
+from llm2.common.loading import load_tokenizer
+from llm2.config import TrainConfig
+from llm2.verifier.model import ProcessVerifier
+from llm2.verifier.train import train
 
 ROOT = Path(__file__).parent.parent
 IDS = torch.arange(3, 40)[None]
@@ -64,10 +65,10 @@ def config(system1_folder, tmp_path) -> TrainConfig:
         train_file=str(tmp_path / "triplets.jsonl"),
         output_dir=str(tmp_path / "one"),
         eval_share=0.2,
-        epochs=1.0,
+        num_train_epochs=1.0,
         learning_rate=1e-3,
         global_batch_size=8,
-        per_device_batch_size=2,
+        per_device_train_batch_size=2,
         device="cpu",
     )
 
@@ -95,7 +96,7 @@ def scores(folder: Path) -> torch.Tensor:
 
 
 def test_zero2_with_lora_trains_as_one_process_does(config, tmp_path):
-    changed = TrainConfig(**as_dict(config) | {"lora_rank": 4, "language_weight": 0.1})
+    changed = TrainConfig(**as_dict(config) | {"lora_r": 4, "lm_loss_coef": 0.1})
     expected, found = train(changed), train_with_deepspeed(changed, 2, tmp_path)
     for key in ("eval_pair_loss", "eval_mean_margin", "eval_pairs", "system1_pair_accuracy"):
         assert found[key] == pytest.approx(expected[key], abs=1e-4), key

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2.config import EvaluateConfig, SweepConfig, write_config
+from llm2.common.config_file import write_config
+from llm2.common.loading import load_system1, load_tokenizer
+from llm2.config import EvaluateConfig, SweepConfig
+from llm2.decoding.decoder import Guidance, decode
 from llm2.errors import UserError
-from llm2.evaluation import evaluate
-from llm2.generation import Guidance, decode
-from llm2.models import load_system1, load_tokenizer
-from llm2.predictions import Predictions
-from llm2.sweep import sweep
-from llm2.verifier import ProcessVerifier, load_verifier
+from llm2.evaluation.evaluate import evaluate
+from llm2.evaluation.predictions import Predictions
+from llm2.evaluation.sweep import sweep
+from llm2.verifier.model import ProcessVerifier, load_verifier
 
 SYSTEM1 = "llm2/testbed/system1"
 MODES = ("plain_greedy", "guided_greedy", "plain_sampling", "guided_sampling")
@@ -38,11 +39,11 @@ def done(untrained, tmp_path_factory) -> tuple[EvaluateConfig, dict]:
         model=SYSTEM1,
         verifier=untrained,
         output_dir=str(tmp_path_factory.mktemp("done") / "results"),
-        benchmark="testbed",
+        task="testbed",
         modes=MODES,
         limit=5,
         beta=4.0,
-        samples=4,
+        num_samples=4,
         majority_at=(1, 4),
         max_new_tokens=160,
         batch_size=8,
@@ -125,7 +126,7 @@ def test_predictions_are_what_decode_writes(config):
         messages = [{"role": "user", "content": line["question"]}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         decoded = decode(model, [prompt], max_new_tokens=160, eos=[tokenizer.eos_token_id], guidance=guidance)
-        assert line["samples"][0]["text"] == tokenizer.decode(decoded[0][0].tokens, skip_special_tokens=True)
+        assert line["samples"][0]["text"] == tokenizer.decode(decoded[0][0].token_ids, skip_special_tokens=True)
 
 
 def test_a_finished_run_is_extended_with_the_same_result(config, done):
@@ -171,7 +172,7 @@ def test_a_kill_in_the_middle_costs_only_what_was_in_flight(config, done, monkey
 
 
 def test_the_result_does_not_depend_on_the_number_of_processes(config, tmp_path):
-    small = replace(config, limit=3, modes=("guided_greedy", "plain_sampling"), samples=2, majority_at=(2,))
+    small = replace(config, limit=3, modes=("guided_greedy", "plain_sampling"), num_samples=2, majority_at=(2,))
     metrics = evaluate(small)
     shared = replace(small, output_dir=str(tmp_path / "shared"))
     write_config(shared, tmp_path / "shared.yaml")
@@ -186,9 +187,11 @@ def test_the_result_does_not_depend_on_the_number_of_processes(config, tmp_path)
 def test_predictions_of_other_runs_are_taken_over_where_they_hold(config, done, tmp_path):
     plain = replace(config, modes=("plain_greedy", "plain_sampling"), beta=1.0, output_dir=str(tmp_path / "plain"))
     evaluate(plain)
-    guided = replace(config, modes=("guided_greedy",), output_dir=str(tmp_path / "guided"), samples=2, majority_at=(1,))
+    guided = replace(
+        config, modes=("guided_greedy",), output_dir=str(tmp_path / "guided"), num_samples=2, majority_at=(1,)
+    )
     evaluate(guided)
-    merged = replace(config, take_over=(plain.output_dir, guided.output_dir))
+    merged = replace(config, reuse_from=(plain.output_dir, guided.output_dir))
     assert alike(evaluate(merged), done[1])
     assert alike(results(merged), results(done[0]))
     with pytest.raises(UserError, match="another config: beta was 4.0 and now is 2.0; it cannot be taken over"):
@@ -231,7 +234,7 @@ def test_a_sweep_chooses_on_validation_and_reports_on_test(untrained, tmp_path):
         model=SYSTEM1,
         verifier=untrained,
         output_dir=str(tmp_path / "sweep"),
-        benchmark="testbed",
+        task="testbed",
         modes=("plain_greedy", "guided_greedy"),
         limit=3,
         betas=(0.0, 8.0),
@@ -253,5 +256,5 @@ def test_a_sweep_chooses_on_validation_and_reports_on_test(untrained, tmp_path):
 def test_what_one_field_alone_cannot_tell_is_told(config):
     with pytest.raises(UserError, match="guided modes need a verifier"):
         evaluate(replace(config, verifier=None))
-    with pytest.raises(UserError, match="majority_at: found 9, expected at most samples=4"):
+    with pytest.raises(UserError, match="majority_at: found 9, expected at most num_samples=4"):
         evaluate(replace(config, majority_at=(9,)))

@@ -13,18 +13,18 @@ from string import ascii_lowercase
 import pytest
 import torch
 
-from llm2.benchmarks import load_problems
-from llm2.chat import LLAMA3_PLAIN
+from llm2.common.chat import LLAMA3_PLAIN
+from llm2.common.journal import Journal
+from llm2.common.loading import eos_ids, load_system1, load_tokenizer
 from llm2.config import ExploreConfig
 from llm2.errors import UserError
-from llm2.exploration import Explorer, explore, forks_of, most_informative
-from llm2.golds import encode_golds
-from llm2.grading import is_correct
-from llm2.journal import Journal
-from llm2.models import eos_ids, load_system1, load_tokenizer
-from llm2.quality import Tally
-from llm2.rollouts import Span, open_engine
-from llm2.triplets import load_examples
+from llm2.exploration.engines import PositionQuery, open_engine
+from llm2.exploration.explore import Explorer, explore, forks_of, most_informative
+from llm2.exploration.quality import RolloutCounts
+from llm2.exploration.solutions import tokenize_solutions
+from llm2.tasks import load_problems
+from llm2.tasks.grading import is_correct
+from llm2.verifier.triplets import load_examples
 
 SYSTEM1 = "llm2/testbed/system1"
 
@@ -39,7 +39,7 @@ def config(tmp_path) -> ExploreConfig:
     return ExploreConfig(
         model=SYSTEM1,
         output=str(tmp_path / "triplets.jsonl"),
-        benchmark="testbed",
+        task="testbed",
         limit=6,
         max_new_tokens=160,
         batch_size=64,
@@ -50,8 +50,10 @@ def config(tmp_path) -> ExploreConfig:
 def test_forks_are_where_more_than_one_token_is_plausible(loaded, config):
     """Against the definition, position by position, from one forward a prefix."""
     model, tokenizer = loaded
-    (gold,) = encode_golds(load_problems("testbed", "train", 1), tokenizer, LLAMA3_PLAIN, eos_ids(model, tokenizer))
-    (candidates,) = open_engine(config, tokenizer).plausible([Span(gold.ids, gold.start, gold.end)])
+    (gold,) = tokenize_solutions(
+        load_problems("testbed", "train", 1), tokenizer, LLAMA3_PLAIN, eos_ids(model, tokenizer)
+    )
+    (candidates,) = open_engine(config, tokenizer).plausible([PositionQuery(gold.ids, gold.start, gold.end)])
     forks = {fork.position: fork for fork in forks_of(gold, candidates)}
     assert tokenizer.decode(gold.ids[gold.start : gold.end - 1]) == gold.problem.solution
     assert gold.ids[gold.end - 1] == tokenizer.eos_token_id
@@ -93,7 +95,7 @@ def test_explored_triplets_fit_the_format_and_prefer_gold(config, loaded):
         for (gold, negative), (gold_n, negative_n), pair in zip(
             record["quality"], record["rollouts"], pairs, strict=True
         ):
-            assert gold > negative and gold_n >= config.rollouts_gold and negative_n >= config.rollouts_first
+            assert gold > negative and gold_n >= config.rollouts_gold and negative_n >= config.min_rollouts
             assert pair["gold"] == [round(gold * gold_n), gold_n]
             assert pair["token"] == [round(negative * negative_n), negative_n]
     assert not negatives
@@ -105,7 +107,7 @@ def test_every_rollout_counted_is_one_that_was_written_or_passed_by(config, load
     cases = explorer.begin(load_problems("testbed", "train", 3))
     settled = sum(tally.rollouts for case in cases for tally in case.trial.tallies.values())
     while asked := [(case, asks) for case in cases if (asks := case.trial.ask())]:
-        explorer.roll_out(asked)
+        explorer.generate(asked)
     counted = sum(tally.rollouts for case in cases for tally in case.trial.tallies.values())
     written = sum(case.counts["rollouts"] + case.counts["rollouts_passing_by"] for case in cases)
     assert counted - settled == written
@@ -119,7 +121,7 @@ def test_greedy_rollouts_are_written_once(config):
 
 def test_a_cap_keeps_the_triplets_that_cost_most():
     def pair(probability, gold, token):
-        return {"probability": probability, "gold": Tally(gold, 8), "token": Tally(token, 8)}
+        return {"probability": probability, "gold": RolloutCounts(gold, 8), "token": RolloutCounts(token, 8)}
 
     pairs = [pair(0.5, 8, 4), pair(0.1, 8, 0), pair(0.4, 8, 0)]
     assert most_informative(pairs, 2) == [pairs[0], pairs[2]]
@@ -190,9 +192,9 @@ def quick(system1_folder, tmp_path) -> ExploreConfig:
     return ExploreConfig(
         model=system1_folder,
         output=str(tmp_path / "whole.jsonl"),
-        benchmark="chats",
+        task="chats",
         data_file=str(path),
-        checker="test_exploration:begins_well",
+        grader="test_exploration:begins_well",
         top_k=3,
         max_new_tokens=3,
         batch_size=4,
@@ -202,7 +204,7 @@ def quick(system1_folder, tmp_path) -> ExploreConfig:
 
 def test_killed_again_and_again_and_with_any_number_of_processes_the_result_is_the_same(quick, monkeypatch):
     """SIGKILL, six times, each process once it has written a problem or two; then two processes finish."""
-    monkeypatch.setattr("llm2.exploration.CHUNK", 2)
+    monkeypatch.setattr("llm2.exploration.explore.CHUNK", 2)
     report = explore(replace(quick, batch_size=64))
     assert report["triplets"] > 5 and report["rejected_as_equal"] > 5
     killed = replace(quick, output=quick.output + ".killed")
@@ -250,7 +252,7 @@ def chats(config, tmp_path):
     def run(*records, **changes) -> dict:
         path = tmp_path / "chats.jsonl"
         path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
-        return explore(replace(config, benchmark="chats", data_file=str(path), limit=None, **changes))
+        return explore(replace(config, task="chats", data_file=str(path), limit=None, **changes))
 
     return run
 
@@ -278,10 +280,10 @@ def test_a_checker_of_ones_own_decides(chats, tmp_path, monkeypatch):
     (tmp_path / "my_checker.py").write_text("def ends_well(text, gold):\n    return text.endswith(gold)\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="no triplets in 1 problems"):
-        chats(chat(answer="4."), checker="my_checker:ends_well", rollouts_gold=1, rollouts_first=1, rollouts_cap=1)
+        chats(chat(answer="4."), grader="my_checker:ends_well", gold_rollouts=1, min_rollouts=1, max_rollouts=1)
     for name, message in (("nowhere", "expected number or MODULE:FUNCTION"), ("nowhere:f", "cannot be had")):
         with pytest.raises(UserError, match=message):
-            chats(chat(), checker=name)
+            chats(chat(), grader=name)
 
 
 def test_a_template_that_rewrites_the_prompt_is_told(config, tmp_path):
@@ -297,12 +299,12 @@ def test_a_template_that_rewrites_the_prompt_is_told(config, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"benchmark": "chats"}, "benchmark: chats wants data_file"),
+        ({"task": "chats"}, "benchmark: chats wants data_file"),
         ({"engine": "vllm"}, "engine: vllm wants top_k"),
         ({"server": "http://localhost:1/v1"}, "expected engine vllm"),
         ({"stop_pattern": "("}, "is no regular expression"),
         ({"stop_pattern": "x", "engine": "vllm", "top_k": 5}, "stop_pattern: found 'x' with engine vllm"),
-        ({"rollouts_first": 9}, "expected at most rollouts_cap=8"),
+        ({"min_rollouts": 9}, "expected at most max_rollouts=8"),
     ],
 )
 def test_what_one_field_alone_cannot_tell_is_told(config, changes, message):

@@ -7,12 +7,12 @@ from reference import decode_one, score
 from scipy.stats import chisquare
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm2 import flight
+from llm2.decoding import scheduler as flight
+from llm2.decoding.decoder import Decoder, Guidance, SamplingParams, decode, stream
+from llm2.decoding.forward_batch import BlockLine
+from llm2.decoding.model_runner import Reader
 from llm2.errors import UserError
-from llm2.generation import Decoder, Guidance, Sampling, decode, stream
-from llm2.lines import BlockLine
-from llm2.readers import Reader
-from llm2.verifier import ProcessVerifier
+from llm2.verifier.model import ProcessVerifier
 
 EOS = [1]
 
@@ -25,7 +25,7 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
 
 
 def greedy(system1, batch, **options) -> list[list[int]]:
-    return [row.tokens for (row,) in decode(system1, batch, eos=EOS, **options)]
+    return [row.token_ids for (row,) in decode(system1, batch, eos=EOS, **options)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -107,7 +107,7 @@ def test_laziness_patience_and_layout_change_nothing(told, lazy, patience, layou
     decoder = Decoder(model, guidance, graphs=layout == "graphs")
     for _ in range(2):
         written = decoder.decode(batch, max_new_tokens=12, eos=EOS)
-        assert [row.tokens for (row,) in written] == expected
+        assert [row.token_ids for (row,) in written] == expected
 
 
 @pytest.mark.parametrize("family", WINDOWS)
@@ -133,9 +133,14 @@ def expect_shared_prompts(model, verifier, monkeypatch, in_place: bool) -> Decod
     decoder = Decoder(model, Guidance(verifier=verifier, alpha=0.02, beta=2.0))
     for batch_size in (1, 3, 8, 64):
         rows = decoder.decode(
-            batch, max_new_tokens=7, eos=EOS, sampling=Sampling(temperature=0.8), seeds=seeds, batch_size=batch_size
+            batch,
+            max_new_tokens=7,
+            eos=EOS,
+            sampling=SamplingParams(temperature=0.8),
+            seeds=seeds,
+            batch_size=batch_size,
         )
-        assert [[row.tokens for row in own] for own in rows] == expected
+        assert [[row.token_ids for row in own] for own in rows] == expected
     return decoder
 
 
@@ -147,7 +152,7 @@ def test_what_prompts_have_in_common_is_read_once(lora, in_place, tmp_path, monk
     decoder = Decoder(model, Guidance(verifier=verifier, alpha=0.9))
     prompt, rows, new = [3, *range(4, 60)], 16, 2
     decoder.decode(
-        [prompt], max_new_tokens=new, eos=[], sampling=Sampling(), seeds=[list(range(rows))], batch_size=rows
+        [prompt], max_new_tokens=new, eos=[], sampling=SamplingParams(), seeds=[list(range(rows))], batch_size=rows
     )
     most = len(prompt) - 1 + rows * new + decoder.counts["candidates"]
     assert decoder.counts["system1_tokens"] <= most < rows * len(prompt) / 4
@@ -178,9 +183,12 @@ def test_a_trace_tells_how_each_token_came_about(system1, verifier):
         strict=True,
     ):
         (row,), ids = written, list(batch[0])
-        first = next((i for i, choice in enumerate(row.trace) if choice.changed), len(row.tokens))
-        assert row.tokens[:first] == plain[0].tokens[:first] and row.tokens[: first + 1] != plain[0].tokens[: first + 1]
-        assert [choice.candidates[choice.chosen] for choice in row.trace] == row.tokens
+        first = next((i for i, choice in enumerate(row.trace) if choice.changed), len(row.token_ids))
+        assert (
+            row.token_ids[:first] == plain[0].token_ids[:first]
+            and row.token_ids[: first + 1] != plain[0].token_ids[: first + 1]
+        )
+        assert [choice.candidates[choice.chosen] for choice in row.trace] == row.token_ids
         assert all((choice.scores is None) == (len(choice.candidates) == 1) for choice in row.trace)
         assert all(choice.logprobs == sorted(choice.logprobs, reverse=True) for choice in row.trace)
     ids = list(batch[3])
@@ -210,10 +218,10 @@ def test_a_row_can_be_stopped_processed_and_watched(system1):
         process=never_twice,
         on_token=lambda prompt, sample, token: seen.append((prompt, token)),
     )
-    assert [len(row.tokens) for (row,) in written] == [1, 2, 3]
-    assert all(row.tokens == [token for prompt, token in seen if prompt == i] for i, (row,) in enumerate(written))
+    assert [len(row.token_ids) for (row,) in written] == [1, 2, 3]
+    assert all(row.token_ids == [token for prompt, token in seen if prompt == i] for i, (row,) in enumerate(written))
     for prompt, (row,) in zip(batch, written, strict=True):
-        ids = [*prompt, *row.tokens]
+        ids = [*prompt, *row.token_ids]
         assert all(a != b for a, b in zip(ids[len(prompt) - 1 :], ids[len(prompt) :], strict=False))
 
 
@@ -242,9 +250,9 @@ def test_guidance_changes_what_is_written(system1, verifier):
     guidance = Guidance(verifier=verifier, alpha=0.02, beta=3.0)
     plain = decode(system1, batch, max_new_tokens=16, eos=EOS)
     guided = decode(system1, batch, max_new_tokens=16, eos=EOS, guidance=guidance)
-    assert sum(a[0].tokens != b[0].tokens for a, b in zip(plain, guided, strict=True)) >= 5
-    assert all(row.verified == 0 for (row,) in plain)
-    assert all(0 < row.verified <= len(row.tokens) for (row,) in guided)
+    assert sum(a[0].token_ids != b[0].token_ids for a, b in zip(plain, guided, strict=True)) >= 5
+    assert all(row.num_verifier_calls == 0 for (row,) in plain)
+    assert all(0 < row.num_verifier_calls <= len(row.token_ids) for (row,) in guided)
 
 
 def test_results_do_not_depend_on_the_schedule(system1, verifier):
@@ -252,14 +260,14 @@ def test_results_do_not_depend_on_the_schedule(system1, verifier):
     guidance = Guidance(verifier=verifier, alpha=0.02, beta=2.0)
     options = {"max_new_tokens": 24, "guidance": guidance, "eos": range(0, VOCABULARY, 8)}
     alone = [decode(system1, [prompt], **options)[0] for prompt in batch]
-    assert len({len(row.tokens) for (row,) in alone}) > 5, "rows must end at different times, else no slot is reused"
+    assert len({len(row.token_ids) for (row,) in alone}) > 5, "rows must end at different times, else no slot is reused"
     for batch_size in (1, 2, 5, 16, 33):
         assert decode(system1, batch, batch_size=batch_size, **options) == alone
 
 
 def test_rows_are_yielded_as_they_finish(system1):
     options = {"max_new_tokens": 24, "eos": range(0, VOCABULARY, 8)}
-    lengths = [len(row.tokens) for (row,) in decode(system1, prompts(12), **options)]
+    lengths = [len(row.token_ids) for (row,) in decode(system1, prompts(12), **options)]
     order = [index for index, _ in stream(system1, prompts(12), batch_size=12, **options)]
     assert sorted(order) == list(range(12)) and [lengths[i] for i in order] == sorted(lengths)
     assert len(set(lengths)) > 3
@@ -280,7 +288,7 @@ def test_beta_zero_equals_generate(system1, verifier):
 def test_samples_equal_the_reference_and_do_not_depend_on_the_batch(system1, verifier, guided):
     batch, seeds = prompts(4), [[100, 101, 102], [103], [104, 105, 106, 107], [108, 109]]
     guidance = Guidance(verifier=verifier, alpha=0.05, beta=1.0) if guided else None
-    options = {"max_new_tokens": 12, "eos": EOS, "guidance": guidance, "sampling": Sampling(temperature=0.7)}
+    options = {"max_new_tokens": 12, "eos": EOS, "guidance": guidance, "sampling": SamplingParams(temperature=0.7)}
     twin = {"verifier": verifier, "alpha": 0.05, "beta": 1.0} if guided else {}
     expected = [
         [decode_one(system1, p, max_new_tokens=12, eos=EOS, seed=s, temperature=0.7, **twin) for s in own]
@@ -288,7 +296,7 @@ def test_samples_equal_the_reference_and_do_not_depend_on_the_batch(system1, ver
     ]
     for batch_size in (4, 6, 64):
         rows = decode(system1, batch, seeds=seeds, batch_size=batch_size, **options)
-        assert [[row.tokens for row in own] for own in rows] == expected
+        assert [[row.token_ids for row in own] for own in rows] == expected
     assert len({tuple(tokens) for tokens in expected[2]}) > 1, "samples of a prompt must differ"
 
 
@@ -296,9 +304,9 @@ def test_sampling_follows_the_distribution(system1):
     """Frequencies of the first token over 4,000 seeds against System 1's probabilities, by a chi-square test."""
     prompt, n = [5, 9, 3], 4_000
     (rows,) = decode(
-        system1, [prompt], max_new_tokens=1, eos=EOS, sampling=Sampling(), seeds=[[7919 * i for i in range(n)]]
+        system1, [prompt], max_new_tokens=1, eos=EOS, sampling=SamplingParams(), seeds=[[7919 * i for i in range(n)]]
     )
-    counts = torch.bincount(torch.tensor([row.tokens[0] for row in rows]), minlength=VOCABULARY).double()
+    counts = torch.bincount(torch.tensor([row.token_ids[0] for row in rows]), minlength=VOCABULARY).double()
     with torch.inference_mode():
         expected = system1(torch.tensor([prompt])).logits[0, -1].double().softmax(-1) * n
     common = expected >= 5  # the usual condition of the test; the rest is one class
@@ -309,7 +317,7 @@ def test_sampling_follows_the_distribution(system1):
 
 def test_sampling_without_seeds_is_refused(system1):
     with pytest.raises(ValueError, match="sampling wants seeds"):
-        decode(system1, [[3]], max_new_tokens=2, eos=EOS, sampling=Sampling())
+        decode(system1, [[3]], max_new_tokens=2, eos=EOS, sampling=SamplingParams())
 
 
 def test_nothing_in_nothing_out(system1):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llm2.grading import canonical, extract_answer, is_correct
+from llm2.tasks.grading import canonical, extract_answer, is_correct
 
 GSM8K = Path(__file__).parents[2] / "shared" / "gsm8k"
 
@@ -22,28 +22,28 @@ FLEXIBLE = [
     ("#### **72**", "72"),
     ("#### \\boxed{72}", "72"),
     ("#### -3", "-3"),
-    ("#### - 3", "-3"),
     ("#### 12 * 6 = 72", "72"),
-    ("#### 72 = 48 + 24", "72"),
     ("#### Final answer: 72", "72"),
     ("#### 70\nNo, wait.\n#### 72", "72"),
     ("#### 72 ####", "72"),
     ("#### 72\nThat is 6 dozen.", "72"),
     ("#### 72\n\nQ: Tom has 10 apples.\n#### 10", "72"),
-    ("#### 72<|eot_id|><|start_header_id|>user 10", "72"),
-    ("#### 1. Count the eggs\n5 * 5 = 25\n#### 2. Sell them\n25 * 3 = 75 dollars", "75"),
-    ("#### Step 1: the eggs\nThere are 72", "72"),
     ("#### 5*3=<<5*3=15>>15", "15"),
     ("#### $<<9*2=18>>18", "18"),
     ("#### 10 to 12 apples", "10"),
     ("#### 18, since 9 * 2 = 18", "18"),
     ("#### 15 apples, 3 pears", "15"),
-    ("#### 2 million", "2000000"),
-    ("#### $1.5 thousand a month", "1500"),
-    ("#### minus 3", "-3"),
     ("#### 18\n\nNote: this assumes 7 days.", "18"),
     ("#### N/A", None),
+    ("#### 72</s> 10", "72"),
+    ("#### 72<|eot_id|><|start_header_id|>user 10", "72"),
+    ("#### Step 1: the eggs\nThere are 72", "72"),
+    ("Question: Tom has 5 apples?\nAnswer: 72", "72"),
+    ("#### 72<|im_end|> 10", "72"),
     # "the answer is"
+    ("So the answer is 32 / 2 = 16.", "16"),
+    ("The answer is $32 \\div 2 = 16$.\nIt was 32.", "16"),
+    ("THE ANSWER IS 5, not 6", "5"),
     ("The answer is 72 clips (24 in May).", "72"),
     ("So the answer is $1,080.00.", "1080"),
     ("The final answer is $\\boxed{72}$", "72"),
@@ -53,43 +53,31 @@ FLEXIBLE = [
     ("the answer is 48 + 24 = 72 clips.", "72"),
     ("The answer is 48/2 = 24, half of 48.", "24"),
     ("The answer to 3 + 4 is 7.", "7"),
-    ("The answer is negative 3", "-3"),
-    ("The answer is \u22123 degrees.", "-3"),
     ("The answer is x = 5", "5"),
-    ("The answer is that Natalia sold 72 clips in 2 months.", "72"),
     ("The answer is 72, which is 48 more than 24.", "72"),
     ("The answer is 72 because 48 + 24 = 70 + 2.", "72"),
     ("The answer is 5. Let me check. The answer is 6.", "6"),
     ("The answer is the number of eggs. 9 * 2 = 18", "18"),
     ("The answer is not 5 but 2 * 3 = 6", "6"),
-    ("<think>the answer is 5</think>She has 72.", "72"),
     ("His first answer was 400, so 1800 + 1400 = 3200", "3200"),
     ("Bob's answer is 48, Ann's 18 more: \\boxed{66}", "66"),
-    ("The answer is 48 for Bob.\nAnswer: 66", "66"),
     # boxes and LaTeX
     ("We get \\boxed{24} and then \\boxed{72} in 2 months", "72"),
     ("\\boxed{\\$72}", "72"),
     ("\\boxed{72\\text{ clips in 2 months}}", "72"),
     ("\\boxed{x = 72}", "72"),
-    ("\\boxed{2\\frac{1}{2}}", "2.5"),
     ("\\boxed{\\dfrac{1}{3}}", "1/3"),
     ("\\boxed{-\\frac{3}{4}}", "-0.75"),
     ("$5 - \\frac{1}{2}$", "0.5"),
-    ("$\\frac12$", "0.5"),
     ("$-\\$3$", "-3"),
     ("1{,}000", "1000"),
     ("10\\,000", "10000"),
     ("72\\%", "72"),
     ("$72^\\circ$", "72"),
-    ("$3 \\times 10^{4}$", "30000"),
     ("3 boxed lunches for 4 friends are 12 lunches", "12"),
-    # `Answer:`
+    # no announcement: the last number
     ("Answer: 5", "5"),
-    ("**Answer:** 72 clips (24 in May)", "72"),
     ("Answer: 16 - 7 = 9 eggs. 9 * 2 = $18", "18"),
-    ("Final answer: 72\nCheck: 48 + 24 is more than 70", "72"),
-    ("Question: Tom has 5 apples?\nAnswer: 72", "72"),
-    # the last number
     ("48 + 24 = 72", "72"),
     ("She makes 9 * 2 = <<9*2=18>>18 dollars every day.", "18"),
     ("It is <<-47=-47>>-47.", "-47"),
@@ -106,48 +94,26 @@ FLEXIBLE = [
     ("$5-$3", "3"),
     ("3/4", "0.75"),
     ("1/3 of the cake", "1/3"),
-    ("1 1/2", "1.5"),
-    ("-1 1/2", "-1.5"),
-    ("2 and 1/2 hours", "2.5"),
-    ("1½ cups", "1.5"),
     ("5 10/2", "5"),
     ("12/25/2024", "2024"),
     ("1,000", "1000"),
     ("1, 2", "2"),
     ("1,2", "2"),
     ("1,00,000 rupees", "100000"),
-    ("1\u202f000", "1000"),
-    ("10 000 people", "10000"),
     ("\uff17\uff12", "72"),
     ("72%", "72"),
     ("Rs.500", "500"),
     ("72 USD", "72"),
-    ("72 cm^2", "72"),
-    ("72 m2", "72"),
-    ("2^5", "32"),
-    ("1.5e3", "1500"),
-    ("3 x 10^4", "30000"),
     ("0.333...", "0.333"),
     ("-0", "0"),
     ("007", "7"),
-    ("at 7:00 pm", "7"),
-    ("She has 72 minutes until 10:30.", "72"),
-    ("She has 72 on the 5th day.", "72"),
     ("It is the 5th.", "5"),
     ("10 minus 3", "3"),
     ("18\n---", "18"),
     ("*18*", "18"),
-    # cut off within a calculation
-    ("She makes 9 * 2 =", None),
-    ("She makes 9 * 2 = $", None),
-    ("She makes 9 +", None),
-    ("She makes 9 * 2 = <<9*2=18", None),
-    ("She has <<16-7=9>>9 eggs and makes 9 * 2 = <<9*", None),
-    ("She has <<16-7=9>>9 eggs and makes", "9"),
     # nothing that can be read
     ("", None),
     ("no number", None),
-    ("10:30", None),
     ("1/0", None),
     ("9" * 5000, None),
 ]
@@ -161,6 +127,9 @@ STRICT = [
     ("Answer: 72", None),
     ("48 + 24 = 72", None),
     ("#### Step 1: 48 + 24", None),
+    ("the answer is 70 + 2 = 72.", "72"),
+    ("The answer is 70.\nThe answer is 72.", "72"),
+    ("The answer is about 72.", None),
     ("The answer is unclear. 48 + 24 = 72", None),
 ]
 
@@ -217,59 +186,24 @@ def test_every_gold_solution_of_gsm8k_is_correct_against_itself(split, size):
 
 
 def garbage() -> dict[str, str]:
-    """100 kB strings, each made to hurt one pattern or one loop."""
-    size, rng = 100_000, random.Random(0)
-    units = [
-        "9",
-        ".",
-        "\n",
-        " ",
-        "#",
-        "-",
-        "\\",
-        "{",
-        "*",
-        "$ ",
-        "½",
-        "\uff11",
-        "\ud800",
-        "\0",
-        "1\n ",
-        "#### ",
-        ",000",
-    ]
-    units += ["the answer is ", "answer: ", "final answer: 5 ", "answer to ", "\\boxed{", "\\frac{1}{", "1,000,", "1/"]
-    units += [
-        "2^",
-        "1 1/2 ",
-        "5\nQ:",
-        "<|",
-        "5th ",
-        "m2 ",
-        "10:30 ",
-        "1e",
-        "=1",
-        "1 (",
-        "</think>",
-        "rs",
-        "İnswer",
-        "\\boxed{5}",
-    ]
+    """1 MB strings, each made to hurt one pattern or one loop."""
+    size, rng = 1_000_000, random.Random(0)
+    units = ["9", ".", "\n", " ", "#", "-", "\\", "{", "*", "$ ", "½", "\uff11", "\ud800", "\0", "1\n ", ",000", "1 / "]
+    units += ["#### ", "#### 5", "the answer is ", "answer is: * ", "\\boxed{", "\\boxed{5}", "\\frac{1}{", "1,000,"]
+    units += ["\nQ", "<|", "=1", "1 (", "####=", "{,}", "\\!"]
     repeated = {unit: (unit * (size // len(unit) + 1))[:size] for unit in units}
     return repeated | {
-        "digit, then letters": "1" + "a" * size,
         "lines, then digit": "\n" * size + "5",
         "hashes far from their number": "####" + " " * size + "5",
         "random ASCII": "".join(chr(rng.randrange(128)) for _ in range(size)),
-        "random code points": "".join(chr(rng.randrange(0x110000)) for _ in range(size)),
     }
 
 
-@pytest.mark.parametrize("name", garbage())
-def test_garbage_neither_throws_nor_takes_more_than_ten_milliseconds(name):
-    text = garbage()[name]
-    for mode in ("flexible", "strict"):
-        assert any(seconds(text, mode) < 0.010 for _ in range(20)), "the best time, since others may use the core"
+def test_garbage_neither_throws_nor_takes_more_than_a_tenth_of_a_second():
+    for name, text in garbage().items():
+        for mode in ("flexible", "strict"):
+            times = (seconds(text, mode) for _ in range(10))
+            assert any(time < 0.1 for time in times), f"{name!r}: the best time, since others may use the core"
 
 
 def seconds(text: str, mode: str) -> float:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from test_generation import EOS, of_family, prompts
 
-from llm2 import graphs
-from llm2.generation import Decoder, Guidance, Sampling
-from llm2.graphs import Recorder, Rerun, rounded
+from llm2.decoding import cuda_graphs as graphs
+from llm2.decoding.cuda_graphs import Recorder, Rerun, rounded
+from llm2.decoding.decoder import Decoder, Guidance, SamplingParams
 
 CPU = torch.device("cpu")
 
@@ -58,12 +58,12 @@ def systems(folder, lora: bool, device: str = "cpu"):
     return model.to(device), verifier.to(device)
 
 
-SAMPLING = {"sampling": Sampling(temperature=0.8), "eos": EOS, "max_new_tokens": 40}
+SAMPLING = {"sampling": SamplingParams(temperature=0.8), "eos": EOS, "max_new_tokens": 40}
 
 
 def tokens(decoder: Decoder, batch: list[list[int]], batch_size: int) -> list[list[int]]:
     seeds = [[index] for index in range(len(batch))]
-    return [row.tokens for (row,) in decoder.decode(batch, seeds=seeds, batch_size=batch_size, **SAMPLING)]
+    return [row.token_ids for (row,) in decoder.decode(batch, seeds=seeds, batch_size=batch_size, **SAMPLING)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 33])
@@ -93,7 +93,7 @@ def test_two_decodings_under_way_do_not_share_caches(tmp_path):
     options = {"max_new_tokens": 20, "eos": [], "batch_size": 3, "stop": lambda prompt, _, new: len(new) > 3 * prompt}
 
     def told(prompt: int, rows: list) -> tuple[int, list[int]]:
-        return prompt, rows[0].tokens
+        return prompt, rows[0].token_ids
 
     orders = (batch, batch[::-1])
     expected = [[told(*found) for found in Decoder(model, guidance).stream(order, **options)] for order in orders]

@@ -12,12 +12,12 @@ import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from llm2.benchmarks import load_problems
-from llm2.chat import encode_chats
-from llm2.generation import Decoder
-from llm2.grading import extract_answer, is_correct
-from llm2.harness import HarnessModel
-from llm2.verifier import ProcessVerifier
+from llm2.common.chat import encode_chats
+from llm2.decoding.decoder import Decoder
+from llm2.evaluation.lm_eval_model import HarnessModel
+from llm2.tasks import load_problems
+from llm2.tasks.grading import extract_answer, is_correct
+from llm2.verifier.model import ProcessVerifier
 
 SYSTEM1 = "llm2/testbed/system1"
 N = 6
@@ -79,7 +79,7 @@ def test_the_harness_decodes_as_we_do(samples, verifier):
     prompts = encode_chats(model.tokenizer, [p.prompt for p in problems.values()], generation_prompt=True)
     rows = Decoder(model.system1, model.guidance).decode(prompts, max_new_tokens=160, eos=model.eos)
     ours = {
-        question: model.tokenizer.decode(row.tokens, skip_special_tokens=True)
+        question: model.tokenizer.decode(row.token_ids, skip_special_tokens=True)
         for question, (row,) in zip(problems, rows, strict=True)
     }
     assert {sample["doc"]["question"]: sample["resps"][0][0] for sample in samples} == ours

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from llm2.common.journal import Journal
 from llm2.errors import UserError
-from llm2.journal import Journal
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ BEGUN = Config()
 
 
 def opened(folder, config=BEGUN, shard=0) -> Journal:
-    return Journal(folder, config, free=("device",), key=lambda entry: entry["id"], shard=shard)
+    return Journal(folder, config, may_differ=("device",), key=lambda entry: entry["id"], shard=shard)
 
 
 def test_entries_come_back_in_the_order_asked_for_from_whatever_shard(tmp_path):
@@ -32,9 +32,9 @@ def test_entries_come_back_in_the_order_asked_for_from_whatever_shard(tmp_path):
         journal.close()
     again = opened(tmp_path / "run")
     assert again.done == set(range(7))
-    assert list(again.merged([5, 0, 6])) == [{"id": i, "text": "é\n" * i} for i in (5, 0, 6)]
+    assert list(again.read([5, 0, 6])) == [{"id": i, "text": "é\n" * i} for i in (5, 0, 6)]
     with pytest.raises(KeyError):
-        list(again.merged([7]))
+        list(again.read([7]))
     again.discard()
     assert not (tmp_path / "run").exists()
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm2 import loss as losses
-from llm2.loss import pair_accuracy, pairwise_loss, token_losses
+from llm2.verifier import loss as losses
+from llm2.verifier.loss import chunked_cross_entropy, pair_accuracy, pairwise_loss
 
 
 def test_loss_by_hand():
@@ -42,7 +42,7 @@ def test_token_losses_are_cross_entropy_in_chunks(monkeypatch):
     torch.manual_seed(0)
     hidden, weight = torch.randn(8, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
     targets = torch.randint(11, (8,))
-    found = token_losses(hidden, weight, targets)
+    found = chunked_cross_entropy(hidden, weight, targets)
     own = torch.autograd.grad(found, (hidden, weight))
     expected = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
     torch.testing.assert_close(found, expected)

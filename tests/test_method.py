@@ -4,8 +4,8 @@ from itertools import islice
 from pathlib import Path
 
 from llm2.config import EvaluateConfig, TrainConfig
-from llm2.evaluation import evaluate
-from llm2.training import train
+from llm2.evaluation.evaluate import evaluate
+from llm2.verifier.train import train
 
 SYSTEM1 = "llm2/testbed/system1"
 
@@ -18,10 +18,10 @@ def test_system2_lifts_greedy_on_unseen_problems(tmp_path):
             model=SYSTEM1,
             train_file=str(tmp_path / "some.jsonl"),
             output_dir=str(tmp_path / "verifier"),
-            epochs=2.0,
+            num_train_epochs=2.0,
             learning_rate=1e-3,
             global_batch_size=16,
-            per_device_batch_size=16,
+            per_device_train_batch_size=16,
             evaluations=1,
             device="cpu",
         )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llm2.metrics import summarise
+from llm2.evaluation.metrics import summarise
 
 
 def sample(answer, correct, score=None, tokens=10, verified=0):

@@ -7,9 +7,9 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCriteriaList
 
 from llm2 import LLM2
-from llm2.generation import Guidance
-from llm2.model import GuidedGenerate
-from llm2.processor import GuidedLogitsProcessor
+from llm2.decoding.decoder import Guidance
+from llm2.decoding.llm2 import GuidedGenerate
+from llm2.decoding.logits_processor import GuidedLogitsProcessor
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_batch import examples
 
-from llm2.pairs import Pair, describe, figures, kind, system1_margins, table
-from llm2.triplets import Example, Triplet
+from llm2.verifier.pair_metrics import Pair, describe, figures, kind, system1_margins, table
+from llm2.verifier.triplets import Example, Triplet
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import subprocess
 import pytest
 
 from llm2.errors import UserError
-from llm2.report import markdown_table, plot, read_metrics, table, write_report
-from llm2.report.page import fitting
-from llm2.report.read import parse
+from llm2.evaluation.report import markdown_table, plot, read_metrics, table, write_report
+from llm2.evaluation.report.page import fitting
+from llm2.evaluation.report.read import parse
 
 METRICS = {
     "benchmark": "testbed",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llm2.scoring import score_tokens, solution_score
+from llm2.verifier.scoring import score_tokens, solution_score
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
 SOLUTIONS = [[20, 21], [22, 23, 24, 25, 26], [27]]

@@ -3,7 +3,7 @@
 import torch
 from scipy.stats import kstest
 
-from llm2.seeds import row_seed, uniforms
+from llm2.common.seeds import row_seed, uniforms
 
 
 def test_splitmix64_reference_value():

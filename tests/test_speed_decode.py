@@ -5,17 +5,24 @@ import json
 import pytest
 import torch
 
-from llm2.config import DecodeBenchmark
-from llm2.speed import decode
-from llm2.speed.harness import Contestant
+from llm2.benchmarks import decode
+from llm2.benchmarks.configs import DecodeBenchmark
+from llm2.benchmarks.runner import BenchmarkCase
 
-TINY = {"hidden_size": 32, "intermediate_size": 64, "layers": 2, "heads": 4, "key_value_heads": 2, "vocab_size": 256}
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+}
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> DecodeBenchmark:
     output = str(tmp_path_factory.mktemp("decode") / "decode.json")
-    sizes = {"prompt_tokens": 8, "new_tokens": 40, "batch_sizes": (1, 3), "rounds": 2, "lora_rank": 2}
+    sizes = {"prompt_tokens": 8, "new_tokens": 40, "batch_sizes": (1, 3), "rounds": 2, "lora_r": 2}
     return DecodeBenchmark(benchmark="decode", output=output, device="cpu", **TINY, **sizes)
 
 
@@ -41,13 +48,13 @@ def test_the_bound_counts_what_is_read(config):
     total = sum(parameter.numel() for parameter in system1.parameters())
     assert decode.weight_bytes(system1) == 4 * (total - 256 * 32)
     rows = [
-        Contestant(name=decode.GENERATE, run=float, unit="", batch_size=1, rates=[10.0]),
-        Contestant(name=decode.SEPARATE, run=float, unit="", batch_size=1, rates=[10.0]),
+        BenchmarkCase(name=decode.GENERATE, run=float, unit="", batch_size=1, rates=[10.0]),
+        BenchmarkCase(name=decode.SEPARATE, run=float, unit="", batch_size=1, rates=[10.0]),
     ]
-    rows[1].facts["verifier_forwards"] = 0.5
+    rows[1].extra["verifier_forwards"] = 0.5
     decode.tell_bandwidth(rows, system1, separate, speed=100.0)
     own, other = decode.weight_bytes(system1), decode.weight_bytes(separate.backbone)
-    assert [row.facts["bandwidth_share"] for row in rows] == [0.1 * own, 0.1 * (own + other / 2)]
+    assert [row.extra["bandwidth_share"] for row in rows] == [0.1 * own, 0.1 * (own + other / 2)]
 
 
 def test_bandwidth_is_in_bytes_a_second():

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from llm2.config import ExploreConfig, LabelsBenchmark, RolloutBenchmark
-from llm2.exploration import Explorer
-from llm2.golds import load_solved
-from llm2.grading import is_correct
-from llm2.models import load_tokenizer
-from llm2.rollouts import Request, open_engine
-from llm2.speed.labels import compare, exhaust
-from llm2.speed.rollouts import count, generate
+from llm2.benchmarks.configs import LabelsBenchmark, RolloutBenchmark
+from llm2.benchmarks.labels import compare, exhaust
+from llm2.benchmarks.rollouts import count, generate
+from llm2.common.loading import load_tokenizer
+from llm2.config import ExploreConfig
+from llm2.exploration.engines import Request, open_engine
+from llm2.exploration.explore import Explorer
+from llm2.exploration.solutions import load_solved
+from llm2.tasks.grading import is_correct
 
 SYSTEM1 = "llm2/testbed/system1"
 
@@ -35,7 +36,7 @@ def test_labels_are_compared_beyond_the_margin_only():
 @pytest.fixture(scope="module")
 def explorer() -> Explorer:
     config = ExploreConfig(
-        model=SYSTEM1, output="unused", benchmark="testbed", limit=1, max_new_tokens=100, batch_size=64, device="cpu"
+        model=SYSTEM1, output="unused", task="testbed", limit=1, max_new_tokens=100, batch_size=64, device="cpu"
     )
     tokenizer = load_tokenizer(SYSTEM1)
     return Explorer(config, open_engine(config, tokenizer), tokenizer, is_correct)
@@ -43,7 +44,7 @@ def explorer() -> Explorer:
 
 def test_the_reference_rolls_every_token_out_equally_often(explorer):
     problems, _ = load_solved(explorer.config, is_correct)
-    (entry,) = exhaust(explorer, problems, LabelsBenchmark(benchmark="labels", reference_rollouts=4))
+    (entry,) = exhaust(explorer, problems, LabelsBenchmark(task="labels", reference_rollouts=4))
     (case,) = explorer.begin(problems)
     assert [(fork[0], tuple(token for token, _ in fork[1:])) for fork in entry["forks"]] == [
         (fork.position, fork.tokens) for fork in case.forks
@@ -58,7 +59,7 @@ def test_generate_is_credited_with_the_tokens_up_to_the_end_of_each_row(explorer
     problems, _ = load_solved(explorer.config, is_correct)
     (case,) = explorer.begin(problems)
     requests = [Request(case.gold.ids, case.gold.end - back, [], [1, 2]) for back in (1, 2, 4)]
-    config = RolloutBenchmark(benchmark="rollouts", batch_size=4, device="cpu")
+    config = RolloutBenchmark(task="rollouts", batch_size=4, device="cpu")
     torch.manual_seed(0)
     written = generate(engine.model, engine.eos, engine.tokenizer.pad_token_id, requests, config)
-    assert written == count(engine.roll_out(requests)) == 2 * (1 + 2 + 4)
+    assert written == count(engine.generate(requests)) == 2 * (1 + 2 + 4)

@@ -1,4 +1,4 @@
-"""The train benchmark: its contestants do the same work, and its file has the rows that it promises."""
+"""The train benchmark: its cases_ do the same work, and its file has the rows that it promises."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2.config import TrainBenchmark
-from llm2.speed import train as benchmark
+from llm2.benchmarks import train as benchmark
+from llm2.benchmarks.configs import TrainBenchmark
 
 
 @pytest.fixture
@@ -17,9 +17,9 @@ def config(tmp_path) -> TrainBenchmark:
         output=str(tmp_path / "train.json"),
         hidden_size=32,
         intermediate_size=64,
-        layers=2,
-        heads=4,
-        key_value_heads=2,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         vocab_size=64,
         solutions=(1, 2),
         tokens=20,

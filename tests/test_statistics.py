@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from llm2.statistics import (
+from llm2.common.stats import (
     best_of_k,
     majority_at_k,
     majority_curve,

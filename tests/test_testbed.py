@@ -10,13 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from llm2.config import PretrainConfig, load_config
-from llm2.pretraining import IGNORED, collate, examples, pretrain
-from llm2.testbed import corpus, facts, words
-from llm2.testbed.corpus import MISREADINGS, careless_conversations, careless_solution
-from llm2.testbed.problems import SIZES, gold_solution, problems, split_of, stories
+from llm2.common.config_file import load_config
+from llm2.config import PretrainConfig
+from llm2.testbed import facts, words
+from llm2.testbed.generator import SIZES, gold_solution, problems, split_of, stories
 from llm2.testbed.stories import Step, Story, Told, Worked
-from llm2.testbed.tokenizer import train_tokenizer
+from llm2.testbed.train import corpus
+from llm2.testbed.train.corpus import MISREADINGS, careless_conversations, careless_solution
+from llm2.testbed.train.pretrain import IGNORED, collate, examples, pretrain
+from llm2.testbed.train.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SYSTEM1 = ROOT / "llm2/testbed/system1"
@@ -164,8 +166,15 @@ def test_only_the_assistants_part_carries_loss(tokenizer, conversations):
 
 
 def tiny_config(folder: Path) -> PretrainConfig:
-    tiny = dict(hidden_size=16, intermediate_size=16, layers=1, heads=2, key_value_heads=2, vocab_size=300)
-    run = dict(documents=24, steps=4, batch_size=2, save_steps=2, card_problems=1)
+    tiny = dict(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=300,
+    )
+    run = dict(documents=24, max_steps=4, batch_size=2, save_steps=2, card_problems=1)
     return PretrainConfig(output_dir=str(folder), **tiny, **run)
 
 

@@ -18,16 +18,17 @@ from test_batch import examples
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from llm2.batch import verifier_batch
-from llm2.checkpoints import last_whole_checkpoint
-from llm2.config import TrainConfig, as_dict
+from llm2.common.config_file import as_dict
+from llm2.common.loading import load_tokenizer
+from llm2.config import TrainConfig
 from llm2.errors import UserError
-from llm2.loss import pairwise_loss
-from llm2.models import load_tokenizer
-from llm2.trainer import Loss, VerifierTrainer, WholeSteps
-from llm2.training import train, training_arguments
-from llm2.triplets import Triplet, record_line
-from llm2.verifier import ProcessVerifier, load_verifier
+from llm2.verifier.checkpoints import last_whole_checkpoint
+from llm2.verifier.collate import verifier_batch
+from llm2.verifier.loss import pairwise_loss
+from llm2.verifier.model import ProcessVerifier, load_verifier
+from llm2.verifier.train import train, training_arguments
+from llm2.verifier.trainer import LossConfig, PaddedSampler, VerifierTrainer
+from llm2.verifier.triplets import Triplet, record_line
 
 UNEMBEDDING = torch.randn(259 + 2, 32, generator=torch.Generator().manual_seed(3))
 
@@ -45,7 +46,7 @@ def gradients(
     data,
     per_device: int,
     accumulation: int,
-    loss: Loss | None = None,
+    loss: LossConfig | None = None,
     lora: dict | None = None,
     **changes,
 ) -> dict[str, torch.Tensor]:
@@ -102,7 +103,7 @@ def test_gradient_equals_that_of_the_plain_sum_over_pairs(system1_folder, tmp_pa
         torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("loss", [Loss(quality_weight=True, margin=0.5), Loss(language_weight=0.5)])
+@pytest.mark.parametrize("loss", [LossConfig(quality_weight=True, margin=0.5), LossConfig(lm_loss_coef=0.5)])
 def test_no_loss_sees_how_solutions_were_batched(system1_folder, tmp_path, loss):
     data = [
         example._replace(gaps=[(1 + i) / (1 + len(example.triplets)) for i in range(len(example.triplets))])
@@ -119,7 +120,7 @@ def test_no_loss_sees_how_solutions_were_batched(system1_folder, tmp_path, loss)
 def test_the_language_loss_is_added_to_the_mean_over_pairs(system1_folder, tmp_path):
     """The slow twin: logits of whole solutions, each token behind the prompt once, beside the gradient of the pairs."""
     data = examples(4)
-    found = gradients(system1_folder, tmp_path, data, 4, 1, Loss(language_weight=0.5))
+    found = gradients(system1_folder, tmp_path, data, 4, 1, LossConfig(lm_loss_coef=0.5))
     expected = gradients(system1_folder, tmp_path, data, 4, 1)
     torch.manual_seed(0)
     verifier = ProcessVerifier.from_system1(system1_folder, local_files_only=True)
@@ -172,7 +173,7 @@ def test_no_tensor_is_as_wide_as_the_vocabulary(tmp_path):
 
 
 def test_every_example_comes_once_an_epoch_and_steps_are_whole():
-    order = WholeSteps(10, 4, seed=0)
+    order = PaddedSampler(10, 4, seed=0)
     first = list(order)
     assert sorted(first) == list(range(12)) == sorted([*first[:10], 10, 11]) and len(order) == 12
     order.set_epoch(1)
@@ -203,10 +204,10 @@ def config(system1_folder, tmp_path):
         train_file=str(tmp_path / "triplets.jsonl"),
         output_dir=str(tmp_path / "verifier"),
         eval_share=0.2,
-        epochs=4.0,
+        num_train_epochs=4.0,
         learning_rate=1e-3,
         global_batch_size=8,
-        per_device_batch_size=4,
+        per_device_train_batch_size=4,
         device="cpu",
     )
 
@@ -221,7 +222,7 @@ def test_train_learns_and_leaves_a_verifier_that_loads(config):
 
 @pytest.mark.parametrize("rank", [None, 4], ids=["full", "lora"])
 def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(config, tmp_path, monkeypatch, rank):
-    config = replace(config, lora_rank=rank)
+    config = replace(config, lora_r=rank)
     whole = train(config)
 
     class Killed(Exception):
@@ -258,13 +259,13 @@ def test_the_same_seed_trains_the_same_verifier(config, tmp_path):
 
 def test_global_batch_must_divide(config):
     with pytest.raises(UserError, match="global_batch_size 8: expected a multiple of per_device_batch_size 3 x 1"):
-        training_arguments(replace(config, per_device_batch_size=3), 40, torch.device("cpu"))
+        training_arguments(replace(config, per_device_train_batch_size=3), 40, torch.device("cpu"))
 
 
 KILLED_AT_STEP_19 = """
 import os, signal, sys
 from llm2.__main__ import main
-from llm2.trainer import VerifierTrainer
+from llm2.verifier.trainer import VerifierTrainer
 whole = VerifierTrainer.training_step
 def step(trainer, *arguments):
     if trainer.state.global_step == 19:
@@ -276,7 +277,7 @@ main(["train", sys.argv[1]])
 
 
 def test_a_run_killed_with_sigkill_ends_with_the_same_loss(config, tmp_path):
-    config = replace(config, epochs=16.0, evaluations=8, logging_steps=1)
+    config = replace(config, num_train_epochs=16.0, evaluations=8, logging_steps=1)
     whole = train(config)
     killed = replace(config, output_dir=str(tmp_path / "killed"))
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(as_dict(killed)))
@@ -305,13 +306,13 @@ def test_half_a_checkpoint_is_not_gone_on_from(tmp_path):
 
 
 def test_patience_ends_a_run_that_gets_no_better(config):
-    metrics = train(replace(config, epochs=10.0, evaluations=20, patience=2))
+    metrics = train(replace(config, num_train_epochs=10.0, evaluations=20, early_stopping_patience=2))
     assert metrics["eval_pair_accuracy"] == 1.0
     assert metrics["steps"] == metrics["best_step"] + 2 * 2 < 40, "an evaluation every other step"
 
 
 def test_tensorboard_is_told_the_pair_accuracy(config):
-    train(replace(config, epochs=1.0, report_to="tensorboard", logging_steps=1))
+    train(replace(config, num_train_epochs=1.0, report_to="tensorboard", logging_steps=1))
     told = set()
     for events in Path(config.output_dir).glob("runs/*/events*"):
         told |= set(EventAccumulator(str(events)).Reload().Tags()["scalars"])
@@ -319,7 +320,7 @@ def test_tensorboard_is_told_the_pair_accuracy(config):
 
 
 def test_lora_and_bfloat16_learn_too(config):
-    metrics = train(replace(config, lora_rank=4, bf16=True, gradient_checkpointing=True, lora_dropout=0.1))
+    metrics = train(replace(config, lora_r=4, bf16=True, gradient_checkpointing=True, lora_dropout=0.1))
     assert metrics["eval_pair_accuracy"] == 1.0
     stored = sum(path.stat().st_size for path in Path(config.output_dir).glob("*.safetensors"))
     assert stored < 50_000 < Path(config.model, "model.safetensors").stat().st_size
@@ -342,10 +343,10 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(config):
     resized = AutoModelForCausalLM.from_pretrained(folder)
     resized.resize_token_embeddings(len(tokenizer))
     resized.save_pretrained(folder)
-    train(replace(config, model=str(folder), epochs=1.0))
+    train(replace(config, model=str(folder), num_train_epochs=1.0))
     load_verifier(config.output_dir, torch.device("cpu"), "auto", vocabulary=len(tokenizer))
 
 
 def test_flex_attention_without_a_gpu_is_refused(config):
     with pytest.raises(UserError, match="expected a CUDA GPU"):
-        train(replace(config, attention="flex_attention"))
+        train(replace(config, attn_implementation="flex_attention"))

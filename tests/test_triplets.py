@@ -5,10 +5,10 @@ import tracemalloc
 
 import pytest
 
-from llm2 import triplets
-from llm2.chat import LLAMA3_PLAIN, encode_chats
+from llm2.common.chat import LLAMA3_PLAIN, encode_chats
 from llm2.errors import UserError
-from llm2.triplets import Example, Triplet, load_examples, read_records, record_line
+from llm2.verifier import triplets
+from llm2.verifier.triplets import Example, Triplet, load_examples, read_records, record_line
 
 MESSAGES = [
     {"role": "user", "content": "Natalia sold clips to 48 of her friends in April, and then half as many in May."},

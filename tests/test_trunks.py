@@ -1,6 +1,6 @@
 """Which prompts share a trunk."""
 
-from llm2.trunks import SHORTEST, Trunks, common_prefix
+from llm2.decoding.prefix_cache import SHORTEST, Trunks, common_prefix
 
 LONG = list(range(100, 100 + 3 * SHORTEST))
 

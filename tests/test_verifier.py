@@ -7,9 +7,9 @@ from reference import score
 from test_batch import examples
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm2.batch import verifier_batch
 from llm2.errors import UserError
-from llm2.verifier import ProcessVerifier, load_verifier, refuse_sliding_window
+from llm2.verifier.collate import verifier_batch
+from llm2.verifier.model import ProcessVerifier, load_verifier, refuse_sliding_window
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
@@ -56,11 +56,11 @@ def test_tied_weights_stay_tied(lora, tmp_path):
     again = ProcessVerifier.from_pretrained(tmp_path / "verifier", system1=system1)
     assert system1.lm_head.weight is system1.model.embed_tokens.weight
     assert (again.get_input_embeddings().weight is system1.lm_head.weight) == (lora is not None)
-    foretold = again(IDS, targets=IDS.roll(-1, 1)).foretold
+    lm_loss = again(IDS, targets=IDS.roll(-1, 1)).lm_loss
     expected = torch.nn.functional.cross_entropy(
         system1(IDS).logits.flatten(0, 1), IDS.roll(-1, 1).flatten(), reduction="sum"
     )
-    torch.testing.assert_close(foretold[0], expected)
+    torch.testing.assert_close(lm_loss[0], expected)
 
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "phi3"]

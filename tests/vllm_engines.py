@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from scipy.stats import chi2
 
-from llm2.benchmarks import load_problems
+from llm2.common.loading import load_tokenizer
+from llm2.common.seeds import row_seed
 from llm2.config import ExploreConfig
-from llm2.exploration import Explorer, explore
-from llm2.grading import is_correct
-from llm2.models import load_tokenizer
-from llm2.rollouts import Engine, Request, open_engine
-from llm2.seeds import row_seed
-from llm2.triplets import load_examples
+from llm2.exploration.engines import Engine, Request, open_engine
+from llm2.exploration.explore import Explorer, explore
+from llm2.tasks import load_problems
+from llm2.tasks.grading import is_correct
+from llm2.verifier.triplets import load_examples
 
 SYSTEM1 = "llm2/testbed/system1"
 ROLLOUTS = 64
@@ -37,7 +37,7 @@ def config() -> ExploreConfig:
     return ExploreConfig(
         model=SYSTEM1,
         output="unused",
-        benchmark="testbed",
+        task="testbed",
         limit=PROBLEMS,
         top_k=10,
         max_new_tokens=200,
@@ -77,7 +77,7 @@ def judge(config: ExploreConfig, tokenizer, engine: Engine) -> tuple[list, dict]
         for token in fork.tokens
         if token not in engine.eos
     ]
-    written = engine.roll_out(
+    written = engine.generate(
         [
             Request(
                 case.gold.ids,
@@ -121,7 +121,7 @@ def test_vllm_in_process_judges_as_our_own_engine_does(config, tokenizer, own):
 def test_a_vllm_server_judges_as_our_own_engine_does_and_explores(
     config, tokenizer, own, server, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr("llm2.rollouts.vllm_server.ATTEMPTS", 9)  # it takes a minute or more to come up
+    monkeypatch.setattr("llm2.exploration.engines.vllm_server.ATTEMPTS", 9)  # it takes a minute or more to come up
     config = replace(config, engine="vllm", server=server)
     forks, right = judge(config, tokenizer, open_engine(config, tokenizer))
     assert forks == own[0]

@@ -1,7 +1,7 @@
 """The facts about what people have that word problems are told with, and what each lets one calculate.
 
 Knows the wordings of questions, the numbers they may hold and the arithmetic they stand for, as tables. Leaves facts
-about money and books to errands.py, how a step is said to words.py, how facts are strung together to stories.py, and
+about money and books to money.py, how a step is said to words.py, how facts are strung together to stories.py, and
 how they are misread to corpus.py.
 """
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from llm2.testbed import errands, facts, words
+from llm2.testbed import facts, money, words
 from llm2.testbed.facts import Fact, Table
 from llm2.testbed.words import Sentences
 
@@ -64,14 +64,14 @@ SCENARIOS = (
     Scenario(2.0, (facts.HOLDINGS, facts.CHANGES, facts.CHANGES, facts.CLOSINGS)),
     Scenario(0.7, (facts.DAILY, facts.CLOSINGS)),
     Scenario(1.5, (facts.DAILY, facts.CHANGES, facts.CLOSINGS)),
-    Scenario(1.0, (facts.DAILY, errands.BOOKS), {"things": "pages", "gathers": "reads"}),
+    Scenario(1.0, (facts.DAILY, money.BOOKS), {"things": "pages", "gathers": "reads"}),
     Scenario(1.5, (facts.HOLDINGS, facts.SECOND_PERSON, facts.TWO_PEOPLE)),
     Scenario(1.0, (facts.HOLDINGS, facts.CHANGES, facts.SECOND_PERSON, facts.TWO_PEOPLE)),
     Scenario(1.5, (facts.HOLDINGS, facts.SECOND_PERSON, facts.THIRD_PERSON, facts.THREE_PEOPLE)),
     Scenario(1.5, (facts.SALES, facts.SECOND_MONTH, facts.SALES_CLOSINGS)),
-    Scenario(2.0, (errands.PURCHASES, errands.MORE_PURCHASES, errands.PAYMENTS)),
-    Scenario(0.5, (errands.WAGES, errands.MONEY_LEFT), {"things": "dollars"}),
-    Scenario(1.5, (errands.WAGES, errands.SPENDING, errands.MONEY_LEFT), {"things": "dollars"}),
+    Scenario(2.0, (money.PURCHASES, money.MORE_PURCHASES, money.PAYMENTS)),
+    Scenario(0.5, (money.WAGES, money.MONEY_LEFT), {"things": "dollars"}),
+    Scenario(1.5, (money.WAGES, money.SPENDING, money.MONEY_LEFT), {"things": "dollars"}),
 )
 
 

@@ -1,0 +1,141 @@
+"""YAML files and `key=value` overrides -> a config dataclass, and what is said where they do not fit."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from llm2.errors import UserError
+
+Config = TypeVar("Config")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `2e-5` as a string and `yes` as a truth; here the first is a number, as everyone expects."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_config(cls: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file of `cls`'s fields (or none), apply `key=value` overrides (values are YAML too), validate.
+
+    Raises UserError that names the file, the line (or the override), the key, what was found and what was expected.
+    """
+    values, origin = ({}, {}) if path is None else read_file(path)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"the override {override!r} is not of the form key=value")
+        values[key], origin[key] = _parse_override(override, text), f"override {override!r}"
+    try:
+        return cls(**_tuples(values))
+    except ValidationError as error:
+        raise UserError(_explain(error, cls, path, origin)) from None
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The resolved fields as plain values, ready for YAML or JSON."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def write_config(config: Any, path: str | Path) -> None:
+    Path(path).write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
+
+
+def difference(earlier: dict[str, Any], config: Any, may_differ: tuple[str, ...]) -> str | None:
+    """The first key, not among those that `may_differ`, in which a resumed run differs from how it was begun."""
+    for key, value in as_dict(config).items():
+        if key not in may_differ and earlier.get(key) != value:
+            return f"{key} was {earlier.get(key)!r} and now is {value!r}"
+    return None
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """The plain values of a file that `write_config` wrote."""
+    return yaml.load(Path(path).read_text(), Loader=_Loader)
+
+
+def read_file(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The file's values and, per key, where they stand."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else f"{path}"
+        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if values is None:
+        return {}, {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found a {type(values).__name__}")
+    return values, {key.value: f"{path}, line {key.start_mark.line + 1}" for key, _ in node.value}
+
+
+def _parse_override(override: str, text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"the value of the override {override!r} is not valid YAML") from None
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """YAML has lists where the frozen configs have tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _explain(error: ValidationError, cls: type, path: str | Path | None, origin: dict[str, str]) -> str:
+    """The first mistake, in one sentence."""
+    unknown = ("unexpected_keyword_argument", "extra_forbidden")
+    first = min(error.errors(), key=lambda one: one["type"] not in unknown)  # a misspelt key, before what it left out
+    key = str(first["loc"][0])
+    where = origin.get(key, path)
+    if first["type"] in unknown:
+        near = difflib.get_close_matches(key, cls.__dataclass_fields__, 1, cutoff=0)[0]
+        return f"{where}: unknown key {key!r}; did you mean {near!r}? --help lists all keys"
+    if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        hint = "in it" if path else "in a config file"
+        return f"{f'{path}: ' if path else ''}the key {key!r} is missing: expected {key}=VALUE here or {hint}"
+    expected = first["msg"][0].lower() + first["msg"][1:]
+    return f"{where}: key {key!r}: found {first['input']!r}, expected: {expected}"
+
+
+def help_text(cls: type) -> str:
+    """Every key of a config with its type, default and sentence, the required ones first."""
+    keys = sorted(_described(cls), key=lambda key: "=" in key[0])
+    return "\n".join(f"  {head}\n      {text}" if text else f"  {head}" for head, text in keys)
+
+
+def _described(cls: type) -> Iterator[tuple[str, str]]:
+    schema = TypeAdapter(cls).json_schema()
+    for name, field in schema["properties"].items():
+        # A key's sentence stands in the class that declares it.
+        sentences = (base.__dict__.get("__pydantic_fields__", {}).get(name) for base in cls.__mro__)
+        text = next((found.description for found in sentences if found and found.description), "")
+        default = "" if name in schema.get("required", ()) else f" = {json.dumps(field['default'])}"
+        yield f"{name}: {_type_name(field, schema)}{default}", text
+
+
+def _type_name(field: dict, schema: dict) -> str:
+    if "$ref" in field:
+        field = schema["$defs"][field["$ref"].rpartition("/")[2]]
+    if "anyOf" in field:
+        return " or ".join(_type_name(option, schema) for option in field["anyOf"])
+    if "enum" in field:
+        return " | ".join(field["enum"])
+    if field.get("type") == "array":
+        return f"list of {_type_name(field['items'], schema)}"
+    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<="}
+    limits = [f"{sign} {field[key]}" for key, sign in bounds.items() if key in field]
+    return " ".join([field.get("const") or field.get("type", "value"), ", ".join(limits)]).strip()

@@ -1,0 +1,143 @@
+"""EleutherAI's lm-evaluation-harness with one more model, `llm2`: both systems, behind its interface.
+
+    python -m llm2.evaluation.lm_eval_model --model llm2 --model_args pretrained=...,verifier=...,alpha=0.1,beta=0.25 --tasks gsm8k
+
+The arguments are those of `lm_eval`, which has no way to find models outside itself: this module adds the model to its
+registry and hands over. Knows requests and stop strings; decoding is `generation`'s. An optional extra: nothing else
+here imports it, or lm_eval.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from tqdm import tqdm
+
+from llm2.common.chat import resolve_template
+from llm2.common.seeds import row_seed
+from llm2.decoding.decoder import Decoder, SamplingParams
+from llm2.decoding.llm2 import LLM2
+from llm2.errors import UserError
+
+TAIL = 16  # tokens in which a stop string is looked for, besides one a character of the string
+
+
+@register_model("llm2")
+class HarnessModel(LM):
+    """Generates until a stop string. Tasks that rank given continuations are refused, see `loglikelihood`.
+
+    Args:
+        pretrained: System 1, a local folder or a hub id.
+        verifier: System 2; System 1 decodes alone without it.
+        chat_template: name or file (llm2/common/chat.py) for --apply_chat_template; the tokenizer's own when left out.
+        max_gen_toks: new tokens, where the task does not say.
+        batch_size: rows in flight.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        verifier: str | None = None,
+        alpha: float = 0.1,
+        beta: float = 0.25,
+        top_k: int | None = None,
+        chat_template: str | None = None,
+        max_gen_toks: int = 512,
+        seed: int = 0,
+        batch_size: int | str = 16,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+    ) -> None:
+        super().__init__()
+        place = "auto" if device is None else device.partition(":")[0]
+        self.llm2 = LLM2.from_pretrained(pretrained, verifier, alpha, beta, top_k, place, dtype)
+        self.decoder = Decoder(self.llm2.system1, self.llm2.guidance)
+        self.template = resolve_template(chat_template)
+        self.max_gen_toks, self.seed = max_gen_toks, seed
+        self.batch_size = 16 if batch_size == "auto" else int(batch_size)
+        self.own_name = pretrained
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What each context is continued with, up to the first of its stop strings."""
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
+        found: dict[int, str] = {}
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="llm2", unit="request") as bar:
+            for group in groups.values():
+                options = requests[group[0]].args[1]
+                for place, text in self._decode([requests[index].args[0] for index in group], options):
+                    found[group[place]] = text
+                    self.cache_hook.add_partial("generate_until", requests[group[place]].args, text)
+                    bar.update()
+        return [found[index] for index in range(len(requests))]
+
+    def _decode(self, contexts: Sequence[str], options: dict):
+        """Index and text of each context as they are done. Of the options those that both sides know are used."""
+        stops = options.get("until") or []
+        stops = [stops] if isinstance(stops, str) else list(stops)
+        sampling = None
+        if options.get("do_sample") and options.get("temperature", 1.0) > 0:
+            sampling = SamplingParams(temperature=options.get("temperature", 1.0), top_p=options.get("top_p", 1.0))
+        rows = self.decoder.stream(
+            [self._encode(context) for context in contexts],
+            max_new_tokens=options.get("max_gen_toks", self.max_gen_toks),
+            eos=self.llm2.eos,
+            sampling=sampling,
+            seeds=[[row_seed(self.seed, context, index)] for index, context in enumerate(contexts)],
+            batch_size=self.batch_size,
+            stop=self._stopper(stops) if stops else None,
+        )
+        for index, (row,) in rows:
+            text = self.llm2.tokenizer.decode(row.token_ids, skip_special_tokens=True)
+            yield index, text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)]
+
+    def _stopper(self, stops: Sequence[str]):
+        """Whether a row's new tokens end in a stop string; a token has at least one byte of a character."""
+        tail = TAIL + 4 * max(map(len, stops))
+
+        def stop(prompt: int, sample: int, tokens: list[int]) -> bool:
+            text = self.llm2.tokenizer.decode(tokens[-tail:], skip_special_tokens=True)
+            return any(string in text for string in stops)
+
+        return stop
+
+    def _encode(self, context: str) -> list[int]:
+        tokenizer = self.llm2.tokenizer
+        begun = bool(tokenizer.bos_token) and context.startswith(tokenizer.bos_token)  # by a chat template
+        return tokenizer(context, add_special_tokens=not begun)["input_ids"]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        raise NotImplementedError(
+            "llm2 is a way of decoding: a continuation that System 1 does not find plausible has probability 0; "
+            "choose tasks with output_type generate_until"
+        )
+
+    loglikelihood_rolling = loglikelihood
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.llm2.tokenizer.apply_chat_template(
+            chat_history,
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self.template or self.llm2.tokenizer.chat_template
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.own_name.replace("/", "__")
+
+
+if __name__ == "__main__":
+    try:
+        cli_evaluate()
+    except UserError as error:
+        sys.exit(f"llm2: {error}")

@@ -1,0 +1,93 @@
+r"""Answers of GSM8K-like solutions: extraction and comparison as numbers.
+
+The two modes are lm-evaluation-harness's strict-match and flexible-extract, with three differences on purpose: numbers
+are compared as numbers (there `18.00` is not `18`), flexible prefers an announced answer to a later number, and where
+an answer is announced more than once, the last one counts (there strict takes the first).
+"""
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Literal, NamedTuple
+
+Mode = Literal["flexible", "strict"]
+
+LONGEST_SOLUTION = 10_000  # characters that are read, from the end: no text, however long or odd, is slow
+LONGEST_STATEMENT = 200
+LONGEST_NUMBER = 50  # a longer one is a model in a loop, not an answer
+
+STOP = re.compile(r"\nQ(?:uestion)?:|</s>|<\|im_end\|>")  # the harness's `until`: what follows is another question
+THIN_SPACE = re.compile(r",?\\[,!]|\{,\}")  # LaTeX between thousands
+FRAC = re.compile(r"\\[dt]?frac\{(\d{1,9})\}\{(\d{1,9})\}")
+NUMBER = re.compile(
+    r"""(?:(?<![\w)])(-))?  # a sign, but not the minus of `5-3`
+    \\?\$?
+    ((?:\d+(?:,\d\d+)*(?:\.\d+)?|(?<![\w.])\.\d+)(?:\ ?/\ ?\d+)?)""",
+    re.VERBOSE,
+)
+ANNOUNCEMENTS = {
+    "strict": re.compile(r"####|\banswer is\b", re.IGNORECASE),
+    "flexible": re.compile(r"####|\banswer is\b|\\boxed\{", re.IGNORECASE),
+}
+DECORATION = re.compile(r"(?:[\s:*$]|\\boxed\{){0,20}(?=\\?[-$.\d])")  # between an announcement and its number
+STATEMENT_END = re.compile(r"[.!?,;](?=\s|$)|[\n}]|\s(?:because|since)\s")
+
+
+class Grade(NamedTuple):
+    """One solution's grade."""
+
+    answer: str | None  # equal answers are equal strings: they vote together; None where there is none
+    correct: bool
+    correct_strict: bool
+
+
+def extract_answer(text: str, mode: Mode = "flexible") -> str | None:
+    r"""The solution's final answer in canonical form (see `canonical`), or None.
+
+    strict: the number right behind the last `####` or `answer is`, in upper or lower case. flexible: the number right
+    behind the last of these and of `\boxed{`; the last number of the text where there is none.
+    """
+    text = STOP.split(text, maxsplit=1)[0][-LONGEST_SOLUTION:]
+    text = FRAC.sub(r"\1/\2", THIN_SPACE.sub(",", text))
+    for announcement in reversed(list(ANNOUNCEMENTS[mode].finditer(text))):
+        if decoration := DECORATION.match(text, announcement.end()):
+            statement = text[decoration.end() : decoration.end() + LONGEST_STATEMENT]
+            if number := _stated(STATEMENT_END.split(statement, maxsplit=1)[0]):
+                return _read(number)
+    numbers = list(NUMBER.finditer(text)) if mode == "flexible" else []
+    return _read(numbers[-1]) if numbers else None
+
+
+def is_correct(text: str, gold: str, mode: Mode = "flexible") -> bool:
+    """Whether the solution's answer is the gold one: a number (`1,000`) or a gold solution that ends in `#### 72`."""
+    answer = extract_answer(text, mode)
+    return answer is not None and answer == extract_answer(gold)
+
+
+def grade_numbers(texts: Sequence[str], gold: str) -> list[Grade]:
+    """The grades of a problem's solutions, where the answer is a number."""
+    return [Grade(extract_answer(text), is_correct(text, gold), is_correct(text, gold, "strict")) for text in texts]
+
+
+def canonical(value: Fraction) -> str:
+    """One string per number: an integer, a decimal where it is finite, a fraction in lowest terms otherwise."""
+    places = next((n for n in range(LONGEST_NUMBER) if 10**n % value.denominator == 0), None)
+    if not places:
+        return str(value)
+    whole, decimals = divmod(abs(value.numerator) * 10**places // value.denominator, 10**places)
+    return f"{'-' * (value < 0)}{whole}.{decimals:0{places}}"
+
+
+def _stated(statement: str) -> re.Match | None:
+    """The number that a statement begins with, or what an equation comes to: 16 of `32 / 2 = 16`."""
+    return NUMBER.search(statement.rpartition("=")[2]) or NUMBER.search(statement)
+
+
+def _read(number: re.Match) -> str | None:
+    sign, digits = number.groups(default="")
+    if len(digits) > LONGEST_NUMBER:
+        return None
+    try:
+        return canonical(Fraction(sign + digits.replace(",", "").replace(" ", "")))
+    except (ValueError, ZeroDivisionError):  # `1.5/2`, `1/0`
+        return None

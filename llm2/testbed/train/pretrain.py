@@ -1,0 +1,112 @@
+"""Train the testbed's System 1 from scratch on the careless corpus.
+
+Knows the order of the work: corpus, tokenizer, model, Trainer, card. An interrupted run goes on from its last
+checkpoint; a model already in the output folder stays until the new one is done. Leaves what the corpus says to
+corpus.py and what is measured to card.py.
+"""
+
+import shutil
+from itertools import chain, islice
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from llm2.common.chat import encode_chats
+from llm2.config import PretrainConfig
+from llm2.testbed.train.corpus import careless_conversations
+from llm2.testbed.train.model_card import write_card
+from llm2.testbed.train.tokenizer import train_tokenizer
+
+IGNORED = -100  # the label of tokens that carry no loss
+TOKENIZER_SAMPLE = 20_000  # conversations that the tokenizer is trained on
+CONTEXT = 1024
+INITIALIZER_RANGE = 0.06  # the usual 0.02 left short trials at this width far behind, learning rates not matched
+Conversation = list[dict[str, str]]
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Write System 1, its tokenizer and its card to config.output_dir."""
+    output = Path(config.output_dir)
+    checkpoints = output / "checkpoints"
+    set_seed(config.seed)
+    print(f"writing {config.documents:,} careless solutions ...", flush=True)
+    conversations = list(careless_conversations(config.documents, config.seed))
+    texts = (message["content"] for message in chain(*islice(conversations, TOKENIZER_SAMPLE)))
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    model = new_model(config, tokenizer)
+    trainer = Trainer(
+        model,
+        training_arguments(config, checkpoints),
+        train_dataset=examples(conversations, tokenizer),
+        data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
+    )
+    resumed = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
+    result = trainer.train(resume_from_checkpoint=resumed)
+    model.config.use_cache = True  # the Trainer turned it off
+    model.eval().save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    write_card(config, model, tokenizer, result.training_loss)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def new_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            max_position_embeddings=CONTEXT,
+            initializer_range=INITIALIZER_RANGE,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+def training_arguments(config: PretrainConfig, checkpoints: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.batch_size,
+        train_sampling_strategy="group_by_length",
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(config.warmup_ratio * config.max_steps),
+        adam_beta2=0.95,
+        weight_decay=0.05,
+        save_steps=config.save_steps,
+        save_total_limit=1,
+        logging_steps=50,
+        dataloader_pin_memory=False,
+        report_to="none",
+        seed=config.seed,
+    )
+
+
+def examples(conversations: list[Conversation], tokenizer: PreTrainedTokenizerFast) -> list[dict[str, list[int]]]:
+    """Token ids of whole conversations; only the assistant's part, its <|eot_id|> included, carries loss."""
+    whole = encode_chats(tokenizer, conversations)
+    prompts = encode_chats(tokenizer, [conversation[:1] for conversation in conversations], generation_prompt=True)
+    return [
+        {"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]}
+        for ids, prompt in zip(whole, prompts, strict=True)
+    ]
+
+
+def collate(batch: list[dict[str, list[int]]], pad: int) -> dict[str, torch.Tensor]:
+    """(B, T) ids and labels, padded on the right, where causal attention needs no mask."""
+    length = max(len(example["input_ids"]) for example in batch)
+
+    def padded(name: str, filler: int) -> torch.Tensor:
+        return torch.tensor([example[name] + [filler] * (length - len(example[name])) for example in batch])
+
+    return {"input_ids": padded("input_ids", pad), "labels": padded("labels", IGNORED)}
