@@ -138,7 +138,7 @@ def test_an_unknown_key_is_refused_with_file_line_and_key(write):
 
 def test_a_missing_key_is_refused_by_name(write):
     path = write("model: m\noutput_dir: o\n")
-    assert refusal(path) == f"{path}: the key 'train_file' is missing"
+    assert refusal(path).startswith(f"{path}: the key 'train_file' is missing")
 
 
 @pytest.mark.parametrize(
