@@ -1,8 +1,8 @@
 """Finished work on disk, entry by entry, so that a killed run can resume.
 
-A journal is a folder with one shard per process. A shard is an append-only JSON Lines file whose first line, the header,
-is the config of the run. A kill can leave a torn last line, never more. Any process may finish any entry, so a resumed
-run can have another number of processes.
+A journal is a folder with one shard per process: an append-only JSON Lines file whose first line, the header, is the
+run's config. A kill can leave a torn last line, never more. Any process may finish any entry, so a resumed run can have
+another number of processes.
 """
 
 import fcntl

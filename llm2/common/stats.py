@@ -85,7 +85,7 @@ def bootstrap_means(values: np.ndarray, seed: int = 0):
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Probability that k of the n samples, drawn without replacement, include a correct one (Chen et al. 2021, eq. 1)."""
+    """Probability that k of n samples, drawn without replacement, include a correct one (Chen et al. 2021, eq. 1)."""
     _check_k(n, k)
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
