@@ -75,7 +75,7 @@ def reference(config: LabelsBenchmark, settings: ExploreConfig, folder: Path) ->
 
 
 def reference_entries(explorer: Explorer, problems: Sequence[Solved], config: LabelsBenchmark) -> Iterator[dict]:
-    """One entry per problem: the (token, quality) pairs of its forks, gold first, and how many tokens were generated."""
+    """One entry per problem: the (token, quality) pairs of its forks, gold first, and the count of generated tokens."""
     n, eos = config.reference_rollouts, explorer.engine.eos
     cases = explorer.begin(problems)
     branches = [(case, fork, token) for case in cases for fork in case.forks for token in fork.tokens]

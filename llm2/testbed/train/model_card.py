@@ -115,9 +115,9 @@ def card(config: PretrainConfig, parameters: int, vocabulary: int, loss: float, 
     return f"""# System 1 of the LLM2 testbed
 
 A Llama of {parameters:,} parameters ({layers} layers, width {width}, {heads} heads, tied embeddings, {vocabulary}
-tokens of byte-level BPE, one token per digit), trained from scratch on solutions of grade-school word problems by careless
-authors. The right tokens are nearly always plausible to it, but it often prefers wrong ones, so that LLM2's verifier
-(System 2) can be studied without a GPU. It has no other use.
+tokens of byte-level BPE, one token per digit), trained from scratch on solutions of grade-school word problems by
+careless authors. The right tokens are nearly always plausible to it, but it often prefers wrong ones, so that LLM2's
+verifier (System 2) can be studied without a GPU. It has no other use.
 
 - Training: `bash scripts/pretrain_testbed.sh` (transformers Trainer; {steps}, learning rate
   {config.learning_rate:g}, cosine, seed {config.seed}); mean training loss {loss:.3f}, on the assistant's tokens only.
