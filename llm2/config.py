@@ -123,11 +123,11 @@ class StoppingRule:
     """When the sequential test of a token asks for more rollouts, and when it stops (llm2/exploration/quality.py)."""
 
     quality_margin: Share = 0.35
-    """A token is a negative if its quality is below the gold token's by more than this margin ..."""
+    """A negative's quality is below the gold token's by more than this margin."""
     confidence: Share = 0.85
-    """... with at least this posterior probability."""
+    """A token is a negative once the posterior probability of exceeding quality_margin is at least this."""
     futility: Share = 0.03
-    """A token is as good as gold once the posterior probability of a negative is at most this."""
+    """A token is as good as gold once the posterior probability of exceeding quality_margin is at most this."""
     gold_rollouts: Count = 10
     """Rollouts of each fork's gold token, counting those reused from earlier forks."""
     min_rollouts: Count = 2

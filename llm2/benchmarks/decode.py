@@ -102,7 +102,7 @@ def benchmark_cases(
         runs[name] = lambda decoder=decoder: decode(decoder, prompts, config)
     if len(prompts) == 1:
         uncached = Guidance(verifier=separate, **options)
-        runs["the method as published, no cache"] = lambda: naive(system1, uncached, prompts[0], config.new_tokens)
+        runs["the method as published, no cache"] = lambda: len(naive(system1, uncached, prompts[0], config.new_tokens))
     baseline = COMPILED if on_gpu else GENERATE
     return [
         BenchmarkCase(
@@ -191,7 +191,7 @@ def synchronize(device: torch.device) -> None:
 
 
 @torch.inference_mode()
-def naive(system1: PreTrainedModel, guidance: Guidance, prompt: list[int], new_tokens: int) -> float:
+def naive(system1: PreTrainedModel, guidance: Guidance, prompt: list[int], new_tokens: int) -> list[int]:
     """Greedy guided decoding of one sequence without a cache: every forward reads the whole sequence again."""
     ids = torch.tensor([prompt], device=system1.device)  # (1, T)
     for _ in range(new_tokens):
@@ -203,4 +203,4 @@ def naive(system1: PreTrainedModel, guidance: Guidance, prompt: list[int], new_t
             scores = guidance.verifier(branches).scores[:, -1][None]  # (1, K)
         guided = guided_logits(logits.gather(1, candidates), valid, scores, guidance.beta)
         ids = torch.cat([ids, candidates.gather(1, guided.argmax(dim=1, keepdim=True))], dim=1)
-    return new_tokens
+    return ids[0, len(prompt) :].tolist()

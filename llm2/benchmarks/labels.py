@@ -22,8 +22,8 @@ from llm2.common.stats import wilson_interval
 from llm2.config import ExploreConfig
 from llm2.exploration.engines import Request, open_engine
 from llm2.exploration.explore import Explorer, explore
-from llm2.exploration.solutions import Solved, load_solved
-from llm2.tasks.checkers import load_checker
+from llm2.exploration.solutions import load_solved
+from llm2.tasks import Problem, load_task
 
 TokenKey = tuple[str, int, int]  # problem, position, token
 CHUNK = 4  # problems of the reference that are generated together
@@ -55,11 +55,11 @@ def measure(config: LabelsBenchmark) -> str:
 
 def reference(config: LabelsBenchmark, settings: ExploreConfig, folder: Path) -> tuple[dict[TokenKey, float], int]:
     """The quality of gold minus that of each other plausible token, and the number of tokens generated."""
-    tokenizer, checker = load_tokenizer(settings.model), load_checker(settings.grader or "number")
-    problems, _ = load_solved(settings, checker)
+    tokenizer, task = load_tokenizer(settings.model), load_task(settings.task, settings.data_file, settings.grader)
+    problems, _ = load_solved(settings, task)
     journal = Journal(folder, config, may_differ=("problems", "output", "fixed_rollouts"), key=itemgetter("id"))
     waiting = [problem for problem in problems if problem.id not in journal.done]
-    explorer = Explorer(settings, open_engine(settings, tokenizer), tokenizer, checker)
+    explorer = Explorer(settings, open_engine(settings, tokenizer), tokenizer, task)
     with tqdm(total=len(problems), initial=len(problems) - len(waiting), desc="reference", unit="problem") as bar:
         for index in range(0, len(waiting), CHUNK):
             for entry in reference_entries(explorer, waiting[index : index + CHUNK], config):
@@ -74,7 +74,7 @@ def reference(config: LabelsBenchmark, settings: ExploreConfig, folder: Path) ->
     return gaps, tokens
 
 
-def reference_entries(explorer: Explorer, problems: Sequence[Solved], config: LabelsBenchmark) -> Iterator[dict]:
+def reference_entries(explorer: Explorer, problems: Sequence[Problem], config: LabelsBenchmark) -> Iterator[dict]:
     """One entry per problem: the (token, quality) pairs of its forks, gold first, and the count of generated tokens."""
     n, eos = config.reference_rollouts, explorer.engine.eos
     cases = explorer.begin(problems)
@@ -95,7 +95,7 @@ def reference_entries(explorer: Explorer, problems: Sequence[Solved], config: La
         rollouts = [[]] if token in eos else next(generated)
         prefix = [*case.gold.ids[case.gold.start : fork.position], token]
         texts = explorer.tokenizer.batch_decode([[*prefix, *rollout] for rollout in rollouts], skip_special_tokens=True)
-        correct = [explorer.checker(text, case.gold.problem.gold) for text in texts]
+        correct = [grade.correct for grade in explorer.task.grade(texts, case.gold.problem.gold)]
         quality[case.gold.problem.id, fork.position, token] = sum(correct) / len(correct)
         case.counts["tokens"] += sum(map(len, rollouts))
     for case in cases:

@@ -19,7 +19,7 @@ from llm2.exploration.engines.local import LocalEngine
 from llm2.exploration.engines.vllm import VllmEngine
 from llm2.exploration.explore import forks_of
 from llm2.exploration.solutions import tokenize_solutions
-from llm2.tasks import load_problems
+from llm2.tasks import load_task
 
 GENERATE, VLLM = "transformers generate", "vLLM in process"
 
@@ -51,8 +51,9 @@ def measure(config: RolloutBenchmark) -> str:
 
 def rollout_requests(config: RolloutBenchmark, engine: LocalEngine) -> list[Request]:
     """One request for every plausible token at the forks of the gold solutions."""
-    problems = load_problems(config.task, config.split, config.problems)
-    golds = tokenize_solutions(problems, engine.tokenizer, resolve_template(config.chat_template), engine.eos)
+    task, template = load_task(config.task), resolve_template(config.chat_template)
+    problems = task.problems(config.split, config.problems)
+    golds = tokenize_solutions(task, problems, engine.tokenizer, template, engine.eos)
     candidates = engine.plausible([PositionQuery(gold.ids, gold.start, gold.end) for gold in golds])
     return [
         Request(

@@ -11,15 +11,15 @@ from llm2.benchmarks.runner import BenchmarkCase, ratios, report, run_interleave
 from llm2.common.chat import encode_chats, resolve_template
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.llm2 import LLM2
-from llm2.tasks import load_problems
+from llm2.tasks import load_task
 
 
 def measure(config: ThroughputBenchmark) -> str:
     """Measure every case, write `config.output`, return the table."""
     llm2 = LLM2.from_pretrained(config.model, config.verifier, **config.guidance(), device=config.device)
-    problems = load_problems("testbed", "test", config.problems)
-    template = resolve_template(config.chat_template)
-    prompts = encode_chats(llm2.tokenizer, [problem.prompt for problem in problems], template, generation_prompt=True)
+    task, template = load_task("testbed"), resolve_template(config.chat_template)
+    chats = [task.prompt(problem) for problem in task.problems("test", config.problems)]
+    prompts = encode_chats(llm2.tokenizer, chats, template, generation_prompt=True)
     runs: dict[tuple[str, int], Callable[[], float]] = {
         ("transformers generate, System 1 alone", batch_size): partial(generate, llm2, prompts, batch_size, config)
         for batch_size in config.generate_batch_sizes

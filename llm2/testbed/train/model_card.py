@@ -17,7 +17,7 @@ from llm2.config import PretrainConfig
 from llm2.decoding.candidates import plausible
 from llm2.decoding.decoder import Decoder, SamplingParams
 from llm2.exploration.solutions import TokenizedSolution, tokenize_solutions
-from llm2.tasks import Problem, grader_of, load_problems
+from llm2.tasks import Problem, load_task
 from llm2.tasks.grading import Grade
 from llm2.testbed.generator import stories
 from llm2.testbed.train.corpus import MISREADINGS, PARAPHRASED, REORDERED, SKIPPED, SLIP, SWAPPED, WRONG_OPERAND
@@ -43,7 +43,8 @@ class Measured(NamedTuple):
 
 def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int) -> Measured:
     """Solve the first n validation problems greedily and SAMPLED_PROBLEMS of them by sampling."""
-    problems = load_problems("testbed", "validation", n)
+    task = load_task("testbed")
+    problems = task.problems("validation", n)
     greedy = [grade.correct for (grade,) in solve(model, tokenizer, problems)]
     unambiguous = [
         correct
@@ -56,7 +57,7 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int)
         majority_at_k([grade.answer for grade in grades], problem.gold, SAMPLES)
         for grades, problem in zip(sampled, problems, strict=False)
     ]
-    golds = tokenize_solutions(problems, tokenizer, None, eos_ids(model, tokenizer))
+    golds = tokenize_solutions(task, problems, tokenizer, None, eos_ids(model, tokenizer))
     return Measured(
         problems=len(problems),
         sampled_problems=len(sampled),
@@ -74,7 +75,8 @@ def solve(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], samples: int | None = None
 ) -> list[list[Grade]]:
     """Each problem's grades: of `samples` solutions at temperature 1, of the greedy one when None."""
-    prompts = encode_chats(tokenizer, [problem.prompt for problem in problems], generation_prompt=True)
+    task = load_task("testbed")
+    prompts = encode_chats(tokenizer, [task.prompt(problem) for problem in problems], generation_prompt=True)
     solutions = Decoder(model).decode(
         prompts,
         max_new_tokens=MAX_NEW_TOKENS,
@@ -83,10 +85,9 @@ def solve(
         seeds=[[row_seed(problem.id, i) for i in range(samples or 1)] for problem in problems],
         batch_size=BATCH_SIZE,
     )
-    grader = grader_of("testbed")
     return [
-        grader(tokenizer.batch_decode([one.token_ids for one in completions], skip_special_tokens=True), problem.gold)
-        for completions, problem in zip(solutions, problems, strict=True)
+        task.grade(tokenizer.batch_decode([one.token_ids for one in written], skip_special_tokens=True), problem.gold)
+        for written, problem in zip(solutions, problems, strict=True)
     ]
 
 
