@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from llm2.benchmarks import labels
 from llm2.benchmarks.configs import LabelsBenchmark, RolloutBenchmark
 from llm2.benchmarks.labels import compare, reference_entries
 from llm2.benchmarks.rollouts import GENERATE, generate, measure, num_tokens
@@ -31,6 +32,16 @@ def test_labels_are_compared_beyond_the_margin_only():
     assert decided == pytest.approx(4 / 5)  # all beyond the margin but 0.4
     assert found == pytest.approx(1 / 3)  # of 0.8, 0.5, 0.4 the first
     assert worse == pytest.approx(2 / 3)  # of 0.8, 0.1, -0.5 the first two
+
+
+def test_a_second_measurement_reuses_the_exploration_and_the_reference(tmp_path, monkeypatch):
+    output = tmp_path / "labels.json"
+    config = LabelsBenchmark(benchmark="labels", output=str(output), problems=1, reference_rollouts=1)
+    table = labels.measure(config)
+    monkeypatch.setattr(labels, "explore", None)
+    monkeypatch.setattr(labels, "reference_entries", None)
+    assert labels.measure(config) == table
+    assert [row["unit"] for row in json.loads(output.read_text())["rows"]] == ["share"] * 5
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Problems per second with trained systems: guided decoding against transformers' `generate` of System 1 alone.
+"""Problems per second with trained systems: guided decoding against transformers' `generate` of System 1.
 
 Solutions differ in length, so each batch of `generate` waits for its longest one; several batch sizes are tried.
 """

@@ -17,7 +17,7 @@ from scipy import optimize, stats
 CONFIDENCE = 0.95
 RESAMPLES = 9_999
 BATCH = 500  # resamples in memory at a time
-SUBSETS = 1_000  # at most so many subsets for a weighted vote
+SUBSETS = 1_000  # limit of subsets for a weighted vote
 
 
 @dataclass(frozen=True)

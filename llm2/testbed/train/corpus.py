@@ -64,6 +64,7 @@ def careless_conversations(n: int, seed: int = 0) -> Iterator[list[dict[str, str
 
 
 def careless_solution(story: Story, rng: random.Random) -> Solution:
+    """The story as one careless author solves it."""
     values = list(story.values)  # the author's result of each step
     operands = [operand for step in story.steps for operand in (step.left, step.right)]
     given = sorted({operand.value for operand in operands if isinstance(operand, Given)})
@@ -112,7 +113,7 @@ def _write(story: Story, step: Step, values: list[int], rng: random.Random) -> t
 
 
 def _order(steps: tuple[Step, ...], rng: random.Random) -> list[int]:
-    """Indices in their own order, or a random one where each step follows those it depends on; the last stays last."""
+    """Indices in story order, or in a random one where each step follows those it depends on; the last stays last."""
     if rng.random() >= REORDERED:
         return list(range(len(steps)))
     order, waiting = [], list(range(len(steps) - 1))
