@@ -92,7 +92,7 @@ class ProcessVerifier(PreTrainedModel):
             lora: settings of an adapter (`lora.DEFAULTS`); System 1's weights are then frozen. None for a full copy.
             options: passed to AutoModel.from_pretrained (dtype, local_files_only, attn_implementation, ...).
         """
-        verifier = cls.from_backbone(AutoModel.from_pretrained(model, **options), model, lora)
+        verifier = cls.from_backbone(load_backbone(model, **options), model, lora)
         nn.init.normal_(verifier.score.weight, std=verifier.backbone.config.get_text_config().initializer_range)
         return verifier
 
