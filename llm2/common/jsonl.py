@@ -1,0 +1,45 @@
+"""JSON Lines: one object a line, read by one function for every file of the project."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from llm2.errors import UserError
+
+
+def read_jsonl(
+    path: str | Path, what: str = "records", text_keys: tuple[str, ...] = (), skip_torn_line: bool = False
+) -> Iterator[tuple[int, dict]]:
+    """The line number (from 1) and the object of each line that is not blank.
+
+    Args:
+        what: the file's content, for error messages.
+        text_keys: keys that every object must have, with a text as value.
+        skip_torn_line: leave out a last line without a newline, which a killed process left behind.
+
+    Raises UserError that names file and line where the file cannot be read or does not have this format.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip() and not (skip_torn_line and not line.endswith("\n")):
+                    yield number, _parse(line, f"{path}, line {number}", text_keys)
+    except OSError as error:
+        raise UserError(f"cannot read the {what} {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from None
+
+
+def _parse(line: str, where: str, text_keys: tuple[str, ...]) -> dict:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected an object, found a {type(record).__name__}")
+    for key in text_keys:
+        if key not in record:
+            raise UserError(f"{where}: expected the key {key!r}, found {', '.join(map(repr, record)) or 'no keys'}")
+        if not isinstance(record[key], str):
+            raise UserError(f"{where}: key {key!r}: expected a text, found {record[key]!r}")
+    return record
