@@ -148,8 +148,10 @@ def run_train(config: TrainConfig) -> None:
 
 def check_evaluate(config: EvaluateConfig) -> None:
     from llm2.evaluation.evaluate import check
+    from llm2.tasks import load_task
 
     check(config)
+    load_task(config.task, config.data_file, config.grader).problems(config.split, 1)
 
 
 def run_evaluate(config: EvaluateConfig) -> None:

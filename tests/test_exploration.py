@@ -22,8 +22,7 @@ from llm2.exploration.engines import PositionQuery, open_engine
 from llm2.exploration.explore import Explorer, explore, forks_of, most_informative
 from llm2.exploration.quality import RolloutCounts
 from llm2.exploration.solutions import tokenize_solutions
-from llm2.tasks import load_problems
-from llm2.tasks.grading import is_correct
+from llm2.tasks import load_task
 from llm2.verifier.triplets import load_examples
 
 SYSTEM1 = "llm2/testbed/system1"
@@ -51,7 +50,11 @@ def test_forks_are_where_more_than_one_token_is_plausible(loaded, config):
     """Against the definition, position by position, from one forward a prefix."""
     model, tokenizer = loaded
     (gold,) = tokenize_solutions(
-        load_problems("testbed", "train", 1), tokenizer, LLAMA3_PLAIN, eos_ids(model, tokenizer)
+        load_task("testbed"),
+        load_task("testbed").problems("train", 1),
+        tokenizer,
+        LLAMA3_PLAIN,
+        eos_ids(model, tokenizer),
     )
     (candidates,) = open_engine(config, tokenizer).plausible([PositionQuery(gold.ids, gold.start, gold.end)])
     forks = {fork.position: fork for fork in forks_of(gold, candidates)}
@@ -103,8 +106,8 @@ def test_explored_triplets_fit_the_format_and_prefer_gold(config, loaded):
 
 def test_every_rollout_counted_is_one_that_was_written_or_passed_by(config, loaded):
     tokenizer = loaded[1]
-    explorer = Explorer(config, open_engine(config, tokenizer), tokenizer, is_correct)
-    cases = explorer.begin(load_problems("testbed", "train", 3))
+    explorer = Explorer(config, open_engine(config, tokenizer), tokenizer, load_task("testbed"))
+    cases = explorer.begin(load_task("testbed").problems("train", 3))
     settled = sum(tally.rollouts for case in cases for tally in case.trial.tallies.values())
     while asked := [(case, asks) for case in cases if (asks := case.trial.ask())]:
         explorer.generate(asked)
@@ -264,8 +267,8 @@ def chats(config, tmp_path):
         ({"messages": []}, "line 2: expected an object with the key 'messages'"),
         ({"messages": [{"role": "user"}] * 2}, "line 2: key 'messages': expected objects with 'role' and 'content'"),
         ({"messages": chat()["messages"][::-1]}, "line 2: the last message is by 'user'"),
-        (chat("3 + 3?", "I do not know."), "line 2: key 'answer': the checker does not accept the gold solution"),
-        (chat("3 + 3?", answer="5"), "line 2: key 'answer': the checker does not accept .* for the answer '5'"),
+        (chat("3 + 3?", "I do not know."), "line 2: key 'answer': the grader .* does not accept the gold solution"),
+        (chat("3 + 3?", answer="5"), "line 2: key 'answer': the grader .* does not accept .* for the answer '5'"),
         (chat("3 + 3?", answer=None), "line 2: key 'answer': expected a text or a number, found None"),
         (chat("3 + 3?", id="line-1"), "the id 'line-1' stands for 2 problems"),
     ],

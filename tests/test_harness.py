@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from llm2.common.chat import encode_chats
 from llm2.decoding.decoder import Decoder
 from llm2.evaluation.lm_eval_model import HarnessModel
-from llm2.tasks import load_problems
+from llm2.tasks import load_task
 from llm2.tasks.grading import extract_answer, is_correct
 from llm2.verifier.model import ProcessVerifier
 
@@ -57,7 +57,7 @@ def verifier(tmp_path_factory) -> str:
 def samples(tmp_path_factory, verifier) -> list[dict]:
     """What the harness logs of each problem."""
     folder = tmp_path_factory.mktemp("harness")
-    problems = load_problems("testbed", "test", N)
+    problems = load_task("testbed").problems("test", N)
     lines = [json.dumps({"question": p.question, "answer": f"{p.solution}\n#### {p.gold}"}) for p in problems]
     (folder / "problems.jsonl").write_text("\n".join(lines))
     (folder / "task.yaml").write_text(TASK.format(data=folder / "problems.jsonl"))
@@ -75,8 +75,10 @@ def samples(tmp_path_factory, verifier) -> list[dict]:
 
 def test_the_harness_decodes_as_we_do(samples, verifier):
     model = HarnessModel(SYSTEM1, verifier, beta=4.0, device="cpu").llm2
-    problems = {problem.question: problem for problem in load_problems("testbed", "test", N)}
-    prompts = encode_chats(model.tokenizer, [p.prompt for p in problems.values()], generation_prompt=True)
+    problems = {problem.question: problem for problem in load_task("testbed").problems("test", N)}
+    prompts = encode_chats(
+        model.tokenizer, [load_task("testbed").prompt(p) for p in problems.values()], generation_prompt=True
+    )
     rows = Decoder(model.system1, model.guidance).decode(prompts, max_new_tokens=160, eos=model.eos)
     ours = {
         question: model.tokenizer.decode(row.token_ids, skip_special_tokens=True)

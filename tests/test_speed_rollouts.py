@@ -11,7 +11,7 @@ from llm2.config import ExploreConfig
 from llm2.exploration.engines import Request, open_engine
 from llm2.exploration.explore import Explorer
 from llm2.exploration.solutions import load_solved
-from llm2.tasks.grading import is_correct
+from llm2.tasks import load_task
 
 SYSTEM1 = "llm2/testbed/system1"
 
@@ -39,11 +39,11 @@ def explorer() -> Explorer:
         model=SYSTEM1, output="unused", task="testbed", limit=1, max_new_tokens=100, batch_size=64, device="cpu"
     )
     tokenizer = load_tokenizer(SYSTEM1)
-    return Explorer(config, open_engine(config, tokenizer), tokenizer, is_correct)
+    return Explorer(config, open_engine(config, tokenizer), tokenizer, load_task("testbed"))
 
 
 def test_the_reference_rolls_every_token_out_equally_often(explorer):
-    problems, _ = load_solved(explorer.config, is_correct)
+    problems, _ = load_solved(explorer.config, explorer.task)
     (entry,) = exhaust(explorer, problems, LabelsBenchmark(task="labels", reference_rollouts=4))
     (case,) = explorer.begin(problems)
     assert [(fork[0], tuple(token for token, _ in fork[1:])) for fork in entry["forks"]] == [
@@ -56,7 +56,7 @@ def test_the_reference_rolls_every_token_out_equally_often(explorer):
 def test_generate_is_credited_with_the_tokens_up_to_the_end_of_each_row(explorer):
     """Where only one continuation is likely, both write the same number of tokens."""
     engine = explorer.engine
-    problems, _ = load_solved(explorer.config, is_correct)
+    problems, _ = load_solved(explorer.config, explorer.task)
     (case,) = explorer.begin(problems)
     requests = [Request(case.gold.ids, case.gold.end - back, [], [1, 2]) for back in (1, 2, 4)]
     config = RolloutBenchmark(task="rollouts", batch_size=4, device="cpu")

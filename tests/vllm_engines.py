@@ -18,7 +18,7 @@ from llm2.common.seeds import row_seed
 from llm2.config import ExploreConfig
 from llm2.exploration.engines import Engine, Request, open_engine
 from llm2.exploration.explore import Explorer, explore
-from llm2.tasks import load_problems
+from llm2.tasks import load_task
 from llm2.tasks.grading import is_correct
 from llm2.verifier.triplets import load_examples
 
@@ -68,8 +68,8 @@ def server(tmp_path_factory) -> str:
 
 def judge(config: ExploreConfig, tokenizer, engine: Engine) -> tuple[list, dict]:
     """The forks, and right answers of ROLLOUTS rollouts of each of their tokens."""
-    explorer = Explorer(config, engine, tokenizer, is_correct)
-    cases = explorer.begin(load_problems("testbed", "train", PROBLEMS))
+    explorer = Explorer(config, engine, tokenizer, load_task("testbed"))
+    cases = explorer.begin(load_task("testbed").problems("train", PROBLEMS))
     branches = [
         (case, fork.position, token)
         for case in cases

@@ -23,8 +23,8 @@ from llm2.common.stats import wilson_interval
 from llm2.config import ExploreConfig
 from llm2.exploration.engines import Request, open_engine
 from llm2.exploration.explore import Explorer, explore
-from llm2.exploration.solutions import Solved, load_solved
-from llm2.tasks.checkers import load_checker
+from llm2.exploration.solutions import load_solved
+from llm2.tasks import Problem, load_task
 
 Pair = tuple[str, int, int]  # problem, position, token
 CHUNK = 4  # problems of the reference written together
@@ -54,11 +54,11 @@ def measure(config: LabelsBenchmark) -> str:
 
 def reference(config: LabelsBenchmark, settings: ExploreConfig, folder: Path) -> tuple[dict[Pair, float], int]:
     """By how much each token's quality is below gold's, and the tokens generated for that."""
-    tokenizer, checker = load_tokenizer(settings.model), load_checker(settings.grader or "number")
-    problems, _ = load_solved(settings, checker)
+    tokenizer, task = load_tokenizer(settings.model), load_task(settings.task, settings.data_file, settings.grader)
+    problems, _ = load_solved(settings, task)
     journal = Journal(folder, config, may_differ=("problems", "output", "fixed_rollouts"), key=itemgetter("id"))
     waiting = [problem for problem in problems if problem.id not in journal.done]
-    explorer = Explorer(settings, open_engine(settings, tokenizer), tokenizer, checker)
+    explorer = Explorer(settings, open_engine(settings, tokenizer), tokenizer, task)
     with tqdm(total=len(problems), initial=len(problems) - len(waiting), desc="reference", unit="problem") as bar:
         for index in range(0, len(waiting), CHUNK):
             for entry in exhaust(explorer, waiting[index : index + CHUNK], config):
@@ -73,7 +73,7 @@ def reference(config: LabelsBenchmark, settings: ExploreConfig, folder: Path) ->
     return lower, tokens
 
 
-def exhaust(explorer: Explorer, problems: Sequence[Solved], config: LabelsBenchmark) -> Iterator[dict]:
+def exhaust(explorer: Explorer, problems: Sequence[Problem], config: LabelsBenchmark) -> Iterator[dict]:
     """One entry a problem: its forks' (token, quality), gold first, and the tokens generated."""
     n, eos = config.reference_rollouts, explorer.engine.eos
     cases = explorer.begin(problems)
@@ -94,7 +94,7 @@ def exhaust(explorer: Explorer, problems: Sequence[Solved], config: LabelsBenchm
         tails = [[]] if token in eos else next(written)
         begun = [*case.gold.ids[case.gold.start : fork.position], token]
         texts = explorer.tokenizer.batch_decode([[*begun, *tail] for tail in tails], skip_special_tokens=True)
-        right = [explorer.checker(text, case.gold.problem.gold) for text in texts]
+        right = [grade.correct for grade in explorer.task.grade(texts, case.gold.problem.gold)]
         quality[case.gold.problem.id, fork.position, token] = sum(right) / len(right)
         case.counts["tokens"] += sum(map(len, tails))
     for case in cases:

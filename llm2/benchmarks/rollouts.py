@@ -20,7 +20,7 @@ from llm2.exploration.engines.local import LocalEngine
 from llm2.exploration.engines.vllm import VllmEngine
 from llm2.exploration.explore import Explorer
 from llm2.exploration.solutions import load_solved
-from llm2.tasks.checkers import load_checker
+from llm2.tasks import load_task
 
 GENERATE, VLLM = "transformers generate", "vLLM in process"
 
@@ -76,9 +76,9 @@ def settings_of(config: RolloutBenchmark) -> ExploreConfig:
 
 
 def requests_of(config: RolloutBenchmark, settings: ExploreConfig, engine: LocalEngine) -> list[Request]:
-    checker = load_checker(settings.checker)
-    problems, _ = load_solved(settings, checker)
-    cases = Explorer(settings, engine, engine.tokenizer, checker).begin(problems)
+    task = load_task(settings.task)
+    problems, _ = load_solved(settings, task)
+    cases = Explorer(settings, engine, engine.tokenizer, task).begin(problems)
     return [
         Request(
             case.gold.ids,

@@ -15,15 +15,18 @@ from llm2.benchmarks.runner import BenchmarkCase, markdown_table, rows, run_inte
 from llm2.common.chat import encode_chats, resolve_template
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.llm2 import LLM2
-from llm2.tasks import load_problems
+from llm2.tasks import load_task
 
 
 def measure(config: ThroughputBenchmark) -> str:
     """Time `generate` at each batch size and ours at one, write `config.output`, return the table."""
     llm2 = LLM2.from_pretrained(config.model, config.verifier, config.alpha, config.beta, device=config.device)
-    problems = load_problems("testbed", "test", config.problems)
+    task = load_task("testbed")
+    problems = task.problems("test", config.problems)
     template = resolve_template(config.chat_template)
-    prompts = encode_chats(llm2.tokenizer, [each.prompt for each in problems], template, generation_prompt=True)
+    prompts = encode_chats(
+        llm2.tokenizer, [task.prompt(problem) for problem in problems], template, generation_prompt=True
+    )
     runs: dict[tuple[str, int], Callable[[], float]] = {
         ("transformers generate, System 1 alone", size): partial(generate, llm2, prompts, size, config)
         for size in config.generate_batch_sizes

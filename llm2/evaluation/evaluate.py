@@ -26,13 +26,25 @@ from llm2.errors import UserError
 from llm2.evaluation.metrics import summarise
 from llm2.evaluation.predictions import Predictions
 from llm2.evaluation.tracing import TokenText, trace_of
-from llm2.tasks import Grader, Problem, grader_of, load_problems
+from llm2.tasks import Problem, Task, load_task
 from llm2.tasks.few_shot import load_examples
+from llm2.verifier.model import require_verifier
 from llm2.verifier.scoring import score_tokens, solution_score
 
 PATIENCE = timedelta(days=7)  # how long a process that is done waits for the others
 SCORED_TOGETHER = 16  # finished rows that wait for one forward of the verifier, and are then written
-SETTINGS = ("model", "verifier", "alpha", "beta", "top_k", "temperature", "top_p", "samples", "few_shot", "shots")
+SETTINGS = (
+    "model",
+    "verifier",
+    "alpha",
+    "beta",
+    "top_k",
+    "temperature",
+    "top_p",
+    "num_samples",
+    "few_shot",
+    "num_fewshot",
+)
 
 
 def evaluate(config: EvaluateConfig) -> dict | None:
@@ -42,16 +54,18 @@ def evaluate(config: EvaluateConfig) -> dict | None:
     """
     check(config)
     processes = PartialState(cpu=config.device == "cpu", timeout=PATIENCE)
-    problems = load_problems(config.task, config.split, config.limit, config.data_file)
+    task = load_task(config.task, config.data_file, config.grader)
+    problems = task.problems(config.split, config.limit)
     examples = load_examples(config.few_shot, config.num_fewshot)
     predictions = Predictions(config, processes)
     if any(predictions.missing(problems, mode) for mode in config.modes):
         llm2 = LLM2.from_pretrained(
             config.model, config.verifier, config.alpha, config.beta, config.top_k, config.device, config.dtype
         )
-        evaluation = Evaluation(config, llm2, examples, grader_of(config.task))
+        evaluation = Evaluation(config, llm2, examples, task)
         for mode in config.modes:
             evaluation.run(mode, problems, predictions, processes)
+    task.close()
     processes.wait_for_everyone()
     metrics = None
     if processes.is_main_process:
@@ -67,7 +81,11 @@ def check(config: EvaluateConfig) -> None:
     if config.verifier is None and any(mode.startswith("guided") for mode in config.modes):
         raise UserError("the guided modes need a verifier: set verifier=<folder>, or leave them out of modes")
     if max(config.majority_at, default=1) > config.num_samples:
-        raise UserError(f"majority_at: found {max(config.majority_at)}, expected at most samples={config.num_samples}")
+        raise UserError(
+            f"majority_at: found {max(config.majority_at)}, expected at most num_samples={config.num_samples}"
+        )
+    if config.verifier is not None:
+        require_verifier(config.verifier)
 
 
 def describe(config: EvaluateConfig, n: int) -> dict:
@@ -103,8 +121,8 @@ class Decoded(NamedTuple):
 class Evaluation:
     """Both systems with all it takes to predict and grade."""
 
-    def __init__(self, config: EvaluateConfig, llm2: LLM2, examples: Sequence[Message], grader: Grader) -> None:
-        self.config, self.llm2, self.examples, self.grader = config, llm2, list(examples), grader
+    def __init__(self, config: EvaluateConfig, llm2: LLM2, examples: Sequence[Message], task: Task) -> None:
+        self.config, self.llm2, self.examples, self.task = config, llm2, list(examples), task
         self.pieces = TokenText(llm2.tokenizer)
 
     def run(self, mode: str, problems: Sequence[Problem], predictions: Predictions, processes: PartialState) -> None:
@@ -127,7 +145,7 @@ class Evaluation:
     def _decode(self, mode: str, problems: Sequence[Problem]) -> Iterator[Decoded]:
         """The problems in the order in which they are done."""
         config, guided, sampled = self.config, mode.startswith("guided"), mode.endswith("sampling")
-        messages = [[*self.examples, *problem.prompt] for problem in problems]
+        messages = [[*self.examples, *self.task.prompt(problem)] for problem in problems]
         template = resolve_template(config.chat_template)
         prompts = encode_chats(self.llm2.tokenizer, messages, template, generation_prompt=True)
         samples = config.num_samples if sampled else 1
@@ -178,7 +196,7 @@ class Evaluation:
                 "verifier_forwards": row.num_verifier_calls,
                 "score": None if own is None else round(solution_score(own, self.config.solution_score), 5),
             }
-            for text, grade, row, own in zip(texts, self.grader(texts, problem.gold), rows, scores, strict=True)
+            for text, grade, row, own in zip(texts, self.task.grade(texts, problem.gold), rows, scores, strict=True)
         ]
 
 

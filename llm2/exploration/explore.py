@@ -28,9 +28,9 @@ from llm2.config import ExploreConfig, StoppingRule
 from llm2.errors import UserError
 from llm2.exploration.engines import Candidate, Engine, PositionQuery, Request, open_engine
 from llm2.exploration.quality import Fork, SequentialTest, reused_rollouts
-from llm2.exploration.solutions import Solved, TokenizedSolution, load_solved, tokenize_solutions
+from llm2.exploration.solutions import TokenizedSolution, load_solved, tokenize_solutions
 from llm2.exploration.summary import summary
-from llm2.tasks.checkers import Checker, load_checker
+from llm2.tasks import Problem, Task, load_task
 from llm2.verifier.triplets import Triplet, record_line
 
 CHUNK = 16  # problems begun together
@@ -58,7 +58,7 @@ def explore(config: ExploreConfig) -> dict | None:
     output, partial = Path(config.output), partial_of(config)
     if output.exists() and partial.exists():  # killed after the last file was in place, before tidying up
         return _tidy(output, partial)
-    checker, problems, repeated = prepare(config)
+    task, problems, repeated = prepare(config)
     tokenizer = load_tokenizer(config.model)
     engine = open_engine(config, tokenizer)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def explore(config: ExploreConfig) -> dict | None:
         waiting[:: dist_info().world_size]
     )  # of the first process: it may become another, see `iter_shared_work`
     with tqdm(total=share, desc="explore", unit="problem", disable=not dist_info().is_main) as bar:
-        explorer = Explorer(config, engine, tokenizer, checker, ThroughputMeter(bar))
+        explorer = Explorer(config, engine, tokenizer, task, ThroughputMeter(bar))
         for entry in explorer.explore(waiting[i] for i in iter_shared_work(len(waiting))):
             journal.add(entry)
             bar.update()
@@ -86,13 +86,13 @@ def explore(config: ExploreConfig) -> dict | None:
     return write_outputs(journal, output, order, earlier, time.perf_counter() - start, repeated)
 
 
-def prepare(config: ExploreConfig) -> tuple[Checker, list[Solved], int]:
-    """The checker, the problems, how many were repetitions; every mistake that can be told without a model."""
+def prepare(config: ExploreConfig) -> tuple[Task, list[Problem], int]:
+    """The task, the problems, how many were repetitions; every mistake that can be told without a model."""
     check(config)
     if Path(config.output).exists() and not partial_of(config).exists():
         raise UserError(f"{config.output} exists already; choose another output, or delete it to explore anew")
-    checker = load_checker(config.grader or "number")
-    return checker, *load_solved(config, checker)
+    task = load_task(config.task, config.data_file, config.grader)
+    return task, *load_solved(config, task)
 
 
 def partial_of(config: ExploreConfig) -> Path:
@@ -102,8 +102,6 @@ def partial_of(config: ExploreConfig) -> Path:
 
 def check(config: ExploreConfig) -> None:
     """What one field alone cannot tell."""
-    if config.task == "chats" and config.data_file is None:
-        raise UserError("task: chats wants data_file=<JSON lines of messages>, found none")
     if config.engine == "vllm" and config.top_k is None:
         raise UserError(
             "engine: vllm wants top_k (say 10; a server shows at most 20): it lists the likeliest tokens only"
@@ -148,15 +146,15 @@ class Explorer:
         config: ExploreConfig,
         engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
-        checker: Checker,
+        task: Task,
         on_tokens: Callable[[int], None] = lambda count: None,
     ) -> None:
         self.config, self.engine, self.tokenizer = config, engine, tokenizer
-        self.checker, self.on_tokens = checker, on_tokens
+        self.task, self.on_tokens = task, on_tokens
         self.template = resolve_template(config.chat_template)
         self.rule: StoppingRule = config
 
-    def explore(self, problems: Iterable[Solved]) -> Iterator[dict]:
+    def explore(self, problems: Iterable[Problem]) -> Iterator[dict]:
         """One journal entry a problem, as their last verdicts fall.
 
         Each round hands the engine what all active problems ask for; new problems join until that fills its window.
@@ -173,8 +171,8 @@ class Explorer:
             self.generate(asked)
             active = [case for case, _ in asked]
 
-    def begin(self, problems: Sequence[Solved]) -> list[ProblemState]:
-        golds = tokenize_solutions(problems, self.tokenizer, self.template, self.engine.eos)
+    def begin(self, problems: Sequence[Problem]) -> list[ProblemState]:
+        golds = tokenize_solutions(self.task, problems, self.tokenizer, self.template, self.engine.eos)
         plausible = self.engine.plausible([PositionQuery(gold.ids, gold.start, gold.end) for gold in golds])
         cases = []
         for gold, candidates in zip(golds, plausible, strict=True):
@@ -215,8 +213,8 @@ class Explorer:
         gold = case.gold
         begun = [*gold.ids[gold.start : fork.position], token]
         texts = self.tokenizer.batch_decode([[*begun, *tail] for tail in tails], skip_special_tokens=True)
-        for text, tail in zip(texts, tails, strict=True):
-            right = self.checker(text, gold.problem.gold)
+        grades = self.task.grade(texts, gold.problem.gold)
+        for right, tail in zip((grade.correct for grade in grades), tails, strict=True):
             case.trial.add(fork.position, token, right, weight)
             if token == fork.tokens[0]:
                 for position, passed in reused_rollouts(gold.ids, fork.position, tail, case.forks):
@@ -272,7 +270,7 @@ def entry_of(case: ProblemState, config: ExploreConfig) -> dict:
         "beyond_max_triplets": len(negatives) - len(kept),
     }
     line = record_line(
-        case.gold.problem.conversation,
+        case.gold.messages,
         [pair["triplet"] for pair in kept],
         id=case.gold.problem.id,
         quality=[[round(pair[of].quality, 4) for of in ("gold", "token")] for pair in kept],

@@ -1,76 +1,40 @@
-"""Gold solutions from any JSON lines of chats: `messages` that end in the solution, and `answer` where there is one.
+"""Gold solutions from any JSON Lines of chats: `messages` that end in the solution, `answer` where there is one."""
 
-Knows that format and what can be wrong with a line. Leaves whether an answer is right to a checker.
-"""
-
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 
+from llm2.common.jsonl import read_jsonl
 from llm2.errors import UserError
-
-Message = dict[str, str]
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A conversation whose last message is a gold solution. It serves where a Problem does."""
-
-    id: str
-    conversation: list[Message]
-    gold: str  # what the checker compares an answer with; the gold solution itself where the line has no `answer`
-
-    @property
-    def prompt(self) -> list[Message]:
-        return self.conversation[:-1]
-
-    @property
-    def solution(self) -> str:
-        return self.conversation[-1]["content"]
+from llm2.tasks.task import NumberTask, Problem
 
 
-def load_chats(path: str, checker: Callable[[str, str], bool], limit: int | None = None) -> list[Chat]:
-    """The first `limit` lines (all when None), each with its own `id` or else line-NUMBER; blank lines are skipped.
+class Chats(NumberTask):
+    """Answers are compared as numbers, unless `grader` names another comparison."""
 
-    Raises UserError at the first line that cannot be read, or whose gold solution the checker does not accept.
-    """
-    return list(islice(_chats(path, checker), limit))
-
-
-def _chats(path: str, checker: Callable[[str, str], bool]) -> Iterator[Chat]:
-    try:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    chat = _parse(line, number, f"{path}, line {number}")
-                    if not checker(chat.solution, chat.gold):
-                        raise UserError(
-                            f"{path}, line {number}: key 'answer': the checker does not accept the gold solution, "
-                            f"which ends in {chat.solution[-40:]!r}, for the answer {chat.gold[-40:]!r}"
-                        )
-                    yield chat
-    except OSError as error:
-        raise UserError(f"cannot read the chats {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from None
+    def problems(self, split: str, limit: int | None = None) -> list[Problem]:
+        """Lines have their own `id` or else line-NUMBER; without `answer` the gold solution is the gold answer."""
+        if self.data_file is None:
+            raise UserError("task: chats wants data_file=<JSON lines of messages>, found none")
+        lines = islice(read_jsonl(self.data_file, "chats"), limit)
+        return [_problem(record, number, f"{self.data_file}, line {number}") for number, record in lines]
 
 
-def _parse(line: str, number: int, where: str) -> Chat:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON: {error}") from None
-    messages = record.get("messages") if isinstance(record, dict) else None
+def _problem(record: dict, number: int, where: str) -> Problem:
+    messages = record.get("messages")
     if not isinstance(messages, list) or len(messages) < 2:
-        raise UserError(f"{where}: expected an object with the key 'messages' that holds a prompt and a gold solution")
+        raise UserError(f"{where}: expected the key 'messages' with a prompt and a gold solution")
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise UserError(f"{where}: key 'messages': expected objects with 'role' and 'content', found {message!r}")
-    if messages[-1]["role"] != "assistant":
-        raise UserError(f"{where}: the last message is by {messages[-1]['role']!r}; expected the assistant's solution")
-    answer = record.get("answer", messages[-1]["content"])
+    roles = [message["role"] for message in messages[-2:]]
+    if roles != ["user", "assistant"]:
+        raise UserError(
+            f"{where}: key 'messages': expected the user's question and the assistant's solution at the end, "
+            f"found messages by {' and '.join(roles)}"
+        )
+    *history, question, solution = ({"role": m["role"], "content": m["content"]} for m in messages)
+    answer = record.get("answer", solution["content"])
     if isinstance(answer, bool) or not isinstance(answer, str | int | float) or answer == "":
         raise UserError(f"{where}: key 'answer': expected a text or a number, found {answer!r}")
-    conversation = [{"role": message["role"], "content": message["content"]} for message in messages]
-    return Chat(str(record.get("id", f"line-{number}")), conversation, str(answer))
+    return Problem(
+        str(record.get("id", f"line-{number}")), question["content"], str(answer), solution["content"], history
+    )

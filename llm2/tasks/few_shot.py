@@ -1,38 +1,38 @@
-"""Worked examples before each problem, as turns of the chat.
-
-Knows the published 8-shot chain of thought (Wei et al., 2022), as lm-evaluation-harness ships it, and local files of
-worked problems. Zero-shot, as in the paper, is no examples at all.
-"""
+"""Worked examples before each problem, as turns of the chat; zero-shot, as in the paper, is none."""
 
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 
 import yaml
 
+from llm2.common.chat import Message
 from llm2.errors import UserError
-from llm2.tasks import problem_of
-from llm2.tasks.gsm8k import file_records
+from llm2.tasks.gsm8k import read_problems
 
 PUBLISHED = "gsm8k-cot"
 
 
-def load_examples(source: str | None, shots: int | None = None) -> list[dict[str, str]]:
-    """Messages of user and assistant in turn; none for None.
+def load_examples(source: str | None, num_fewshot: int | None = None) -> list[Message]:
+    """Messages of user and assistant in turn; none when the source is None.
 
     Args:
-        source: `gsm8k-cot`, or a JSON lines file in GSM8K's format.
-        shots: the first so many examples; all when None.
+        source: `gsm8k-cot`, the published 8-shot chain of thought (Wei et al., 2022) as lm-evaluation-harness ships it,
+            or a JSON Lines file in GSM8K's format.
+        num_fewshot: the first so many examples; all when None.
     """
     if source is None:
         return []
-    pairs = _published() if source == PUBLISHED else _of_file(source)
-    chosen = list(islice(pairs, shots))
-    if shots is not None and len(chosen) < shots:
-        raise UserError(f"few_shot: {source} holds {len(chosen)} examples, expected at least shots={shots}")
+    if source == PUBLISHED:
+        examples = _published()
+    else:
+        examples = [(problem.question, problem.solution) for problem in read_problems(source, "example")]
+    if len(examples) < (num_fewshot or 0):
+        raise UserError(
+            f"few_shot: {source} holds {len(examples)} examples, expected at least num_fewshot={num_fewshot}"
+        )
     return [
         {"role": role, "content": text}
-        for question, solution in chosen
+        for question, solution in examples[:num_fewshot]
         for role, text in (("user", question), ("assistant", solution))
     ]
 
@@ -44,8 +44,3 @@ def _published() -> list[tuple[str, str]]:
     path = Path(harness.submodule_search_locations[0], "tasks", "gsm8k", "gsm8k-cot.yaml")
     samples = yaml.safe_load(path.read_text())["fewshot_config"]["samples"]
     return [(sample["question"], sample["target"]) for sample in samples]
-
-
-def _of_file(path: str) -> list[tuple[str, str]]:
-    problems = map(problem_of, file_records(path, "example"))
-    return [(problem.question, problem.solution) for problem in problems]

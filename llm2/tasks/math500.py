@@ -6,17 +6,21 @@ run for ever, in sympy or below it, where no signal gets through: hence processe
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from itertools import islice
 from multiprocessing import get_context
 
 from pebble import ProcessPool
 
+from llm2.common.chat import Message
+from llm2.common.jsonl import read_jsonl
 from llm2.errors import UserError
 from llm2.tasks.grading import Grade
-from llm2.tasks.records import hub_rows, read_records
+from llm2.tasks.hub import hub_rows
+from llm2.tasks.task import Problem, Task
 
 DATASET = "HuggingFaceH4/MATH-500"
 SPLITS = ("test",)
@@ -25,29 +29,40 @@ TIME_LIMIT = 30.0  # seconds by the clock, far above the milliseconds of a usual
 LONGEST = 20_000  # characters that are parsed, from the end
 
 
-def hub_records(split: str, limit: int | None = None) -> list[dict]:
-    """MATH-500 itself, from the hub or its local cache."""
-    if split not in SPLITS:
-        raise UserError(f"math500 has no split {split!r}: expected one of {', '.join(SPLITS)}")
-    return _records(hub_rows(DATASET, split), split, limit)
+class Math500(Task):
+    """Competition problems with answers in LaTeX, from the hub or a file of the same format."""
 
+    def __init__(self, data_file: str | None = None) -> None:
+        super().__init__(data_file)
+        self.grader: MathGrader | None = None  # its processes start with the first grade
 
-def file_records(path: str, split: str, limit: int | None = None) -> list[dict]:
-    """The records of a local JSON lines file in the same format."""
-    return _records((row for _, row in read_records(path, ("problem", "answer"))), split, limit)
+    def problems(self, split: str, limit: int | None = None) -> list[Problem]:
+        if self.data_file is not None:
+            rows = (row for _, row in read_jsonl(self.data_file, "problems", ("problem", "answer")))
+        elif split not in SPLITS:
+            raise UserError(f"math500 has no split {split!r}: expected one of {', '.join(SPLITS)}")
+        else:
+            rows = hub_rows(DATASET, split)
+        return [
+            Problem(
+                id=str(row.get("unique_id", f"{split}-{index}")),
+                question=row["problem"],
+                gold=row["answer"],
+                solution=row.get("solution", ""),
+            )
+            for index, row in enumerate(islice(rows, limit))
+        ]
 
+    def prompt(self, problem: Problem) -> list[Message]:
+        return super().prompt(replace(problem, question=f"{problem.question}\n\n{INSTRUCTION}"))
 
-def _records(rows: Iterable[dict], split: str, limit: int | None) -> list[dict]:
-    return [
-        {
-            "id": str(row.get("unique_id", f"{split}-{index}")),
-            "question": row["problem"],
-            "solution": row.get("solution", ""),
-            "gold": row["answer"],
-            "instruction": INSTRUCTION,
-        }
-        for index, row in enumerate(islice(rows, limit))
-    ]
+    def grade(self, texts: Sequence[str], gold: str) -> list[Grade]:
+        self.grader = self.grader or MathGrader()
+        return self.grader(texts, gold)
+
+    def close(self) -> None:
+        if self.grader is not None:
+            self.grader.close()
 
 
 class MathGrader:

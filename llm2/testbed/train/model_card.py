@@ -21,7 +21,7 @@ from llm2.config import PretrainConfig
 from llm2.decoding.candidates import plausible
 from llm2.decoding.decoder import Decoder, SamplingParams
 from llm2.exploration.solutions import TokenizedSolution, tokenize_solutions
-from llm2.tasks import Problem, grader_of, load_problems
+from llm2.tasks import Problem, load_task
 from llm2.tasks.grading import Grade
 from llm2.testbed.generator import stories
 from llm2.testbed.stories import Story
@@ -48,7 +48,8 @@ class Measured(NamedTuple):
 
 
 def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int, split: str = "validation") -> Measured:
-    problems = load_problems("testbed", split, n)
+    task = load_task("testbed")
+    problems = task.problems(split, n)
     greedy = [grade.correct for (grade,) in solve(model, tokenizer, problems)]
     clean = [
         right for right, story in zip(greedy, islice(stories(split), n), strict=True) if not _misread_by_most(story)
@@ -56,7 +57,7 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int,
     sampled = solve(model, tokenizer, problems[:SAMPLED_PROBLEMS], SAMPLES)
     right = [sum(grade.correct for grade in grades) for grades in sampled]
     votes = [[grade.answer for grade in grades] for grades in sampled]
-    golds = tokenize_solutions(problems, tokenizer, None, eos_ids(model, tokenizer))
+    golds = tokenize_solutions(task, problems, tokenizer, None, eos_ids(model, tokenizer))
     return Measured(
         problems=len(problems),
         sampled_problems=len(sampled),
@@ -74,7 +75,8 @@ def solve(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], samples: int | None = None
 ) -> list[list[Grade]]:
     """The grades of each problem's solutions: of the greedy one, or of so many at temperature 1."""
-    prompts = encode_chats(tokenizer, [problem.prompt for problem in problems], generation_prompt=True)
+    task = load_task("testbed")
+    prompts = encode_chats(tokenizer, [task.prompt(problem) for problem in problems], generation_prompt=True)
     rows = Decoder(model).decode(
         prompts,
         max_new_tokens=MOST_NEW_TOKENS,
@@ -83,9 +85,8 @@ def solve(
         seeds=[[row_seed(problem.id, i) for i in range(samples or 1)] for problem in problems],
         batch_size=BATCH,
     )
-    grader = grader_of("testbed")
     return [
-        grader(tokenizer.batch_decode([row.token_ids for row in own], skip_special_tokens=True), problem.gold)
+        task.grade(tokenizer.batch_decode([row.token_ids for row in own], skip_special_tokens=True), problem.gold)
         for own, problem in zip(rows, problems, strict=True)
     ]
 

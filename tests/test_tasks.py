@@ -12,7 +12,7 @@ import pytest
 from pebble import ProcessPool
 
 from llm2.errors import UserError
-from llm2.tasks import Problem, load_problems, math500
+from llm2.tasks import Problem, load_task, math500
 from llm2.tasks.few_shot import load_examples
 from llm2.tasks.grading import Grade, extract_answer
 from llm2.tasks.math500 import MathGrader
@@ -39,20 +39,21 @@ def write(tmp_path):
 
 
 def test_record_becomes_problem(write):
-    [problem] = load_problems("gsm8k", "train", data_file=write(NATALIA))
+    task = load_task("gsm8k", write(NATALIA))
+    [problem] = task.problems("train")
     assert problem == Problem(
         id="train-0",
         question="How many clips did Natalia sell altogether?",
         solution="Natalia sold 48/2 = 24 clips in May. She sold 1,048+24 = 1,072 clips. So the answer is 1072.",
         gold="1072",
     )
-    assert problem.prompt == [{"role": "user", "content": problem.question}]
-    assert problem.conversation == [*problem.prompt, {"role": "assistant", "content": problem.solution}]
+    assert task.prompt(problem) == [{"role": "user", "content": problem.question}]
+    assert task.conversation(problem) == [*task.prompt(problem), {"role": "assistant", "content": problem.solution}]
 
 
 def test_ids_are_the_files_own_or_count_the_problems(write):
     data_file = write(NATALIA, "", "  ", NATALIA, {**NATALIA, "id": "mine"}, {**NATALIA, "id": 7})
-    assert [problem.id for problem in load_problems("gsm8k", "dev", data_file=data_file)] == [
+    assert [problem.id for problem in load_task("gsm8k", data_file).problems("dev")] == [
         "dev-0",
         "dev-1",
         "mine",
@@ -62,23 +63,23 @@ def test_ids_are_the_files_own_or_count_the_problems(write):
 
 def test_limit_reads_no_further(write):
     data_file = write(NATALIA, NATALIA, "not JSON")
-    assert len(load_problems("gsm8k", "test", limit=2, data_file=data_file)) == 2
+    assert len(load_task("gsm8k", data_file).problems("test", limit=2)) == 2
 
 
 def test_gsm8ks_validation_split_is_the_end_of_its_training_problems(monkeypatch):
     rows = [{"question": str(index), "answer": "#### 1"} for index in range(7473)]
     monkeypatch.setattr("llm2.tasks.gsm8k.hub_rows", lambda dataset, split, subset: rows)
-    problems = load_problems("gsm8k", "validation")
+    problems = load_task("gsm8k").problems("validation")
     assert (len(problems), problems[0].question, problems[0].id) == (473, "7000", "validation-0")
 
 
 def test_few_shot_examples_are_turns_of_the_chat(write):
     assert load_examples(None) == []
-    messages = load_examples(write(NATALIA, NATALIA), shots=1)
+    messages = load_examples(write(NATALIA, NATALIA), num_fewshot=1)
     assert [message["role"] for message in messages] == ["user", "assistant"]
     assert messages[1]["content"].endswith("So the answer is 1072.")
-    with pytest.raises(UserError, match="holds 2 examples, expected at least shots=3"):
-        load_examples(write(NATALIA, NATALIA), shots=3)
+    with pytest.raises(UserError, match="holds 2 examples, expected at least num_fewshot=3"):
+        load_examples(write(NATALIA, NATALIA), num_fewshot=3)
 
 
 def test_the_published_examples_end_in_their_answers():
@@ -91,10 +92,11 @@ MATH = {"problem": "What is 1/2 + 1/2?", "solution": "It is \\boxed{1}.", "answe
 
 
 def test_math500_asks_for_a_box(write):
-    [problem] = load_problems("math500", "test", data_file=write(MATH))
+    task = load_task("math500", write(MATH))
+    [problem] = task.problems("test")
     assert (problem.id, problem.gold, problem.solution) == ("test/1.json", "1", "It is \\boxed{1}.")
-    assert problem.prompt[0]["content"].startswith("What is 1/2 + 1/2?\n\n")
-    assert problem.prompt[0]["content"].endswith("\\boxed{}.")
+    assert task.prompt(problem)[0]["content"].startswith("What is 1/2 + 1/2?\n\n")
+    assert task.prompt(problem)[0]["content"].endswith("\\boxed{}.")
 
 
 @pytest.fixture(scope="module")
@@ -150,25 +152,31 @@ def test_a_grader_without_processes_says_so():
 
 
 def test_an_empty_file_has_no_problems(write):
-    assert load_problems("gsm8k", "test", data_file=write("")) == []
+    assert load_task("gsm8k", write("")).problems("test") == []
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", "line 2: not valid JSON"),
-        ("[1]", "line 2: expected an object with `question` and `answer`, found a list"),
+        ("[1]", "line 2: expected an object, found a list"),
         ({"question": "?"}, "line 2: expected the key 'answer', found 'question'"),
         ({"answer": "#### 1"}, "line 2: expected the key 'question', found 'answer'"),
-        ({"question": 1, "answer": "#### 1"}, "line 2: 'question' must be a text, found 1"),
-        ({"question": "?", "answer": "It is 72."}, "line 2: 'answer' must end in `#### number`, found 'It is 72.'"),
-        ({"question": "?", "answer": "#### many"}, "line 2: 'answer' must end in `#### number`, found '#### many'"),
+        ({"question": 1, "answer": "#### 1"}, "line 2: key 'question': expected a text, found 1"),
+        (
+            {"question": "?", "answer": "It is 72."},
+            "line 2: key 'answer': expected `#### number` at its end, found 'It is 72.'",
+        ),
+        (
+            {"question": "?", "answer": "#### many"},
+            "line 2: key 'answer': expected `#### number` at its end, found '#### many'",
+        ),
     ],
 )
 def test_bad_line_is_named_in_one_sentence(write, line, message):
     data_file = write(NATALIA, line)
     with pytest.raises(UserError) as error:
-        load_problems("gsm8k", "test", data_file=data_file)
+        load_task("gsm8k", data_file).problems("test")
     assert message in str(error.value)
     assert data_file in str(error.value)
     assert "\n" not in str(error.value)
@@ -176,30 +184,30 @@ def test_bad_line_is_named_in_one_sentence(write, line, message):
 
 def test_unreadable_file_is_named(tmp_path):
     with pytest.raises(UserError, match="missing.jsonl: No such file"):
-        load_problems("gsm8k", "test", data_file=str(tmp_path / "missing.jsonl"))
+        load_task("gsm8k", str(tmp_path / "missing.jsonl")).problems("test")
     with pytest.raises(UserError, match="Is a directory"):
-        load_problems("gsm8k", "test", data_file=str(tmp_path))
+        load_task("gsm8k", str(tmp_path)).problems("test")
     (tmp_path / "latin1.jsonl").write_bytes(b"\xe9")
     with pytest.raises(UserError, match="expected UTF-8 text, found byte 0xe9"):
-        load_problems("gsm8k", "test", data_file=str(tmp_path / "latin1.jsonl"))
+        load_task("gsm8k", str(tmp_path / "latin1.jsonl")).problems("test")
 
 
 @pytest.mark.parametrize(
     ("benchmark", "split", "message"),
     [
-        ("gsm9k", "test", "unknown benchmark 'gsm9k': expected one of gsm8k, math500, testbed"),
+        ("gsm9k", "test", "key 'task': found 'gsm9k', expected one of gsm8k, math500, testbed, chats, or MODULE:CLASS"),
         ("gsm8k", "dev", "gsm8k has no split 'dev': expected one of train, validation, test"),
         ("testbed", "dev", "testbed has no split 'dev': expected one of pretrain, train, validation, test"),
     ],
 )
 def test_unknown_names_are_refused(benchmark, split, message):
     with pytest.raises(UserError, match=message):
-        load_problems(benchmark, split)
+        load_task(benchmark).problems(split)
 
 
 @pytest.mark.parametrize("split", ["pretrain", "train", "validation", "test"])
 def test_testbed_problems_are_worked_to_their_gold_answer(split):
-    problems = load_problems("testbed", split, limit=20)
+    problems = load_task("testbed").problems(split, limit=20)
     assert len({problem.id for problem in problems}) == 20
     for problem in problems:
         assert problem.solution.endswith(f" So the answer is {problem.gold}.")
@@ -211,7 +219,7 @@ def test_all_of_gsm8k_loads_from_local_files(split, size):
     file = GSM8K / f"{split}.jsonl"
     if not file.exists():
         pytest.skip(f"{file} is not there")
-    problems = load_problems("gsm8k", split, data_file=str(file))
+    problems = load_task("gsm8k", str(file)).problems(split)
     assert len({problem.id for problem in problems}) == size
     for problem in problems:
         assert problem.solution.endswith(f" So the answer is {problem.gold}.")
@@ -223,9 +231,9 @@ def test_the_hubs_rows_become_problems(monkeypatch):
     import datasets
 
     asked = []
-    monkeypatch.setattr("llm2.tasks.records.hub_answers", lambda dataset: True)
+    monkeypatch.setattr("llm2.tasks.hub.hub_answers", lambda dataset: True)
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: asked.append((*names, split)) or [NATALIA] * 3)
-    assert [problem.id for problem in load_problems("gsm8k", "test", limit=2)] == ["test-0", "test-1"]
+    assert [problem.id for problem in load_task("gsm8k").problems("test", limit=2)] == ["test-0", "test-1"]
     assert asked == [("openai/gsm8k", "main", "test")]
 
 
@@ -237,10 +245,10 @@ def patient(seconds):
     print("slept", seconds)
 socket.getaddrinfo = socket.socket.connect = unreachable
 time.sleep = patient  # what a client does before it tries again
-from llm2.tasks import load_problems
+from llm2.tasks import load_task
 from llm2.errors import UserError
 try:
-    print(len(load_problems("gsm8k", "test", data_file=sys.argv[1] if sys.argv[1:] else None)))
+    print(len(load_task("gsm8k", sys.argv[1] if sys.argv[1:] else None).problems("test")))
 except UserError as error:
     print(error)
 """
@@ -267,3 +275,44 @@ def run_without_network(home: Path, *arguments: str, **settings: str) -> str:
         timeout=300,
         check=True,
     ).stdout
+
+
+def readme_task() -> str:
+    """The worked example of llm2/tasks/README.md."""
+    text = (Path(__file__).parents[1] / "llm2" / "tasks" / "README.md").read_text()
+    return text.split("```python\n")[1].split("```")[0]
+
+
+def test_the_readmes_task_is_short_and_grades_its_own_solutions(tmp_path, monkeypatch):
+    assert len(readme_task().splitlines()) < 30
+    (tmp_path / "weekdays.py").write_text(readme_task())
+    monkeypatch.chdir(tmp_path)
+    task = load_task("weekdays:Weekdays")
+    for problem in task.problems("test", 5):
+        (grade,) = task.grade([f"That is a {problem.gold}."], problem.gold)
+        assert grade.correct and grade.answer == problem.gold
+        assert not task.grade(["No idea."], problem.gold)[0].correct
+
+
+@pytest.mark.slow
+def test_the_readmes_task_is_explored_trained_on_and_evaluated(tmp_path, monkeypatch):
+    """A small model that knows the days is trained here, so that exploration has something to find."""
+    from weekday_model import save_weekday_model
+
+    from llm2.config import EvaluateConfig, ExploreConfig, Mode, TrainConfig
+    from llm2.evaluation.evaluate import evaluate
+    from llm2.exploration.explore import explore
+    from llm2.verifier.train import train
+
+    (tmp_path / "weekdays.py").write_text(readme_task())
+    monkeypatch.chdir(tmp_path)
+    model = save_weekday_model(tmp_path / "system1", load_task("weekdays:Weekdays"))
+    common = {"model": model, "device": "cpu"}
+    task = {"task": "weekdays:Weekdays", "max_new_tokens": 30, **common}
+    report = explore(ExploreConfig(**task, output="triplets.jsonl", limit=20))
+    assert report["triplets"] > 0
+    sizes = {"global_batch_size": 4, "per_device_train_batch_size": 4, "evaluations": 1, "num_train_epochs": 1.0}
+    train(TrainConfig(**common, **sizes, train_file="triplets.jsonl", output_dir="verifier", eval_share=0.2))
+    modes = (Mode.PLAIN_GREEDY, Mode.GUIDED_GREEDY)
+    metrics = evaluate(EvaluateConfig(**task, verifier="verifier", output_dir="results", limit=10, modes=modes))
+    assert metrics["benchmark"] == "weekdays:Weekdays" and set(metrics["modes"]) == {mode.value for mode in modes}

@@ -1,0 +1,34 @@
+"""Splits of datasets from the Hugging Face hub or its local cache."""
+
+from collections.abc import Iterable
+
+from llm2.errors import UserError
+
+HUB_TIMEOUT = 5.0  # seconds; a hub that can be reached answers within one
+
+
+def hub_rows(dataset: str, split: str, subset: str | None = None) -> Iterable[dict]:
+    """A split of a dataset. Raises UserError where neither hub nor cache has it."""
+    import datasets  # takes a second, and a local file needs none of it
+
+    if not hub_answers(dataset):  # straight to the cache: the library would retry for half a minute
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        return datasets.load_dataset(*filter(None, [dataset, subset]), split=split)
+    except (OSError, ValueError):  # the hub's errors are OSErrors; a ValueError: cached, but not this part of it
+        raise UserError(
+            f"{dataset} is not in the local cache and the Hugging Face hub cannot be reached: "
+            "set data_file=<local JSON lines in its format>, "
+            "or run `bash scripts/quickstart.sh`, which needs no download"
+        ) from None
+
+
+def hub_answers(dataset: str) -> bool:
+    """One request without retries."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(dataset, timeout=HUB_TIMEOUT)
+    except Exception:  # no network, a refusing proxy, HF_HUB_OFFLINE; the class depends on the hub's HTTP library
+        return False
+    return True

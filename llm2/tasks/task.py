@@ -1,0 +1,105 @@
+"""The interface of a task: load problems of a split, make the prompt, grade solutions."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from llm2.common.chat import Message
+from llm2.errors import UserError
+from llm2.tasks.grading import Grade, extract_answer, grade_numbers
+
+BUILT_IN = {
+    "gsm8k": "llm2.tasks.gsm8k:GSM8K",
+    "math500": "llm2.tasks.math500:Math500",
+    "testbed": "llm2.tasks.testbed:Testbed",
+    "chats": "llm2.tasks.chats:Chats",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with its gold answer; exploration also needs the gold solution."""
+
+    id: str  # unique within its split
+    question: str
+    gold: str  # the answer, as the task's `grade` compares it
+    solution: str = ""
+    history: Sequence[Message] = ()  # messages before the question: a system prompt, earlier turns
+
+
+class Task:
+    """Subclass it for a task of your own: `problems` and `extract_answer` are enough.
+
+    Args:
+        data_file: local JSON lines in the task's own format, read in place of its source; never a network.
+    """
+
+    def __init__(self, data_file: str | None = None) -> None:
+        self.data_file = data_file
+
+    def problems(self, split: str, limit: int | None = None) -> list[Problem]:
+        """The first `limit` problems (all when None) of a split. Raises UserError for what the user can mend."""
+        raise NotImplementedError
+
+    def prompt(self, problem: Problem) -> list[Message]:
+        """What the model is asked: it ends with the user's turn."""
+        return [*problem.history, {"role": "user", "content": problem.question}]
+
+    def conversation(self, problem: Problem) -> list[Message]:
+        """The prompt and the gold solution."""
+        return [*self.prompt(problem), {"role": "assistant", "content": problem.solution}]
+
+    def extract_answer(self, text: str) -> str | None:
+        """A solution's final answer, None where there is none. Equal answers are equal strings: they vote together."""
+        raise NotImplementedError
+
+    def grade(self, texts: Sequence[str], gold: str) -> list[Grade]:
+        """One grade per solution of the problem with this gold answer."""
+        answers = [self.extract_answer(text) for text in texts]
+        return [Grade(answer, answer == gold, answer == gold) for answer in answers]
+
+    def close(self) -> None:
+        """Release what the task holds, such as processes."""
+
+
+class NumberTask(Task):
+    """A task whose answers are numbers (llm2/tasks/grading.py)."""
+
+    def extract_answer(self, text: str) -> str | None:
+        return extract_answer(text)
+
+    def grade(self, texts: Sequence[str], gold: str) -> list[Grade]:
+        return grade_numbers(texts, gold)
+
+
+def load_task(name: str, data_file: str | None = None, grader: str | None = None) -> Task:
+    """A task by its name or as MODULE:CLASS, installed or in the working directory.
+
+    Args:
+        grader: MODULE:FUNCTION of (text, gold) -> bool that replaces the task's own grading.
+    """
+    task = _load("task", BUILT_IN.get(name, name), f"one of {', '.join(BUILT_IN)}, or MODULE:CLASS")(data_file)
+    if grader is not None:
+        is_correct: Callable[[str, str], bool] = _load("grader", grader, "MODULE:FUNCTION")
+        task.grade = lambda texts, gold: [_graded(task, text, gold, is_correct(text, gold)) for text in texts]
+    return task
+
+
+def _graded(task: Task, text: str, gold: str, correct: bool) -> Grade:
+    """Right solutions vote for gold; wrong ones for their own answer, or for nothing in common where none is found."""
+    answer = gold if correct else task.extract_answer(text) or text
+    return Grade(None if answer == gold and not correct else answer, bool(correct), bool(correct))
+
+
+def _load(key: str, name: str, expected: str):
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise UserError(f"key {key!r}: found {name!r}, expected {expected}")
+    if (folder := str(Path.cwd())) not in sys.path:
+        sys.path.append(folder)
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"key {key!r}: {name!r} cannot be imported: {error}") from None
