@@ -238,6 +238,15 @@ AutoConfig.register(ProcessVerifierConfig.model_type, ProcessVerifierConfig)
 AutoModel.register(ProcessVerifierConfig, ProcessVerifier)
 
 
+def require_verifier(name: str) -> None:
+    """Raise UserError, before anything slow, if a local verifier does not exist."""
+    if is_local(name) and not (Path(name) / "config.json").is_file():
+        raise UserError(
+            f"verifier {name!r}: expected a folder with config.json, found none; "
+            "`bash scripts/train_verifier.sh` trains one"
+        )
+
+
 def load_verifier(
     name: str, device: torch.device, dtype: str, vocabulary: int, system1: PreTrainedModel | None = None
 ) -> ProcessVerifier:
@@ -247,11 +256,7 @@ def load_verifier(
         vocabulary: number of System 1's tokens; the verifier must embed as many.
         system1: a LoRA verifier shares its weights; `device` and `dtype` must then be System 1's.
     """
-    if is_local(name) and not (Path(name) / "config.json").is_file():
-        raise UserError(
-            f"verifier {name!r}: expected a folder with config.json, found none; "
-            "`bash scripts/train_verifier.sh` trains one"
-        )
+    require_verifier(name)
     options = {"local_files_only": is_local(name), "dtype": resolve_dtype(dtype, device)}
     try:
         verifier = ProcessVerifier.from_pretrained(name, system1=system1, **options)

@@ -24,6 +24,9 @@ from llm2.verifier.trainer import LossConfig, VerifierTrainer
 from llm2.verifier.triplets import Example, Summary, load_examples
 
 MAY_DIFFER = ("output_dir", "resume", "report_to", "logging_steps")  # between a run and its continuation
+# Keys that TrainConfig and TrainingArguments share.
+PASSED_ON = ("output_dir", "num_train_epochs", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm")
+PASSED_ON += ("per_device_train_batch_size", "bf16", "logging_steps", "report_to", "seed")
 
 
 def train(config: TrainConfig) -> dict:
@@ -155,19 +158,12 @@ def training_arguments(config: TrainConfig, solutions: int, device: torch.device
     steps = math.ceil(math.ceil(solutions / config.global_batch_size) * config.num_train_epochs)
     eval_steps = max(1, steps // config.evaluations)
     return TrainingArguments(
-        output_dir=config.output_dir,
-        num_train_epochs=config.num_train_epochs,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler_type,
+        **{name: getattr(config, name) for name in PASSED_ON},
         warmup_steps=config.warmup_ratio,  # below 1 it is a ratio
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        per_device_train_batch_size=config.per_device_train_batch_size,
         per_device_eval_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=config.global_batch_size // forward_size,
         # passed only where it is on: transformers 6 renames it, and 5 warns of that
         **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
-        bf16=config.bf16,
         eval_strategy="steps",
         eval_steps=eval_steps,
         save_strategy="steps",
@@ -175,13 +171,10 @@ def training_arguments(config: TrainConfig, solutions: int, device: torch.device
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="pair_accuracy",
-        logging_steps=config.logging_steps,
-        report_to=config.report_to,
         label_names=["pair_ids"],
         remove_unused_columns=False,
         ddp_broadcast_buffers=False,  # every process loads the same unembedding, and it is large
         use_cpu=device.type == "cpu",
-        seed=config.seed,
         data_seed=config.seed,
     )
 
