@@ -146,7 +146,7 @@ def test_pairs_beyond_max_length_are_dropped_and_counted(tokenizer, tmp_path):
         load_examples(path, tokenizer, LLAMA3_PLAIN, max_length=40)
 
 
-def test_the_table_tells_lengths_pairs_and_duplicates(seed_record, tokenizer):
+def test_the_table_shows_lengths_pairs_and_duplicates(seed_record, tokenizer):
     path, ids, _ = seed_record
     path.write_text(path.read_text() * 3)
     _, summary = load_examples(path, tokenizer, LLAMA3_PLAIN)
@@ -156,8 +156,8 @@ def test_the_table_tells_lengths_pairs_and_duplicates(seed_record, tokenizer):
 
 
 @pytest.mark.parametrize("quality", [None, [[1.0, 0.0]], [1.0, 0.0], "good"])
-def test_weights_by_quality_want_the_quality_of_each_pair(seed_record, tokenizer, quality):
-    """The file has two triplets a line; who does not weigh by quality does not look at it."""
+def test_quality_weights_need_the_quality_of_each_pair(seed_record, tokenizer, quality):
+    """The file has two triplets a line. Without quality weights the key is ignored."""
     path, _, _ = seed_record
     record = json.loads(path.read_text()) | {"quality": quality}
     path.write_text(json.dumps(record))
@@ -171,7 +171,7 @@ def test_memory_does_not_grow_with_the_file(seed_record, tokenizer, tmp_path, mo
     path, _, _ = seed_record
     line = path.read_text()
 
-    def most(lines: int) -> int:
+    def peak_memory(lines: int) -> int:
         many = tmp_path / f"{lines}.jsonl"
         many.write_text(line * lines)
         tracemalloc.start()
@@ -180,5 +180,5 @@ def test_memory_does_not_grow_with_the_file(seed_record, tokenizer, tmp_path, mo
         tracemalloc.stop()
         return peak
 
-    most(200)  # what is imported or cached once
-    assert most(1_600) < 1.2 * most(400), "four times the lines"
+    peak_memory(200)  # imports and caches
+    assert peak_memory(1_600) < 1.2 * peak_memory(400), "four times the lines"

@@ -47,7 +47,7 @@ def model_card(config: TrainConfig, metrics: Mapping[str, float], data: Sequence
     base = Path(config.model).name if local else config.model
     header = {"library_name": "llm2", "tags": ["llm2", "process-verifier", "lora" if config.lora_r else "full"]}
     rows = [(f"`{Path(path).name}`", f"{counts}, {counts.dropped:,} beyond max_length") for path, counts in data]
-    rows += [(f"solutions in {name}", f"{metrics[f'{name}_solutions']:,}") for name in ("train", "eval")]
+    rows += [("solutions", f"{metrics['train_solutions']:,} in training, {metrics['eval_solutions']:,} held out")]
     rows += [("optimizer steps", f"{metrics['steps']:,}; the best on the held-out pairs: {metrics['best_step']:,}")]
     values = as_dict(config) | {"chat_template": config.chat_template and Path(config.chat_template).name}
     changed = [key.name for key in fields(config) if values[key.name] != key.default]
