@@ -26,8 +26,8 @@ from llm2.common.loading import load_tokenizer, resolve_device
 from llm2.testbed.generator import gold_solution, stories
 from llm2.verifier.collate import VerifierBatch, verifier_batch
 from llm2.verifier.loss import pairwise_loss
+from llm2.verifier.masks import BLOCK
 from llm2.verifier.model import ProcessVerifier, ProcessVerifierConfig
-from llm2.verifier.packing import BLOCK
 from llm2.verifier.triplets import Example, Triplet, load_examples, record_line
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bfloat16, from NVIDIA's data sheets
@@ -66,8 +66,9 @@ class Step:
     def run_packed(self) -> None:
         device = self.packed.device
         batch = VerifierBatch(*(t if t is None else t.to(device) for t in self.batch()))
-        output = self.packed(batch.input_ids, start=batch.start, bound=batch.bound, pairs=batch.pairs)
-        self.finish(self.packed, pairwise_loss(output.margins, batch.labels))
+        inputs = {"start": batch.start, "prefix_len": batch.prefix_len, "pair_indices": batch.pair_indices}
+        output = self.packed(batch.input_ids, **inputs)
+        self.finish(self.packed, pairwise_loss(output.margins, batch.pair_weights))
 
     def run_plain(self) -> None:
         ends, sequences = [], []

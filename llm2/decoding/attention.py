@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from llm2.decoding.kv_cache import SlotCache
-from llm2.verifier.branches import sees
+from llm2.verifier.masks import tree_mask
 
 IMPLEMENTATION = "llm2_slots"
 
@@ -151,7 +151,7 @@ class Block:
     def _bias(self, window: int | None, groups: int, like: torch.Tensor) -> torch.Tensor:
         """(R, 1, groups * Q, W)."""
         if (window, groups) not in self.biases:
-            seen = sees(self.own, self.bound, self.width)
+            seen = tree_mask(self.own, self.bound, self.width)
             if window is not None:
                 column = torch.arange(self.width, device=like.device)
                 near = (column > self.bound[..., None] - window) | (column == self.own[..., None])
@@ -290,6 +290,6 @@ def _window_bias(count: int, branches: int, width: int, window: int, like: torch
     """(Q, width) of a span that ends in the last column: as `_span_bias`, and no further back than the window."""
     own = torch.arange(width - count, width, device=like.device)
     bound = own.clamp(max=width - branches)
-    seen = sees(own[None], bound[None], width)[0, 0]
+    seen = tree_mask(own[None], bound[None], width)[0, 0]
     column = torch.arange(width, device=like.device)
     return _bias_of(seen & ((column > bound[:, None] - window) | (column == own[:, None])), like.dtype)
