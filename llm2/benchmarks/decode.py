@@ -24,7 +24,8 @@ from llm2.benchmarks.runner import (
 )
 from llm2.benchmarks.shapes import llama_shape
 from llm2.common.loading import resolve_device, resolve_dtype
-from llm2.decoding.decoder import Decoder, Guidance
+from llm2.decoding.decoder import Decoder
+from llm2.decoding.sampling import Guidance
 from llm2.verifier import lora
 from llm2.verifier.model import ProcessVerifier
 

@@ -20,7 +20,9 @@ from llm2.tasks import load_problems
 
 def measure(config: ThroughputBenchmark) -> str:
     """Time `generate` at each batch size and ours at one, write `config.output`, return the table."""
-    llm2 = LLM2.from_pretrained(config.model, config.verifier, config.alpha, config.beta, device=config.device)
+    llm2 = LLM2.from_pretrained(
+        config.model, config.verifier, device=config.device, alpha=config.alpha, beta=config.beta
+    )
     problems = load_problems("testbed", "test", config.problems)
     template = resolve_template(config.chat_template)
     prompts = encode_chats(llm2.tokenizer, [each.prompt for each in problems], template, generation_prompt=True)
