@@ -77,7 +77,7 @@ def test_most_forwards_are_replayed_and_write_the_same_tokens(tmp_path, lora, ba
         EagerReplay, "__call__", lambda self, inputs: replays.append(inputs.shape) or replay(self, inputs)
     )
     model, verifier = systems(tmp_path, lora)
-    guidance, batch = Guidance(verifier=verifier, alpha=0.05, beta=2.0), prompts(40, seed=3)
+    guidance, batch = Guidance(verifier=verifier, alpha=0.05, beta=2.0), prompts(7 + batch_size, seed=3)
     plain, recorded = Decoder(model, guidance), Decoder(model, guidance, graphs=True)
     expected = tokens(plain, batch, batch_size)
     assert tokens(recorded, batch, batch_size) == expected

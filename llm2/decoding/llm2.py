@@ -96,9 +96,8 @@ class GuidedGenerate:
                 top_p=1.0 if config.top_p is None else config.top_p,
                 min_p=config.min_p,
             )
-        output_scores, output_logits = (
-            config.return_dict_in_generate and wanted for wanted in (config.output_scores, config.output_logits)
-        )
+        output_scores = config.return_dict_in_generate and config.output_scores
+        output_logits = config.return_dict_in_generate and config.output_logits
         keep_logits = bool(output_scores or output_logits)
         completions = self.decoder.decode(
             [ids[keep.bool()].tolist() for ids, keep in zip(input_ids, mask, strict=True)],
@@ -120,12 +119,11 @@ class GuidedGenerate:
         if not (config.return_dict_in_generate or trace):
             return sequences
         traces = [completion.trace for (completion,) in completions]
+        logits = [[token.logits for token in tokens] for tokens in traces]
         return GuidedOutput(
             sequences=sequences,
             scores=self._scores(traces, sampling, pad) if output_scores else None,
-            logits=_by_step([[token.logits for token in tokens] for tokens in traces], 0.0, pad)
-            if output_logits
-            else None,
+            logits=_by_step(logits, 0.0, pad) if output_logits else None,
             trace=traces if trace else None,
         )
 
