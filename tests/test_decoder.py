@@ -9,7 +9,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm2.decoding import scheduler
 from llm2.decoding.decoder import Decoder
-from llm2.decoding.forward_batch import PaddedBatch
 from llm2.decoding.model_runner import ModelRunner
 from llm2.decoding.sampling import Completion, Guidance, SamplingParams
 from llm2.errors import UserError
@@ -35,7 +34,7 @@ def greedy(system1, batch, **options) -> list[list[int]]:
 
 def use_padded_batches(patch) -> None:
     """The layout of a GPU."""
-    patch.setattr(ModelRunner, "_new_batch", lambda self, cache: PaddedBatch(cache, few_shapes=False))
+    patch.setattr(ModelRunner, "varlen", False)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -81,8 +80,8 @@ def of_family(family: str, folder, windowed: bool = False, **lora):
 def expect_reference(model, verifier, count: int = 3, alpha: float = 0.02, beta: float = 3.0, **options) -> None:
     batch = prompts(count, seed=8)
     guidance = Guidance(verifier=verifier, alpha=alpha, beta=beta, **options)
-    twin = {"verifier": verifier, "alpha": alpha, "beta": beta}
-    expected = [decode_one(model, p, max_new_tokens=8, eos=EOS, **twin) for p in batch]
+    settings = {"verifier": verifier, "alpha": alpha, "beta": beta}
+    expected = [decode_one(model, p, max_new_tokens=8, eos=EOS, **settings) for p in batch]
     assert greedy(model, batch, max_new_tokens=8, guidance=guidance) == expected
 
 
@@ -101,8 +100,8 @@ def test_a_lora_verifier_decodes_as_the_reference_in_one_forward_or_two(family, 
 def reference(request, tmp_path_factory):
     """Both systems, prompts and the completions of the uncached reference."""
     model, verifier = of_family("llama", tmp_path_factory.mktemp("reference"), lora=request.param)
-    batch, twin = prompts(5, seed=8), {"verifier": verifier, "alpha": 0.02, "beta": 3.0}
-    return model, verifier, batch, [decode_one(model, p, max_new_tokens=12, eos=EOS, **twin) for p in batch]
+    batch, settings = prompts(5, seed=8), {"verifier": verifier, "alpha": 0.02, "beta": 3.0}
+    return model, verifier, batch, [decode_one(model, p, max_new_tokens=12, eos=EOS, **settings) for p in batch]
 
 
 @pytest.mark.parametrize("lazy", [True, False])
@@ -128,18 +127,18 @@ def test_sliding_windows_hold_in_padded_batches_and_shared_prefixes(family, tmp_
     expect_shared_prompts(model, verifier, monkeypatch, in_place=True)
 
 
-def expect_shared_prompts(model, verifier, monkeypatch, in_place: bool) -> None:
+def expect_shared_prompts(model, verifier, monkeypatch, in_place: bool, graphs: bool = False) -> None:
     """Prompts that begin alike, with several samples each, and unrelated ones between them."""
     monkeypatch.setattr(scheduler, "MIN_IN_PLACE_TOKENS", 0 if in_place else 10**9)
     long = prompts(1, seed=5)[0] * 9
     batch = [long[:40], long[:39] + [7], long[:30] + [8, 9, 10], prompts(1, seed=6)[0], long[:21], long[1:30]]
     seeds = [[1, 2, 3], [4], [5, 6], [7, 8], [9], [10]]
-    twin = {"verifier": verifier, "alpha": 0.02, "beta": 2.0, "temperature": 0.8}
+    settings = {"verifier": verifier, "alpha": 0.02, "beta": 2.0, "temperature": 0.8}
     expected = [
-        [decode_one(model, p, max_new_tokens=7, eos=EOS, seed=s, **twin) for s in prompt_seeds]
+        [decode_one(model, p, max_new_tokens=7, eos=EOS, seed=s, **settings) for s in prompt_seeds]
         for p, prompt_seeds in zip(batch, seeds, strict=True)
     ]
-    decoder = Decoder(model, Guidance(verifier=verifier, alpha=0.02, beta=2.0))
+    decoder = Decoder(model, Guidance(verifier=verifier, alpha=0.02, beta=2.0), graphs=graphs)
     for batch_size in (1, 3, 8, 64):
         completions = decoder.decode(
             batch,
@@ -170,6 +169,12 @@ def test_a_shared_prefix_is_computed_once(lora, in_place, tmp_path, monkeypatch)
     most = len(prompt) - 1 + samples * new + decoder.counts["candidates"]
     assert decoder.counts["system1_tokens"] <= most < samples * len(prompt) / 4
     assert decoder.counts["system2_tokens"] <= most
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+def test_cuda_graph_shapes_share_prefixes_too(lora, tmp_path, monkeypatch):
+    """Their padded batches cannot read a prefix in place, however many sequences share it."""
+    expect_shared_prompts(*of_family("llama", tmp_path, lora=lora), monkeypatch, in_place=True, graphs=True)
 
 
 def test_every_token_is_computed_once(system1, verifier):
@@ -300,9 +305,9 @@ def test_samples_equal_the_reference_and_do_not_depend_on_the_batch(system1, ver
     batch, seeds = prompts(4), [[100, 101, 102], [103], [104, 105, 106, 107], [108, 109]]
     guidance = Guidance(verifier=verifier, alpha=0.05, beta=1.0) if guided else None
     options = {"max_new_tokens": 12, "eos": EOS, "guidance": guidance, "sampling": SamplingParams(temperature=0.7)}
-    twin = {"verifier": verifier, "alpha": 0.05, "beta": 1.0} if guided else {}
+    settings = {"verifier": verifier, "alpha": 0.05, "beta": 1.0} if guided else {}
     expected = [
-        [decode_one(system1, p, max_new_tokens=12, eos=EOS, seed=s, temperature=0.7, **twin) for s in prompt_seeds]
+        [decode_one(system1, p, max_new_tokens=12, eos=EOS, seed=s, temperature=0.7, **settings) for s in prompt_seeds]
         for p, prompt_seeds in zip(batch, seeds, strict=True)
     ]
     for batch_size in (4, 6, 64):

@@ -156,9 +156,11 @@ class PaddedBatch(ForwardBatch):
         for rows, length, first_slot in self.groups:
             tokens = slice(start, start + rows * length)
             kv_index, prefix_len = (tensor[tokens].view(rows, length) for tensor in (kv_positions, position_ids))
-            any_slots = slots[tokens].view(rows, length)[:, 0]
-            where = any_slots if first_slot is None else slice(first_slot, first_slot + rows)
-            reads.append(PaddedRead(tokens, where, kv_index, prefix_len, width))
+            if first_slot is None:
+                row_slots = slots[tokens].view(rows, length)[:, 0]
+            else:
+                row_slots = slice(first_slot, first_slot + rows)
+            reads.append(PaddedRead(tokens, row_slots, kv_index, prefix_len, width))
             start = tokens.stop
         return reads
 

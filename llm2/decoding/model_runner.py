@@ -34,13 +34,18 @@ class ModelRunner:
     def __init__(self, body: PreTrainedModel, graphs: CUDAGraphRunner | None = None) -> None:
         self.body, self.device, self.graphs = with_slot_attention(body), body.device, graphs
 
+    @property
+    def varlen(self) -> bool:
+        """Whether batches have no padding; only those can read a shared prefix in place."""
+        return self.graphs is None and self.device.type == "cpu"
+
     def forward(self, cache: SlotCache, chunks: Sequence[Chunk], verifier_chunks: Sequence[Chunk] = ()) -> torch.Tensor:
         """One forward over chunks of distinct slots; sets each chunk's offset. -> hidden states (N, width).
 
         Args:
             verifier_chunks: with a SharedRunner, the chunks that the verifier's adapter acts on.
         """
-        batch = self._new_batch(cache)
+        batch = VarlenBatch() if self.varlen else PaddedBatch(cache, few_shapes=self.graphs is not None)
         batch.add(chunks)
         batch.verifier_start = len(batch.ids)
         batch.add(verifier_chunks)
@@ -60,11 +65,6 @@ class ModelRunner:
         indices = torch.tensor([*moves, *[(0, -1, -1)] * padding], device=self.device).T.contiguous()  # (3, n)
         self.graphs.invalidate_if_moved((cache, cache.capacity))
         self.graphs(("commit", indices.shape[1]), partial(_move_positions, cache), indices)
-
-    def _new_batch(self, cache: SlotCache) -> VarlenBatch | PaddedBatch:
-        if self.graphs is None and self.device.type == "cpu":
-            return VarlenBatch()
-        return PaddedBatch(cache, few_shapes=self.graphs is not None)
 
     def _run(self, cache: SlotCache, batch: VarlenBatch | PaddedBatch, indices: torch.Tensor) -> torch.Tensor:
         ids, position_ids, slots, kv_positions = indices

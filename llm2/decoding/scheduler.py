@@ -102,12 +102,12 @@ class Scheduler:
         num_prefixes = max(1, self.max_running // 8)
         self.prefixes = PrefixCache(self.max_running, num_prefixes)
         num_slots = self.max_running + num_prefixes
-        self.in_place = runners.lm.device.type == "cpu"  # attention there can read a prefix and a slot together
-        # On a CPU the caches start with room for the longest sequence, since unwritten pages are free.
-        longest = max(map(len, request.prompts), default=0) + request.max_new_tokens + HEADROOM
         # In a shared forward both systems use one cache, the verifier its second half.
         self.verifier_offset = num_slots if runners.shared else 0
-        self.caches = runners.take_caches(num_slots, longest if self.in_place else 0, self.verifier_offset)
+        capacity = 0
+        if runners.lm.device.type == "cpu":  # room for the longest sequence: unwritten pages are free
+            capacity = max(map(len, request.prompts), default=0) + request.max_new_tokens + HEADROOM
+        self.caches = runners.take_caches(num_slots, capacity, self.verifier_offset)
         self.lm_cache, self.verifier_cache = self.caches
         self.running: list[SequenceState] = []  # the index is the slot
         self.waiting = deque((prompt, index) for prompt, count in enumerate(self.num_samples) for index in range(count))
@@ -131,13 +131,15 @@ class Scheduler:
 
     def _share_prefix(self, sequence: SequenceState, prefix: SharedPrefix, length: int, num_sharing: int) -> None:
         """Take the sequence's first `length` tokens from a prefix: in place, or as a copy in its own slot."""
-        if self.in_place and num_sharing * length >= MIN_IN_PLACE_TOKENS:
+        if self.runners.lm.varlen and num_sharing * length >= MIN_IN_PLACE_TOKENS:
             sequence.prefix, sequence.prefix_len = prefix, length
             sequence.token_ids = sequence.token_ids[length:]
             sequence.num_prompt_tokens -= length
             prefix.ref_count += 1
             return
-        self._forward(self._prefill([prefix], SYSTEM1), self._prefill([prefix], SYSTEM2) if self.guidance else [])
+        self._forward(
+            self._prefix_chunks([prefix], SYSTEM1), self._prefix_chunks([prefix], SYSTEM2) if self.guidance else []
+        )
         self._copy_slot(prefix.slot, sequence.slot, length, length)
         sequence.num_cached_lm = length
         sequence.num_cached_verifier = length if self.guidance else 0
@@ -184,13 +186,13 @@ class Scheduler:
             chunks = [
                 sequence.chunk(sequence.num_cached_verifier, sequence.proposal.candidates) for sequence in pending
             ]
-            hidden = self._forward([], self._prefill([sequence.prefix for sequence in pending], SYSTEM2) + chunks)
+            hidden = self._forward([], self._prefix_chunks([sequence.prefix for sequence in pending], SYSTEM2) + chunks)
             self._choose(pending, self._branch_scores(hidden, chunks))
             ready = ready + [sequence for sequence in pending if not sequence.done]
             ready.sort(key=lambda sequence: sequence.slot)
         if ready:
             chunks = [sequence.chunk(sequence.num_cached_lm) for sequence in ready]
-            hidden = self._forward(self._prefill([sequence.prefix for sequence in ready], SYSTEM1) + chunks, [])
+            hidden = self._forward(self._prefix_chunks([sequence.prefix for sequence in ready], SYSTEM1) + chunks, [])
             self._propose(ready, hidden, [chunk.last for chunk in chunks])
 
     def _step_shared(self, pending: list[SequenceState], ready: list[SequenceState]) -> None:
@@ -202,19 +204,19 @@ class Scheduler:
             for sequence in pending
         ]
         hidden = self._forward(
-            self._prefill([sequence.prefix for sequence in ready], SYSTEM1) + chunks + branches,
-            self._prefill([sequence.prefix for sequence in pending], SYSTEM2) + verifier_chunks,
+            self._prefix_chunks([sequence.prefix for sequence in ready], SYSTEM1) + chunks + branches,
+            self._prefix_chunks([sequence.prefix for sequence in pending], SYSTEM2) + verifier_chunks,
         )
         indices = [chunk.last for chunk in chunks]
         if pending:
             chosen = self._choose(pending, self._branch_scores(hidden, verifier_chunks))
             indices += [chunk.branch_indices[choice] for chunk, choice in zip(branches, chosen, strict=True)]
             self._commit_branch(self.runners.lm, self.lm_cache, pending, chosen)
-        going_on = [(seq, index) for seq, index in zip(ready + pending, indices, strict=True) if not seq.done]
-        if going_on:
-            self._propose([sequence for sequence, _ in going_on], hidden, [index for _, index in going_on])
+        unfinished = [(seq, index) for seq, index in zip(ready + pending, indices, strict=True) if not seq.done]
+        if unfinished:
+            self._propose([sequence for sequence, _ in unfinished], hidden, [index for _, index in unfinished])
 
-    def _prefill(self, prefixes: Sequence[SharedPrefix | None], system: str) -> list[Chunk]:
+    def _prefix_chunks(self, prefixes: Sequence[SharedPrefix | None], system: str) -> list[Chunk]:
         """Chunks for those prefixes that the system has not computed; they must be in its next forward."""
         chunks = []
         for prefix in prefixes:
