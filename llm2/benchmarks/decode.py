@@ -15,7 +15,8 @@ from llm2.benchmarks.configs import DecodeBenchmark
 from llm2.benchmarks.runner import BenchmarkCase, peak_memory, report, run_interleaved, spread
 from llm2.common.loading import resolve_device, resolve_dtype
 from llm2.decoding.candidates import guided_logits, plausible
-from llm2.decoding.decoder import Decoder, Guidance
+from llm2.decoding.decoder import Decoder
+from llm2.decoding.sampling import Guidance
 from llm2.verifier import lora
 from llm2.verifier.model import ProcessVerifier
 

@@ -15,7 +15,8 @@ from llm2.common.seeds import row_seed
 from llm2.common.stats import majority_at_k, pass_at_k
 from llm2.config import PretrainConfig
 from llm2.decoding.candidates import plausible
-from llm2.decoding.decoder import Decoder, SamplingParams
+from llm2.decoding.decoder import Decoder
+from llm2.decoding.sampling import SamplingParams
 from llm2.exploration.solutions import TokenizedSolution, tokenize_solutions
 from llm2.tasks import Problem, load_task
 from llm2.tasks.grading import Grade
