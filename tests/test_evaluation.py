@@ -11,8 +11,9 @@ import torch
 
 from llm2.common.config_file import write_config
 from llm2.common.loading import load_system1, load_tokenizer
-from llm2.config import EvaluateConfig, SweepConfig
-from llm2.decoding.decoder import Guidance, decode
+from llm2.config import EvaluateConfig, Mode, SweepConfig
+from llm2.decoding.decoder import Decoder
+from llm2.decoding.sampling import Guidance
 from llm2.errors import UserError
 from llm2.evaluation.evaluate import evaluate
 from llm2.evaluation.predictions import Predictions
@@ -20,12 +21,11 @@ from llm2.evaluation.sweep import sweep
 from llm2.verifier.model import ProcessVerifier, load_verifier
 
 SYSTEM1 = "llm2/testbed/system1"
-MODES = ("plain_greedy", "guided_greedy", "plain_sampling", "guided_sampling")
 
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory) -> str:
-    """System 1 with a random head: an opinion, if not a good one."""
+    """System 1 with a random head."""
     folder = str(tmp_path_factory.mktemp("verifier"))
     torch.manual_seed(0)
     ProcessVerifier.from_system1(SYSTEM1).save_pretrained(folder)
@@ -34,13 +34,13 @@ def untrained(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def done(untrained, tmp_path_factory) -> tuple[EvaluateConfig, dict]:
-    """A run that nothing disturbed, and its metrics: what every other way to the same result is held against."""
+    """An undisturbed run and its metrics: the reference for every other way to the same result."""
     config = EvaluateConfig(
         model=SYSTEM1,
         verifier=untrained,
         output_dir=str(tmp_path_factory.mktemp("done") / "results"),
         task="testbed",
-        modes=MODES,
+        modes=tuple(Mode),
         limit=5,
         beta=4.0,
         num_samples=4,
@@ -64,8 +64,7 @@ def results(config: EvaluateConfig) -> list:
 
 
 def alike(a, b) -> bool:
-    """Equal but for the last digits of scores, which depend on what stood in one batch, and for the code's commit,
-    which changes where somebody works on it meanwhile."""
+    """Equal except for the last digits of scores, which depend on the batch, and for the code's commit."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a if key != "git_commit")
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
@@ -73,12 +72,12 @@ def alike(a, b) -> bool:
     return a == pytest.approx(b, abs=0.02) if isinstance(a, float) and isinstance(b, float) else a == b
 
 
-def test_a_results_folder_explains_itself(done):
+def test_a_results_folder_holds_config_metrics_and_predictions(done):
     config, metrics = done
     folder = Path(config.output_dir)
     assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     assert (folder / "config.yaml").is_file()
-    assert set(metrics["modes"]) == set(MODES) and metrics["n"] == 5 and metrics["split"] == "test"
+    assert set(metrics["modes"]) == set(Mode) and metrics["n"] == 5 and metrics["split"] == "test"
     assert {(p["metric"], p["a"]) for p in metrics["paired"]} == {
         ("accuracy", "plain_greedy"),
         ("majority@1", "plain_sampling"),
@@ -89,14 +88,14 @@ def test_a_results_folder_explains_itself(done):
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 20 == len({(line["id"], line["mode"]) for line in lines})
     for line in lines:
-        assert len(line["samples"]) == (4 if line["mode"].endswith("sampling") else 1)
+        assert len(line["samples"]) == (4 if Mode(line["mode"]).sampled else 1)
     right = [line["samples"][0]["correct"] for line in lines if line["mode"] == "plain_greedy"]
     assert metrics["modes"]["plain_greedy"]["accuracy"] == sum(right) / 5
     assert metrics["modes"]["plain_greedy"]["verifier_forwards_per_token"] == 0
     assert metrics["modes"]["guided_greedy"]["verifier_forwards_per_token"] > 0
 
 
-def test_traces_tell_every_choice_and_the_finished_text_scores_its_tokens_as_decoding_did(config):
+def test_traces_hold_every_choice_and_scoring_a_solution_agrees_with_decoding_it(config):
     evaluate(replace(config, modes=("plain_greedy", "guided_sampling"), limit=3, traced_samples=2))
     texts = {
         (line["id"], line["mode"]): [sample["text"] for sample in line["samples"]]
@@ -116,7 +115,7 @@ def test_traces_tell_every_choice_and_the_finished_text_scores_its_tokens_as_dec
     assert any(choice["changed"] for choice in choices) and not all(choice["changed"] for choice in choices)
 
 
-def test_predictions_are_what_decode_writes(config):
+def test_predictions_are_what_the_decoder_writes(config):
     evaluate(replace(config, modes=("guided_greedy",), limit=2))
     lines = [json.loads(line) for line in Path(config.output_dir, "predictions.jsonl").read_text().splitlines()]
     cpu = torch.device("cpu")
@@ -125,7 +124,7 @@ def test_predictions_are_what_decode_writes(config):
     for line in lines:
         messages = [{"role": "user", "content": line["question"]}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        decoded = decode(model, [prompt], max_new_tokens=160, eos=[tokenizer.eos_token_id], guidance=guidance)
+        decoded = Decoder(model, guidance).decode([prompt], max_new_tokens=160, eos=[tokenizer.eos_token_id])
         assert line["samples"][0]["text"] == tokenizer.decode(decoded[0][0].token_ids, skip_special_tokens=True)
 
 
@@ -142,11 +141,11 @@ def test_predictions_of_another_config_are_never_mixed_in(config):
     with pytest.raises(UserError, match=r"another config: beta was 4.0 and now is 1.0"):
         evaluate(replace(small, beta=1.0))
     before = Path(config.output_dir, "predictions.jsonl").read_bytes()
-    assert before.count(b"\n") == 2, "what was there is left as it was"
+    assert before.count(b"\n") == 2, "earlier predictions are left as they were"
     evaluate(replace(small, beta=1.0, resume=False))
 
 
-def test_a_kill_in_the_middle_costs_only_what_was_in_flight(config, done, monkeypatch):
+def test_a_killed_run_loses_only_what_was_in_flight(config, done, monkeypatch):
     made = []
 
     def killed(self, entry):
@@ -164,7 +163,7 @@ def test_a_kill_in_the_middle_costs_only_what_was_in_flight(config, done, monkey
         evaluate(config)
     path = Path(config.output_dir, "predictions.jsonl")
     assert [(line["id"], line["mode"]) for line in map(json.loads, path.read_text().splitlines())] == made
-    path.write_bytes(path.read_bytes()[:-30])  # and the machine lost what it had not yet written
+    path.write_bytes(path.read_bytes()[:-30])  # a torn last line
     monkeypatch.setattr(Predictions, "add", counted)
     assert alike(evaluate(config), done[1])
     assert len(made) == 20 == len(set(made)), "no problem was evaluated twice"
@@ -184,7 +183,7 @@ def test_the_result_does_not_depend_on_the_number_of_processes(config, tmp_path)
     assert alike(json.loads(Path(shared.output_dir, "metrics.json").read_text()), metrics)
 
 
-def test_predictions_of_other_runs_are_taken_over_where_they_hold(config, done, tmp_path):
+def test_predictions_of_other_runs_are_reused_if_their_settings_agree(config, done, tmp_path):
     plain = replace(config, modes=("plain_greedy", "plain_sampling"), beta=1.0, output_dir=str(tmp_path / "plain"))
     evaluate(plain)
     guided = replace(
@@ -194,11 +193,11 @@ def test_predictions_of_other_runs_are_taken_over_where_they_hold(config, done, 
     merged = replace(config, reuse_from=(plain.output_dir, guided.output_dir))
     assert alike(evaluate(merged), done[1])
     assert alike(results(merged), results(done[0]))
-    with pytest.raises(UserError, match="another config: beta was 4.0 and now is 2.0; it cannot be taken over"):
+    with pytest.raises(UserError, match="another config: beta was 4.0 and now is 2.0; it cannot be reused"):
         evaluate(replace(merged, beta=2.0, output_dir=str(tmp_path / "other")))
 
 
-def test_modes_evaluated_one_after_the_other_are_reported_together(config):
+def test_modes_evaluated_one_by_one_are_reported_together(config):
     evaluate(replace(config, modes=("plain_greedy",), limit=2))
     assert set(evaluate(replace(config, modes=("guided_greedy",), limit=2))["modes"]) == {
         "plain_greedy",
@@ -206,7 +205,7 @@ def test_modes_evaluated_one_after_the_other_are_reported_together(config):
     }
 
 
-def test_the_cost_of_a_mode_is_counted_in_forwards_a_problem(config):
+def test_cost_is_counted_in_forwards_per_problem(config):
     metrics = evaluate(replace(config, modes=("guided_sampling",), limit=2))["modes"]["guided_sampling"]
     lines = [json.loads(line) for line in Path(config.output_dir, "predictions.jsonl").read_text().splitlines()]
     tokens = sum(sample["tokens"] for line in lines for sample in line["samples"]) / 2
@@ -253,7 +252,7 @@ def test_a_sweep_chooses_on_validation_and_reports_on_test(untrained, tmp_path):
         sweep(replace(config, validation_split="test"))
 
 
-def test_what_one_field_alone_cannot_tell_is_told(config):
+def test_keys_that_contradict_each_other_are_refused(config):
     with pytest.raises(UserError, match="guided modes need a verifier"):
         evaluate(replace(config, verifier=None))
     with pytest.raises(UserError, match="majority_at: found 9, expected at most num_samples=4"):
