@@ -70,9 +70,8 @@ def as_svg(figure: Figure) -> str:
 
 def draw_greedy(axes: Axes, metrics: Metrics) -> None:
     """A bar per mode with its 95 % interval."""
-    bars = [
-        (metrics.modes[mode], *system) for mode, system in zip(GREEDY, SYSTEMS, strict=True) if mode in metrics.modes
-    ]
+    bars = [(metrics.modes.get(name), *system) for name, system in zip(GREEDY, SYSTEMS, strict=True)]
+    bars = [bar for bar in bars if bar[0]]
     for x, (mode, _, color, _) in enumerate(bars):
         low, high = mode.ci95 or (mode.accuracy, mode.accuracy)
         axes.bar(x, 100 * mode.accuracy, width=0.58, color=color)
@@ -104,14 +103,10 @@ def draw_votes(axes: Axes, metrics: Metrics) -> None:
                 style = {"linewidth": 1.5, "label": f"  {kind}"}
             if curve:
                 axes.plot(*zip(*curve, strict=True), color=color, linestyle=line, **style)
-        band = [
-            (k, *mode.majority_ci95[str(k)])
-            for k, _ in _curve(metrics, mode, "majority")
-            if str(k) in mode.majority_ci95
-        ]
-        if band:
-            ks, lows, highs = np.array(band).T
-            axes.fill_between(ks, 100 * lows, 100 * highs, color=color, alpha=0.18, linewidth=0)
+        ks = [k for k, _ in _curve(metrics, mode, "majority") if str(k) in mode.majority_ci95]
+        if ks:
+            low, high = 100 * np.array([mode.majority_ci95[str(k)] for k in ks]).T
+            axes.fill_between(ks, low, high, color=color, alpha=0.18, linewidth=0)
     for end in ends:  # the label of the higher end is above its point, so that close ends stay legible
         side = "bottom" if end == max(ends, key=lambda point: point[1]) else "top"
         axes.annotate(f"{end[1]:.1f}", end, (7, 0), textcoords="offset points", va=side, color=INK)
