@@ -14,6 +14,20 @@ from llm2.common.chat import LLAMA3_PLAIN
 from llm2.verifier.model import ProcessVerifier
 
 VOCABULARY = 64
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too, as scripts/test.sh does")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="slow: pytest --slow, or bash scripts/test.sh")
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(skip)
+
+
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 

@@ -23,9 +23,24 @@ def refusal(capsys, *arguments: str) -> str:
     return printed.err
 
 
-def test_a_misspelt_key_is_told(capsys):
-    text = refusal(capsys, "train", "configs/llama-3.2-1b-instruct/train.yaml", "epoch=3")
-    assert "override 'epoch=3': unknown key 'epoch'" in text
+def test_help_lists_every_key_with_type_default_and_sentence(capsys):
+    for command, config in CONFIGS.items():
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        lines = capsys.readouterr().out.splitlines()
+        for key in config.__dataclass_fields__:
+            (number,) = [n for n, line in enumerate(lines) if line.startswith(f"  {key}: ")]
+            assert lines[number + 1].startswith("      ") and lines[number + 1].endswith("."), f"{command}: {key}"
+
+
+def test_a_misspelt_key_is_answered_with_the_nearest_one(capsys):
+    text = refusal(capsys, "train", "configs/llama-3.2-1b-instruct/train.yaml", "train_epochs=3")
+    assert "override 'train_epochs=3': unknown key 'train_epochs'; did you mean 'num_train_epochs'?" in text
+    assert "unknown key 'modell'; did you mean 'model'?" in refusal(capsys, "evaluate", "modell=testbed")
+
+
+def test_a_command_without_arguments_says_which_key_it_needs(capsys):
+    assert "the key 'model' is missing: expected model=VALUE" in refusal(capsys, "evaluate")
 
 
 @pytest.mark.parametrize("command", ["explore", "train", "evaluate"])
@@ -45,10 +60,11 @@ def test_a_dry_run_tells_what_is_missing_and_passes_where_everything_is_there(sy
     train = ("train", "configs/llama-3.2-1b-instruct/train.yaml", "device=cpu", f"model={system1_folder}")
     assert "cannot read the triplets nowhere.jsonl" in refusal(capsys, *train, "train_file=nowhere.jsonl", "--dry-run")
     assert main([*train, "train_file=dataset/testbed.jsonl", "--dry-run"]) == 0
+    assert capsys.readouterr().out == "1 1\n"  # processes, threads of each
     evaluate = ("evaluate", "configs/testbed/evaluate.yaml", f"model={system1_folder}")
     verifier = f"verifier={system1_folder}"  # any folder with a config.json
     assert "'a/b/c': expected a folder with config.json" in refusal(capsys, *evaluate, "verifier=a/b/c", "--dry-run")
-    assert "majority_at: found 20" in refusal(capsys, *evaluate, verifier, "samples=3", "--dry-run")
+    assert "majority_at: found 20" in refusal(capsys, *evaluate, verifier, "num_samples=3", "--dry-run")
     assert main([*evaluate, verifier, "--dry-run"]) == 0
 
 

@@ -47,7 +47,8 @@ def extract_answer(text: str, mode: Mode = "flexible") -> str | None:
     strict: the number right behind the last `####` or `answer is`, in upper or lower case. flexible: the number right
     behind the last of these and of `\boxed{`; the last number of the text where there is none.
     """
-    text = STOP.split(text, maxsplit=1)[0][-LONGEST_SOLUTION:]
+    text = text.rpartition("</think>")[2]  # a reasoning model's thought is no answer
+    text = STOP.split(text, maxsplit=1)[0][-LONGEST_SOLUTION:].replace("\u2212", "-")  # the typographic minus
     text = FRAC.sub(r"\1/\2", THIN_SPACE.sub(",", text))
     for announcement in reversed(list(ANNOUNCEMENTS[mode].finditer(text))):
         if decoration := DECORATION.match(text, announcement.end()):
