@@ -1,6 +1,9 @@
 """A results folder: what it holds, that it is resumed and never mixed."""
 
 import json
+import multiprocessing
+import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 from llm2.common.config_file import write_config
+from llm2.common.distributed import destroy_group
 from llm2.common.loading import load_system1, load_tokenizer
 from llm2.config import EvaluateConfig, Mode, SweepConfig
 from llm2.decoding.decoder import Decoder
@@ -170,8 +174,37 @@ def test_a_killed_run_loses_only_what_was_in_flight(config, done, monkeypatch):
     assert alike(results(config), results(done[0]))
 
 
-def test_the_result_does_not_depend_on_the_number_of_processes(config, tmp_path):
-    small = replace(config, limit=3, modes=("guided_greedy", "plain_sampling"), num_samples=2, majority_at=(2,))
+@pytest.fixture
+def small(config) -> EvaluateConfig:
+    return replace(config, limit=3, modes=("guided_greedy", "plain_sampling"), num_samples=2, majority_at=(2,))
+
+
+def run_as_rank(rank: int, port: int, config: EvaluateConfig) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    assert (evaluate(config) is None) == (rank != 0)
+    destroy_group()
+
+
+def test_two_processes_share_the_problems_and_give_the_result_of_one(small, tmp_path):
+    metrics = evaluate(small)
+    shared = replace(small, output_dir=str(tmp_path / "shared"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=run_as_rank, args=(rank, port, shared)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert alike(results(shared), results(small))
+    assert alike(json.loads(Path(shared.output_dir, "metrics.json").read_text()), metrics)
+
+
+@pytest.mark.slow  # the same through the launcher
+def test_the_launched_command_gives_the_result_of_one_process(small, tmp_path):
     metrics = evaluate(small)
     shared = replace(small, output_dir=str(tmp_path / "shared"))
     write_config(shared, tmp_path / "shared.yaml")
@@ -250,6 +283,64 @@ def test_a_sweep_chooses_on_validation_and_reports_on_test(untrained, tmp_path):
     assert (metrics["split"], metrics["n"]) == ("test", 3)
     with pytest.raises(UserError, match="chosen on other problems than they are reported on"):
         sweep(replace(config, validation_split="test"))
+
+
+GRADER = """
+def is_correct(text: str, gold: str) -> bool:
+    return len(text) % int(gold) == 0
+"""
+
+
+@pytest.fixture
+def chats(system1_folder, tmp_path, monkeypatch) -> EvaluateConfig:
+    """Chats and a grader from files, and a tiny model that writes noise."""
+    (tmp_path / "some_grader.py").write_text(GRADER)
+    monkeypatch.syspath_prepend(tmp_path)
+    for split, questions in (("test", "abcd"), ("validation", "efg")):
+        turns = [[("system", "Count."), ("user", question), ("assistant", "12")] for question in questions]
+        chats = [[{"role": role, "content": content} for role, content in chat] for chat in turns]
+        lines = [{"id": f"{split}-{i}", "answer": 2, "messages": messages} for i, messages in enumerate(chats)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    ProcessVerifier.from_system1(system1_folder).save_pretrained(tmp_path / "verifier")
+    return EvaluateConfig(
+        model=system1_folder,
+        verifier=str(tmp_path / "verifier"),
+        output_dir=str(tmp_path / "results"),
+        task="chats",
+        data_file=str(tmp_path / "test.jsonl"),
+        grader="some_grader:is_correct",
+        modes=("plain_greedy", "guided_sampling"),
+        num_samples=3,
+        majority_at=(3,),
+        max_new_tokens=8,
+        device="cpu",
+    )
+
+
+def assert_graded_by_the_grader(config: EvaluateConfig) -> None:
+    predictions, _ = results(config)
+    assert {line["id"] for line in predictions} == {f"test-{i}" for i in range(4)}
+    for line in predictions:
+        for sample in line["samples"]:
+            assert sample["correct"] == (len(sample["text"]) % 2 == 0)
+            assert (sample["answer"] == line["gold"] == "2") == sample["correct"]
+
+
+def test_chats_are_evaluated_with_the_given_grader(chats):
+    metrics = evaluate(chats)
+    assert (metrics["benchmark"], metrics["n"]) == ("chats", 4)
+    assert_graded_by_the_grader(chats)
+
+
+def test_chats_are_swept_with_the_given_grader(chats, tmp_path):
+    validation = str(tmp_path / "validation.jsonl")
+    config = SweepConfig(**vars(chats), betas=(0.0, 2.0), choose_by="guided_sampling", validation_file=validation)
+    metrics = sweep(config)
+    assert {point["metric"] for point in metrics["sweep"]["points"]} == {"majority@3"}
+    assert (metrics["n"], metrics["sweep"]["n"], metrics["sweep"]["file"]) == (4, 3, validation)
+    assert_graded_by_the_grader(chats)
+    with pytest.raises(UserError, match="chosen on other problems than they are reported on"):
+        sweep(replace(config, validation_file=chats.data_file))
 
 
 def test_keys_that_contradict_each_other_are_refused(config):

@@ -5,11 +5,17 @@ Every figure comes from metrics.json; nothing is computed here.
 
 from pathlib import Path
 
-from llm2.evaluation.report.page import write_page
+from llm2.errors import UserError
 from llm2.evaluation.report.palette import INK, SYSTEM1, SYSTEM2, WRONG
-from llm2.evaluation.report.plots import figures
 from llm2.evaluation.report.read import read_metrics
 from llm2.evaluation.report.table import markdown_table, table
+
+try:
+    from llm2.evaluation.report.page import write_page
+    from llm2.evaluation.report.plots import figures
+except ModuleNotFoundError as error:  # an optional extra
+    way_out = "pip install 'llm2[report]', then `python -m llm2 report FOLDER`"
+    raise UserError(f"the report needs {error.name}: {way_out}") from None
 
 __all__ = ["INK", "SYSTEM1", "SYSTEM2", "WRONG", "markdown_table", "read_metrics", "table", "write_report"]
 

@@ -85,7 +85,7 @@ def cost_lines(metrics: Metrics) -> list[tuple[str, ...]]:
     if not modes:
         return []
     lines = [(label, *(f"{getattr(mode, key):,.1f}" for mode in modes.values())) for key, label in COSTS.items()]
-    return [("cost a problem", *(name.replace("_", " ") for name in modes)), *lines]
+    return [("cost per problem", *(name.replace("_", " ") for name in modes)), *lines]
 
 
 def title(metrics: Metrics) -> str:
