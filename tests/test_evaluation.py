@@ -133,7 +133,7 @@ def test_predictions_are_what_the_decoder_writes(config):
 
 
 def test_a_finished_run_is_extended_with_the_same_result(config, done):
-    part = replace(config, batch_size=3)
+    part = replace(config, batch_size=6)
     evaluate(replace(part, limit=3))
     assert alike(evaluate(part), done[1])
     assert alike(results(part), results(done[0]))
@@ -214,6 +214,20 @@ def test_the_launched_command_gives_the_result_of_one_process(small, tmp_path):
     assert finished.returncode == 0, finished.stderr[-6000:]
     assert alike(results(shared), results(small))
     assert alike(json.loads(Path(shared.output_dir, "metrics.json").read_text()), metrics)
+
+
+def test_each_process_uses_its_own_gpu(small, monkeypatch):
+    class Loaded(Exception):
+        pass
+
+    def from_pretrained(*names, device, **options):
+        raise Loaded(device)
+
+    monkeypatch.setattr("llm2.evaluation.evaluate.resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("llm2.evaluation.evaluate.LLM2.from_pretrained", from_pretrained)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(Loaded, match="cuda:3"):
+        evaluate(small)
 
 
 def test_predictions_of_other_runs_are_reused_if_their_settings_agree(config, done, tmp_path):
@@ -330,6 +344,12 @@ def test_chats_are_evaluated_with_the_given_grader(chats):
     metrics = evaluate(chats)
     assert (metrics["benchmark"], metrics["n"]) == ("chats", 4)
     assert_graded_by_the_grader(chats)
+
+
+def test_problems_of_equal_ids_are_refused(chats):
+    Path(chats.data_file).write_text(2 * (Path(chats.data_file).read_text() + "\n"))
+    with pytest.raises(UserError, match="test.jsonl: expected problems with different ids"):
+        evaluate(chats)
 
 
 def test_chats_are_swept_with_the_given_grader(chats, tmp_path):

@@ -32,7 +32,7 @@ def test_system2_lifts_greedy_on_unseen_problems(tmp_path):
             model=SYSTEM1,
             verifier=str(tmp_path / "verifier"),
             output_dir=str(tmp_path / "results"),
-            benchmark="testbed",
+            task="testbed",
             split="validation",
             limit=80,
             beta=1.0,
