@@ -244,6 +244,16 @@ def test_predictions_of_other_runs_are_reused_if_their_settings_agree(config, do
         evaluate(replace(merged, beta=2.0, output_dir=str(tmp_path / "other")))
 
 
+def test_reused_predictions_lose_scores_that_were_summarised_in_another_way(config, tmp_path):
+    plain = replace(config, modes=("plain_greedy",), limit=2)
+    evaluate(plain)
+    other = replace(plain, solution_score="min", reuse_from=(plain.output_dir,), output_dir=str(tmp_path / "other"))
+    evaluate(other)
+    for run, is_scored in ((plain, True), (other, False)):
+        predictions, _ = results(run)
+        assert [line["samples"][0]["score"] is not None for line in predictions] == [is_scored] * 2
+
+
 def test_modes_evaluated_one_by_one_are_reported_together(config):
     evaluate(replace(config, modes=("plain_greedy",), limit=2))
     assert set(evaluate(replace(config, modes=("guided_greedy",), limit=2))["modes"]) == {
