@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from llm2.evaluation.report import INK, SYSTEM1, SYSTEM2, WRONG
+from llm2.evaluation.report.palette import INK, SYSTEM1, SYSTEM2, WRONG
 
 RIGHT = "#2A7F6F"  # always beside a tick
 FAINT, GREY = "#6B7280", "#9AA0A8"  # text, bars

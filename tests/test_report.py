@@ -340,3 +340,10 @@ def test_an_ill_formed_file_is_named_with_what_is_wrong(text, message, tmp_path)
         read_metrics(tmp_path / "metrics.json")
     assert str(tmp_path / "metrics.json") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_without_matplotlib_the_table_is_there_and_says_what_is_missing(tmp_path, monkeypatch):
+    write_results(tmp_path, 3)
+    monkeypatch.setattr("llm2.evaluation.report.find_spec", lambda name: None)
+    printed = write_report(tmp_path)
+    assert "greedy" in printed and "pip install 'llm2[report]'" in printed and not (tmp_path / "report.html").exists()
