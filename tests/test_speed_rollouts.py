@@ -10,7 +10,6 @@ from llm2.common.loading import load_tokenizer
 from llm2.config import ExploreConfig
 from llm2.exploration.engines import Request, open_engine
 from llm2.exploration.explore import Explorer
-from llm2.exploration.solutions import load_solved
 from llm2.tasks import load_task
 
 SYSTEM1 = "llm2/testbed/system1"
@@ -43,23 +42,22 @@ def explorer() -> Explorer:
 
 
 def test_the_reference_rolls_every_token_out_equally_often(explorer):
-    problems, _ = load_solved(explorer.config, explorer.task)
-    (entry,) = exhaust(explorer, problems, LabelsBenchmark(task="labels", reference_rollouts=4))
-    (case,) = explorer.begin(problems)
+    problems = explorer.task.problems("train", 1)
+    (entry,) = exhaust(explorer, problems, LabelsBenchmark(benchmark="labels", reference_rollouts=4))
+    (state,) = explorer.start_problems(problems)
     assert [(fork[0], tuple(token for token, _ in fork[1:])) for fork in entry["forks"]] == [
-        (fork.position, fork.tokens) for fork in case.forks
+        (fork.position, fork.tokens) for fork in state.test.forks
     ]
     assert all(quality in (0, 0.25, 0.5, 0.75, 1) for fork in entry["forks"] for _, quality in fork[1:])
-    assert entry["tokens"] > 4 * sum(len(fork.tokens) for fork in case.forks)
+    assert entry["tokens"] > 4 * sum(len(fork.tokens) for fork in state.test.forks)
 
 
 def test_generate_is_credited_with_the_tokens_up_to_the_end_of_each_row(explorer):
     """Where only one continuation is likely, both write the same number of tokens."""
     engine = explorer.engine
-    problems, _ = load_solved(explorer.config, explorer.task)
-    (case,) = explorer.begin(problems)
-    requests = [Request(case.gold.ids, case.gold.end - back, [], [1, 2]) for back in (1, 2, 4)]
-    config = RolloutBenchmark(task="rollouts", batch_size=4, device="cpu")
+    (state,) = explorer.start_problems(explorer.task.problems("train", 1))
+    requests = [Request(state.solution.ids, state.solution.end - back, [], [1, 2]) for back in (1, 2, 4)]
+    config = RolloutBenchmark(benchmark="rollouts", batch_size=4, device="cpu")
     torch.manual_seed(0)
     written = generate(engine.model, engine.eos, engine.tokenizer.pad_token_id, requests, config)
     assert written == count(engine.generate(requests)) == 2 * (1 + 2 + 4)

@@ -6,6 +6,7 @@ anew.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from operator import itemgetter
@@ -18,12 +19,11 @@ from llm2.benchmarks.runner import markdown_table, write_results
 from llm2.common.config_file import load_config
 from llm2.common.journal import Journal
 from llm2.common.loading import load_tokenizer
-from llm2.common.seeds import row_seed
 from llm2.common.stats import wilson_interval
 from llm2.config import ExploreConfig
-from llm2.exploration.engines import Request, open_engine
+from llm2.exploration.engines import open_engine
 from llm2.exploration.explore import Explorer, explore
-from llm2.exploration.solutions import load_solved
+from llm2.exploration.solutions import load_problems
 from llm2.tasks import Problem, load_task
 
 Pair = tuple[str, int, int]  # problem, position, token
@@ -55,7 +55,7 @@ def measure(config: LabelsBenchmark) -> str:
 def reference(config: LabelsBenchmark, settings: ExploreConfig, folder: Path) -> tuple[dict[Pair, float], int]:
     """By how much each token's quality is below gold's, and the tokens generated for that."""
     tokenizer, task = load_tokenizer(settings.model), load_task(settings.task, settings.data_file, settings.grader)
-    problems, _ = load_solved(settings, task)
+    problems, _ = load_problems(task, settings.split, settings.limit)
     journal = Journal(folder, config, may_differ=("problems", "output", "fixed_rollouts"), key=itemgetter("id"))
     waiting = [problem for problem in problems if problem.id not in journal.done]
     explorer = Explorer(settings, open_engine(settings, tokenizer), tokenizer, task)
@@ -75,35 +75,32 @@ def reference(config: LabelsBenchmark, settings: ExploreConfig, folder: Path) ->
 
 def exhaust(explorer: Explorer, problems: Sequence[Problem], config: LabelsBenchmark) -> Iterator[dict]:
     """One entry a problem: its forks' (token, quality), gold first, and the tokens generated."""
-    n, eos = config.reference_rollouts, explorer.engine.eos
-    cases = explorer.begin(problems)
-    branches = [(case, fork, token) for case in cases for fork in case.forks for token in fork.tokens]
-    requests = [
-        Request(
-            case.gold.ids,
-            fork.position,
-            (token,),
-            [row_seed(config.reference_seed, case.gold.problem.id, fork.position, token, i) for i in range(n)],
+    eos = explorer.engine.eos
+    states = explorer.start_problems(problems)
+    branches = [(state.solution, *key) for state in states for key in state.test.counts]
+    seed, indices = config.reference_seed, range(config.reference_rollouts)
+    written = iter(
+        explorer.engine.generate(
+            [
+                solution.rollout_request(position, token, seed, indices)
+                for solution, position, token in branches
+                if token not in eos
+            ]
         )
-        for case, fork, token in branches
-        if token not in eos
-    ]
-    written = iter(explorer.engine.generate(requests))
-    quality = {}
-    for case, fork, token in branches:
-        tails = [[]] if token in eos else next(written)
-        begun = [*case.gold.ids[case.gold.start : fork.position], token]
-        texts = explorer.tokenizer.batch_decode([[*begun, *tail] for tail in tails], skip_special_tokens=True)
-        right = [grade.correct for grade in explorer.task.grade(texts, case.gold.problem.gold)]
-        quality[case.gold.problem.id, fork.position, token] = sum(right) / len(right)
-        case.counts["tokens"] += sum(map(len, tails))
-    for case in cases:
-        name = case.gold.problem.id
+    )
+    quality, tokens = {}, Counter()
+    for solution, position, token in branches:
+        continuations = [[]] if token in eos else next(written)
+        right = solution.grade_rollouts(explorer.task, explorer.tokenizer, position, token, continuations)
+        quality[solution.problem.id, position, token] = sum(right) / len(right)
+        tokens[solution.problem.id] += sum(map(len, continuations))
+    for state in states:
+        name = state.solution.problem.id
         forks = [
             [fork.position, *([token, quality[name, fork.position, token]] for token in fork.tokens)]
-            for fork in case.forks
+            for fork in state.test.forks
         ]
-        yield {"id": name, "forks": forks, "tokens": case.counts["tokens"]}
+        yield {"id": name, "forks": forks, "tokens": tokens[name]}
 
 
 def compare(verdicts: dict[Pair, str], lower: dict[Pair, float], margin: float) -> list[dict]:

@@ -12,14 +12,12 @@ from transformers import PreTrainedModel
 
 from llm2.benchmarks.configs import RolloutBenchmark
 from llm2.benchmarks.runner import BenchmarkCase, markdown_table, peak_memory, rows, run_interleaved, write_results
+from llm2.common.chat import resolve_template
 from llm2.common.loading import load_tokenizer, resolve_device
-from llm2.common.seeds import row_seed
-from llm2.config import ExploreConfig
 from llm2.exploration.engines import Request
 from llm2.exploration.engines.local import LocalEngine
 from llm2.exploration.engines.vllm import VllmEngine
-from llm2.exploration.explore import Explorer
-from llm2.exploration.solutions import load_solved
+from llm2.exploration.solutions import find_forks, load_problems, tokenize_solutions
 from llm2.tasks import load_task
 
 GENERATE, VLLM = "transformers generate", "vLLM in process"
@@ -27,17 +25,16 @@ GENERATE, VLLM = "transformers generate", "vLLM in process"
 
 def measure(config: RolloutBenchmark) -> str:
     """Time every case, write `config.output`, return the table."""
-    settings = settings_of(config)
     tokenizer = load_tokenizer(config.model)
-    own = LocalEngine(settings, tokenizer)
-    requests = requests_of(config, settings, own)
+    own = LocalEngine(config, tokenizer)
+    requests = requests_of(config, own)
     torch.manual_seed(config.seed)
     runs: dict[str, Callable[[], float]] = {
         GENERATE: lambda: generate(own.model, own.eos, tokenizer.pad_token_id, requests, config),
         "LLM2 rollouts": lambda: count(own.generate(requests)),
     }
     if config.vllm:
-        vllm = VllmEngine(settings, tokenizer)
+        vllm = VllmEngine(config, tokenizer)
         runs[VLLM] = lambda: count(from_cold(vllm, requests))
     cases = [
         BenchmarkCase(
@@ -59,35 +56,16 @@ def measure(config: RolloutBenchmark) -> str:
     return f"{markdown_table(found)}\n\n{len(requests)} prefixes, {config.rollouts} continuations of each."
 
 
-def settings_of(config: RolloutBenchmark) -> ExploreConfig:
-    return ExploreConfig(
-        model=config.model,
-        output="unused",
-        benchmark=config.data,
-        split=config.split,
-        limit=config.problems,
-        chat_template=config.chat_template,
-        top_k=config.top_k,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        device=config.device,
-        dtype=config.dtype,
-    )
-
-
-def requests_of(config: RolloutBenchmark, settings: ExploreConfig, engine: LocalEngine) -> list[Request]:
-    task = load_task(settings.task)
-    problems, _ = load_solved(settings, task)
-    cases = Explorer(settings, engine, engine.tokenizer, task).begin(problems)
+def requests_of(config: RolloutBenchmark, engine: LocalEngine) -> list[Request]:
+    """Rollouts of every plausible token of the solutions' forks."""
+    task = load_task(config.task)
+    problems, _ = load_problems(task, config.split, config.problems)
+    template = resolve_template(config.chat_template)
+    solutions = tokenize_solutions(task, problems, engine.tokenizer, template, engine.eos)
     return [
-        Request(
-            case.gold.ids,
-            fork.position,
-            (token,),
-            [row_seed(config.seed, case.gold.problem.id, fork.position, token, i) for i in range(config.rollouts)],
-        )
-        for case in cases
-        for fork in case.forks
+        solution.rollout_request(fork.position, token, config.seed, range(config.rollouts))
+        for solution, forks in zip(solutions, find_forks(engine, solutions), strict=True)
+        for fork in forks
         for token in fork.tokens
         if token not in engine.eos
     ]
@@ -103,7 +81,7 @@ def generate(
     model: PreTrainedModel, eos: Sequence[int], pad: int, requests: Sequence[Request], config: RolloutBenchmark
 ) -> float:
     """Tokens written, those behind an end-of-sequence token not counted."""
-    prefixes = sorted((request.prefix for request in requests for _ in request.seeds), key=len)
+    prefixes = sorted((request.prompt for request in requests for _ in request.seeds), key=len)
     tokens = 0
     for first in range(0, len(prefixes), config.batch_size):
         batch = prefixes[first : first + config.batch_size]

@@ -28,7 +28,7 @@ from llm2.errors import UserError
 from llm2.exploration.engines import Engine, check_engine, open_engine
 from llm2.exploration.quality import SequentialTest, reused_rollouts
 from llm2.exploration.solutions import TokenizedSolution, find_forks, load_problems, tokenize_solutions
-from llm2.exploration.summary import BINS, report_path, write_outputs
+from llm2.exploration.summary import BINS, write_outputs
 from llm2.tasks import Problem, Task, load_task
 from llm2.verifier.triplets import Triplet, record_line
 
@@ -53,9 +53,13 @@ def explore(config: ExploreConfig) -> dict | None:
 
     Returns the report in the main process; None in the others, once their share is done.
     """
-    output, partial = Path(config.output), partial_folder(config)
+    output, partial = Path(config.output), Path(f"{config.output}.partial")
     if output.exists() and partial.exists():  # killed between the last output file and the journal's end
-        return _discard_journal(output, partial)
+        barrier()  # all processes have seen the folder
+        if not dist_info().is_main:
+            return None
+        shutil.rmtree(partial)
+        return json.loads(Path(f"{output}.report.json").read_text())
     task, problems, repeated = prepare(config)
     tokenizer = load_tokenizer(config.model)
     engine = open_engine(config, tokenizer)
@@ -67,19 +71,19 @@ def explore(config: ExploreConfig) -> dict | None:
 
     start = time.perf_counter()
     share = math.ceil(len(waiting) / dist_info().world_size)  # it may become another one, see `iter_shared_work`
-    with progress_bar(share, disable=not dist_info().is_main) as bar:
-        explorer = Explorer(config, engine, tokenizer, task, Progress(bar))
-        for state in explorer.explore(waiting[i] for i in iter_shared_work(len(waiting))):
-            journal.add(journal_entry(state, config.max_triplets))
-        bar.n = bar.total = round(bar.n)
+    progress = Progress(share, disable=not dist_info().is_main)
+    explorer = Explorer(config, engine, tokenizer, task, progress)
+    for state in explorer.explore(waiting[i] for i in iter_shared_work(len(waiting))):
+        journal.add(journal_entry(state, config.max_triplets))
+    progress.close()
     engine.close()
     task.close()
     journal.close()
     barrier()  # every problem is in some shard
     if not dist_info().is_main:
         return None
-    order = [problem.id for problem in problems]
-    return write_outputs(journal, output, order, earlier, time.perf_counter() - start, repeated)
+    seconds = time.perf_counter() - start
+    return write_outputs(journal, output, [problem.id for problem in problems], earlier, seconds, repeated)
 
 
 def prepare(config: ExploreConfig) -> tuple[Task, list[Problem], int]:
@@ -89,26 +93,22 @@ def prepare(config: ExploreConfig) -> tuple[Task, list[Problem], int]:
         raise UserError(
             f"min_rollouts: found {config.min_rollouts}, expected at most max_rollouts={config.max_rollouts}"
         )
-    if Path(config.output).exists() and not partial_folder(config).exists():
+    if Path(config.output).exists() and not Path(f"{config.output}.partial").exists():
         raise UserError(f"{config.output} exists already; choose another output, or delete it to explore anew")
     task = load_task(config.task, config.data_file, config.grader)
     return task, *load_problems(task, config.split, config.limit)
 
 
-def partial_folder(config: ExploreConfig) -> Path:
-    return Path(config.output + ".partial")  # the journal
-
-
-def progress_bar(problems: int, **options) -> tqdm:
-    """A bar for `Progress`: drawn at most once a second, with an ETA from the average speed."""
-    return tqdm(total=problems, desc="explore", unit="problem", mininterval=1, miniters=0, smoothing=0, **options)
-
-
 class Progress:
-    """Counts each problem by the share of its tokens that are decided: whole ones come in bursts, after many rounds."""
+    """A bar, drawn at most once a second, with an ETA from the average speed.
 
-    def __init__(self, bar: tqdm) -> None:
-        self.bar, self.problems, self.rollouts, self.tokens = bar, 0.0, 0, 0
+    Each problem counts by the share of its tokens that are decided: whole ones come in bursts, after many rounds.
+    """
+
+    def __init__(self, problems: int, **options) -> None:
+        options |= {"desc": "explore", "unit": "problem", "mininterval": 1, "miniters": 0, "smoothing": 0}
+        self.bar = tqdm(total=problems, **options)
+        self.problems, self.rollouts, self.tokens = 0.0, 0, 0
         self.start = time.perf_counter()
 
     def add(self, problems: float, continuations: Sequence[Sequence[int]] = ()) -> None:
@@ -120,21 +120,20 @@ class Progress:
         self.bar.set_postfix_str(f"{self.rollouts:,} rollouts, {speed:,.0f} tokens/s", refresh=False)
         self.bar.update(0)
 
+    def close(self) -> None:
+        self.bar.n = self.bar.total = round(self.problems)
+        self.bar.close()
 
+
+@dataclass
 class Explorer:
     """Judges System 1's plausible tokens along gold solutions, with rollouts by an engine."""
 
-    def __init__(
-        self,
-        config: ExploreConfig,
-        engine: Engine,
-        tokenizer: PreTrainedTokenizerBase,
-        task: Task,
-        progress: Progress | None = None,
-    ) -> None:
-        self.config, self.engine, self.tokenizer, self.task = config, engine, tokenizer, task
-        self.template = resolve_template(config.chat_template)
-        self.progress = progress or Progress(progress_bar(0, disable=True))
+    config: ExploreConfig
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    progress: Progress = field(default_factory=lambda: Progress(0, disable=True))
 
     def explore(self, problems: Iterable[Problem]) -> Iterator[ProblemState]:
         """Yields each problem once its last verdict is made.
@@ -152,7 +151,8 @@ class Explorer:
             self.run_round(active)
 
     def start_problems(self, problems: Sequence[Problem]) -> list[ProblemState]:
-        solutions = tokenize_solutions(self.task, problems, self.tokenizer, self.template, self.engine.eos)
+        template = resolve_template(self.config.chat_template)
+        solutions = tokenize_solutions(self.task, problems, self.tokenizer, template, self.engine.eos)
         states = []
         for solution, forks in zip(solutions, find_forks(self.engine, solutions), strict=True):
             state = ProblemState(solution, SequentialTest(forks, self.config))
@@ -193,7 +193,7 @@ class Explorer:
     def record_outcomes(
         self, state: ProblemState, position: int, token: int, continuations: Sequence[Sequence[int]], weight: int
     ) -> None:
-        """Grade rollouts of a token; those of gold count for later forks on their path too. Each counts `weight` times."""
+        """Grade rollouts of a token, each counted `weight` times; gold's count for later forks on their path too."""
         solution = state.solution
         outcomes = solution.grade_rollouts(self.task, self.tokenizer, position, token, continuations)
         for right, continuation in zip(outcomes, continuations, strict=True):
@@ -210,19 +210,18 @@ def _num_pending(states: Iterable[ProblemState]) -> int:
 
 def journal_entry(state: ProblemState, max_triplets: int | None) -> dict:
     """A problem's line of triplets, every verdict with its evidence, and the counts for the report."""
-    solution, rollout_counts, pairs = state.solution, state.test.counts, []
-    for fork in state.test.forks:
-        gold = fork.tokens[0]
-        for token, probability in zip(fork.tokens[1:], fork.probabilities[1:], strict=True):
-            pairs.append(
-                {
-                    "triplet": Triplet(fork.position, gold, token),
-                    "verdict": state.test.verdicts[fork.position, token],
-                    "gold": rollout_counts[fork.position, gold],  # right, rollouts
-                    "token": rollout_counts[fork.position, token],
-                    "probability": round(probability, 4),
-                }
-            )
+    solution, rollout_counts = state.solution, state.test.counts
+    pairs = [
+        {
+            "triplet": Triplet(fork.position, fork.tokens[0], token),
+            "verdict": state.test.verdicts[fork.position, token],
+            "gold": rollout_counts[fork.position, fork.tokens[0]],  # right, rollouts
+            "token": rollout_counts[fork.position, token],
+            "probability": round(probability, 4),
+        }
+        for fork in state.test.forks
+        for token, probability in zip(fork.tokens[1:], fork.probabilities[1:], strict=True)
+    ]
     negatives = [pair for pair in pairs if pair["verdict"] == "negative"]
     kept = most_informative(negatives, max_triplets)
     verdicts = Counter(pair["verdict"] for pair in pairs)
@@ -257,11 +256,3 @@ def most_informative(negatives: list[dict], max_triplets: int | None) -> list[di
 
     kept = sorted(negatives, key=cost, reverse=True)[:max_triplets]
     return [pair for pair in negatives if pair in kept]
-
-
-def _discard_journal(output: Path, partial: Path) -> dict | None:
-    barrier()  # all processes have seen the folder
-    if not dist_info().is_main:
-        return None
-    shutil.rmtree(partial)
-    return json.loads(report_path(output).read_text())

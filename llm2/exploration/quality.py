@@ -70,10 +70,7 @@ def probability_worse(token: RolloutCounts, gold: RolloutCounts, margin: float) 
 
 
 class SequentialTest:
-    """The tests of all tokens of one solution's forks, and the rollouts that they share.
-
-    `counts` and `verdicts` have (position, token) as keys; gold tokens have counts and no verdict.
-    """
+    """The tests of all tokens of one solution's forks, by (position, token); gold tokens have counts and no verdict."""
 
     def __init__(self, forks: Sequence[Fork], rule: StoppingRule) -> None:
         self.forks, self.rule = forks, rule
@@ -132,13 +129,9 @@ class SequentialTest:
 def reused_rollouts(
     ids: Sequence[int], position: int, continuation: Sequence[int], forks: Sequence[Fork]
 ) -> Iterator[tuple[int, int]]:
-    """The (position, token) of later forks for which a rollout of a gold token counts too: it follows gold to there.
+    """The (position, token) of later forks for which a rollout counts too: it follows the gold solution to there.
 
-    Args:
-        ids: token ids of the whole conversation.
-        position: of the gold token at which the rollout begins.
-        continuation: the new tokens behind it.
-        forks: of the solution, by position.
+    The rollout is the gold token at `position` and its continuation; ids are those of the whole conversation.
     """
     for fork in forks:
         between = fork.position - position - 1  # tokens between the two positions

@@ -26,7 +26,7 @@ class TokenizedSolution:
     end: int  # one past the token that ends its turn
 
     def rollout_request(self, position: int, token: int, seed: int, indices: Iterable[int]) -> Request:
-        """Rollouts that take `token` at `position`; a rollout's seed depends on these arguments and the problem alone."""
+        """Rollouts that take `token` at `position`, each with its own seed, whichever run or batch writes it."""
         seeds = [row_seed(seed, self.problem.id, position, token, i) for i in indices]
         return Request(self.ids, position, (token,), seeds)
 

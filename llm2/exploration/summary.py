@@ -14,10 +14,6 @@ BINS = 10  # of the histogram of qualities
 BAR = 40  # characters of its longest bar
 
 
-def report_path(output: Path) -> Path:
-    return output.with_name(output.name + ".report.json")
-
-
 def write_outputs(
     journal: Journal, output: Path, order: Sequence[str], earlier: frozenset[str], seconds: float, repeated: int
 ) -> dict:
@@ -30,7 +26,7 @@ def write_outputs(
         repeated: problems that were dropped as repetitions.
     """
     total, histogram, tokens_now = Counter(), [0] * BINS, 0
-    triplets, pairs = (output.with_name(output.name + ending) for ending in (".tmp", ".pairs.jsonl"))
+    triplets, pairs = Path(f"{output}.tmp"), Path(f"{output}.pairs.jsonl")
     with triplets.open("w", encoding="utf-8") as lines, pairs.open("w", encoding="utf-8") as verdicts:
         for entry in journal.read(order):
             total.update(entry["counts"])
@@ -51,7 +47,7 @@ def write_outputs(
         "peak_rss_mib": peak / (2**20 if sys.platform == "darwin" else 2**10),  # of the main process
         "quality_histogram": histogram,  # of all tokens rolled out, in equal parts of [0, 1]
     }
-    report_path(output).write_text(json.dumps(report, indent=2) + "\n")
+    Path(f"{output}.report.json").write_text(json.dumps(report, indent=2) + "\n")
     triplets.replace(output)
     journal.discard()
     return report

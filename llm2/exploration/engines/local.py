@@ -31,14 +31,13 @@ class LocalEngine:
         self.model = load_system1(config.model, device, config.dtype)
         self.decoder = Decoder(self.model)
         self.eos = eos_ids(self.model, tokenizer)
-        self.sampling = (
-            SamplingParams(temperature=config.temperature, top_p=config.top_p) if config.temperature else None
-        )
+        greedy = config.temperature == 0
+        self.sampling = None if greedy else SamplingParams(temperature=config.temperature, top_p=config.top_p)
 
-    @torch.inference_mode()
     def plausible(self, queries: Sequence[PositionQuery]) -> list[list[list[Candidate]]]:
         return [self._plausible(query) for query in queries]
 
+    @torch.inference_mode()
     def _plausible(self, query: PositionQuery) -> list[list[Candidate]]:
         self._check_vocabulary(query.ids)
         ids = torch.tensor([query.ids[: query.end]], device=self.model.device)
@@ -55,12 +54,8 @@ class LocalEngine:
         self, requests: Sequence[Request], on_finished: OnFinished = lambda index, continuations: None
     ) -> list[Continuations]:
         # Requests with one prefix stand together, the longest first: the decoder reads what they share once.
-        first_with: dict[int, int] = {}
-        for index, request in enumerate(requests):
-            first_with.setdefault(id(request.prefix), index)
-        order = sorted(
-            range(len(requests)), key=lambda i: (first_with[id(requests[i].prefix)], -requests[i].prefix_len)
-        )
+        first = {id(request.prefix): i for i, request in reversed(list(enumerate(requests)))}
+        order = sorted(range(len(requests)), key=lambda i: (first[id(requests[i].prefix)], -requests[i].prefix_len))
         results: list[Continuations] = [[] for _ in requests]
         for place, completions in self.decoder.stream(
             [requests[i].prompt for i in order],
