@@ -55,7 +55,7 @@ def test_forks_are_where_more_than_one_token_is_plausible(loaded, config):
     (solution,) = tokenize_solutions(
         task, task.problems("train", 1), tokenizer, LLAMA3_PLAIN, eos_ids(model, tokenizer)
     )
-    ((*forks,),) = find_forks(open_engine(config, tokenizer), [solution])
+    (forks,) = find_forks(open_engine(config, tokenizer), [solution])
     forks = {fork.position: fork for fork in forks}
     assert tokenizer.decode(solution.ids[solution.start : solution.end - 1]) == solution.problem.solution
     assert solution.ids[solution.end - 1] == tokenizer.eos_token_id
