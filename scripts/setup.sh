@@ -21,7 +21,7 @@ fi
 if ! cmp -s requirements.txt .venv/requirements.installed; then
   echo "setup.sh: installing requirements.txt into .venv (once, some minutes)" >&2
   [ -x .venv/bin/python ] || "$python" -m venv .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  .venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt
   cp requirements.txt .venv/requirements.installed
 fi
 source .venv/bin/activate

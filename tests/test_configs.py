@@ -91,8 +91,6 @@ def test_accelerate_accepts_its_configs(path):
 
 def test_accelerate_configs_ask_for_the_hardware_that_they_name():
     kinds = {path.stem: load_config_from_file(str(path)) for path in ACCELERATE_FILES}
-    assert kinds["cpu"].use_cpu and not kinds["gpu"].use_cpu
-    assert kinds["cpu"].num_processes == kinds["gpu"].num_processes == 1
     several = ("multi_gpu", "multi_node", "zero2", "zero3")
     assert all(kinds[kind].num_processes == -1 for kind in several)  # accelerate's sign for "the launcher must say"
     assert kinds["multi_gpu"].distributed_type == kinds["multi_node"].distributed_type == DistributedType.MULTI_GPU

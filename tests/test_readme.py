@@ -1,4 +1,4 @@
-"""What the README says is there, is there."""
+"""What the READMEs say is there, is there."""
 
 import json
 import re
@@ -9,12 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = {path: path.read_text() for path in (ROOT / "README.md", ROOT / "dataset" / "README.md")}
+PACKAGES = sorted(path.parent for path in ROOT.glob("llm2/*/__init__.py"))
+DOCUMENTS = {
+    path: path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("llm2/*/README.md")]
+}
 
 
-def test_no_placeholder_is_left():
-    for path, text in DOCUMENTS.items():
-        assert not re.findall(r"@[A-Z_]+@", text), path
+def test_the_readme_is_a_short_read():
+    assert len(README.split()) <= 1500
 
 
 @pytest.mark.parametrize(
@@ -30,13 +32,22 @@ def test_links_lead_to_files():
             assert (path.parent / target).exists(), f"{path}: {target}"
 
 
-def test_the_file_tree_names_every_module_and_script():
-    tree = README.split("## The files")[1].split("```")[1]
-    for path in [*ROOT.glob("llm2/*.py"), *ROOT.glob("scripts/*.sh")]:
-        if path.name != "__init__.py":
-            assert f"  {path.name} " in tree, path.name
-    for name in re.findall(r"^  (\w+\.(?:py|sh)) ", tree, re.MULTILINE):
-        assert list(ROOT.glob(f"*/{name}")), name
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+def test_every_package_has_a_readme_that_names_each_of_its_files(package):
+    text = (package / "README.md").read_text()
+    assert f"llm2/{package.name}" in README
+    for module in package.rglob("*.py"):
+        assert module.name == "__init__.py" or module.name in text, module
+
+
+def test_the_python_example_runs(tmp_path, capsys):
+    from llm2.common.loading import model_path
+    from llm2.verifier.model import ProcessVerifier
+
+    ProcessVerifier.from_system1(model_path("testbed"), local_files_only=True).save_pretrained(tmp_path)
+    example = README.split("```python\n")[1].split("```")[0]
+    exec(example.replace("results/quickstart/verifier", str(tmp_path)).replace("beta=0.5", "beta=0.0"), {})
+    assert "So the answer is" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("scripts/*.sh")), ids=lambda path: path.name)

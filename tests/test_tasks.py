@@ -163,8 +163,14 @@ def test_an_empty_file_has_no_problems(write):
         ({"question": "?"}, "line 2: expected the key 'answer', found 'question'"),
         ({"answer": "#### 1"}, "line 2: expected the key 'question', found 'answer'"),
         ({"question": 1, "answer": "#### 1"}, "line 2: key 'question': expected a text, found 1"),
-        ({"question": "?", "answer": "It is 72."}, "line 2: key 'answer': expected `#### number` at its end, found 'It is 72.'"),
-        ({"question": "?", "answer": "#### many"}, "line 2: key 'answer': expected `#### number` at its end, found '#### many'"),
+        (
+            {"question": "?", "answer": "It is 72."},
+            "line 2: key 'answer': expected `#### number` at its end, found 'It is 72.'",
+        ),
+        (
+            {"question": "?", "answer": "#### many"},
+            "line 2: key 'answer': expected `#### number` at its end, found '#### many'",
+        ),
     ],
 )
 def test_bad_line_is_named_in_one_sentence(write, line, message):
