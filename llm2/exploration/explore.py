@@ -73,9 +73,10 @@ def explore(config: ExploreConfig) -> dict | None:
     share = math.ceil(len(waiting) / dist_info().world_size)  # it may become another one, see `iter_shared_work`
     progress = Progress(share, disable=not dist_info().is_main)
     explorer = Explorer(config, engine, tokenizer, task, progress)
-    for state in explorer.explore(waiting[i] for i in iter_shared_work(len(waiting))):
-        journal.add(journal_entry(state, config.max_triplets))
-    progress.close()
+    with progress.bar as bar:
+        for state in explorer.explore(waiting[i] for i in iter_shared_work(len(waiting))):
+            journal.add(journal_entry(state, config.max_triplets))
+        bar.n = bar.total = round(bar.n)
     engine.close()
     task.close()
     journal.close()
@@ -119,10 +120,6 @@ class Progress:
         speed = self.tokens / (time.perf_counter() - self.start)
         self.bar.set_postfix_str(f"{self.rollouts:,} rollouts, {speed:,.0f} tokens/s", refresh=False)
         self.bar.update(0)
-
-    def close(self) -> None:
-        self.bar.n = self.bar.total = round(self.problems)
-        self.bar.close()
 
 
 @dataclass
