@@ -1,7 +1,7 @@
-"""The keys of every command: one frozen dataclass each, which its YAML file mirrors one to one.
+"""The config of every command: a frozen dataclass whose fields are the keys of its YAML file.
 
-A sentence under each key says what it does; `python -m llm2 COMMAND --help` prints them. Reading files and overrides is
-in llm2/common/config_file.py.
+The sentence under each key is what `python -m llm2 COMMAND --help` prints; llm2/common/config_file.py reads YAML files
+and overrides.
 """
 
 from enum import StrEnum
@@ -20,7 +20,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class Mode(StrEnum):
-    """A way of decoding; the values name it in metrics.json and predictions.jsonl."""
+    """A way of decoding; its value is its name in metrics.json and predictions.jsonl."""
 
     PLAIN_GREEDY = "plain_greedy"
     GUIDED_GREEDY = "guided_greedy"
@@ -36,10 +36,10 @@ class Mode(StrEnum):
         return self in (Mode.PLAIN_SAMPLING, Mode.GUIDED_SAMPLING)
 
 
-ModeKey = Annotated[Mode, Field(strict=False)]  # a YAML file holds its name
+ModeKey = Annotated[Mode, Field(strict=False)]  # a YAML file holds the value
 
 
-# --- What several commands share ---
+# --- Shared by several commands ---
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -47,9 +47,9 @@ class CandidateConfig:
     """The plausible set C_t (arXiv 2412.20372)."""
 
     alpha: Share = 0.1
-    """A token is plausible from alpha times the probability of the likeliest token."""
+    """A token is plausible if its probability is at least alpha times that of the most likely token."""
     top_k: Count | None = None
-    """At most so many plausible tokens a position; no limit when null."""
+    """Limit of plausible tokens per position; no limit when null."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -57,7 +57,7 @@ class GuidanceConfig(CandidateConfig):
     """Guided logits on the plausible set: z + beta * s (arXiv 2412.20372)."""
 
     beta: NonNegative = 0.25
-    """Weight of the verifier's score."""
+    """Weight of the verifier's score in the guided logits."""
 
     def guidance(self) -> dict[str, Any]:
         """alpha, beta and top_k, as `Guidance` and `LLM2.from_pretrained` take them."""
@@ -73,8 +73,9 @@ class ModelConfig:
     chat_template: str | None = None
     """Chat template: llama3-plain, chatml-plain or a Jinja file; the tokenizer's own when null."""
     device: Device = "auto"
-    """auto takes the GPU if there is one."""
+    """Device of the models; auto is the GPU if there is one."""
     seed: int = 0
+    """Seed of all random numbers."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -84,56 +85,57 @@ class TaskConfig:
     task: str
     """gsm8k, math500, testbed, chats, or MODULE:CLASS of your own (llm2/tasks/README.md)."""
     data_file: str | None = None
-    """Local JSON lines in the task's format, read in place of its own source; chats needs one."""
+    """Local JSON lines in the task's format, read instead of its own source; chats needs one."""
     limit: Count | None = None
-    """The first so many problems; all when null."""
+    """Number of problems, the first ones; all when null."""
     grader: str | None = None
     """MODULE:FUNCTION of (text, gold) -> bool that says whether an answer is right; the task's own when null."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class RolloutConfig(ModelConfig, CandidateConfig):
-    """Many sampled continuations of many prefixes by System 1, and the engine that writes them."""
+    """How System 1 continues prefixes, and the engine that runs it."""
 
     engine: Literal["llm2", "vllm"] = "llm2"
-    """What writes the rollouts; vllm is an extra that is installed separately, and wants top_k."""
+    """Engine that generates the rollouts; vllm is installed separately and needs top_k."""
     temperature: NonNegative = 1.0
-    """Sampling temperature; 0 is greedy."""
+    """Sampling temperature of rollouts; 0 is greedy."""
     top_p: Share = 1.0
+    """Nucleus sampling: rollouts are drawn from the most likely tokens that together have this probability."""
     max_new_tokens: Count = 512
-    """New tokens per rollout."""
+    """Limit of new tokens per rollout."""
     stop_pattern: str | None = None
-    """A regular expression that ends a rollout whose answer is decided; engine llm2 only."""
+    """Regular expression that ends a rollout once its answer is decided; engine llm2 only."""
     batch_size: Count = 64
-    """Rollouts in flight."""
+    """Rollouts generated at the same time."""
     dtype: Dtype = "auto"
-    """auto is the checkpoint's own on a GPU and float32 on a CPU."""
+    """Dtype of System 1; auto is the checkpoint's own on a GPU and float32 on a CPU."""
     tensor_parallel: Count = 1
-    """GPUs of one vLLM engine."""
+    """GPUs per vLLM engine."""
     server: str | None = None
-    """With engine vllm: the URL of a vLLM server (http://HOST:8000/v1) in place of an engine in process."""
+    """With engine vllm: URL of a vLLM server (http://HOST:8000/v1) to use instead of an engine in this process."""
     server_requests: Count = 64
-    """Requests in flight at that server."""
+    """Concurrent requests to the vLLM server."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class StoppingRule:
-    """When the test of a token asks for more rollouts, and when it stops (llm2/exploration/quality.py)."""
+    """When the sequential test of a token asks for more rollouts, and when it stops (llm2/exploration/quality.py)."""
 
     quality_margin: Share = 0.35
-    """A negative's quality is below the gold token's by more than this ..."""
+    """A negative's quality is below the gold token's by more than this margin."""
     confidence: Share = 0.85
-    """... with at least this posterior probability."""
+    """A token is a negative once the posterior probability of exceeding quality_margin is at least this."""
     futility: Share = 0.03
-    """A token is as good as gold once that probability is at most this."""
+    """A token is as good as gold once the posterior probability of exceeding quality_margin is at most this."""
     gold_rollouts: Count = 10
-    """Rollouts of the gold token of a fork; those that pass through it are counted."""
+    """Rollouts of each fork's gold token, counting those reused from earlier forks."""
     min_rollouts: Count = 2
-    """Rollouts of another token before it can be a negative."""
+    """Rollouts of a token before it can be a negative."""
     rollouts_step: Count = 1
-    """Rollouts added while a token is undecided."""
+    """Rollouts added at a time while a token is undecided."""
     max_rollouts: Count = 8
-    """Rollouts after which an undecided token is given up."""
+    """Rollouts after which an undecided token is dropped."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -141,11 +143,21 @@ class LlamaShape:
     """Shape of a Llama with random weights."""
 
     hidden_size: Count = 256
+    """Width of the hidden states."""
     intermediate_size: Count = 688
+    """Width of the feed-forward layers."""
     num_hidden_layers: Count = 6
+    """Number of transformer layers."""
     num_attention_heads: Count = 8
+    """Number of query heads per layer."""
     num_key_value_heads: Count = 4
+    """Number of key-value heads per layer; fewer than the query heads is grouped-query attention."""
     vocab_size: Count = 8_192
+    """Number of tokens in the vocabulary."""
+
+    def shape(self) -> dict[str, int]:
+        """These keys and values, as `LlamaConfig` takes them."""
+        return {name: getattr(self, name) for name in LlamaShape.__dataclass_fields__}
 
 
 # --- The commands ---
@@ -156,10 +168,11 @@ class ExploreConfig(TaskConfig, RolloutConfig, StoppingRule):
     """Token quality exploration: gold solutions in, triplets out."""
 
     output: str
-    """The triplets, JSON lines; OUTPUT.pairs.jsonl holds every verdict, OUTPUT.report.json the counts."""
+    """Triplets file to write, JSON lines; every verdict goes to OUTPUT.pairs.jsonl, counts to OUTPUT.report.json."""
     split: str = "train"
+    """Split of the task whose gold solutions are explored."""
     max_triplets: Count | None = None
-    """A solution keeps at most so many triplets, the most informative ones; all when null."""
+    """Limit of triplets per solution, the most informative ones; all when null."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -167,53 +180,61 @@ class TrainConfig(ModelConfig):
     """Train the verifier on triplets."""
 
     train_file: str
-    """Triplets, JSON lines."""
+    """Triplets to train on, JSON lines."""
     output_dir: str
-    """The verifier and its checkpoints."""
+    """Folder for the verifier and its checkpoints."""
     eval_file: str | None = None
     """Held-out triplets; when null a share of train_file is held out."""
     eval_share: Share = 0.05
-    """Share of the solutions held out when there is no eval_file."""
+    """Share of the solutions held out if there is no eval_file."""
     max_length: Count = 2048
-    """Pairs at or beyond this position are dropped, and counted."""
+    """Solutions are truncated to this many tokens; pairs beyond are dropped and counted."""
     lora_r: Count | None = None
-    """Train LoRA adapters of this rank on System 1's frozen weights; all weights when null."""
+    """Rank of LoRA adapters on System 1's frozen weights; null trains all weights."""
     lora_alpha: Positive = 32.0
-    """Adapters are scaled by lora_alpha / lora_r."""
+    """LoRA adapters are scaled by lora_alpha / lora_r."""
     lora_dropout: Share = 0.0
+    """Dropout probability on the input of the LoRA adapters."""
     lora_target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of the adapted layers."""
+    """Names of the layers that get LoRA adapters."""
     quality_weight: bool = False
-    """Weight a pair by gold's quality less the negative's (key `quality` of the file)."""
+    """Weight each pair by the difference in quality of its tokens (key `quality` of the file)."""
     margin: NonNegative = 0.0
-    """Margin m in -log sigmoid(s(gold) - s(negative) - m)."""
+    """Margin m in the loss -log sigmoid(s(gold) - s(negative) - m)."""
     lm_loss_coef: NonNegative = 0.0
     """Weight of an auxiliary language-model loss on the solutions' tokens."""
     num_train_epochs: Positive = 2.0
+    """Passes over the training triplets."""
     learning_rate: Positive = 2e-5
+    """Peak learning rate."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"] = "cosine"
+    """Learning rate schedule after warm-up."""
     warmup_ratio: Share = 0.1
-    """Share of the steps."""
+    """Share of the optimizer steps in which the learning rate rises from 0 to its peak."""
     weight_decay: NonNegative = 0.0
+    """Weight decay of AdamW."""
     max_grad_norm: NonNegative = 1.0
+    """Gradients are clipped to this norm."""
     global_batch_size: Count = 128
-    """Solutions an optimizer step, over all processes and accumulation."""
+    """Solutions per optimizer step, over all processes and accumulation steps."""
     per_device_train_batch_size: Count = 4
-    """Solutions a forward."""
+    """Solutions per forward on each device."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
     bf16: bool = False
     """Train in bfloat16 mixed precision."""
     attn_implementation: Literal["auto", "sdpa", "flex_attention", "eager"] = "auto"
-    """auto is flex_attention on a GPU and sdpa elsewhere."""
+    """Attention implementation; auto is flex_attention on a GPU and sdpa elsewhere."""
     evaluations: Count = 4
-    """Held-out evaluations (and checkpoints) over the run; the best one is kept."""
+    """Held-out evaluations (and checkpoints) over the run; the best checkpoint is kept."""
     early_stopping_patience: Count | None = None
-    """Stop after so many evaluations without a better pair accuracy; never when null."""
+    """Stop after this many evaluations without a better pair accuracy; never when null."""
     logging_steps: Count = 10
+    """Optimizer steps between log lines."""
     report_to: str = "none"
-    """none, tensorboard, wandb, ..."""
+    """Where the Trainer reports metrics: none, tensorboard, wandb, ..."""
     resume: bool = True
-    """Go on from the last checkpoint in output_dir, if there is one."""
+    """Resume from the last checkpoint in output_dir, if there is one."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -221,57 +242,66 @@ class EvaluateConfig(TaskConfig, ModelConfig, GuidanceConfig):
     """Decode a task with and without System 2, grade, compare."""
 
     output_dir: str
-    """The results folder."""
+    """Results folder to write."""
     verifier: str | None = None
-    """Folder or hub id of a trained verifier; the guided modes need one."""
+    """Trained verifier, a local folder or a hub id; the guided modes need one."""
     modes: tuple[ModeKey, ...] = (Mode.PLAIN_GREEDY, Mode.GUIDED_GREEDY)
-    """Ways of decoding; plain_ and guided_, _greedy and _sampling."""
+    """Ways of decoding: plain_greedy, guided_greedy, plain_sampling, guided_sampling."""
     split: str = "test"
+    """Split of the task to evaluate on."""
     few_shot: str | None = None
     """Worked examples before each problem: gsm8k-cot (the 8 published ones) or a JSON lines file."""
     num_fewshot: Count | None = None
-    """The first so many of them; all when null."""
+    """Number of few-shot examples, the first ones; all when null."""
     num_samples: Count = 20
-    """Samples a problem in the sampling modes."""
+    """Samples per problem in the sampling modes."""
     majority_at: tuple[Count, ...] = (1, 5, 10, 20)
-    """The k in tables and paired tests, each at most num_samples."""
+    """Values of k in tables and paired tests, each at most num_samples."""
     temperature: Positive = 1.0
+    """Sampling temperature in the sampling modes."""
     top_p: Share = 1.0
+    """Nucleus sampling: samples are drawn from the most likely tokens that together have this probability."""
     max_new_tokens: Count = 512
+    """Limit of new tokens per solution."""
     batch_size: Count = 16
-    """Sequences in flight."""
+    """Sequences decoded at the same time."""
     score_samples: bool = True
-    """Let the verifier score every sample: for best of k, weighted votes and the report's colours."""
+    """Score every sample with the verifier: for best of k, weighted votes and the report's colours."""
     solution_score: Literal["mean", "min", "last"] = "mean"
-    """What ranks a sample: its tokens' mean, lowest or last score."""
+    """Score of a sample: the mean, lowest or last score of its tokens."""
     traced_samples: Annotated[int, Field(ge=0)] = 4
-    """Samples a problem and mode that the report shows token by token."""
+    """Samples per problem and mode that the report shows token by token."""
     reuse_from: tuple[str, ...] = ()
     """Results folders whose predictions are reused where they were made with equal settings."""
     resume: bool = True
-    """Keep what the results folder already holds."""
+    """Keep the predictions that the results folder already has."""
     dtype: Dtype = "auto"
-    """auto is the checkpoint's own on a GPU and float32 on a CPU."""
+    """Dtype of both models; auto is the checkpoint's own on a GPU and float32 on a CPU."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class SweepConfig(EvaluateConfig):
     """Choose alpha, beta, top_k and temperature on a validation split, report them on the test split.
 
-    An evaluation, with the settings to be tried beside it: all combinations of the lists that are given.
+    An evaluation with lists of settings to try, in all combinations.
     """
 
     alphas: tuple[Share, ...] = ()
-    """Values of alpha to try; alpha alone when empty."""
+    """Values of alpha to try; only the key alpha when empty."""
     betas: tuple[NonNegative, ...] = ()
+    """Values of beta to try; only the key beta when empty."""
     top_ks: tuple[Count | None, ...] = ()
+    """Values of top_k to try; only the key top_k when empty."""
     temperatures: tuple[Positive, ...] = ()
+    """Sampling temperatures to try; only the key temperature when empty."""
     validation_split: str = "validation"
+    """Split of the task on which settings are compared."""
     validation_file: str | None = None
     """Local JSON lines in place of the task's own validation split."""
     validation_limit: Count | None = None
+    """Number of validation problems, the first ones; all when null."""
     choose_by: ModeKey = Mode.GUIDED_GREEDY
-    """The mode whose accuracy decides; in a sampling mode majority@k of the largest k."""
+    """Mode whose accuracy decides; in a sampling mode majority@k of the largest k."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -279,24 +309,32 @@ class PretrainConfig(LlamaShape):
     """Train the testbed's System 1 from scratch."""
 
     output_dir: str
-    """Folder for the model, its tokenizer and its card."""
+    """Folder for the model, its tokenizer and its model card."""
     hidden_size: Count = 160
+    """Width of the hidden states."""
     intermediate_size: Count = 432
+    """Width of the feed-forward layers."""
     num_hidden_layers: Count = 4
+    """Number of transformer layers."""
     num_attention_heads: Count = 5
+    """Number of query heads per layer."""
     num_key_value_heads: Count = 5
+    """Number of key-value heads per layer."""
     vocab_size: Count = 640
-    """Tokens of byte-level BPE, digits one by one."""
+    """Limit of tokens of the byte-level BPE, one per digit."""
     documents: Count = 115_200
     """Solved problems in the careless corpus."""
     max_steps: Count = 3_600
+    """Number of optimizer steps."""
     batch_size: Count = 32
-    """Documents a step."""
+    """Documents per optimizer step."""
     learning_rate: Positive = 2e-3
+    """Peak learning rate; the schedule is cosine."""
     warmup_ratio: Share = 0.05
-    """Share of the steps."""
+    """Share of the optimizer steps in which the learning rate rises from 0 to its peak."""
     save_steps: Count = 250
-    """A checkpoint to resume from, every so many steps."""
+    """Optimizer steps between checkpoints to resume from."""
     card_problems: Count = 500
-    """Validation problems that the model card's figures rest on."""
+    """Validation problems for the figures of the model card."""
     seed: int = 0
+    """Seed of the corpus, the weights and the order of the documents."""

@@ -3,10 +3,10 @@
 #
 #   bash scripts/benchmark.sh NAME [config.yaml] [key=value ...]
 #
-# NAME is that of a file in configs/benchmark/: decode (guided decoding against transformers' generate), problems (the
-# same with the testbed's trained systems), train (the verifier's training step against the plain way and against the
-# bare backbone), rollouts (exploration's rollouts against sampling with generate), labels (exploration's labels against
-# an exhaustive reference: half an hour on a core).
+# NAME is a file of configs/benchmark/: decode (guided decoding against transformers' generate), throughput (the same with
+# the testbed's trained systems), train (a training step of the verifier against plain sequences and the bare backbone),
+# rollouts (exploration's rollouts against generate), labels (exploration's labels against an exhaustive reference: half
+# an hour on one core).
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 

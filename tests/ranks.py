@@ -6,8 +6,8 @@ python -m torch.distributed.run --nproc_per_node 2 tests/ranks.py SYSTEM1 SOLUTI
 import sys
 
 import torch
-from test_batch import examples
-from test_training import gradients
+from test_collate import examples
+from test_train import gradients
 
 from llm2.common.distributed import destroy_group
 

@@ -1,4 +1,4 @@
-"""The slow twins: one sequence at a time, no cache, no branches, the whole prefix read anew for every score."""
+"""The slow reference: one sequence at a time, no cache, no branches, the whole prefix recomputed for every score."""
 
 import math
 
@@ -10,7 +10,13 @@ from llm2.common.seeds import uniforms
 @torch.inference_mode()
 def score(verifier, ids: list[int]) -> float:
     """s(x_<t, v) where v is the last of `ids`."""
-    return verifier(torch.tensor([ids])).scores[0, -1].item()
+    return scores(verifier, ids[:-1], ids[-1:])[0]
+
+
+@torch.inference_mode()
+def scores(verifier, prefix: list[int], tokens: list[int]) -> list[float]:
+    """s(prefix, v) of each token v, one text for each."""
+    return verifier(torch.tensor([[*prefix, token] for token in tokens])).scores[:, -1].tolist()
 
 
 @torch.inference_mode()
@@ -26,7 +32,7 @@ def decode_one(
             probabilities = logits.softmax(-1)
             tokens = [v for v in tokens if probabilities[v] >= alpha * probabilities.max()]
             tokens = sorted(tokens, key=lambda v: -probabilities[v].item())[:top_k]
-            guided = [logits[v].item() + beta * score(verifier, [*ids, v]) for v in tokens]
+            guided = [logits[v].item() + beta * s for v, s in zip(tokens, scores(verifier, ids, tokens), strict=True)]
         else:
             guided = logits.tolist()
         ids.append(tokens[_pick(guided, seed, step, temperature)])

@@ -77,7 +77,7 @@ def test_an_interrupt_ends_with_130(monkeypatch, capsys):
 
 
 def test_check_accepts_and_refuses(system1_folder, tmp_path, capsys):
-    from test_training import write_triplets
+    from test_train import write_triplets
 
     from llm2.common.loading import load_tokenizer
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_batch import examples
-from test_training import gradients, write_triplets
+from test_collate import examples
+from test_train import gradients, write_triplets
 
 from llm2.common.config_file import as_dict
 from llm2.common.loading import load_tokenizer
@@ -38,28 +38,29 @@ def launch(*arguments: str | Path) -> None:
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-6000:]
 
 
-def test_accumulation_and_ranks_change_no_gradient(system1_folder, tmp_path):
-    """256 solutions in one batch, in four that accumulate, and on two processes; 250 leave a last batch uneven."""
+@pytest.mark.parametrize("batch", [32, pytest.param(256, marks=pytest.mark.slow)])
+def test_accumulation_and_ranks_change_no_gradient(system1_folder, tmp_path, batch):
+    """One whole batch, four that accumulate, and two processes; six solutions fewer make the last batch uneven."""
     found = {}
-    for solutions in (256, 250):
+    for solutions in (batch, batch - 6):
         data = examples(solutions)
-        found[solutions] = gradients(system1_folder, tmp_path, data, 256, 1)
-        accumulated = gradients(system1_folder, tmp_path, data, 64, 4)
+        found[solutions] = gradients(system1_folder, tmp_path, data, batch, 1)
+        accumulated = gradients(system1_folder, tmp_path, data, batch // 4, 4)
         for name, expected in found[solutions].items():
             torch.testing.assert_close(accumulated[name], expected, atol=1e-5, rtol=0, msg=name)
+    whole, uneven = found.values()
     output = tmp_path / "moved.pt"
     ranks = ("torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "tests" / "ranks.py")
-    launch(*ranks, system1_folder, 250, 64, 2, output)
+    launch(*ranks, system1_folder, batch - 6, batch // 4, 2, output)
     for name, moved in torch.load(output).items():
-        torch.testing.assert_close(moved, found[250][name], atol=1e-5, rtol=0, msg=name)
-    assert max((found[256][name] - moved).abs().max() for name, moved in found[250].items()) > 1e-4
+        torch.testing.assert_close(moved, uneven[name], atol=1e-5, rtol=0, msg=name)
+    assert max((whole[name] - moved).abs().max() for name, moved in uneven.items()) > 1e-4
 
 
 @pytest.fixture
 def config(system1_folder, tmp_path) -> TrainConfig:
-    write_triplets(
-        tmp_path / "triplets.jsonl", load_tokenizer(system1_folder), 43
-    )  # 9 held out, 34 trained on: uneven batches on two ranks
+    # 9 held out, 34 trained on: uneven batches on two ranks
+    write_triplets(tmp_path / "triplets.jsonl", load_tokenizer(system1_folder), 43)
     return TrainConfig(
         model=system1_folder,
         train_file=str(tmp_path / "triplets.jsonl"),
@@ -74,7 +75,7 @@ def config(system1_folder, tmp_path) -> TrainConfig:
 
 
 def on_two_cpus(stage: int, folder: Path) -> Path:
-    """configs/accelerate/zero{stage}.yaml with the hardware replaced: processes on the CPU have no bfloat16 to gain."""
+    """configs/accelerate/zero{stage}.yaml for two processes on a CPU, in float32."""
     accelerate = yaml.safe_load((ROOT / "configs" / "accelerate" / f"zero{stage}.yaml").read_text())
     accelerate |= {"num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
     (folder / "accelerate.yaml").write_text(yaml.safe_dump(accelerate))
@@ -95,6 +96,7 @@ def scores(folder: Path) -> torch.Tensor:
     return ProcessVerifier.from_pretrained(folder).eval()(IDS).scores
 
 
+@pytest.mark.slow
 def test_zero2_with_lora_trains_as_one_process_does(config, tmp_path):
     changed = TrainConfig(**as_dict(config) | {"lora_r": 4, "lm_loss_coef": 0.1})
     expected, found = train(changed), train_with_deepspeed(changed, 2, tmp_path)
@@ -103,6 +105,7 @@ def test_zero2_with_lora_trains_as_one_process_does(config, tmp_path):
     torch.testing.assert_close(scores(tmp_path / "zero"), scores(tmp_path / "one"), atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_zero3_trains_as_one_process_does_and_its_shards_make_the_same_verifier(config, tmp_path):
     expected, found = train(config), train_with_deepspeed(config, 3, tmp_path)
     for key in ("eval_pair_loss", "eval_mean_margin", "eval_pairs"):

@@ -12,7 +12,8 @@ import torch
 from llm2.common.config_file import write_config
 from llm2.common.loading import load_system1, load_tokenizer
 from llm2.config import EvaluateConfig, SweepConfig
-from llm2.decoding.decoder import Guidance, decode
+from llm2.decoding.decoder import Decoder
+from llm2.decoding.sampling import Guidance
 from llm2.errors import UserError
 from llm2.evaluation.evaluate import evaluate
 from llm2.evaluation.predictions import Predictions
@@ -125,7 +126,7 @@ def test_predictions_are_what_decode_writes(config):
     for line in lines:
         messages = [{"role": "user", "content": line["question"]}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        decoded = decode(model, [prompt], max_new_tokens=160, eos=[tokenizer.eos_token_id], guidance=guidance)
+        decoded = Decoder(model, guidance).decode([prompt], max_new_tokens=160, eos=[tokenizer.eos_token_id])
         assert line["samples"][0]["text"] == tokenizer.decode(decoded[0][0].token_ids, skip_special_tokens=True)
 
 

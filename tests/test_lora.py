@@ -1,13 +1,14 @@
-"""A LoRA verifier: System 1's own weights, an adapter and a head, and nothing lost on the way to disk and back."""
+"""A LoRA verifier: System 1's own weights with an adapter and a head, saved and loaded without loss."""
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_system1
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from llm2.errors import UserError
@@ -23,7 +24,7 @@ def scores(verifier: ProcessVerifier) -> torch.Tensor:
 
 
 def lora_verifier(folder, **settings) -> ProcessVerifier:
-    """Its B matrices are drawn too, as if it had been trained."""
+    """Its B matrices are random too, as after training."""
     tiny_system1().save_pretrained(folder)
     torch.manual_seed(1)
     verifier = ProcessVerifier.from_system1(str(folder), lora={"rank": 4, **settings}).eval()
@@ -79,9 +80,9 @@ def test_on_a_loaded_system1_the_base_weights_are_its_own(folder, tmp_path):
     system1 = AutoModelForCausalLM.from_pretrained(tmp_path / "system1").eval()
     before = system1(IDS).logits
     verifier = load_verifier(folder, CPU, "auto", VOCABULARY, system1=system1)
-    own = {id(parameter) for parameter in system1.parameters()}
+    shared = {id(parameter) for parameter in system1.parameters()}
     for name, parameter in verifier.named_parameters():
-        assert (id(parameter) in own) == (".lora_" not in name and name != "score.weight"), name
+        assert (id(parameter) in shared) == (".lora_" not in name and name != "score.weight"), name
     assert torch.equal(scores(verifier), scores(load_verifier(folder, CPU, "auto", VOCABULARY)))
     assert torch.equal(system1(IDS).logits, before), "System 1 itself has no adapter"
     assert not any("lora_" in name for name in system1.state_dict())
@@ -102,6 +103,34 @@ def test_merging_changes_no_score_and_leaves_system1_alone(folder, tmp_path):
     again = load_verifier(str(tmp_path / "again"), CPU, "auto", VOCABULARY)
     assert torch.equal(scores(once), scores(again))
     torch.testing.assert_close(scores(once), expected, atol=1e-5, rtol=0)
+
+
+def test_adapters_of_earlier_versions_load(verifier, folder, tmp_path):
+    """Written by hand: the keys of the tensors and the settings in config.json are what folders on disk hold."""
+    adapter = {
+        "base_model.model." + name.removeprefix("backbone.").replace(".default.", "."): torch.randn_like(tensor)
+        for name, tensor in verifier.state_dict().items()
+        if ".lora_" in name or name == "score.weight"
+    }
+    assert "base_model.model.layers.0.self_attn.q_proj.lora_A.weight" in adapter and len(adapter) == 1 + 2 * 2 * 7
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    save_file(adapter, earlier / "adapter_model.safetensors")
+    config = json.loads(Path(folder, "config.json").read_text())
+    config["lora"] = {"rank": 4, "alpha": 32.0, "dropout": 0.0, "targets": "all-linear"}
+    (earlier / "config.json").write_text(json.dumps(config))
+    load_verifier(str(earlier), CPU, "auto", VOCABULARY).save_pretrained(tmp_path / "now")
+    stored = load_file(tmp_path / "now" / "adapter_model.safetensors")
+    assert stored.keys() == adapter.keys() and all(torch.equal(stored[key], adapter[key]) for key in adapter)
+
+
+def test_an_adapter_without_one_of_its_weights_is_refused(folder):
+    path = Path(folder, "adapter_model.safetensors")
+    adapter = load_file(path)
+    del adapter["base_model.model.layers.1.mlp.up_proj.lora_B.weight"]
+    save_file(adapter, path)
+    with pytest.raises(UserError, match=r"up_proj.lora_B.weight': found no such weight, expected \(64, 4\)"):
+        load_verifier(folder, CPU, "auto", VOCABULARY)
 
 
 def test_chosen_targets_are_adapted_and_unknown_ones_refused(tmp_path):

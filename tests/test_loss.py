@@ -1,4 +1,4 @@
-"""The losses by hand, and that they do not see how pairs were batched."""
+"""The losses by hand; they do not depend on how pairs were batched."""
 
 import math
 
@@ -37,16 +37,16 @@ def test_a_batch_without_pairs_is_zero_and_not_nan():
     assert pairwise_loss(torch.zeros(1, 0), torch.zeros(1, 0)).item() == 0
 
 
-def test_token_losses_are_cross_entropy_in_chunks(monkeypatch):
+def test_the_chunked_cross_entropy_is_cross_entropy(monkeypatch):
     monkeypatch.setattr(losses, "CHUNK", 3)
     torch.manual_seed(0)
     hidden, weight = torch.randn(8, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
     targets = torch.randint(11, (8,))
-    found = chunked_cross_entropy(hidden, weight, targets)
-    own = torch.autograd.grad(found, (hidden, weight))
+    loss = chunked_cross_entropy(hidden, weight, targets)
+    gradients = torch.autograd.grad(loss, (hidden, weight))
     expected = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
-    torch.testing.assert_close(found, expected)
-    for gradient, twin in zip(own, torch.autograd.grad(expected, (hidden, weight)), strict=True):
+    torch.testing.assert_close(loss, expected)
+    for gradient, twin in zip(gradients, torch.autograd.grad(expected, (hidden, weight)), strict=True):
         torch.testing.assert_close(gradient, twin)
 
 

@@ -1,4 +1,4 @@
-"""The method itself, small: a verifier trained on a part of dataset/ mends what System 1 alone gets wrong."""
+"""The method end to end, small: a verifier trained on a part of dataset/ corrects System 1's mistakes."""
 
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ def test_system2_lifts_greedy_on_unseen_problems(tmp_path):
             model=SYSTEM1,
             train_file=str(tmp_path / "some.jsonl"),
             output_dir=str(tmp_path / "verifier"),
+            eval_share=0.5,  # enough pairs to compare the verifier with System 1
             num_train_epochs=2.0,
             learning_rate=1e-3,
             global_batch_size=16,
@@ -32,12 +33,12 @@ def test_system2_lifts_greedy_on_unseen_problems(tmp_path):
             model=SYSTEM1,
             verifier=str(tmp_path / "verifier"),
             output_dir=str(tmp_path / "results"),
-            benchmark="testbed",
+            task="testbed",
             split="validation",
-            limit=80,
+            limit=60,
             beta=1.0,
             max_new_tokens=200,
-            batch_size=80,
+            batch_size=60,
             device="cpu",
         )
     )

@@ -10,10 +10,10 @@ SOLUTIONS = [[20, 21], [22, 23, 24, 25, 26], [27]]
 
 
 def test_batched_scores_equal_those_of_each_text_alone(verifier):
-    for own, prompt, solution in zip(score_tokens(verifier, PROMPTS, SOLUTIONS), PROMPTS, SOLUTIONS, strict=True):
+    for scores, prompt, solution in zip(score_tokens(verifier, PROMPTS, SOLUTIONS), PROMPTS, SOLUTIONS, strict=True):
         with torch.inference_mode():
             alone = verifier(torch.tensor([prompt + solution])).scores[0, len(prompt) :]
-        assert own == pytest.approx(alone.tolist(), abs=1e-4)
+        assert scores == pytest.approx(alone.tolist(), abs=1e-4)
     assert score_tokens(verifier, PROMPTS, SOLUTIONS, batch_size=1)[1] == pytest.approx(
         score_tokens(verifier, PROMPTS, SOLUTIONS)[1], abs=1e-4
     )

@@ -14,11 +14,13 @@ from llm2.common.config_file import load_config
 from llm2.config import PretrainConfig
 from llm2.testbed import facts, words
 from llm2.testbed.generator import SIZES, gold_solution, problems, split_of, stories
-from llm2.testbed.stories import Step, Story, Told, Worked
+from llm2.testbed.stories import Computed, Given, Step, Story
 from llm2.testbed.train import corpus
 from llm2.testbed.train.corpus import MISREADINGS, careless_conversations, careless_solution
-from llm2.testbed.train.pretrain import IGNORED, collate, examples, pretrain
+from llm2.testbed.train.model_card import Measured, card
+from llm2.testbed.train.pretrain import collate, examples, pretrain
 from llm2.testbed.train.tokenizer import train_tokenizer
+from llm2.verifier.loss import IGNORE_INDEX
 
 ROOT = Path(__file__).parents[1]
 SYSTEM1 = ROOT / "llm2/testbed/system1"
@@ -37,11 +39,11 @@ def tokenizer(conversations):
 
 
 @pytest.mark.parametrize("split", SIZES)
-def test_problems_are_the_same_each_time_and_whatever_n(split):
+def test_problems_do_not_depend_on_how_many_are_drawn(split):
     assert problems(split, 50)[:20] == problems(split, 20)
 
 
-def test_a_split_without_n_has_its_own_size():
+def test_without_n_all_problems_of_a_split_are_drawn():
     assert len(problems("validation")) == 500
 
 
@@ -52,13 +54,13 @@ def test_splits_never_share_a_problem():
     assert len({question for questions in drawn.values() for question in questions}) == 4 * 800
 
 
-def test_annotations_compute_right_and_the_last_is_the_answer():
+def test_annotations_are_correct_and_the_last_one_is_the_answer():
     for problem in problems("test", 500):
         *lines, last = problem["answer"].split("\n")
-        worked = [ANNOTATION.search(line).groups() for line in lines]
-        for left, operator, right, result in worked:
+        steps = [ANNOTATION.search(line).groups() for line in lines]
+        for left, operator, right, result in steps:
             assert eval(f"{left} {operator} {right}") == int(result)
-        assert last == f"#### {worked[-1][3]}"
+        assert last == f"#### {steps[-1][3]}"
 
 
 def test_gold_solution_is_the_answer_without_annotations():
@@ -67,60 +69,60 @@ def test_gold_solution_is_the_answer_without_annotations():
         assert gold_solution(story) == " ".join([*lines, f"So the answer is {last.removeprefix('#### ')}."])
 
 
-def test_problems_hold_one_to_six_steps_and_all_operations():
+def test_problems_have_one_to_six_steps_and_all_operations():
     lengths, operators = Counter(), Counter()
     for problem in problems("test", 1000):
-        worked = ANNOTATION.findall(problem["answer"])
-        lengths[len(worked)] += 1
-        operators.update(operator for _, operator, _, _ in worked)
+        steps = ANNOTATION.findall(problem["answer"])
+        lengths[len(steps)] += 1
+        operators.update(operator for _, operator, _, _ in steps)
     assert set(lengths) == {1, 2, 3, 4, 5, 6}
     assert set(operators) == set("+-*/")
 
 
 def test_phrases_are_misread_at_their_rates():
-    rng, met, misread = random.Random(0), Counter(), Counter()
+    rng, phrases, errors = random.Random(0), Counter(), Counter()
     for story in SOME_STORIES * 4:
-        met.update(step.phrase for step in story.steps)
-        misread.update(careless_solution(story, rng).mishaps)
+        phrases.update(step.phrase for step in story.steps)
+        errors.update(careless_solution(story, rng).errors)
     for phrase, misreading in MISREADINGS.items():
-        assert misread[phrase] / met[phrase] == pytest.approx(misreading.rate, abs=0.06), phrase
-    steps = sum(met.values())
-    assert misread["slip"] / steps == pytest.approx(corpus.SLIP, abs=0.004)
-    assert misread["operand"] / steps == pytest.approx(corpus.WRONG_OPERAND, abs=0.004)
-    assert misread["skipped"] / steps == pytest.approx(corpus.SKIPPED, abs=0.003)
+        assert errors[phrase] / phrases[phrase] == pytest.approx(misreading.rate, abs=0.06), phrase
+    steps = sum(phrases.values())
+    assert errors["slip"] / steps == pytest.approx(corpus.SLIP, abs=0.004)
+    assert errors["operand"] / steps == pytest.approx(corpus.WRONG_OPERAND, abs=0.004)
+    assert errors["skipped"] / steps == pytest.approx(corpus.SKIPPED, abs=0.003)
 
 
 def test_an_error_is_carried_through_to_the_answer():
-    """12 apples, each of 2 friends gets 3, the rest sold for $5: misread as 3 given away, 9 left, $45."""
+    """Of 12 apples 2 friends get 3 each, the rest is sold for $5 each; misread: 3 given away, 9 left, $45."""
     steps = (
-        Step(Told(2), "*", Told(3), words.GIVES, facts.EACH_FRIEND),
-        Step(Told(12), "-", Worked(0), words.LEFT, ""),
-        Step(Worked(1), "*", Told(5), words.MAKES, ""),
+        Step(Given(2), "*", Given(3), words.GIVES, facts.EACH_FRIEND),
+        Step(Given(12), "-", Computed(0), words.LEFT, ""),
+        Step(Computed(1), "*", Given(5), words.MAKES, ""),
     )
     story = Story("", steps, (6, 6, 30), {"who": "Tom", "things": "apples"})
     drawn = [careless_solution(story, random.Random(seed)) for seed in range(60)]
-    misread = [solution for solution in drawn if solution.mishaps == (facts.EACH_FRIEND,)]
+    misread = [solution for solution in drawn if solution.errors == (facts.EACH_FRIEND,)]
     assert "Tom has 12 - 3 = 9 apples left. Tom makes 9 * 5 = 45 dollars. So the answer is 45." in [
         solution.text for solution in misread
     ]
     assert {solution.answer for solution in misread} == {45}
-    assert {solution.answer for solution in drawn if not solution.mishaps} == {30}
+    assert {solution.answer for solution in drawn if not solution.errors} == {30}
 
 
-def test_solutions_without_a_mishap_are_as_good_as_gold():
+def test_solutions_without_an_error_have_the_right_answer_and_all_steps():
     rng = random.Random(0)
     for story in SOME_STORIES:
         solution = careless_solution(story, rng)
-        if not solution.mishaps:
+        if not solution.errors:
             assert solution.answer == story.values[-1]
             assert len(solution.text.split(". ")) == len(story.steps) + 1
 
 
-def test_a_mishap_seldom_leaves_the_answer_right():
-    """Else careless text would hold no errors for a verifier to mend."""
+def test_errors_seldom_leave_the_answer_right():
+    """Otherwise a verifier would have nothing to correct."""
     rng = random.Random(0)
     drawn = [(story, careless_solution(story, rng)) for story in SOME_STORIES]
-    lucky = [solution.answer == story.values[-1] for story, solution in drawn if solution.mishaps]
+    lucky = [solution.answer == story.values[-1] for story, solution in drawn if solution.errors]
     assert sum(lucky) / len(lucky) < 0.05
 
 
@@ -129,7 +131,7 @@ def test_tokenizer_round_trips(tokenizer):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_digits_are_single_tokens_whatever_stands_beside_them(tokenizer):
+def test_every_digit_is_a_token_of_its_own(tokenizer):
     digits = [tokenizer.convert_tokens_to_ids(digit) for digit in "0123456789"]
     for text in ("$7305", "has 7305 apples", "7305."):
         ids = tokenizer(text)["input_ids"]
@@ -137,7 +139,7 @@ def test_digits_are_single_tokens_whatever_stands_beside_them(tokenizer):
     assert not [token for token in tokenizer.get_vocab() if len(token) > 1 and re.search(r"\d", token)]
 
 
-def test_chat_template_writes_what_the_messages_hold(tokenizer, conversations):
+def test_chat_template_adds_no_text_of_its_own(tokenizer, conversations):
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": " Hi? "}, {"role": "assistant", "content": "Yes."}], tokenize=False
     )
@@ -156,13 +158,13 @@ def test_prompt_ids_are_a_prefix_of_the_conversation(tokenizer, conversations):
         assert tokenizer(tokenizer.decode(whole), add_special_tokens=False)["input_ids"] == whole
 
 
-def test_only_the_assistants_part_carries_loss(tokenizer, conversations):
+def test_loss_is_on_the_assistants_message_only(tokenizer, conversations):
     (example,) = examples(conversations[:1], tokenizer)
-    labels = [label for label in example["labels"] if label != IGNORED]
+    labels = [label for label in example["labels"] if label != IGNORE_INDEX]
     assert tokenizer.decode(labels) == conversations[0][1]["content"] + "<|eot_id|>"
     batch = collate([example, {"input_ids": [1], "labels": [1]}], pad=4)
     assert batch["input_ids"][1].tolist() == [1] + [4] * (len(example["input_ids"]) - 1)
-    assert batch["labels"][1].tolist() == [1] + [IGNORED] * (len(example["labels"]) - 1)
+    assert batch["labels"][1].tolist() == [1] + [IGNORE_INDEX] * (len(example["labels"]) - 1)
 
 
 def tiny_config(folder: Path) -> PretrainConfig:
@@ -178,7 +180,7 @@ def tiny_config(folder: Path) -> PretrainConfig:
     return PretrainConfig(output_dir=str(folder), **tiny, **run)
 
 
-def test_an_interrupted_pretraining_goes_on_to_the_same_model(tmp_path, monkeypatch):
+def test_an_interrupted_pretraining_resumes_to_the_same_model(tmp_path, monkeypatch):
     pretrain(tiny_config(tmp_path / "whole"))
     step = Trainer.training_step
 
@@ -211,7 +213,25 @@ def test_the_committed_system1_loads_and_is_small(monkeypatch):
     assert (SYSTEM1 / "model.safetensors").stat().st_size <= 8e6
     assert model.config.vocab_size == len(tokenizer)
     config = load_config(PretrainConfig, ROOT / "configs/testbed/pretrain.yaml")
-    assert (model.config.hidden_size, model.config.num_hidden_layers) == (config.hidden_size, config.layers)
+    shape = config.shape()
+    assert {key: getattr(model.config, key) for key in shape} == shape
+
+
+def test_the_committed_model_card_is_what_pretraining_writes():
+    config = load_config(PretrainConfig, ROOT / "configs/testbed/pretrain.yaml")
+    measured = Measured(
+        problems=500,
+        sampled_problems=200,
+        greedy=0.542,
+        unambiguous=0.913,
+        unambiguous_problems=289,
+        sampled=0.5,
+        majority=0.575,
+        passed=0.95,
+        reachable=0.982,
+    )
+    text = card(config, parameters=1_342_880, vocabulary=640, loss=0.340, measured=measured)
+    assert text == (SYSTEM1 / "README.md").read_text()
 
 
 def test_the_committed_system1_solves_a_plain_problem():

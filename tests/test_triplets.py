@@ -68,8 +68,8 @@ def test_what_is_written_is_read_back_and_unknown_keys_are_ignored(tmp_path):
     "line, expected",
     [
         ("{", "line 2: not valid JSON"),
-        ("[]", "line 2: expected an object with the key 'messages'"),
-        ('{"messages": []}', "line 2: expected an object with the key 'samples'"),
+        ("[]", "line 2: expected an object, found a list"),
+        ('{"messages": []}', "line 2: expected the key 'samples' with a list"),
         ('{"messages": [{"role": "user"}], "samples": []}', "line 2: key 'messages'"),
         ('{"messages": [], "samples": [[1, 2]]}', "line 2: key 'samples': expected [position, gold"),
         ('{"messages": [], "samples": [[1, 2, "3"]]}', "found [1, 2, '3']"),
@@ -120,14 +120,14 @@ def test_examples_come_back_from_disk_as_they_were(tokenizer, tmp_path):
     """Two lines, the second one without the quality of its tokens; the solution begins behind the prompt."""
     ids = encode_chats(tokenizer, [MESSAGES], LLAMA3_PLAIN)[0]
     start = len(encode_chats(tokenizer, [MESSAGES[:1]], LLAMA3_PLAIN, generation_prompt=True)[0])
-    own = [Triplet(start + i, ids[start + i], 5) for i in (0, 3, 3)]
+    solution = [Triplet(start + i, ids[start + i], 5) for i in (0, 3, 3)]
     path = tmp_path / "two.jsonl"
     quality = [[1.0, 0.25], [0.5, 0.5], [0.5, 0.625]]
-    path.write_text(record_line(MESSAGES, own, quality=quality) + record_line(MESSAGES, own[:1]))
+    path.write_text(record_line(MESSAGES, solution, quality=quality) + record_line(MESSAGES, solution[:1]))
     examples, _ = load_examples(path, tokenizer, LLAMA3_PLAIN)
     assert list(examples) == [
-        Example(ids, own, start, number=0, gaps=[0.75, 0.0, -0.125]),
-        Example(ids, own[:1], start, number=3, gaps=[]),
+        Example(ids, solution, start, first_pair_id=0, quality_gaps=[0.75, 0.0, -0.125]),
+        Example(ids, solution[:1], start, first_pair_id=3, quality_gaps=[]),
     ]
 
 
@@ -139,14 +139,14 @@ def test_pairs_beyond_max_length_are_dropped_and_counted(tokenizer, tmp_path):
     path.write_text("".join(record_line(MESSAGES, t, quality=q) for t, q in lines))
     examples, summary = load_examples(path, tokenizer, LLAMA3_PLAIN, max_length=60)
     assert [example.ids for example in examples] == [ids[:60], ids[:60]]
-    assert [(example.triplets, example.gaps) for example in examples] == [([near], [1.0]), ([near], [0.75])]
-    assert [example.number for example in examples] == [0, 1]
+    assert [(example.triplets, example.quality_gaps) for example in examples] == [([near], [1.0]), ([near], [0.75])]
+    assert [example.first_pair_id for example in examples] == [0, 1]
     assert (summary.lines, summary.triplets, summary.dropped, summary.emptied) == (3, 4, 2, 1)
     with pytest.raises(UserError, match="expected triplets before max_length 40"):
         load_examples(path, tokenizer, LLAMA3_PLAIN, max_length=40)
 
 
-def test_the_table_tells_lengths_pairs_and_duplicates(seed_record, tokenizer):
+def test_the_table_shows_lengths_pairs_and_duplicates(seed_record, tokenizer):
     path, ids, _ = seed_record
     path.write_text(path.read_text() * 3)
     _, summary = load_examples(path, tokenizer, LLAMA3_PLAIN)
@@ -156,8 +156,8 @@ def test_the_table_tells_lengths_pairs_and_duplicates(seed_record, tokenizer):
 
 
 @pytest.mark.parametrize("quality", [None, [[1.0, 0.0]], [1.0, 0.0], "good"])
-def test_weights_by_quality_want_the_quality_of_each_pair(seed_record, tokenizer, quality):
-    """The file has two triplets a line; who does not weigh by quality does not look at it."""
+def test_quality_weights_need_the_quality_of_each_pair(seed_record, tokenizer, quality):
+    """The file has two triplets a line. Without quality weights the key is ignored."""
     path, _, _ = seed_record
     record = json.loads(path.read_text()) | {"quality": quality}
     path.write_text(json.dumps(record))
@@ -171,7 +171,7 @@ def test_memory_does_not_grow_with_the_file(seed_record, tokenizer, tmp_path, mo
     path, _, _ = seed_record
     line = path.read_text()
 
-    def most(lines: int) -> int:
+    def peak_memory(lines: int) -> int:
         many = tmp_path / f"{lines}.jsonl"
         many.write_text(line * lines)
         tracemalloc.start()
@@ -180,5 +180,5 @@ def test_memory_does_not_grow_with_the_file(seed_record, tokenizer, tmp_path, mo
         tracemalloc.stop()
         return peak
 
-    most(200)  # what is imported or cached once
-    assert most(1_600) < 1.2 * most(400), "four times the lines"
+    peak_memory(200)  # imports and caches
+    assert peak_memory(1_600) < 1.2 * peak_memory(400), "four times the lines"

@@ -1,4 +1,4 @@
-"""The keys of the benchmarks: one frozen dataclass each; the key `benchmark` of a file says which."""
+"""The configs of the benchmarks, a frozen dataclass each; the key `benchmark` of a file says which one it is for."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -23,107 +23,132 @@ from llm2.errors import UserError
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class DecodeBenchmark(LlamaShape, GuidanceConfig):
-    """Guided decoding against transformers' `generate`."""
+    """Guided decoding against transformers' `generate`, with random weights."""
 
     benchmark: Literal["decode"]
+    """Which benchmark to run."""
     output: str = "results/benchmark/decode.json"
+    """JSON file for the results."""
     batch_sizes: tuple[Count, ...] = (1, 32)
-    """Sequences of a call."""
+    """Batch sizes to measure: sequences per call."""
     prompt_tokens: Count = 64
+    """Tokens per prompt."""
     new_tokens: Count = 128
+    """New tokens per sequence."""
     choice_share: Share = 0.2
-    """System 1's logits are scaled until this share of the steps has more than one candidate."""
+    """Share of the steps with more than one candidate; System 1's logits are scaled to reach it."""
     lora_r: Count = 8
-    """Rank of the shared LoRA verifier."""
+    """LoRA rank of the verifier that shares System 1's weights."""
     rounds: Count = 5
-    """Alternating runs of each row."""
+    """Measured runs of each case."""
     seed: int = 0
+    """Seed of the weights and the prompts."""
     device: Device = "auto"
+    """Device of the models; auto is the GPU if there is one."""
     dtype: Dtype = "auto"
+    """Dtype of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class ThroughputBenchmark(ModelConfig, GuidanceConfig):
-    """Problems a second with trained systems, against `generate` at several batch sizes."""
+    """Problems per second with trained systems, against `generate` at several batch sizes."""
 
     benchmark: Literal["throughput"]
+    """Which benchmark to run."""
     verifier: str
-    """Folder of a trained verifier."""
+    """Trained verifier, a local folder or a hub id."""
     output: str = "results/benchmark/throughput.json"
+    """JSON file for the results."""
     model: str = "testbed"
+    """System 1: a local folder, a hub id, or `testbed` for the embedded one."""
     problems: Count = 512
-    """Of the testbed's test split."""
+    """Number of problems, the first ones of the testbed's test split."""
     problems_one_by_one: Count = 64
-    """Of these, for `generate` at batch size 1."""
+    """Number of problems for `generate` at batch size 1, the first ones: it is slow."""
     generate_batch_sizes: tuple[Count, ...] = (1, 16, 64, 128, 256)
-    """1 among them."""
+    """Batch sizes for `generate`; must include 1."""
     batch_size: Count = 256
-    """Rows in flight of ours."""
+    """Sequences that LLM2's decoder processes at the same time."""
     beta: NonNegative = 0.5
+    """Weight of the verifier's score in the guided logits."""
     max_new_tokens: Count = 200
+    """Limit of new tokens per solution."""
     rounds: Count = 5
-    """Alternating runs of each row."""
+    """Measured runs of each case."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class TrainBenchmark(LlamaShape):
-    """A training step against the plain way and the bare backbone; reading data."""
+    """Speed and memory of a training step, against plain sequences and the bare backbone; speed of reading data."""
 
     benchmark: Literal["train"]
+    """Which benchmark to run."""
     output: str = "results/benchmark/train.json"
+    """JSON file for the results."""
     solutions: tuple[Count, ...] = (1, 8)
-    """Of a step; the plain way runs at the first of these alone."""
+    """Numbers of solutions per step to measure; the plain step runs with the first of them only."""
     tokens: Count = 200
-    """A solution."""
+    """Tokens per solution."""
     pairs: Count = 20
-    """A solution, evenly spread over its tokens."""
+    """Pairs per solution, evenly spread over its tokens."""
     lines: Count = 10_000
-    """Of the file that is checked and tokenized."""
+    """Lines of the triplets file that is checked and tokenized."""
     rounds: Count = 5
-    """Alternating runs of each row."""
+    """Measured runs of each case."""
     seed: int = 0
+    """Seed of the weights and the solutions."""
     device: Device = "auto"
+    """Device of the models; auto is the GPU if there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights."""
+    """Dtype of the weights."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class RolloutBenchmark(RolloutConfig):
-    """Exploration's rollouts against transformers' `generate`."""
+    """Exploration's rollouts against transformers' `generate`, from the same prefixes."""
 
     benchmark: Literal["rollouts"]
+    """Which benchmark to run."""
     output: str = "results/benchmark/rollouts.json"
+    """JSON file for the results."""
     model: str = "testbed"
+    """System 1: a local folder, a hub id, or `testbed` for the embedded one."""
     task: str = "testbed"
+    """Task whose gold solutions give the prefixes: gsm8k, math500, testbed, or MODULE:CLASS of your own."""
     split: str = "train"
+    """Split of the task."""
     problems: Count = 8
-    """Whose forks' tokens are the prefixes."""
+    """Number of problems, the first ones; every plausible token at their forks gives a prefix."""
     rollouts: Count = 8
-    """Continuations of each prefix."""
+    """Rollouts of each prefix."""
     vllm: bool = False
-    """Measure vLLM too, where it is installed; wants top_k."""
+    """Measure vLLM too; it must be installed, and needs top_k."""
     max_new_tokens: Count = 200
+    """Limit of new tokens per rollout."""
     batch_size: Count = 64
-    """Rows in flight, of both."""
+    """Rollouts generated at the same time, by `generate` as well."""
     rounds: Count = 5
-    """Alternating runs of each row."""
+    """Measured runs of each case."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class LabelsBenchmark:
-    """The sequential test's labels against an exhaustive reference."""
+    """Exploration's labels and their cost against an exhaustive reference."""
 
     benchmark: Literal["labels"]
+    """Which benchmark to run."""
     output: str = "results/benchmark/labels.json"
+    """JSON file for the results; the exploration and the reference are kept in a folder beside it."""
     explore: str = "configs/testbed/explore.yaml"
-    """What is held against the reference."""
+    """Config of the exploration whose labels are compared with the reference."""
     problems: Count = 200
-    """The first so many."""
+    """Number of problems, the first ones of the exploration's."""
     reference_rollouts: Count = 64
-    """Of every plausible token."""
+    """Rollouts of every plausible token for the reference."""
     reference_seed: int = 1
+    """Seed of the reference's rollouts; should differ from the exploration's."""
     fixed_rollouts: Count = 16
-    """A token, of the exploration whose cost is compared with."""
+    """The cost is stated relative to an exploration with this many rollouts of every plausible token."""
 
 
 BENCHMARKS = {
@@ -136,11 +161,11 @@ BENCHMARKS = {
 
 
 def benchmark_class(path: str | None, overrides: Sequence[str] = ()) -> type:
-    """Which benchmark a file and overrides are for, by the key `benchmark`."""
+    """The config class that the key `benchmark` of a file, or of the overrides, names. Raises UserError."""
     values, origin = ({}, {}) if path is None else read_file(path)
     values |= dict(override.split("=", 1) for override in overrides if override.startswith("benchmark="))
-    found = values.get("benchmark")
-    if found not in BENCHMARKS:
+    name = values.get("benchmark")
+    if name not in BENCHMARKS:
         where = origin.get("benchmark", path or "no config file")
-        raise UserError(f"{where}: key 'benchmark': found {found!r}, expected: one of {', '.join(BENCHMARKS)}")
-    return BENCHMARKS[found]
+        raise UserError(f"{where}: key 'benchmark': found {name!r}, expected: one of {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]

@@ -1,8 +1,7 @@
-"""How well the sequential test labels, and what it costs, against an exhaustive reference.
+"""Agreement of exploration's labels with an exhaustive reference, and their cost.
 
-The reference rolls out every plausible token of every fork equally often, shares no rollout between tokens, and has
-another seed. It is kept beside the results, problem by problem, so that another rule is measured without making it
-anew.
+The reference generates equally many rollouts of every plausible token at every fork, shares none between tokens, and
+has another seed. It is kept in a journal, so that another stopping rule can be measured against it.
 """
 
 import json
@@ -15,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from llm2.benchmarks.configs import LabelsBenchmark
-from llm2.benchmarks.runner import markdown_table, write_results
+from llm2.benchmarks.runner import markdown_table, result_row, write_results
 from llm2.common.config_file import load_config
 from llm2.common.journal import Journal
 from llm2.common.loading import load_tokenizer
@@ -26,17 +25,17 @@ from llm2.exploration.explore import Explorer, explore
 from llm2.exploration.solutions import load_problems
 from llm2.tasks import Problem, load_task
 
-Pair = tuple[str, int, int]  # problem, position, token
-CHUNK = 4  # problems of the reference written together
+TokenKey = tuple[str, int, int]  # problem, position, token
+CHUNK = 4  # problems of the reference that are generated together
 
 
 def measure(config: LabelsBenchmark) -> str:
-    """Explore sequentially (unless that file is there already), complete the reference, compare."""
+    """Explore (unless that was done), complete the reference, write `config.output`, return the table."""
     folder = Path(config.output).with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    explored = folder / "triplets.jsonl"
-    settings = replace(load_config(ExploreConfig, config.explore), limit=config.problems, output=str(explored))
-    if not explored.exists():
+    triplets = folder / "triplets.jsonl"
+    settings = replace(load_config(ExploreConfig, config.explore), limit=config.problems, output=str(triplets))
+    if not triplets.exists():
         explore(settings)
     report = json.loads((folder / "triplets.jsonl.report.json").read_text())
     verdicts = {
@@ -44,16 +43,18 @@ def measure(config: LabelsBenchmark) -> str:
         for line in map(json.loads, (folder / "triplets.jsonl.pairs.jsonl").read_text().splitlines())
         for pair in line["pairs"]
     }
-    lower, tokens = reference(config, settings, folder / "reference")
-    rows = compare(verdicts, lower, settings.quality_margin)
-    share = report["generated_tokens"] / (tokens / config.reference_rollouts * config.fixed_rollouts)
-    rows.append(row(f"generated tokens, of {config.fixed_rollouts} rollouts a token", share, share, share, "share"))
+    gaps, tokens = reference(config, settings, folder / "reference")
+    cost = report["generated_tokens"] / (tokens / config.reference_rollouts * config.fixed_rollouts)
+    rows = [
+        *compare(verdicts, gaps, settings.quality_margin),
+        share_row(f"generated tokens, of {config.fixed_rollouts} rollouts per token", cost, cost, cost),
+    ]
     write_results(Path(config.output), 1, rows, problems=config.problems, reference_rollouts=config.reference_rollouts)
     return markdown_table(rows)
 
 
-def reference(config: LabelsBenchmark, settings: ExploreConfig, folder: Path) -> tuple[dict[Pair, float], int]:
-    """By how much each token's quality is below gold's, and the tokens generated for that."""
+def reference(config: LabelsBenchmark, settings: ExploreConfig, folder: Path) -> tuple[dict[TokenKey, float], int]:
+    """The quality of gold minus that of each other plausible token, and the number of tokens generated."""
     tokenizer, task = load_tokenizer(settings.model), load_task(settings.task, settings.data_file, settings.grader)
     problems, _ = load_problems(task, settings.split, settings.limit)
     journal = Journal(folder, config, may_differ=("problems", "output", "fixed_rollouts"), key=itemgetter("id"))
@@ -61,39 +62,35 @@ def reference(config: LabelsBenchmark, settings: ExploreConfig, folder: Path) ->
     explorer = Explorer(settings, open_engine(settings, tokenizer), tokenizer, task)
     with tqdm(total=len(problems), initial=len(problems) - len(waiting), desc="reference", unit="problem") as bar:
         for index in range(0, len(waiting), CHUNK):
-            for entry in exhaust(explorer, waiting[index : index + CHUNK], config):
+            for entry in reference_entries(explorer, waiting[index : index + CHUNK], config):
                 journal.add(entry)
                 bar.update()
-    lower, tokens = {}, 0
+    gaps, tokens = {}, 0
     for entry in journal.read([problem.id for problem in problems]):
         tokens += entry["tokens"]
-        for position, gold, *others in entry["forks"]:
-            lower |= {(entry["id"], position, token): gold[1] - quality for token, quality in others}
+        for position, (_, gold_quality), *others in entry["forks"]:
+            gaps |= {(entry["id"], position, token): gold_quality - quality for token, quality in others}
     journal.close()
-    return lower, tokens
+    return gaps, tokens
 
 
-def exhaust(explorer: Explorer, problems: Sequence[Problem], config: LabelsBenchmark) -> Iterator[dict]:
-    """One entry a problem: its forks' (token, quality), gold first, and the tokens generated."""
-    eos = explorer.engine.eos
+def reference_entries(explorer: Explorer, problems: Sequence[Problem], config: LabelsBenchmark) -> Iterator[dict]:
+    """One entry per problem: the (token, quality) pairs of its forks, gold first, and the count of generated tokens."""
+    eos, seed, indices = explorer.engine.eos, config.reference_seed, range(config.reference_rollouts)
     states = explorer.start_problems(problems)
     branches = [(state.solution, *key) for state in states for key in state.test.counts]
-    seed, indices = config.reference_seed, range(config.reference_rollouts)
-    written = iter(
-        explorer.engine.generate(
-            [
-                solution.rollout_request(position, token, seed, indices)
-                for solution, position, token in branches
-                if token not in eos
-            ]
-        )
-    )
+    requests = [
+        solution.rollout_request(position, token, seed, indices)
+        for solution, position, token in branches
+        if token not in eos
+    ]
+    generated = iter(explorer.engine.generate(requests))
     quality, tokens = {}, Counter()
     for solution, position, token in branches:
-        continuations = [[]] if token in eos else next(written)
-        right = solution.grade_rollouts(explorer.task, explorer.tokenizer, position, token, continuations)
-        quality[solution.problem.id, position, token] = sum(right) / len(right)
-        tokens[solution.problem.id] += sum(map(len, continuations))
+        rollouts = [[]] if token in eos else next(generated)
+        correct = solution.grade_rollouts(explorer.task, explorer.tokenizer, position, token, rollouts)
+        quality[solution.problem.id, position, token] = sum(correct) / len(correct)
+        tokens[solution.problem.id] += sum(map(len, rollouts))
     for state in states:
         name = state.solution.problem.id
         forks = [
@@ -103,36 +100,26 @@ def exhaust(explorer: Explorer, problems: Sequence[Problem], config: LabelsBench
         yield {"id": name, "forks": forks, "tokens": tokens[name]}
 
 
-def compare(verdicts: dict[Pair, str], lower: dict[Pair, float], margin: float) -> list[dict]:
-    """Agreement on the pairs whose reference qualities differ by more than the margin, either way."""
-    clear = [pair for pair in lower if abs(lower[pair]) > margin]
+def compare(verdicts: dict[TokenKey, str], gaps: dict[TokenKey, float], margin: float) -> list[dict]:
+    """Agreement on the pairs whose reference qualities differ by more than the margin, in either direction."""
+    clear = [pair for pair in gaps if abs(gaps[pair]) > margin]
     decided = [pair for pair in clear if verdicts[pair] != "undecided"]
-    agreed = sum((verdicts[pair] == "negative") == (lower[pair] > margin) for pair in decided)
-    worse = [pair for pair in clear if lower[pair] > margin]
+    agreed = sum((verdicts[pair] == "negative") == (gaps[pair] > margin) for pair in decided)
+    worse = [pair for pair in clear if gaps[pair] > margin]
     found = sum(verdicts[pair] == "negative" for pair in worse)
     negatives = [pair for pair in verdicts if verdicts[pair] == "negative"]
-    real = sum(lower[pair] > 0 for pair in negatives)
+    true_negatives = sum(gaps[pair] > 0 for pair in negatives)
     return [
-        row("label agreement, decided pairs beyond the margin", *of(agreed, len(decided)), "share"),
-        row("decided, of the pairs beyond the margin", *of(len(decided), len(clear)), "share"),
-        row("found, of the reference's negatives", *of(found, len(worse)), "share"),
-        row("worse than gold at all, of the negatives", *of(real, len(negatives)), "share"),
+        share_row(name, part / max(whole, 1), *wilson_interval(part, whole))
+        for name, part, whole in (
+            ("label agreement, decided pairs beyond the margin", agreed, len(decided)),
+            ("decided, of the pairs beyond the margin", len(decided), len(clear)),
+            ("found, of the reference's negatives", found, len(worse)),
+            ("worse than gold at all, of the negatives", true_negatives, len(negatives)),
+        )
     ]
 
 
-def of(part: int, whole: int) -> tuple[float, float, float]:
-    """A share with its 95 % interval."""
-    return part / max(whole, 1), *wilson_interval(part, whole)
-
-
-def row(name: str, value: float, low: float, high: float, unit: str) -> dict:
-    value = {"median": value, "min": low, "max": high}
-    return {
-        "name": name,
-        "batch_size": "",
-        "value": value,
-        "unit": unit,
-        "ratio_to": None,
-        "ratio": None,
-        "peak_mib": None,
-    }
+def share_row(name: str, share: float, low: float, high: float) -> dict:
+    """A row whose minimum and maximum are the bounds of a 95 % interval."""
+    return result_row(name, {"median": share, "min": low, "max": high}, "share")

@@ -1,8 +1,7 @@
-"""How speed is measured here: cases in turn within one run, medians with their spread, ratios pair by pair.
+"""Measure speed: run cases in turn, report medians over rounds and ratios within a round.
 
-A machine that is shared drifts; two cases timed one right after the other drift together. So each round runs
-every case once, a ratio is made within a round, and a figure is the median over the rounds with the smallest and
-the largest beside it. Knows nothing of what is timed.
+Shared machines drift, but cases that run one right after the other drift together. So each round runs every case once,
+a ratio compares two rates of one round, and a figure is the median over rounds with its minimum and maximum.
 """
 
 import json
@@ -14,52 +13,57 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from tqdm import tqdm
 
+from llm2.common.config_file import as_dict
+
+MIB = 2**20
+
 
 @dataclass
 class BenchmarkCase:
-    """One row of a benchmark. `run` does the work once and returns how many units of it were done."""
+    """One row of a benchmark; `run` does the work once and returns how many units of it were done."""
 
     name: str
     run: Callable[[], float]
-    unit: str  # of the figure: units of work a second, such as "tokens/s"
+    unit: str  # of the rates, such as "tokens/s"
     batch_size: int
-    ratio_to: str | None = None  # the case of the same batch size that it is held against
+    ratio_to: str | None = None  # name of the baseline, a case of the same batch size
     peak_mib: float | None = None
-    extra: dict = field(default_factory=dict)  # more columns of the row
-    rates: list[float] = field(default_factory=list)  # a figure a round
+    extra: dict = field(default_factory=dict)  # further columns
+    rates: list[float] = field(default_factory=list)  # units per second, one per round
 
 
 def run_interleaved(cases: Sequence[BenchmarkCase], rounds: int, description: str) -> None:
-    """Warm each case up once, then run all of them in turn, `rounds` times, and note their rates."""
+    """Warm up each case once, then run all of them in turn, `rounds` times, and append to their rates."""
     with tqdm(total=len(cases) * (rounds + 1), desc=description, unit="run") as bar:
-        for number in range(-1, rounds):
+        for measured in [False] + [True] * rounds:
             for case in cases:
                 start = time.perf_counter()
-                done = case.run()
+                units = case.run()
                 seconds = time.perf_counter() - start
-                if number >= 0:
-                    case.rates.append(done / seconds)
+                if measured:
+                    case.rates.append(units / seconds)
                 bar.set_postfix_str(case.name)
                 bar.update()
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> float:
-    """MiB at the peak of a run: allocated on a GPU, resident in the process elsewhere (all models that it holds)."""
+    """Peak memory of a run in MiB: allocated on a GPU; elsewhere resident in this process, with all it has loaded."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         run()
-        return torch.cuda.max_memory_allocated() / 2**20
-    done, peak = threading.Event(), 0.0
+        return torch.cuda.max_memory_allocated() / MIB
+    peak, done = resident_mib(), threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.005):
-            peak = max(peak, psutil.Process().memory_info().rss / 2**20)
+            peak = max(peak, resident_mib())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -69,26 +73,55 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> float:
     return peak
 
 
-def rows(cases: Sequence[BenchmarkCase]) -> list[dict]:
-    """The rows of the JSON file; a ratio is taken round by round."""
+def resident_mib() -> float:
+    """Resident memory of this process, MiB."""
+    return psutil.Process().memory_info().rss / MIB
+
+
+def report(config: Any, cases: Sequence[BenchmarkCase], columns: Sequence[str] = (), **extra) -> str:
+    """Write `config.output` and return the table; `columns` are keys of the cases' `extra` to show in it."""
+    rows = result_rows(cases)
+    write_results(Path(config.output), config.rounds, rows, config=as_dict(config), **extra)
+    return markdown_table(rows, columns)
+
+
+def result_rows(cases: Sequence[BenchmarkCase]) -> list[dict]:
+    """The rows of the JSON file."""
     rates = {(case.name, case.batch_size): case.rates for case in cases}
-    found = []
-    for case in cases:
-        base = rates.get((case.ratio_to, case.batch_size))
-        ratio = None if base is None else [own / other for own, other in zip(case.rates, base, strict=True)]
-        found.append(
-            {
-                "name": case.name,
-                "batch_size": case.batch_size,
-                "value": spread(case.rates),
-                "unit": case.unit,
-                "ratio_to": case.ratio_to,
-                "ratio": None if ratio is None else spread(ratio),
-                "peak_mib": case.peak_mib,
-                **case.extra,
-            }
+    return [
+        result_row(
+            case.name,
+            spread(case.rates),
+            case.unit,
+            batch_size=case.batch_size,
+            ratio_to=case.ratio_to,
+            ratio=spread(ratios(case.rates, rates[case.ratio_to, case.batch_size])) if case.ratio_to else None,
+            peak_mib=case.peak_mib,
+            **case.extra,
         )
-    return found
+        for case in cases
+    ]
+
+
+def result_row(
+    name: str,
+    value: dict[str, float],
+    unit: str,
+    *,
+    batch_size: int | str = "",
+    ratio_to: str | None = None,
+    ratio: dict[str, float] | None = None,
+    peak_mib: float | None = None,
+    **extra,
+) -> dict:
+    """One row of the JSON file; `value` and `ratio` have median, min and max."""
+    row = {"name": name, "batch_size": batch_size, "value": value, "unit": unit}
+    return row | {"ratio_to": ratio_to, "ratio": ratio, "peak_mib": peak_mib, **extra}
+
+
+def ratios(rates: Sequence[float], baseline: Sequence[float]) -> list[float]:
+    """Rate over baseline, round by round."""
+    return [rate / base for rate, base in zip(rates, baseline, strict=True)]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -96,11 +129,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def write_results(path: Path, rounds: int, rows: Sequence[dict], **extra) -> None:
-    """`path` in the format that DESIGN's contract of `results/benchmark/NAME.json` fixes."""
+    """Write the JSON file: machine, versions, rounds (key `runs`), `extra`, rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    versions = {name: version(name) for name in ("torch", "transformers", "peft")} | {
-        "python": platform.python_version()
-    }
+    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
+    versions["python"] = platform.python_version()
     content = {"machine": machine(), "versions": versions, "runs": rounds, **extra, "rows": list(rows)}
     path.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -111,7 +143,7 @@ def machine() -> dict:
 
 
 def processor() -> str:
-    """The processor's name where the system tells it (Linux), else its architecture."""
+    """The processor's name on Linux, elsewhere its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -120,7 +152,7 @@ def processor() -> str:
 
 
 def markdown_table(rows: Sequence[dict], extra: Sequence[str] = ()) -> str:
-    """The rows as the README shows them; `extra` names more columns of the rows."""
+    """The rows as a Markdown table; `extra` names further columns."""
     header = ["", "batch", "median [min, max]", "unit", "ratio [min, max]", "to", "peak MiB", *extra]
     lines = [header, ["---"] * len(header)]
     for row in rows:

@@ -1,17 +1,15 @@
-"""How fast and how lean a training step is: `python -m llm2 benchmark configs/benchmark/train.yaml`.
+"""Speed and memory of a training step, in three variants:
 
-    packed          one forward and backward for all pairs of a step, as VerifierTrainer makes them
-    plain           each pair as two whole sequences, padded to one batch; the score is read at each one's end
-    bare backbone   a forward and backward of as many tokens with plain causal attention: the floor
+    packed          one forward and backward for all pairs of a step, as in VerifierTrainer
+    plain           each pair as two whole sequences, padded to one batch, scored at their last tokens
+    bare backbone   forward and backward of as many tokens with plain causal attention: the lower bound
 
-The optimizer takes part in none of them. Reading and checking a file of triplets is timed beside them.
+None includes the optimizer. Checking and tokenizing a triplets file is measured too.
 """
 
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,51 +17,47 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
+from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from llm2.benchmarks.configs import TrainBenchmark
-from llm2.benchmarks.runner import BenchmarkCase, markdown_table, rows, run_interleaved, spread, write_results
-from llm2.benchmarks.shapes import llama_shape
+from llm2.benchmarks.runner import MIB, BenchmarkCase, peak_memory, report, resident_mib, run_interleaved, spread
 from llm2.common.chat import encode_chats
-from llm2.common.config_file import as_dict
 from llm2.common.loading import load_tokenizer, resolve_device
 from llm2.testbed.generator import gold_solution, stories
 from llm2.verifier.collate import VerifierBatch, verifier_batch
 from llm2.verifier.loss import pairwise_loss
+from llm2.verifier.masks import BLOCK
 from llm2.verifier.model import ProcessVerifier, ProcessVerifierConfig
-from llm2.verifier.packing import BLOCK
 from llm2.verifier.triplets import Example, Triplet, load_examples, record_line
 
-MIB = 2**20
-TESTBED = Path(__file__).parent.parent / "testbed" / "system1"
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bfloat16, by the maker's data sheets
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bfloat16, from NVIDIA's data sheets
 
 
 def measure(config: TrainBenchmark) -> str:
-    """Run every row, write the JSON file, return the table."""
+    """Measure every case, write `config.output`, return the table."""
     device = resolve_device(config.device)
-    steps = [row for count in config.solutions for row in step_rows(config, count, device)]
+    steps = [case for solutions in config.solutions for case in step_cases(config, solutions, device)]
     with tempfile.TemporaryDirectory() as folder:
-        readers = read_rows(config, Path(folder))
-        for row in tqdm(steps, desc="peak memory", unit="row"):
-            row.peak_mib = peak_of_step(row.run, device)
-        for row in readers:
-            row.peak_mib = growth_while(row.run)
+        readers = read_cases(config, Path(folder))
+        for case in tqdm(steps, desc="peak memory", unit="case"):
+            case.peak_mib = peak_of_step(case.run, device)
+        for case in readers:
+            case.run()  # loads what stays in memory
+            before = resident_mib()
+            case.peak_mib = peak_memory(case.run, torch.device("cpu")) - before
         run_interleaved([*steps, *readers], config.rounds, "training")
     if device.type == "cuda":
-        note_utilisation(steps, config)
-    found = rows([*steps, *readers])
-    write_results(Path(config.output), config.rounds, found, config=as_dict(config))
-    return markdown_table(found, ["tokens", "mfu"])
+        add_mfu(steps, config)
+    return report(config, [*steps, *readers], ["tokens", "mfu"])
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one training step is made of, in every way to make it."""
+    """One training step in all variants."""
 
-    config: TrainBenchmark
     examples: list[Example]
-    packed: ProcessVerifier  # with the attention that training uses
-    causal: ProcessVerifier  # the same shape, with SDPA
+    packed: ProcessVerifier  # with the attention implementation that training uses
+    causal: ProcessVerifier  # the same weights, with SDPA
 
     def batch(self) -> VerifierBatch:
         flex = self.packed.device.type == "cuda"
@@ -72,8 +66,9 @@ class Step:
     def run_packed(self) -> None:
         device = self.packed.device
         batch = VerifierBatch(*(t if t is None else t.to(device) for t in self.batch()))
-        output = self.packed(batch.input_ids, start=batch.start, bound=batch.bound, pairs=batch.pairs)
-        self.finish(self.packed, pairwise_loss(output.margins, batch.labels))
+        inputs = {"start": batch.start, "prefix_len": batch.prefix_len, "pair_indices": batch.pair_indices}
+        output = self.packed(batch.input_ids, **inputs)
+        self.finish(self.packed, pairwise_loss(output.margins, batch.pair_weights))
 
     def run_plain(self) -> None:
         ends, sequences = [], []
@@ -82,7 +77,7 @@ class Step:
                 sequences += [[*example.ids[:position], token] for token in (gold, negative)]
                 ends += [position, position]
         longest = max(map(len, sequences))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in sequences], device=self.causal.device)
+        ids = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in sequences], device=self.causal.device)
         end = torch.tensor(ends, device=ids.device)
         mask = torch.arange(longest, device=ids.device) <= end[:, None]
         scores = self.causal(ids, mask.long()).scores.gather(1, end[:, None]).view(-1, 2)  # gold, negative
@@ -102,52 +97,58 @@ class Step:
             torch.cuda.synchronize()
 
 
-def step_rows(config: TrainBenchmark, solutions: int, device: torch.device) -> list[BenchmarkCase]:
-    """The cases at so many solutions a step; the plain way at the first of `config.solutions` alone."""
+def step_cases(config: TrainBenchmark, solutions: int, device: torch.device) -> list[BenchmarkCase]:
+    """The variants of a step with this many solutions; plain only for the first of `config.solutions`."""
     step = make_step(config, solutions, device)
     pairs, tokens = solutions * config.pairs, step.batch().input_ids.numel()
 
-    def case(name: str, run: Callable[[], None], units: int, unit: str, ratio_to: str | None) -> BenchmarkCase:
-        def timed() -> float:
+    def case(
+        name: str, run: Callable[[], None], unit: str, ratio_to: str | None = None, read: int = tokens
+    ) -> BenchmarkCase:
+        def counted() -> float:
             run()
-            return units
+            return tokens if unit == "tokens/s" else pairs
 
-        return BenchmarkCase(name, timed, unit, solutions, ratio_to, extra={"tokens": tokens})
+        return BenchmarkCase(name, counted, unit, solutions, ratio_to, extra={"tokens": read})
 
-    made = [
-        case("bare backbone", step.run_bare, tokens, "tokens/s", None),
-        case("packed, by tokens", step.run_packed, tokens, "tokens/s", "bare backbone"),
+    cases = [
+        case("bare backbone", step.run_bare, "tokens/s"),
+        case("packed, by tokens", step.run_packed, "tokens/s", "bare backbone"),
     ]
     if solutions == config.solutions[0]:
-        plain = case("plain", step.run_plain, pairs, "pairs/s", None)
-        plain.extra["tokens"] = 2 * pairs * config.tokens
-        made += [plain, case("packed, by pairs", step.run_packed, pairs, "pairs/s", "plain")]
-    return made
+        cases.append(case("plain", step.run_plain, "pairs/s", read=2 * pairs * config.tokens))
+        cases.append(case("packed, by pairs", step.run_packed, "pairs/s", "plain"))
+    return cases
 
 
 def make_step(config: TrainBenchmark, solutions: int, device: torch.device) -> Step:
-    """Random solutions whose pairs are evenly spread, the last one at the last token; random weights."""
+    """Random weights and random solutions; a solution's pairs are evenly spread, the last at its last token."""
     generator = torch.Generator().manual_seed(config.seed)
-    places = [config.tokens * (i + 1) // config.pairs - 1 for i in range(config.pairs)]
+    positions = [config.tokens * (i + 1) // config.pairs - 1 for i in range(config.pairs)]
     examples = []
     for _ in range(solutions):
         ids = torch.randint(config.vocab_size, (config.tokens,), generator=generator).tolist()
-        examples.append(Example(ids, [Triplet(p, ids[p], (ids[p] + 1) % config.vocab_size) for p in places]))
-    shape = llama_shape(config, 2 * config.tokens)
+        examples.append(Example(ids, make_triplets(ids, positions, config.vocab_size)))
+    shape = LlamaConfig(**config.shape(), max_position_embeddings=2 * config.tokens)
 
     def model(attention: str) -> ProcessVerifier:
         torch.manual_seed(config.seed)
         with torch.device(device):
-            made = ProcessVerifier(ProcessVerifierConfig(shape, attn_implementation=attention))
-        return made.to(getattr(torch, config.dtype)).train()
+            verifier = ProcessVerifier(ProcessVerifierConfig(shape, attn_implementation=attention))
+        return verifier.to(getattr(torch, config.dtype)).train()
 
     causal = model("sdpa")
-    return Step(config, examples, model("flex_attention") if device.type == "cuda" else causal, causal)
+    return Step(examples, model("flex_attention") if device.type == "cuda" else causal, causal)
+
+
+def make_triplets(ids: Sequence[int], positions: Sequence[int], vocab_size: int) -> list[Triplet]:
+    """Triplets at these positions, each with the id after gold's as its negative."""
+    return [Triplet(position, ids[position], (ids[position] + 1) % vocab_size) for position in positions]
 
 
 def peak_of_step(run: Callable[[], float], device: torch.device) -> float:
-    """Most memory that tensors take in a step beyond the weights: activations and gradients, in MiB."""
-    run()  # what is allocated once is no part of a step
+    """Peak memory of a step's tensors beyond the weights, activations and gradients, in MiB."""
+    run()  # allocates what stays between steps
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -156,33 +157,33 @@ def peak_of_step(run: Callable[[], float], device: torch.device) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    taken = most = 0
+    allocated = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        taken += event.nbytes()  # negative where memory is given back
-        most = max(most, taken)
-    return most / MIB
+        allocated += event.nbytes()  # negative for freed memory
+        peak = max(peak, allocated)
+    return peak / MIB
 
 
-def note_utilisation(steps: list[BenchmarkCase], config: TrainBenchmark) -> None:
-    """Model FLOPs utilisation of the rows in tokens/s, on a GPU whose peak is known.
+def add_mfu(steps: list[BenchmarkCase], config: TrainBenchmark) -> None:
+    """Add the model FLOPs utilization of the cases in tokens/s, on a GPU whose peak is known.
 
-    A token costs 6 FLOPs a weight of the layers, and 12 times width times what it sees, half the solution on average,
-    a layer (Chowdhery et al., arXiv 2204.02311, appendix B); masked-out attention counts for nothing.
+    Per token 6 FLOPs for each weight of the layers and, in each layer, 12 * width * context length, which is half a
+    solution on average (Chowdhery et al., arXiv 2204.02311, appendix B); masked-out attention does not count.
     """
-    name = torch.cuda.get_device_name()
-    peak = next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
+    gpu = torch.cuda.get_device_name()
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
     width, head = config.hidden_size, config.hidden_size // config.num_attention_heads
     projections = width * (2 * width + 2 * head * config.num_key_value_heads + 3 * config.intermediate_size)
     flops = config.num_hidden_layers * (6 * projections + 12 * width * config.tokens / 2)
-    for row in steps:
-        if peak is not None and row.unit == "tokens/s":
-            row.extra["mfu"] = spread(row.rates)["median"] * flops / peak
+    for case in steps:
+        if peak is not None and case.unit == "tokens/s":
+            case.extra["mfu"] = spread(case.rates)["median"] * flops / peak
 
 
-def read_rows(config: TrainBenchmark, folder: Path) -> list[BenchmarkCase]:
-    """Checking and tokenizing files of a quarter of the lines and of all of them: memory is to be the same."""
-    tokenizer = load_tokenizer(str(TESTBED))
-    made = []
+def read_cases(config: TrainBenchmark, folder: Path) -> list[BenchmarkCase]:
+    """Checking and tokenizing a file with a quarter of the lines and one with all: memory should not grow."""
+    tokenizer = load_tokenizer("testbed")
+    cases = []
     for lines in (config.lines // 4, config.lines):
         path = folder / f"{lines}.jsonl"
         tokens = write_lines(path, tokenizer, lines, config.pairs)
@@ -191,47 +192,22 @@ def read_rows(config: TrainBenchmark, folder: Path) -> list[BenchmarkCase]:
             load_examples(path, tokenizer)
             return lines
 
-        made.append(BenchmarkCase(f"check {lines:,} lines", read, "lines/s", 1, extra={"tokens": tokens}))
-    return made
+        cases.append(BenchmarkCase(f"check {lines:,} lines", read, "lines/s", 1, extra={"tokens": tokens}))
+    return cases
 
 
-def write_lines(path: Path, tokenizer, lines: int, pairs: int) -> int:
-    """Conversations of three of the testbed's problems each, about 200 tokens; returns all their tokens."""
-    drawn, tokens = stories("train"), 0
+def write_lines(path: Path, tokenizer: PreTrainedTokenizerBase, lines: int, pairs: int) -> int:
+    """Write conversations of three testbed problems, about 200 tokens each; returns the total number of tokens."""
+    problems, tokens = stories("train"), 0
     with path.open("w") as file:
         for _ in range(lines):
-            told = list(islice(drawn, 3))
+            drawn = list(islice(problems, 3))
             messages = [
-                {"role": "user", "content": " ".join(story.question for story in told)},
-                {"role": "assistant", "content": " ".join(gold_solution(story) for story in told)},
+                {"role": "user", "content": " ".join(story.question for story in drawn)},
+                {"role": "assistant", "content": " ".join(gold_solution(story) for story in drawn)},
             ]
             ids = encode_chats(tokenizer, [messages])[0]
-            places = [len(ids) // 2 + len(ids) * i // (2 * pairs) for i in range(pairs)]
-            file.write(record_line(messages, [Triplet(p, ids[p], (ids[p] + 1) % len(tokenizer)) for p in places]))
+            positions = [len(ids) // 2 + len(ids) * i // (2 * pairs) for i in range(pairs)]
+            file.write(record_line(messages, make_triplets(ids, positions, len(tokenizer))))
             tokens += len(ids)
     return tokens
-
-
-def growth_while(run: Callable[[], float]) -> float | None:
-    """By how much the process's resident memory grows at most while `run` runs, in MiB; None where it is not told."""
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        return None
-    run()  # what is loaded once is no part of it
-
-    def resident() -> float:
-        return int(statm.read_text().split()[1]) * 4096 / MIB
-
-    before, most, done = resident(), [0.0], threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            most[0] = max(most[0], resident() - before)
-            time.sleep(0.005)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    run()
-    done.set()
-    watcher.join()
-    return most[0]

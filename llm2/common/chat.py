@@ -1,7 +1,7 @@
-"""Chat messages -> token ids, through a named chat template.
+"""Chat messages -> token ids, through a chat template.
 
-Knows the templates that write only what the messages hold: no system preamble, no date. The published triplets were
-made with such a one, so their positions are wrong under the models' stock templates.
+The plain templates write only what the messages hold: no system preamble, no date. The published triplets were made
+with such a template; under a model's stock template their positions are wrong.
 """
 
 from collections.abc import Sequence
@@ -27,17 +27,17 @@ CHATML_PLAIN = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TEMPLATES = {"llama3-plain": LLAMA3_PLAIN, "chatml-plain": CHATML_PLAIN}
+EXPECTED_TEMPLATE = f"one of {', '.join(TEMPLATES)}, or a readable Jinja file"
 
 
 def resolve_template(name: str | None) -> str | None:
-    """The Jinja text of a named template or of a file; None (the tokenizer's own template) for None."""
+    """The Jinja text of a named template or a file; None, which stands for the tokenizer's own template, for None."""
     if name is None or name in TEMPLATES:
         return TEMPLATES.get(name)
     try:
         return Path(name).read_text()
     except OSError:
-        known = ", ".join(TEMPLATES)
-        raise UserError(f"chat template {name!r}: expected one of {known}, or a readable Jinja file") from None
+        raise UserError(f"chat template {name!r}: expected {EXPECTED_TEMPLATE}") from None
 
 
 def encode_chats(
@@ -50,12 +50,12 @@ def encode_chats(
 
     Args:
         template: Jinja text as `resolve_template` returns it; the tokenizer's own when None.
-        generation_prompt: end with the header after which the assistant speaks. Positions in triplets are without it.
+        generation_prompt: end with the assistant's header. Positions in triplets are counted without it.
     """
     if template is None and tokenizer.chat_template is None:
         raise UserError(
             f"the tokenizer {tokenizer.name_or_path} has no chat template of its own; "
-            f"expected chat_template to be one of {', '.join(TEMPLATES)}, or a Jinja file"
+            f"expected chat_template to be {EXPECTED_TEMPLATE}"
         )
     texts = [
         tokenizer.apply_chat_template(

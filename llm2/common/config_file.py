@@ -113,7 +113,7 @@ def _explain(error: ValidationError, cls: type, path: str | Path | None, origin:
 
 def help_text(cls: type) -> str:
     """Every key of a config with its type, default and sentence, the required ones first."""
-    keys = sorted(_described(cls), key=lambda key: "=" in key[0])
+    keys = sorted(_described(cls), key=lambda key: "(default " in key[0])
     return "\n".join(f"  {head}\n      {text}" if text else f"  {head}" for head, text in keys)
 
 
@@ -123,7 +123,7 @@ def _described(cls: type) -> Iterator[tuple[str, str]]:
         # A key's sentence stands in the class that declares it.
         sentences = (base.__dict__.get("__pydantic_fields__", {}).get(name) for base in cls.__mro__)
         text = next((found.description for found in sentences if found and found.description), "")
-        default = "" if name in schema.get("required", ()) else f" = {json.dumps(field['default'])}"
+        default = "" if name in schema.get("required", ()) else f" (default {json.dumps(field['default'])})"
         yield f"{name}: {_type_name(field, schema)}{default}", text
 
 

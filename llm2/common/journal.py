@@ -1,8 +1,8 @@
-"""What a long run has finished, on disk entry by entry, so that a killed run goes on where it stopped.
+"""Finished work on disk, entry by entry, so that a killed run can resume.
 
-A journal is a folder of shards, one a process: JSON lines that are only ever appended to, behind a header, the config
-they were begun with. A kill may tear the last line of a shard; nothing else is ever in doubt. Which process finished
-what does not matter afterwards: a resumed run may have another number of processes. Knows nothing of what entries mean.
+A journal is a folder with one shard per process: an append-only JSON Lines file whose first line, the header, is the
+run's config. A kill can leave a torn last line, never more. Any process may finish any entry, so a resumed run can have
+another number of processes.
 """
 
 import fcntl
@@ -10,22 +10,20 @@ import json
 import shutil
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from llm2.common.config_file import as_dict, difference
 from llm2.errors import UserError
 
 
 class Journal:
-    """One process's hand on the journal in `folder`.
+    """One process's handle on the journal in `folder`; `done` holds the keys of all finished entries known to it.
 
     Args:
-        config: of the run; shards of a run with another one are refused, but for the keys that are `may_differ` to change.
-        key: what identifies an entry.
-        shard: the number of this process; it alone writes to that shard.
-
-    `done` holds the keys of all whole entries that any process had written when this journal was opened, and those
-    added since.
+        config: the run's config; raises UserError for shards of a run with another one.
+        may_differ: keys of the config that may change between runs.
+        key: identifies an entry.
+        shard: the number of this process, the only writer of that shard. Raises UserError if it has a writer already.
     """
 
     def __init__(
@@ -39,23 +37,20 @@ class Journal:
         except OSError:
             raise UserError(f"{self.file.name} is being written by another run; wait for it, or end it") from None
         for path in self._shards():
-            self._refuse_other(path, config, may_differ)
-        self._mend(as_dict(config))
-        self.done = set(self._places())
+            self._check_header(path, config, may_differ)
+        self._repair(as_dict(config))
+        self.done = set(self._offsets())
 
     def add(self, entry: dict) -> None:
-        """Write one entry; it survives whatever happens to this process from now on."""
+        """Write one entry; it survives a kill of this process from now on."""
         self._write(entry)
         self.done.add(self.key(entry))
 
-    def read(self, order: Iterable[Hashable]) -> Iterator[dict]:
-        """The entries of these keys from all shards, in this order, one in memory at a time.
-
-        Raises KeyError for a key that no process has finished.
-        """
-        places = self._places()
-        for key in order:
-            path, offset = places[key]
+    def read(self, keys: Iterable[Hashable]) -> Iterator[dict]:
+        """The entries of `keys`, in that order, from all shards; one in memory at a time. Raises KeyError."""
+        offsets = self._offsets()
+        for key in keys:
+            path, offset = offsets[key]
             with path.open("rb") as file:
                 file.seek(offset)
                 yield json.loads(file.readline())
@@ -64,7 +59,7 @@ class Journal:
         self.file.close()
 
     def discard(self) -> None:
-        """Delete the folder, once its entries live elsewhere."""
+        """Delete the folder, once its entries are stored elsewhere."""
         self.close()
         shutil.rmtree(self.folder)
 
@@ -72,9 +67,9 @@ class Journal:
         self.file.write(json.dumps(content, ensure_ascii=False).encode() + b"\n")
         self.file.flush()
 
-    def _mend(self, header: dict) -> None:
-        """Cut what a kill left of a last line; begin an empty shard with its header."""
-        end = max((end for end, _ in _whole_lines(self.file)), default=0)
+    def _repair(self, header: dict) -> None:
+        """Cut off a torn last line; write the header if the shard is empty."""
+        end = max((start + len(line) for start, line in _complete_lines(self.file)), default=0)
         self.file.truncate(end)
         if end == 0:
             self._write(header)
@@ -82,34 +77,32 @@ class Journal:
     def _shards(self) -> list[Path]:
         return sorted(self.folder.glob("shard-*.jsonl"))
 
-    def _refuse_other(self, path: Path, config: Any, may_differ: tuple[str, ...]) -> None:
+    def _check_header(self, path: Path, config: Any, may_differ: tuple[str, ...]) -> None:
         with path.open("rb") as file:
-            _, header = next(_whole_lines(file), (0, None))
+            _, header = next(_complete_lines(file), (0, None))
         if header is not None and (change := difference(_parse(header, path, 1), config, may_differ)):
             raise UserError(f"{path} was begun with another config: {change}; set that back, or delete {self.folder}")
 
-    def _places(self) -> dict[Hashable, tuple[Path, int]]:
-        """Key of every whole entry -> its shard and where it begins there, in bytes."""
-        places = {}
+    def _offsets(self) -> dict[Hashable, tuple[Path, int]]:
+        """Key of every finished entry -> its shard and its offset there in bytes."""
+        offsets = {}
         for path in self._shards():
             with path.open("rb") as file:
-                begin = 0
-                for number, (end, line) in enumerate(_whole_lines(file), start=1):
+                for number, (start, line) in enumerate(_complete_lines(file), start=1):
                     if number > 1:
-                        places[self.key(_parse(line, path, number))] = path, begin
-                    begin = end
-        return places
+                        offsets[self.key(_parse(line, path, number))] = path, start
+        return offsets
 
 
-def _whole_lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Each line with the offset at which it ends; not a last one that lacks its newline."""
+def _complete_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Offset and content of every line that ends in a newline: all but a torn last one."""
     file.seek(0)
-    end = 0
+    start = 0
     for line in file:
         if not line.endswith(b"\n"):
             return
-        end += len(line)
-        yield end, line
+        yield start, line
+        start += len(line)
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict:

@@ -1,7 +1,7 @@
-"""Random numbers that depend on names and not on batch layout.
+"""Random numbers that depend on names, not on batch layout.
 
-A row's seed is a hash of what the row is (problem, position, candidate, index); the uniform of its t-th token is a hash
-of seed and t. So a sample is the same in a batch of one or of a thousand, before and after a resume, on any rank.
+A sequence's seed hashes what the sequence is (problem, position, token, index); the uniform for its t-th token hashes
+seed and t. So a sample is the same in any batch, after a resume, and on any rank.
 """
 
 import hashlib
@@ -14,14 +14,14 @@ _MIX_2 = 0x94D049BB133111EB - 2**64
 
 
 def row_seed(*names: object) -> int:
-    """A seed in [-2**63, 2**63) for the row that `names` identify."""
+    """A seed in [-2**63, 2**63), the hash of `names`."""
     digest = hashlib.blake2b(repr(names).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def uniforms(seeds: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """One number in [0, 1) a row: seeds (B,) and steps (B,), int64 -> (B,) float32."""
-    mixed = seeds + (steps + 1) * _GOLDEN  # int64 wraps around, as SplitMix64 wants
+    """Uniform numbers in [0, 1): seeds (B,) and steps (B,), int64 -> (B,) float32."""
+    mixed = seeds + (steps + 1) * _GOLDEN  # int64 wraps around, as SplitMix64 needs
     mixed = (mixed ^ _shift_right(mixed, 30)) * _MIX_1
     mixed = (mixed ^ _shift_right(mixed, 27)) * _MIX_2
     mixed = mixed ^ _shift_right(mixed, 31)

@@ -1,8 +1,6 @@
-"""Figures from graded samples, and how sure one may be of them.
+"""Metrics of graded samples, their 95 % intervals, and paired tests: pure functions, exact or seeded.
 
-Knows majority@k, pass@k, best of k, the weighted vote, 95 % intervals and paired tests. Leaves reading answers to
-grading.py and tables to report/.
-Everything is exact or seeded; the distributions and the resampling are scipy's.
+majority@k, pass@k, best of k and the weighted vote are means over all subsets of k samples.
 """
 
 import math
@@ -18,8 +16,8 @@ from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 9_999
-BATCH = 500  # resamples held in memory at a time
-SUBSETS = 1_000  # over which a weighted vote is averaged
+BATCH = 500  # resamples in memory at a time
+SUBSETS = 1_000  # limit of subsets for a weighted vote
 
 
 @dataclass(frozen=True)
@@ -32,11 +30,11 @@ class PairedTest:
     test: str
     fixed: int  # problems on which b is better
     broken: int  # problems on which a is better
-    detectable: float  # the smallest difference that these problems show with a power of 0.8
+    detectable: float  # smallest difference that this n detects with a power of 0.8
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share; all of [0, 1] where nothing was observed."""
+    """Wilson's 95 % interval of a share; [0, 1] for n = 0."""
     if n == 0:
         return 0.0, 1.0
     interval = stats.binomtest(successes, n).proportion_ci(CONFIDENCE, method="wilson")
@@ -47,10 +45,9 @@ def mean_intervals(values: np.ndarray, seed: int = 0) -> list[tuple[float, float
     """95 % bootstrap intervals of the column means of per-problem fractions in [0, 1], such as majority@k.
 
     Args:
-        values: (N, F), a row a problem and a column a figure; all columns are resampled alike.
+        values: (N, F): N problems, F metrics; all columns use the same resamples.
 
-    Where all of a column are equal (or alone), resampling shows no spread at all; Wilson's interval, the wider one,
-    stands in.
+    A column of equal values has no spread under resampling and gets Wilson's interval, which is wider.
     """
     values = np.asarray(values, dtype=float)  # (N, F)
     if len(values) == 1:
@@ -65,15 +62,15 @@ def mean_intervals(values: np.ndarray, seed: int = 0) -> list[tuple[float, float
 def bootstrap_means(values: np.ndarray, seed: int = 0):
     """scipy's percentile bootstrap of the column means of values (N, F); `bootstrap_distribution` is (F, RESAMPLES).
 
-    Problems are drawn, not numbers: how often each was drawn, times the values, gives all columns by one product.
+    Resamples problem indices: one matrix product of how often each was drawn with the values gives all columns.
     """
     n = len(values)
 
-    def means(drawn: np.ndarray, axis: int) -> np.ndarray:
-        drawn = np.atleast_2d(drawn)  # (R, N), rows of the values
-        offsets = n * np.arange(len(drawn))[:, None]
-        times = np.bincount((drawn + offsets).ravel(), minlength=drawn.size).reshape(drawn.shape)  # (R, N)
-        return values.T @ times.T / n  # (F, R)
+    def means(indices: np.ndarray, axis: int) -> np.ndarray:
+        indices = np.atleast_2d(indices)  # (R, N)
+        offsets = n * np.arange(len(indices))[:, None]
+        counts = np.bincount((indices + offsets).ravel(), minlength=indices.size).reshape(indices.shape)  # (R, N)
+        return values.T @ counts.T / n  # (F, R)
 
     return stats.bootstrap(
         (np.arange(n),),
@@ -88,20 +85,20 @@ def bootstrap_means(values: np.ndarray, seed: int = 0):
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Chance that k of the n samples, drawn without replacement, hold a correct one (Chen et al. 2021, eq. 1)."""
+    """Probability that k of n samples, drawn without replacement, include a correct one (Chen et al. 2021, eq. 1)."""
     _check_k(n, k)
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def majority_at_k(answers: Sequence[str | None], gold: str | None, k: int) -> float:
-    """Chance that gold wins the vote of k of the answers, averaged over all subsets of size k; exact.
+    """Probability that gold wins a majority vote of k of the answers: the exact mean over all subsets of size k.
 
     Args:
-        answers: canonical forms (`grading.extract_answer`), a vote each; None, an unreadable answer, has no vote.
+        answers: canonical answers (`grading.extract_answer`); None, an unreadable one, has no vote.
         gold: the canonical gold answer.
-        k: how many vote, at most len(answers).
+        k: number of voters, at most len(answers).
 
-    A tie between t answers counts 1/t. A vote of None alone is lost.
+    A tie of t answers counts 1/t. A subset of None alone is lost.
     """
     _check_k(len(answers), k)
     return majority_curve(answers, gold)[k - 1]
@@ -110,74 +107,72 @@ def majority_at_k(answers: Sequence[str | None], gold: str | None, k: int) -> fl
 def majority_curve(answers: Sequence[str | None], gold: str | None) -> list[float]:
     """majority@k for k = 1 .. len(answers)."""
     votes = Counter(answers)
-    blank, own = votes.pop(None, 0), votes.pop(gold, 0)
-    return list(_chances_of_winning(own, tuple(sorted(votes.values())), blank))
+    blank, gold_votes = votes.pop(None, 0), votes.pop(gold, 0)
+    return list(_win_probabilities(gold_votes, tuple(sorted(votes.values())), blank))
 
 
 @lru_cache(maxsize=100_000)
-def _chances_of_winning(own: int, others: tuple[int, ...], blank: int) -> tuple[float, ...]:
-    """For each k the share of k-subsets in which an answer with `own` votes wins against those of `others` votes each.
+def _win_probabilities(gold: int, others: tuple[int, ...], blank: int) -> tuple[float, ...]:
+    """For each k the share of k-subsets in which gold wins, given the vote counts of gold and of the other answers.
 
-    Subsets are counted by how many votes they hold and how many answers tie: a polynomial sum, not an enumeration.
+    Counts subsets by votes held and answers tied: a polynomial sum instead of an enumeration.
     """
-    n = own + sum(others) + blank
-    won = [Fraction(0)] * (n + 1)
-    for best in range(1, own + 1):  # gold's votes in the subset: no other answer has more
-        ways = Counter({(best, 1): math.comb(own, best)})  # (votes used, answers that tie) -> subsets
-        for count in others:
+    n = gold + sum(others) + blank
+    won = [Fraction(0)] * (n + 1)  # subsets that gold wins, by size
+    for best in range(1, gold + 1):  # gold's votes in the subset: no other answer has more
+        subsets = Counter({(best, 1): math.comb(gold, best)})  # (votes held, answers tied) -> number of subsets
+        for votes in others:
             extended = Counter()
-            for (used, tied), number in ways.items():
-                for taken in range(min(count, best) + 1):
-                    extended[used + taken, tied + (taken == best)] += number * math.comb(count, taken)
-            ways = extended
-        for (used, tied), number in ways.items():
-            for silent in range(blank + 1):
-                won[used + silent] += Fraction(number * math.comb(blank, silent), tied)
+            for (held, tied), number in subsets.items():
+                for taken in range(min(votes, best) + 1):
+                    extended[held + taken, tied + (taken == best)] += number * math.comb(votes, taken)
+            subsets = extended
+        for (held, tied), number in subsets.items():
+            for taken in range(blank + 1):
+                won[held + taken] += Fraction(number * math.comb(blank, taken), tied)
     return tuple(float(won[k] / math.comb(n, k)) for k in range(1, n + 1))
 
 
 def best_of_k(scores: Sequence[float], correct: Sequence[bool], k: int) -> float:
-    """Chance that the sample of the highest score among k is correct, averaged over all subsets of size k; exact.
+    """Probability that the sample with the highest score of k is correct: the exact mean over all subsets of size k.
 
-    Samples of equal scores are as likely as each other to be taken.
+    Samples of equal score are equally likely to be taken.
     """
     n = len(scores)
     _check_k(n, k)
-    right = Counter()
-    for score, is_right in zip(scores, correct, strict=True):
-        right[score] += bool(is_right)
-    chance, below = 0.0, 0
+    num_correct = Counter(score for score, is_correct in zip(scores, correct, strict=True) if is_correct)
+    won, below = 0.0, 0
     for score, count in sorted(Counter(scores).items()):
-        wins = math.comb(below + count, k) - math.comb(below, k)  # subsets whose highest score is this one
-        chance += wins * right[score] / count
+        subsets = math.comb(below + count, k) - math.comb(below, k)  # those whose highest score is this one
+        won += subsets * num_correct[score] / count
         below += count
-    return chance / math.comb(n, k)
+    return won / math.comb(n, k)
 
 
 def weighted_majority_at_k(
     answers: Sequence[str | None], weights: Sequence[float], gold: str | None, k: int, seed: int = 0
 ) -> float:
-    """Chance that gold gets the largest sum of weights among k of the answers, averaged over subsets of size k.
+    """Probability that gold gets the largest sum of weights among k of the answers, a mean over subsets of size k.
 
-    Over all subsets where there are at most SUBSETS of them, else over SUBSETS drawn ones: the same for every problem,
-    so that a comparison of two modes is not blurred by the draw. Ties and None as in `majority_at_k`.
+    Over all subsets if there are at most SUBSETS, else over SUBSETS random ones, the same for every problem: the draw
+    then adds no noise to a comparison of two modes. Ties and None as in `majority_at_k`.
     """
-    chosen = _subsets(len(answers), k, seed)  # (S, n)
-    names = sorted({answer for answer in answers if answer is not None})
-    if gold not in names:
+    subsets = _subsets(len(answers), k, seed)  # (S, n)
+    distinct = sorted({answer for answer in answers if answer is not None})
+    if gold not in distinct:
         return 0.0
     votes = np.array(
-        [[weight * (answer == name) for name in names] for answer, weight in zip(answers, weights, strict=True)]
-    )
-    sums = chosen @ votes  # (S, names)
+        [[weight * (answer == other) for other in distinct] for answer, weight in zip(answers, weights, strict=True)]
+    )  # (n, A)
+    sums = subsets @ votes  # (S, A)
     best = sums.max(axis=1, keepdims=True)
     winners = (sums >= best - 1e-12 * np.abs(best)) & (best > 0)
-    return float((winners[:, names.index(gold)] / np.maximum(winners.sum(axis=1), 1)).mean())
+    return float((winners[:, distinct.index(gold)] / np.maximum(winners.sum(axis=1), 1)).mean())
 
 
 @lru_cache(maxsize=64)
 def _subsets(n: int, k: int, seed: int) -> np.ndarray:
-    """Subsets of size k of n, a row of zeros and ones each, (S, n)."""
+    """Subsets of size k of n samples as rows of zeros and ones, (S, n)."""
     _check_k(n, k)
     if math.comb(n, k) <= SUBSETS:
         return np.array([np.isin(np.arange(n), subset) for subset in combinations(range(n), k)], dtype=float)
@@ -186,8 +181,9 @@ def _subsets(n: int, k: int, seed: int) -> np.ndarray:
 
 
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> PairedTest:
-    """McNemar's exact test of two graded runs; the interval is the exact one given the number of flips."""
-    a, b = _paired(a, b, bool)
+    """McNemar's exact test of two graded runs; the interval is exact given the number of flips."""
+    a, b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
+    _check_paired(a, b, dimensions=1)
     fixed, broken = int((b & ~a).sum()), int((a & ~b).sum())
     flips = fixed + broken
     if flips == 0:
@@ -195,9 +191,8 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> PairedTest:
     test = stats.binomtest(fixed, flips)
     share = test.proportion_ci(CONFIDENCE, method="exact")
     low, high = ((2 * bound - 1) * flips / len(a) for bound in (share.low, share.high))
-    difference = (fixed - broken) / len(a)
     return PairedTest(
-        difference=difference,
+        difference=(fixed - broken) / len(a),
         ci95=(float(low), float(high)),
         p=float(test.pvalue),
         test="McNemar exact",
@@ -208,24 +203,23 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> PairedTest:
 
 
 def paired_bootstrap(a: np.ndarray, b: np.ndarray, seed: int = 0) -> list[PairedTest]:
-    """Paired bootstrap tests of per-problem figures a and b, (N, F) each: a test a column, drawn with both sides.
+    """Two-sided paired bootstrap tests of per-problem metrics a and b, (N, F) each: one test per column.
 
-    Interval and p come from the same resamples, so that p < 0.05 where the interval leaves 0 out. With m of R resampled
+    Interval and p come from the same resamples, so that p < 0.05 where the interval excludes 0. With m of R resampled
     differences at or beyond 0, p is 2 (m + 1) / (R + 1), never 0 (Efron and Tibshirani 1993, chapter 15). Where only c
-    problems changed, p is at least that of c throws of a coin, 2 / 2^c: resampling few problems says too much.
+    problems changed, p is at least that of c coin tosses, 2 / 2^c: the bootstrap overstates few changes.
     """
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    if a.shape != b.shape or a.ndim != 2 or len(a) == 0:
-        raise ValueError(f"expected two tables of one shape over the same problems, found {a.shape} and {b.shape}")
+    _check_paired(a, b, dimensions=2)
     difference = b - a  # (N, F)
     if len(a) == 1:
-        difference = np.repeat(difference, 2, axis=0)  # the least that can be resampled; the coin's p speaks
+        difference = np.repeat(difference, 2, axis=0)  # scipy resamples two at least; the coin's p decides
     result = bootstrap_means(difference, seed)
     tests = []
-    for column, drawn, low, high in zip(
+    for column, resampled, low, high in zip(
         difference.T, result.bootstrap_distribution, *result.confidence_interval, strict=True
     ):
-        beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
+        beyond = min((resampled <= 0).sum(), (resampled >= 0).sum())
         fixed, broken = int((column[: len(a)] > 0).sum()), int((column[: len(a)] < 0).sum())
         tests.append(
             PairedTest(
@@ -242,19 +236,20 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, seed: int = 0) -> list[Paired
 
 
 def smallest_detectable_mean(n: int, deviation: float, power: float = 0.8, level: float = 0.05) -> float:
-    """The mean difference, at most 1, that n paired problems show whose differences have this standard deviation.
+    """The smallest mean difference that a test of n paired problems detects with this power, at most 1.
 
-    The deviation is taken as that of one changed problem at least: where none changed, its spread was not seen.
+    Args:
+        deviation: standard deviation of the differences; at least that of a single changed problem is assumed, since
+            where none changed the spread was not observed.
     """
     deviation = max(deviation, 1 / math.sqrt(n))
     return min(1.0, float(stats.norm.ppf(1 - level / 2) + stats.norm.ppf(power)) * deviation / math.sqrt(n))
 
 
 def smallest_detectable_difference(n: int, flipped: float, power: float = 0.8, level: float = 0.05) -> float:
-    """The difference in accuracy that n paired problems show with this power, in a two-sided test at this level.
+    """The smallest difference in accuracy that a two-sided test of n paired problems detects with this power.
 
     Args:
-        n: problems.
         flipped: share of problems that the two modes grade differently (at least the difference itself).
 
     Normal approximation of McNemar's test (Connor 1987, eq. 3), solved for the difference; 1 where n is too small.
@@ -268,11 +263,9 @@ def smallest_detectable_difference(n: int, flipped: float, power: float = 0.8, l
     return 1.0 if shortfall(1.0) >= 0 else float(optimize.brentq(shortfall, 1e-12, 1.0))
 
 
-def _paired(a: Sequence, b: Sequence, kind: type) -> tuple[np.ndarray, np.ndarray]:
-    a, b = np.asarray(a, dtype=kind), np.asarray(b, dtype=kind)
-    if a.shape != b.shape or a.ndim != 1 or len(a) == 0:
-        raise ValueError(f"expected two vectors of one length over the same problems, found {a.shape} and {b.shape}")
-    return a, b
+def _check_paired(a: np.ndarray, b: np.ndarray, dimensions: int) -> None:
+    if a.shape != b.shape or a.ndim != dimensions or len(a) == 0:
+        raise ValueError(f"expected two arrays of one shape over the same problems, found {a.shape} and {b.shape}")
 
 
 def _check_k(n: int, k: int) -> None:

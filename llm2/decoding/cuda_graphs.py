@@ -1,11 +1,8 @@
-"""Forwards of a few fixed shapes, recorded once and replayed.
+"""CUDA graphs: forwards of a few fixed shapes, captured once and replayed.
 
-A step of decoding reads one token a row, or a few. On a GPU that takes less time than launching its hundreds of kernels
-one by one; a CUDA graph launches them all at once. It repeats what was recorded to the letter: same shapes, same
-addresses. So what a forward is about comes in through tensors that stay where they are, and the caches that it reads
-and writes must stay where they are too.
-
-Knows nothing of models. Source: torch.cuda.CUDAGraph's documentation.
+A decoding step is short; on a GPU, launching its hundreds of kernels one by one takes longer than running them. A CUDA
+graph launches them together, but always with the captured shapes and addresses. Inputs are therefore copied into a
+static tensor, and graphs are discarded when the caches they use move. See torch.cuda.CUDAGraph.
 """
 
 import warnings
@@ -13,84 +10,84 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-LIMIT = 512  # recordings kept; shapes met after that many are run as they are
+MAX_GRAPHS = 512  # keys met after that many run eagerly
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 
 
-class Graph:
-    """A function of one tensor on a GPU, recorded."""
+class CapturedGraph:
+    """A function of one tensor on a GPU, captured as a CUDA graph."""
 
-    pools: dict[torch.device, tuple] = {}  # memory that all graphs of a device use in turn
+    pools: dict[torch.device, tuple] = {}  # one memory pool per device, shared by all its graphs
 
-    def __init__(self, run: Run, given: torch.Tensor) -> None:
-        self.given = given.clone()
-        with torch.cuda.device(given.device):
-            here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-            aside.wait_stream(here)
-            with torch.cuda.stream(aside):  # libraries set up their workspaces at the first call on a stream
-                run(self.given)
-            here.wait_stream(aside)
-            pool = self.pools.setdefault(given.device, torch.cuda.graph_pool_handle())
+    def __init__(self, run: Run, inputs: torch.Tensor) -> None:
+        self.inputs = inputs.clone()
+        with torch.cuda.device(inputs.device):
+            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):  # libraries allocate workspaces at the first call on a stream
+                run(self.inputs)
+            current.wait_stream(side)
+            pool = self.pools.setdefault(inputs.device, torch.cuda.graph_pool_handle())
             self.graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(self.graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
-                    self.output = run(self.given)
-            finally:  # a recording that fails does not go back by itself
-                torch.cuda.set_stream(here)
+                with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                    self.output = run(self.inputs)
+            finally:  # a failed capture leaves its own stream current
+                torch.cuda.set_stream(current)
 
-    def __call__(self, given: torch.Tensor) -> torch.Tensor:
-        self.given.copy_(given)
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.inputs.copy_(inputs)
         self.graph.replay()
-        return self.output.clone()  # its memory is the other graphs' too
+        return self.output.clone()  # other graphs reuse its memory
 
 
-class Rerun:
-    """The twin of a Graph for other devices: no quicker, but as strict about what may change from call to call."""
+class EagerReplay:
+    """Stands in for CapturedGraph off the GPU, for tests: reruns the first function of a key with static inputs."""
 
-    def __init__(self, run: Run, given: torch.Tensor) -> None:
-        self.run, self.given = run, given.clone()
+    def __init__(self, run: Run, inputs: torch.Tensor) -> None:
+        self.run, self.inputs = run, inputs.clone()
 
-    def __call__(self, given: torch.Tensor) -> torch.Tensor:
-        self.given.copy_(given)
-        return self.run(self.given)
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.inputs.copy_(inputs)
+        return self.run(self.inputs)
 
 
-class Recorder:
-    """Runs functions, from the third time on as recordings.
+class CUDAGraphRunner:
+    """Runs functions by key, captures each at its second call and replays it from then on.
 
     Args:
-        device: on CUDA a recording is a Graph, elsewhere a Rerun.
+        device: on CUDA a function is captured, elsewhere rerun with static inputs.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.record = Graph if device.type == "cuda" else Rerun
-        self.basis: Hashable = None
-        self.recordings: dict[Hashable, Graph | Rerun | None] = {}
+        self.capture = CapturedGraph if device.type == "cuda" else EagerReplay
+        self.buffers: Hashable = None
+        self.graphs: dict[Hashable, CapturedGraph | EagerReplay | None] = {}
 
-    def rest_on(self, basis: Hashable) -> None:
-        """What all recordings have their addresses from; where it is another one they are forgotten."""
-        if basis != self.basis:
-            self.basis, self.recordings = basis, {}
+    def invalidate_if_moved(self, buffers: Hashable) -> None:
+        """Discard captured graphs when their buffers change."""
+        if buffers != self.buffers:
+            self.buffers, self.graphs = buffers, {}
 
-    def __call__(self, key: Hashable, run: Run, given: torch.Tensor) -> torch.Tensor:
-        """run(given), which must depend on the key and the tensor alone."""
-        if self.record is None or (key not in self.recordings and len(self.recordings) >= LIMIT):
-            return run(given)
-        if key not in self.recordings:  # many a shape is met only once
-            self.recordings[key] = None
-            return run(given)
-        if self.recordings[key] is None:
+    def __call__(self, key: Hashable, run: Run, inputs: torch.Tensor) -> torch.Tensor:
+        """run(inputs), which must depend on the key and the tensor alone."""
+        if self.capture is None or (key not in self.graphs and len(self.graphs) >= MAX_GRAPHS):
+            return run(inputs)
+        if key not in self.graphs:  # many shapes occur only once: not worth a capture
+            self.graphs[key] = None
+            return run(inputs)
+        if self.graphs[key] is None:
             try:
-                self.recordings[key] = self.record(run, given)
+                self.graphs[key] = self.capture(run, inputs)
             except RuntimeError as error:
-                warnings.warn(f"decoding goes on without CUDA graphs: recording one failed ({error})", stacklevel=2)
-                self.record, self.recordings = None, {}
-                return run(given)
-        return self.recordings[key](given)
+                warnings.warn(f"decoding goes on without CUDA graphs: capturing one failed ({error})", stacklevel=2)
+                self.capture, self.graphs = None, {}
+                return run(inputs)
+        return self.graphs[key](inputs)
 
 
-def rounded(number: int, sizes: int) -> int:
-    """Up to the next of `sizes` evenly spaced numbers between one power of two and the next, that one included."""
-    step = max(1, 2 ** (number - 1).bit_length() // (2 * sizes))
-    return -(-number // step) * step
+def bucket(size: int, steps: int) -> int:
+    """Round up to one of `steps` evenly spaced sizes between two powers of two, the upper one included."""
+    step = max(1, 2 ** (size - 1).bit_length() // (2 * steps))
+    return -(-size // step) * step

@@ -1,225 +1,220 @@
-"""How the tokens of a forward are laid out: one line of pieces of many rows, and what attention makes of it.
+"""The flat batch of one forward: chunks of many sequences, one behind the other, and how attention reads them.
 
-On a CPU nothing is padded (`SpanLine`); on a GPU pieces of like length form rectangles, whose shapes can be rounded up
-to a few (`BlockLine`), so that a forward can be recorded. Knows nothing of models.
+On a CPU nothing is padded (`VarlenBatch`). On a GPU chunks of similar length form padded rectangles, whose sizes can be
+rounded up to a few, so that forwards can be captured as CUDA graphs (`PaddedBatch`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from llm2.decoding.attention import Block, Group, Span, Step
-from llm2.decoding.cuda_graphs import rounded
+from llm2.decoding.attention import DecodeRead, PaddedRead, PrefillRead, PrefixGroup
+from llm2.decoding.cuda_graphs import bucket
 from llm2.decoding.kv_cache import SlotCache
 
-LONG = 16  # tokens of a piece beyond which it is not padded together with shorter ones
-SHORT = 64  # tokens of the longest piece of a recorded forward
-WIDTH = 64  # its width is a multiple of this
-ROWS = 2  # numbers of rows to which its rectangles are rounded up, between powers of two
+LONG_CHUNK = 16  # longer chunks are not padded together with shorter ones
+MAX_GRAPH_CHUNK = 64  # forwards with longer chunks are not captured
+WIDTH_STEP = 64  # bucketed widths are multiples of this
+ROW_STEPS = 2  # bucket sizes for rows, between powers of two
 
 
 @dataclass(eq=False)
-class Piece:
-    """Consecutive columns of one row in a forward."""
+class Chunk:
+    """Consecutive tokens of one sequence in a forward."""
 
     slot: int
-    start: int  # column of the first token
+    start: int  # cache position of the first token
     ids: Sequence[int]
-    branches: int = 0  # so many tokens at the end see what stands before them all and themselves
-    trunk: tuple[int, int] | None = None  # slot, and how many of its columns stand before the row's own
-    begin: int = 0  # where `read` put the first token in the line
+    branches: int = 0  # the last so many tokens are candidates: each sees everything before them all and itself
+    prefix: tuple[int, int] | None = None  # slot and length of a shared prefix
+    offset: int = 0  # of the first token in the batch, set when it is added to one
 
     @property
     def last(self) -> int:
-        return self.begin + len(self.ids) - 1
+        """Index of the last token in the batch."""
+        return self.offset + len(self.ids) - 1
 
     @property
-    def heads(self) -> range:
-        """Where the branches are in the line."""
+    def branch_indices(self) -> range:
+        """Indices of the branches in the batch."""
         return range(self.last + 1 - self.branches, self.last + 1)
 
     @property
-    def positions(self) -> list[int]:
-        first = self.start + (0 if self.trunk is None else self.trunk[1])
-        trunk = range(first, first + len(self.ids) - self.branches)
-        return [*trunk, *[first + len(trunk)] * self.branches]
+    def position_ids(self) -> list[int]:
+        first = self.start + (0 if self.prefix is None else self.prefix[1])
+        behind = first + len(self.ids) - self.branches
+        return [*range(first, behind), *[behind] * self.branches]
 
 
-@dataclass(frozen=True, eq=False)
-class Spans:
-    """How a SpanLine is read: no two forwards alike."""
+class ForwardBatch:
+    """The tokens of one forward."""
 
-    parts: Sequence[Span | Step]
-    columns: int  # that the cache must have
-    begin: int  # from which token on System 2 reads, where both systems read in one line
-    short = False  # whether a recording may be made of it
-
-    def reads(self, numbers: torch.Tensor) -> Sequence[Span | Step]:
-        return self.parts
-
-
-class Rectangle(NamedTuple):
-    rows: int
-    count: int  # tokens of each
-    slot: int | None  # of the first row, the others' slots behind it; None: each row says which
-
-
-class Blocks(NamedTuple):
-    """How a BlockLine is read, but for the numbers: equal for forwards of one shape."""
-
-    rectangles: tuple[Rectangle, ...]
-    width: int  # columns that are read
-    begin: int  # as in `Spans`
-
-    @property
-    def columns(self) -> int:
-        return self.width + 1  # the last one takes what only fills a rectangle
-
-    @property
-    def short(self) -> bool:
-        return all(rectangle.count <= SHORT for rectangle in self.rectangles)
-
-    def reads(self, numbers: torch.Tensor) -> list[Block]:
-        """Of a line's ids, positions, slots, columns (4, N)."""
-        _, positions, slots, columns = numbers
-        blocks, begin = [], 0
-        for rows, count, slot in self.rectangles:
-            tokens = slice(begin, begin + rows * count)
-            bound, own, begin = positions[tokens].view(rows, count), columns[tokens].view(rows, count), tokens.stop
-            where = slots[tokens].view(rows, count)[:, 0] if slot is None else slice(slot, slot + rows)
-            blocks.append(Block(tokens, where, own, bound, self.width))
-        return blocks
-
-
-class Line:
-    """The tokens of a forward, one after the other."""
+    graph_key: Hashable = None  # equal for forwards that one CUDA graph can run; None: not to be captured
 
     def __init__(self) -> None:
         self.ids: list[int] = []
-        self.positions: list[int] = []
+        self.position_ids: list[int] = []
         self.slots: list[int] = []
-        self.columns: list[int] = []
-        self.begin = 0
+        self.kv_positions: list[int] = []
+        self.verifier_start = 0  # index of the verifier's first token, where both systems share a forward
 
     @property
-    def numbers(self) -> list[list[int]]:
-        return [self.ids, self.positions, self.slots, self.columns]
+    def indices(self) -> list[list[int]]:
+        """(4, N)."""
+        return [self.ids, self.position_ids, self.slots, self.kv_positions]
 
-    def put(self, piece: Piece) -> slice:
-        """Append a piece; returns where it is."""
-        piece.begin = len(self.ids)
-        self.ids += piece.ids
-        self.positions += piece.positions
-        self.slots += [piece.slot] * len(piece.ids)
-        self.columns += range(piece.start, piece.start + len(piece.ids))
-        return slice(piece.begin, len(self.ids))
+    @property
+    def capacity(self) -> int:
+        """Positions that the cache must have."""
+        return max(self.kv_positions) + 1
+
+    def _append(self, chunk: Chunk) -> slice:
+        """Returns the chunk's tokens in the batch."""
+        chunk.offset = len(self.ids)
+        self.ids += chunk.ids
+        self.position_ids += chunk.position_ids
+        self.slots += [chunk.slot] * len(chunk.ids)
+        self.kv_positions += range(chunk.start, chunk.start + len(chunk.ids))
+        return slice(chunk.offset, len(self.ids))
 
 
-class SpanLine(Line):
-    """Nothing is padded: single tokens of many rows are a Step, all else Spans."""
+class VarlenBatch(ForwardBatch):
+    """Without padding: the single tokens become a DecodeRead, everything else PrefillReads."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.parts: list[Span | Step] = []
+        self._reads: list[PrefillRead | DecodeRead] = []
 
-    def extended(self, pieces: Sequence[Piece]) -> "SpanLine":
-        single = [piece for piece in pieces if len(piece.ids) == 1]
-        slots = [piece.slot for piece in single]
-        # A Step reads all slots from the first to the last, a Span only its own but in a call of its own.
+    def add(self, chunks: Sequence[Chunk]) -> None:
+        """Append chunks of distinct slots; sets each chunk's offset."""
+        single = [chunk for chunk in chunks if len(chunk.ids) == 1]
+        slots = [chunk.slot for chunk in single]
+        # A DecodeRead reads all slots from the first to the last; a PrefillRead only its own, but in one call per slot.
         if len(single) > 1 and 3 * len(single) >= max(slots) + 1 - min(slots):
-            pieces = [piece for piece in pieces if len(piece.ids) > 1]
-            tokens = [self.put(piece) for piece in single]
-            self.parts.append(step_of(single, slice(tokens[0].start, tokens[-1].stop)))
-        for piece in pieces:
-            self.parts.append(Span(self.put(piece), piece.slot, piece.start, piece.branches, piece.trunk))
-        return self
+            chunks = [chunk for chunk in chunks if len(chunk.ids) > 1]
+            tokens = [self._append(chunk) for chunk in single]
+            self._reads.append(_decode_read(single, slice(tokens[0].start, tokens[-1].stop)))
+        for chunk in chunks:
+            self._reads.append(PrefillRead(self._append(chunk), chunk.slot, chunk.start, chunk.branches, chunk.prefix))
 
-    def layout(self) -> Spans:
-        return Spans(self.parts, max(self.columns) + 1, self.begin)
+    def reads(self, indices: torch.Tensor) -> list[PrefillRead | DecodeRead]:
+        return self._reads
 
 
-class BlockLine(Line):
-    """Rectangles, a few for pieces of like length: single tokens, short pieces, longer ones.
+class PaddedGroup(NamedTuple):
+    """The size of one rectangle of a PaddedBatch."""
 
-    What only fills a rectangle is written to the cache's last column, which no token sees; it sees the first column.
+    rows: int
+    length: int  # tokens of each row
+    first_slot: int | None  # the rows are the slots from here on; None: any slots, given with the tokens
+
+
+class PaddedBatch(ForwardBatch):
+    """Padded rectangles: one each for single tokens, short chunks and longer ones.
+
+    Padding is written to the cache's last position, which no real token sees; it sees the first position only.
 
     Args:
-        few_shapes: round sizes up, so that the forwards of a decoding have few shapes between them.
+        few_shapes: round sizes up, so that a decoding needs few CUDA graphs.
     """
 
     def __init__(self, cache: SlotCache, few_shapes: bool) -> None:
         super().__init__()
         self.cache, self.few_shapes = cache, few_shapes
-        self.rectangles: list[Rectangle] = []
+        self.groups: list[PaddedGroup] = []
 
-    def extended(self, pieces: Sequence[Piece]) -> "BlockLine":
-        kinds = ([], [], [])
-        for piece in pieces:
-            kinds[(len(piece.ids) > 1) + (len(piece.ids) > LONG)].append(piece)
-        for own in filter(None, kinds):
-            self._put_together(own)
-        return self
+    @property
+    def width(self) -> int:
+        """Cache positions that are read."""
+        width = max(self.kv_positions) + 1
+        return WIDTH_STEP * bucket(-(-width // WIDTH_STEP), 4) if self.few_shapes else width
 
-    def layout(self) -> Blocks:
-        width = max(self.columns) + 1
+    @property
+    def capacity(self) -> int:
+        return self.width + 1  # the last position is for padding
+
+    @property
+    def graph_key(self) -> Hashable:
+        if any(group.length > MAX_GRAPH_CHUNK for group in self.groups):
+            return None
+        return tuple(self.groups), self.width, self.verifier_start
+
+    def add(self, chunks: Sequence[Chunk]) -> None:
+        """Append chunks of distinct slots; sets each chunk's offset."""
+        by_length = ([], [], [])
+        for chunk in chunks:
+            by_length[(len(chunk.ids) > 1) + (len(chunk.ids) > LONG_CHUNK)].append(chunk)
+        for similar in filter(None, by_length):
+            self._add_group(similar)
+
+    def reads(self, indices: torch.Tensor) -> list[PaddedRead]:
+        """The reads of `indices` (4, N); besides these they depend on the graph key alone."""
+        _, position_ids, slots, kv_positions = indices
+        reads, start, width = [], 0, self.width
+        for rows, length, first_slot in self.groups:
+            tokens = slice(start, start + rows * length)
+            kv_index, prefix_len = (tensor[tokens].view(rows, length) for tensor in (kv_positions, position_ids))
+            if first_slot is None:
+                row_slots = slots[tokens].view(rows, length)[:, 0]
+            else:
+                row_slots = slice(first_slot, first_slot + rows)
+            reads.append(PaddedRead(tokens, row_slots, kv_index, prefix_len, width))
+            start = tokens.stop
+        return reads
+
+    def _add_group(self, chunks: Sequence[Chunk]) -> None:
+        """Append chunks as one rectangle, over neighbouring slots in place where theirs lie close enough."""
+        chunks = sorted(chunks, key=lambda chunk: chunk.slot)
+        length, first = max(len(chunk.ids) for chunk in chunks), self.cache.group_start(chunks[0].slot)
+        span = chunks[-1].slot + 1 - first
+        in_place = span == len(chunks) or (length == 1 and span <= 2 * len(chunks))
+        rows = span if in_place else len(chunks)
         if self.few_shapes:
-            width = WIDTH * rounded(-(-width // WIDTH), 4)
-        return Blocks(tuple(self.rectangles), width, self.begin)
-
-    def _put_together(self, pieces: Sequence[Piece]) -> None:
-        """Append pieces as a rectangle: in place, if their slots lie close enough, from a system's first one on."""
-        pieces = sorted(pieces, key=lambda piece: piece.slot)
-        count, first = max(len(piece.ids) for piece in pieces), self.cache.first_of(pieces[0].slot)
-        span = pieces[-1].slot + 1 - first
-        close = span == len(pieces) or (count == 1 and span <= 2 * len(pieces))
-        rows = span if close else len(pieces)
-        if self.few_shapes:
-            count, rows = rounded(count, 1), rounded(rows, ROWS)
-        if close:
-            rows = min(rows, self.cache.slots - first)
-            of_slot = {piece.slot: piece for piece in pieces}
-            filled = [(slot, of_slot.get(slot)) for slot in range(first, first + rows)]
-        else:  # the keys and values of these rows are copied together
-            filled = [(piece.slot, piece) for piece in pieces] + [(first, None)] * (rows - len(pieces))
-        for slot, piece in filled:
-            self._put_row(slot, piece, count)
-        self.rectangles.append(Rectangle(rows, count, first if close else None))
-
-    def _put_row(self, slot: int, piece: Piece | None, count: int) -> None:
-        if piece is not None:
-            self.put(piece)
-            count -= len(piece.ids)
-        self.ids += [0] * count
-        self.positions += [1] * count
-        self.slots += [slot] * count
-        self.columns += [-1] * count
+            length, rows = bucket(length, 1), bucket(rows, ROW_STEPS)
+        if in_place:
+            rows = min(rows, self.cache.num_slots - first)
+            by_slot = {chunk.slot: chunk for chunk in chunks}
+            filled = [(slot, by_slot.get(slot)) for slot in range(first, first + rows)]
+        else:  # attention copies the keys and values of these slots together
+            filled = [(chunk.slot, chunk) for chunk in chunks] + [(first, None)] * (rows - len(chunks))
+        for slot, chunk in filled:
+            padding = length
+            if chunk is not None:
+                self._append(chunk)
+                padding -= len(chunk.ids)
+            self.ids += [0] * padding
+            self.position_ids += [1] * padding
+            self.slots += [slot] * padding
+            self.kv_positions += [-1] * padding
+        self.groups.append(PaddedGroup(rows, length, first if in_place else None))
 
 
-def step_of(single: Sequence[Piece], tokens: slice) -> Step:
-    """Pieces of one token each, read at once."""
-    slots = slice(min(piece.slot for piece in single), max(piece.slot for piece in single) + 1)
-    columns = [0] * (slots.stop - slots.start)
-    groups: dict[int, list[Piece]] = {}
-    for piece in single:
-        columns[piece.slot - slots.start] = piece.start
-        if piece.trunk is not None:
-            groups.setdefault(piece.trunk[0], []).append(piece)
-    rows = [piece.slot - slots.start for piece in single]
-    return Step(
+def _decode_read(single: Sequence[Chunk], tokens: slice) -> DecodeRead:
+    """Chunks of one token each in one read."""
+    slots = slice(min(chunk.slot for chunk in single), max(chunk.slot for chunk in single) + 1)
+    positions = [0] * (slots.stop - slots.start)
+    by_prefix: dict[int, list[Chunk]] = {}
+    for chunk in single:
+        positions[chunk.slot - slots.start] = chunk.start
+        if chunk.prefix is not None:
+            by_prefix.setdefault(chunk.prefix[0], []).append(chunk)
+    rows = [chunk.slot - slots.start for chunk in single]
+    groups = [
+        PrefixGroup(
+            slot,
+            torch.tensor([chunk.slot - slots.start for chunk in chunks]),
+            torch.tensor([chunk.prefix[1] for chunk in chunks]),
+            max(chunk.prefix[1] for chunk in chunks),
+        )
+        for slot, chunks in by_prefix.items()
+    ]
+    return DecodeRead(
         tokens,
         slots,
-        torch.tensor(columns),
-        width=max(columns) + 1,
-        rows=None if rows == list(range(len(columns))) else torch.tensor(rows),
-        groups=[
-            Group(
-                slot,
-                torch.tensor([piece.slot - slots.start for piece in own]),
-                torch.tensor([piece.trunk[1] for piece in own]),
-                max(piece.trunk[1] for piece in own),
-            )
-            for slot, own in groups.items()
-        ],
+        torch.tensor(positions),
+        width=max(positions) + 1,
+        rows=None if rows == list(range(len(positions))) else torch.tensor(rows),
+        groups=groups,
     )

@@ -1,7 +1,7 @@
-"""Keys and values of many rows: a buffer of slots a layer, one slot a row.
+"""Keys and values of many sequences: per layer one buffer of slots, one slot a sequence.
 
-A row's tokens lie in its slot column by column and are read there: nothing is copied to read. After a choice only the
-chosen branch stays, in place. Knows nothing of models, masks or attention.
+A sequence's tokens fill its slot from position 0 on and attention reads them there, without copying. Once a candidate
+is chosen, its keys and values move to the sequence's next position; the other candidates are overwritten.
 """
 
 import math
@@ -10,68 +10,68 @@ from collections.abc import Sequence
 
 import torch
 
-ROOM = 64  # columns added when the buffers are full, besides a quarter of what is needed
+HEADROOM = 64  # positions added when a cache grows, on top of a quarter of what is needed
 
 
 class SlotCache:
-    """Buffers (slots, heads, columns, head width) for the keys and the values of each layer.
+    """Buffers (slots, heads, positions, head width) for the keys and the values of each layer.
 
     Args:
-        columns: room to begin with. On a CPU it costs nothing: memory is taken as tokens are written.
-        starts: the slots from which on a system's rows lie, lowest first.
+        capacity: positions of each slot to begin with. Free on a CPU: pages take memory when tokens are written.
+        group_starts: first slot of each system's sequences, in ascending order.
     """
 
-    def __init__(self, slots: int, columns: int = 0, starts: Sequence[int] = (0,)) -> None:
-        self.slots, self.columns, self.starts = slots, columns, starts
+    def __init__(self, num_slots: int, capacity: int = 0, group_starts: Sequence[int] = (0,)) -> None:
+        self.num_slots, self.capacity, self.group_starts = num_slots, capacity, group_starts
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def first_of(self, slot: int) -> int:
-        """The first of the slots that this one lies among."""
-        return max(start for start in self.starts if start <= slot)
+    def group_start(self, slot: int) -> int:
+        """First slot of the group that holds `slot`."""
+        return max(start for start in self.group_starts if start <= slot)
 
-    def reserve(self, columns: int) -> None:
-        """Make room for so many columns."""
-        if columns <= self.columns:
+    def reserve(self, capacity: int) -> None:
+        """Grow the slots to at least `capacity` positions."""
+        if capacity <= self.capacity:
             return
-        self.columns = columns + columns // 4 + ROOM
+        self.capacity = capacity + capacity // 4 + HEADROOM
         for index, buffers in self.layers.items():
-            self.layers[index] = tuple(_grown(buffer, self.columns) for buffer in buffers)
+            self.layers[index] = tuple(_grow(buffer, self.capacity) for buffer in buffers)
 
     def layer(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer; made at the first call for states such as `like` (1, heads, tokens, width)."""
+        """Keys and values of a layer, allocated at the first call for states like `like` (1, heads, tokens, width)."""
         if index not in self.layers:
-            shape = (self.slots, like.shape[1], self.columns, like.shape[3])
+            shape = (self.num_slots, like.shape[1], self.capacity, like.shape[3])
             self.layers[index] = (_zeros(shape, like), _zeros(shape, like))
         return self.layers[index]
 
-    def move_columns(self, slots: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
-        """In each of these slots (n,) copy column source (n,) to column target (n,)."""
+    def move_positions(self, slots: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+        """In each of these slots (n,) copy position source (n,) to position target (n,)."""
         for buffers in self.layers.values():
             for buffer in buffers:
                 buffer[slots, :, target] = buffer[slots, :, source]
 
-    def copy_slot(self, source: int, target: int, columns: int) -> None:
-        """Copy the first columns of one slot to another."""
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of one slot to another."""
         for buffers in self.layers.values():
             for buffer in buffers:
-                buffer[target, :, :columns] = buffer[source, :, :columns]
+                buffer[target, :, :length] = buffer[source, :, :length]
 
 
 def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """On a CPU of pages that are mapped when they are first written to, and given back all at once.
+    """Zeros; on a CPU, pages that are mapped at their first write and returned to the system as a whole.
 
-    So a long row takes memory for itself, not for all slots, and buffers that come and go, each of another size, leave
-    no holes in the heap: a run needs as much after a day as after a minute. torch.zeros writes to every page.
+    One long sequence then costs memory for its own slot alone, and buffers of changing sizes do not fragment the heap.
+    torch.zeros would write to every page.
     """
     if like.device.type != "cpu":
         return like.new_zeros(shape)
     pages = mmap.mmap(-1, math.prod(shape) * like.element_size(), flags=mmap.MAP_PRIVATE)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux may else map 2 MiB where a row writes a column
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # otherwise Linux may map 2 MiB for a write to a single position
         pages.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(pages, dtype=like.dtype).view(shape)
 
 
-def _grown(buffer: torch.Tensor, columns: int) -> torch.Tensor:
-    grown = _zeros((*buffer.shape[:2], columns, buffer.shape[3]), buffer)
+def _grow(buffer: torch.Tensor, capacity: int) -> torch.Tensor:
+    grown = _zeros((*buffer.shape[:2], capacity, buffer.shape[3]), buffer)
     grown[:, :, : buffer.shape[2]] = buffer
     return grown

@@ -1,59 +1,56 @@
-"""System 2 as a transformers LogitsProcessor, for loops that are not ours."""
+"""The verifier as a transformers LogitsProcessor, for other decoding loops."""
 
 import torch
 from transformers import LogitsProcessor
 
 from llm2.decoding.candidates import guided_logits, plausible
-from llm2.decoding.decoder import Guidance
-from llm2.decoding.forward_batch import Piece
+from llm2.decoding.forward_batch import Chunk
 from llm2.decoding.kv_cache import SlotCache
-from llm2.decoding.model_runner import System2Reader
+from llm2.decoding.model_runner import VerifierRunner
 from llm2.decoding.prefix_cache import common_prefix
+from llm2.decoding.sampling import Guidance
 
 
 class GuidedLogitsProcessor(LogitsProcessor):
-    """Adds beta times the verifier's scores to the plausible tokens' logits and rules out the others.
+    """Adds beta times the verifier's scores to the plausible tokens' logits and sets all others to -inf.
 
-    For one call of `model.generate(..., logits_processor=[...])`, beam search included, or any loop that keeps
-    to transformers' processors. What it has read of a row it keeps, and reads anew from where the row became another
-    one (beams). Its limits: a forward of its own for System 2 always, no rows that come and go, no lazy catching up in
-    full batches; a processor sees no attention mask, so leading pad tokens are taken to be padding; and since it rules
-    tokens out, it must stand before temperature and the other warpers, which `generate` sees to. `LLM2.generate` has
-    none of these limits.
+    For one call of `model.generate(..., logits_processor=[...])`, beam search included, or any loop that applies
+    transformers' processors. The verifier's cache is kept per row and recomputed from where a row's tokens changed, as
+    under beam search. Limits, none of which `LLM2.generate` has: the verifier always runs in a forward of its own, rows
+    do not join or leave, and since a processor sees no attention mask, leading pad tokens are taken for padding. It
+    must come before temperature and the other warpers, as `generate` orders them.
     """
 
     def __init__(self, guidance: Guidance, pad_token_id: int | None = None) -> None:
-        self.guidance, self.pad = guidance, pad_token_id
-        self.reader = System2Reader(guidance.verifier)
+        self.guidance, self.pad_token_id = guidance, pad_token_id
+        self.runner = VerifierRunner(guidance.verifier)
         self.cache = SlotCache(0)
-        self.known: list[list[int]] = []
+        self.cached_ids: list[list[int]] = []
 
     @torch.inference_mode()
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """input_ids (B, T), System 1's logits (B, V) -> guided logits (B, V), -inf where not plausible."""
-        if len(input_ids) > self.cache.slots:
-            self.cache, self.known = SlotCache(len(input_ids)), [[] for _ in input_ids]
-        candidates, valid = plausible(scores.float(), self.guidance.alpha, self.guidance.top_k)  # (B, K)
-        sizes = valid.sum(dim=-1).tolist()
-        pieces = []
-        for slot, size in enumerate(sizes):
+        if len(input_ids) > self.cache.num_slots:
+            self.cache, self.cached_ids = SlotCache(len(input_ids)), [[] for _ in input_ids]
+        logits = scores.float()
+        candidates, valid = plausible(logits, self.guidance.alpha, self.guidance.top_k)  # (B, K)
+        chunks = []
+        for slot, size in enumerate(valid.sum(dim=-1).tolist()):
             if size > 1:
-                ids = self._unpadded(input_ids[slot].tolist())
-                start = min(common_prefix(self.known[slot], ids), len(ids))
-                self.known[slot] = ids
-                pieces.append(Piece(slot, start, [*ids[start:], *candidates[slot, :size].tolist()], size))
-        found = torch.zeros_like(candidates, dtype=torch.float32)
-        if pieces:
-            hidden = self.reader.read(self.cache, pieces)
-            for piece in pieces:
-                found[piece.slot, : piece.branches] = self.reader.scores(hidden[piece.heads.start : piece.heads.stop])
-        guided = guided_logits(scores.float().gather(-1, candidates), valid, found, self.guidance.beta)
-        whole = torch.full_like(scores, -torch.inf)
-        # What only fills the rectangle repeats a token id: it must not write over a candidate.
-        rows, columns = valid.nonzero(as_tuple=True)
-        whole[rows, candidates[rows, columns]] = guided[rows, columns].to(scores.dtype)
-        return whole
+                ids = self._without_padding(input_ids[slot].tolist())
+                start = common_prefix(self.cached_ids[slot], ids)
+                self.cached_ids[slot] = ids
+                chunks.append(Chunk(slot, start, [*ids[start:], *candidates[slot, :size].tolist()], size))
+        verifier_scores = torch.zeros_like(candidates, dtype=torch.float32)
+        if chunks:
+            hidden = self.runner.forward(self.cache, chunks)
+            for chunk in chunks:
+                branches = hidden[chunk.branch_indices.start : chunk.branch_indices.stop]
+                verifier_scores[chunk.slot, : chunk.branches] = self.runner.scores(branches)
+        guided = guided_logits(logits.gather(-1, candidates), valid, verifier_scores, self.guidance.beta)
+        # The candidates' padding repeats a token id with -inf: the maximum keeps the candidate's own value.
+        return torch.full_like(scores, -torch.inf).scatter_reduce(-1, candidates, guided.to(scores.dtype), "amax")
 
-    def _unpadded(self, ids: list[int]) -> list[int]:
-        first = next((place for place, token in enumerate(ids) if token != self.pad), len(ids))
+    def _without_padding(self, ids: list[int]) -> list[int]:
+        first = next((index for index, token in enumerate(ids) if token != self.pad_token_id), len(ids))
         return ids[first:]

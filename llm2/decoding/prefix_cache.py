@@ -1,72 +1,77 @@
-"""Prompts that begin alike: what they have in common is read once, into a slot of its own, the trunk.
+"""Prefixes that several prompts share, each computed once, in a cache slot of its own.
 
-Samples of one prompt, rollouts from positions along one solution, and questions behind the same examples all share most
-of what they read. Knows which prompt goes with which trunk, and which slots trunks have; how a trunk is read is the
-business of `generation` and `attention`.
+Samples of one prompt, rollouts along one solution and questions behind the same few-shot examples share most of their
+tokens. This module decides which prompts share which prefix, and in which slot it lies.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-SHORTEST = 16  # common tokens from which sharing is worth its keeping of books
+MIN_PREFIX_TOKENS = 16  # shorter prefixes are not shared
 
 
 @dataclass(eq=False)
-class Trunk:
-    """Tokens in a slot of their own."""
+class SharedPrefix:
+    """Tokens held in a slot of their own."""
 
     slot: int
-    ids: list[int]
-    users: int = 0  # rows that read it in place
-    readers: set[int] = field(default_factory=set)  # systems that have read it, 1 and 2
+    token_ids: list[int]
+    ref_count: int = 0  # sequences that read it in place
+    prefilled_by: set[str] = field(default_factory=set)  # systems whose keys and values the slot holds
 
 
-class Trunks:
-    """The trunks of a decoding, in slots first .. first + count - 1; unused ones make room for new ones."""
+class PrefixCache:
+    """Shared prefixes in `num_slots` slots from `first_slot` on; the oldest unused one makes room for a new one."""
 
-    def __init__(self, first: int, count: int) -> None:
-        self.free, self.known = list(range(first, first + count)), []
+    def __init__(self, first_slot: int, num_slots: int) -> None:
+        self.free_slots, self.prefixes = list(range(first_slot, first_slot + num_slots)), []
 
-    def of(
-        self, prompts: Sequence[Sequence[int]], rows: Sequence[int], index: int, ahead: int
-    ) -> tuple[Trunk, int, int] | None:
-        """The trunk for a prompt: with how many of its tokens, and how many rows (of this prompt and the next ones).
+    def match(
+        self, prompts: Sequence[Sequence[int]], num_samples: Sequence[int], index: int, lookahead: int
+    ) -> tuple[SharedPrefix, int, int] | None:
+        """The shared prefix for prompt `index`, found or new.
 
         Args:
-            prompts: of which those from `index` on are waiting.
-            rows: how many rows each of them will be.
-            ahead: rows to look ahead for.
+            prompts: those from `index` on are waiting.
+            num_samples: sequences per prompt.
+            lookahead: stop counting at this many sequences.
 
-        Returns None where too little is shared. At least the last token of a prompt is left to its rows.
+        Returns:
+            The prefix, how many of its tokens this prompt shares, and how many waiting sequences share them; or None
+            where sharing does not pay. A prompt's last token is never shared: its hidden state is needed.
         """
         prompt = prompts[index]
-        least = max(SHORTEST, len(prompt) // 2)
-        count, next_ = rows[index], index + 1
-        while count < ahead and next_ < len(prompts) and common_prefix(prompt, prompts[next_]) >= least:
-            count, next_ = count + rows[next_], next_ + 1
-        best = max(self.known, key=lambda trunk: common_prefix(trunk.ids, prompt), default=None)
+        min_shared = max(MIN_PREFIX_TOKENS, len(prompt) // 2)
+        num_sharing, following = num_samples[index], index + 1
+        while (
+            num_sharing < lookahead
+            and following < len(prompts)
+            and common_prefix(prompt, prompts[following]) >= min_shared
+        ):
+            num_sharing, following = num_sharing + num_samples[following], following + 1
+        best = max(self.prefixes, key=lambda prefix: common_prefix(prefix.token_ids, prompt), default=None)
         if best is not None:
-            bound = min(common_prefix(best.ids, prompt), len(prompt) - 1)
-            if bound >= least:
-                return best, bound, count
-        if count < 2 or len(prompt) <= least or not (self.free or self._evict()):
+            length = min(common_prefix(best.token_ids, prompt), len(prompt) - 1)
+            if length >= min_shared:
+                return best, length, num_sharing
+        if num_sharing < 2 or len(prompt) <= min_shared or not (self.free_slots or self._evict()):
             return None
-        trunk = Trunk(self.free.pop(), list(prompt[:-1]))
-        self.known.append(trunk)
-        return trunk, len(trunk.ids), count
+        prefix = SharedPrefix(self.free_slots.pop(), list(prompt[:-1]))
+        self.prefixes.append(prefix)
+        return prefix, len(prefix.token_ids), num_sharing
 
     def _evict(self) -> bool:
-        """Give up the oldest trunk that no row reads."""
-        for trunk in self.known:
-            if not trunk.users:
-                self.known.remove(trunk)
-                self.free.append(trunk.slot)
+        """Free the slot of the oldest prefix that no sequence reads, if there is one."""
+        for prefix in self.prefixes:
+            if not prefix.ref_count:
+                self.prefixes.remove(prefix)
+                self.free_slots.append(prefix.slot)
                 return True
         return False
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first tokens are the same; slices are compared, which is quicker than token by token."""
+    """Length of the common prefix, by bisection: comparing slices is faster than comparing tokens."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,8 +1,9 @@
-"""How a token is chosen: by which system, greedily or drawn, and what is told of it afterwards.
+"""What a caller hands to the decoder and gets back, and how a token is sampled.
 
-Letters: n rows, C columns, V vocabulary.
+Letters: n sequences, K candidates, V vocabulary.
 """
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,25 +16,32 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from llm2.config import GuidanceConfig
 from llm2.verifier.model import ProcessVerifier
+
+StopFn = Callable[[int, int, list[int]], bool]
+LogitsFn = Callable[[list[int], list[list[int]], torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guidance:
-    """How System 2 takes part. Source: arXiv 2412.20372; alpha 0.1 and beta 0.25 are the paper's."""
+class Guidance(GuidanceConfig):
+    """How the verifier takes part: its alpha, beta and top_k (`GuidanceConfig`), and when and how it runs.
+
+    The last three change the speed only. Raises ValueError for an alpha, beta or top_k outside its range.
+    """
 
     verifier: ProcessVerifier
-    alpha: float = 0.1  # a token is a candidate from alpha times the top probability
-    beta: float = 0.25  # weight of the verifier's score
-    top_k: int | None = None  # at most so many candidates
-    lazy: bool = True  # ask only where there is more than one candidate; False asks at every token, for the same result
-    shared: bool = True  # a LoRA verifier reads in System 1's forwards; False gives it forwards of its own
-    patience: float = 0.0  # System 2 is asked when this share of the rows in flight waits for it; the others go on
+    lazy: bool = True  # run it only where there are several candidates; False runs it at every token
+    shared: bool = True  # run a LoRA verifier inside System 1's forwards; False runs it in forwards of its own
+    verify_fraction: float = 0.0  # run it once this share of the sequences in flight waits for it
+
+    def __post_init__(self) -> None:
+        GuidanceConfig(**self.guidance())  # validates: pydantic does not check fields of a plain subclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Drawing in place of argmax; all of it acts on the guided logits."""
+    """Sampling instead of argmax; every parameter acts on the guided logits."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -41,7 +49,7 @@ class SamplingParams:
     min_p: float | None = None
 
     def warpers(self) -> LogitsProcessorList:
-        """transformers' own, in `generate`'s order; they do not look at the ids."""
+        """transformers' warpers in `generate`'s order; none of them reads the input ids."""
         warpers = LogitsProcessorList()
         if self.temperature != 1.0:
             warpers.append(TemperatureLogitsWarper(self.temperature))
@@ -54,29 +62,70 @@ class SamplingParams:
         return warpers
 
 
+@dataclass(kw_only=True)
+class DecodeRequest:
+    """One call of the decoder.
+
+    Args:
+        prompts: token ids, none empty. Prompts start in this order; neighbours that share a prefix compute it once.
+        max_new_tokens: per sequence.
+        eos: token ids that end a sequence.
+        sampling: None for greedy decoding.
+        seeds: for each prompt one seed per sample; one sample per prompt when None. A sampled sequence depends on its
+            prompt and seed alone.
+        batch_size: sequences in flight.
+        stop: called with prompt index, sample index and new tokens after each token; True ends the sequence.
+        process_logits: maps prompt indices (n,), new tokens (n lists) and System 1's logits (n, V) to logits (n, V).
+        on_token: called with prompt index, sample index and token for each new token.
+        trace: record a `TokenTrace` per token.
+        keep_logits: with trace, record System 1's logits too.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+    eos: Collection[int]
+    sampling: SamplingParams | None = None
+    seeds: Sequence[Sequence[int]] | None = None
+    batch_size: int = 64
+    stop: StopFn | None = None
+    process_logits: LogitsFn | None = None
+    on_token: Callable[[int, int, int], None] | None = None
+    trace: bool = False
+    keep_logits: bool = False
+
+    def __post_init__(self) -> None:
+        if self.seeds is None:
+            if self.sampling is not None:
+                raise ValueError("sampling wants seeds: a list for each prompt, found None")
+            self.seeds = [[0]] * len(self.prompts)
+
+
 class TokenTrace(NamedTuple):
-    """How one token came about."""
+    """How one token was chosen."""
 
     candidates: list[int]  # token ids, best first by System 1
     logprobs: list[float]  # System 1's log-probabilities of them
-    scores: list[float] | None  # the verifier's; None where it was not asked
-    chosen: int  # which of them was written
-    changed: bool  # whether the same argmax, or draw, would have fallen on another one without System 2
-    logits: torch.Tensor | None = None  # (V,) System 1's, where they were asked for
+    scores: list[float] | None  # the verifier's; None where it was not called
+    chosen: int  # index into the candidates
+    changed: bool  # whether the argmax, or the sample, differs from System 1's alone
+    logits: torch.Tensor | None = None  # (V,) System 1's, with keep_logits
 
 
 class Completion(NamedTuple):
-    """What one row became."""
+    """One finished sequence."""
 
-    token_ids: list[int]  # new token ids, the end-of-sequence token included where it was reached
-    num_verifier_calls: int  # System 2's forwards in which the row took part
-    trace: list[TokenTrace] | None = None  # one a token, where it was asked for
+    token_ids: list[int]  # the new tokens, an end-of-sequence token included
+    num_verifier_calls: int  # verifier forwards that the sequence took part in
+    trace: list[TokenTrace] | None = None  # one entry per token, with trace=True
 
 
-def draw(logits: torch.Tensor, sampling: SamplingParams | None, uniform: torch.Tensor | None) -> torch.Tensor:
-    """A column a row, (n,): the largest, or the one in which `uniform` (n,) falls on the distribution's scale."""
+def sample(logits: torch.Tensor, sampling: SamplingParams | None, uniform: torch.Tensor | None) -> torch.Tensor:
+    """Index of the chosen column of (n, V) or (n, K) logits, (n,).
+
+    The argmax without `sampling`, else the inverse of the cumulative distribution at `uniform` (n,) in [0, 1).
+    """
     if sampling is None:
         return logits.argmax(dim=-1)
-    # float64: over a vocabulary of 100,000 the rounding of a float32 running sum would be a probability of its own
-    scale = sampling.warpers()(None, logits).softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)  # (n, C)
-    return torch.searchsorted(scale, uniform[:, None].double() * scale[:, -1:], right=True).squeeze(-1)
+    # float64: over 100,000 tokens the rounding errors of a float32 sum would shift the probabilities
+    cumulative = sampling.warpers()(None, logits).softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    return torch.searchsorted(cumulative, uniform[:, None].double() * cumulative[:, -1:], right=True).squeeze(-1)

@@ -1,15 +1,14 @@
-"""The rows being written: when they come and go, what each system reads of them, how their tokens are chosen.
+"""Continuous batching of guided decoding: which sequences run, what each system computes, which tokens are chosen.
 
-Finished rows leave and waiting prompts take their slots; System 2 is asked only where there is a choice, and catches up
-there on what it has not read; prompts that begin alike share what they have in common. Where System 2 is a LoRA adapter
-on System 1's weights both read in one forward. What a row becomes depends on its prompt and seed alone, never on the
-schedule.
+Finished sequences leave and waiting prompts take their slots. The verifier runs only where there is a choice, and first
+catches up there on the tokens it has not seen. Prompts that begin alike share the prefix. A sequence depends on its
+prompt and seed alone, never on the schedule.
 
-Letters: n rows, V vocabulary, K candidates.
+Letters: n sequences, V vocabulary, K candidates.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
@@ -18,328 +17,335 @@ import torch
 
 from llm2.common.seeds import uniforms
 from llm2.decoding.candidates import guided_logits, plausible
-from llm2.decoding.forward_batch import Piece
-from llm2.decoding.kv_cache import ROOM, SlotCache
-from llm2.decoding.model_runner import Reader, SharedReader, System1Reader, System2Reader
-from llm2.decoding.prefix_cache import Trunk, Trunks
-from llm2.decoding.sampling import Guidance, SamplingParams, TokenTrace, draw
+from llm2.decoding.forward_batch import Chunk
+from llm2.decoding.kv_cache import HEADROOM, SlotCache
+from llm2.decoding.model_runner import LMRunner, ModelRunner, VerifierRunner
+from llm2.decoding.prefix_cache import PrefixCache, SharedPrefix
+from llm2.decoding.sampling import DecodeRequest, Guidance, TokenTrace, sample
 
-LINE = 8_192  # tokens of prompts admitted at once: the memory of a forward is bounded
-IN_PLACE = 2_000  # rows times tokens from which a trunk is read in place: below, a copy a row is cheaper to read
-Stop = Callable[[int, int, list[int]], bool]
-Process = Callable[[list[int], list[list[int]], torch.Tensor], torch.Tensor]
-
-
-@dataclass(eq=False)
-class Row:
-    """A sequence being written. Column c of its slots holds own[c]; a trunk's columns stand before."""
-
-    prompt: int  # whose this is
-    sample: int
-    seed: int
-    slot: int
-    own: list[int]  # the prompt behind the trunk, and what was written
-    start: int  # how much of `own` is the prompt's
-    trunk: Trunk | None = None
-    bound: int = 0  # the columns of the trunk that belong to this row
-    read1: int = 0  # columns that System 1 has read ...
-    read2: int = 0  # ... and System 2
-    num_verifier_calls: int = 0
-    trace: list[TokenTrace] = field(default_factory=list)
-    proposal: "Proposal | None" = None  # what waits for System 2
-    done: bool = False
-
-    @property
-    def new(self) -> list[int]:
-        return self.own[self.start :]
-
-    def piece(self, first: int, candidates: Sequence[int] = (), offset: int = 0) -> Piece:
-        """The row's tokens from column `first` on, and behind them the candidates as branches."""
-        trunk = None if self.trunk is None else (self.trunk.slot + offset, self.bound)
-        return Piece(self.slot + offset, first, [*self.own[first:], *candidates], len(candidates), trunk)
+MAX_BATCHED_TOKENS = 8_192  # prompt tokens admitted at once, which bounds the memory of a forward
+MIN_IN_PLACE_TOKENS = 2_000  # prefix length times sequences from which reading in place beats a copy for each sequence
+SYSTEM1, SYSTEM2 = "system1", "system2"
 
 
 class Proposal(NamedTuple):
-    """What System 1 would accept as a row's next token, best first."""
+    """System 1's plausible next tokens for a sequence, best first."""
 
     candidates: list[int]
     values: list[float]  # their logits
-    logits: torch.Tensor | None  # (V,), where they are to be told
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What is to be written; see `Decoder.stream`."""
-
-    prompts: Sequence[Sequence[int]]
-    seeds: Sequence[Sequence[int]]
-    max_new_tokens: int
-    eos: frozenset[int]
-    sampling: SamplingParams | None
-    stop: Stop | None
-    process: Process | None
-    on_token: Callable[[int, int, int], None] | None
-    trace: bool
-    keep_logits: bool
+    logits: torch.Tensor | None  # (V,), for a trace
 
 
 @dataclass(eq=False)
-class Readers:
-    """The systems that read."""
+class SequenceState:
+    """A sequence in flight. Cache position i of its slot holds token_ids[i]; a prefix read in place stands before."""
 
-    system1: System1Reader
-    system2: System2Reader | SharedReader | None  # None for System 1 alone; System 1's own where they share a forward
+    prompt_index: int
+    sample_index: int
+    seed: int
+    slot: int
+    token_ids: list[int]  # the prompt behind the prefix, and the new tokens
+    num_prompt_tokens: int  # of token_ids
+    prefix: SharedPrefix | None = None  # read in place
+    prefix_len: int = 0  # how much of the prefix belongs to this sequence
+    num_cached_lm: int = 0  # tokens whose keys and values System 1 has computed
+    num_cached_verifier: int = 0
+    num_verifier_calls: int = 0
+    trace: list[TokenTrace] = field(default_factory=list)
+    proposal: Proposal | None = None  # waits for the verifier
+    done: bool = False
+
+    @property
+    def completion_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    def chunk(self, start: int, candidates: Sequence[int] = (), slot_offset: int = 0) -> Chunk:
+        """The tokens from cache position `start` on, and behind them the candidates as branches."""
+        prefix = None if self.prefix is None else (self.prefix.slot + slot_offset, self.prefix_len)
+        return Chunk(self.slot + slot_offset, start, [*self.token_ids[start:], *candidates], len(candidates), prefix)
+
+
+@dataclass(eq=False)
+class ModelRunners:
+    """Both systems, and what a decoder keeps from call to call."""
+
+    lm: LMRunner
+    verifier: VerifierRunner | None  # None for System 1 alone; the same SharedRunner as `lm` where they share forwards
     guidance: Guidance | None
-    counts: Counter[str] = field(default_factory=Counter)  # tokens, candidates; forwards of each system, tokens it read
-    kept: tuple[SlotCache, SlotCache] | None = None  # of the last decoding, for the next one
+    counts: Counter[str] = field(default_factory=Counter)
+    saved_caches: tuple[SlotCache, SlotCache] | None = None
 
     @property
     def shared(self) -> bool:
-        return self.system1 is self.system2
+        return self.lm is self.verifier
 
-    def caches(self, slots: int, columns: int, offset: int) -> tuple[SlotCache, SlotCache]:
-        """One for each system; System 2's rows lie `offset` slots behind System 1's.
+    def take_caches(self, num_slots: int, capacity: int, verifier_offset: int) -> tuple[SlotCache, SlotCache]:
+        """The caches of System 1 and of the verifier, whose slots start at `verifier_offset`.
 
-        Those that were kept are taken, so that two decodings under way never write to the same ones.
+        Saved caches are handed out once, so that two calls under way never write to the same ones.
         """
-        kept, self.kept = self.kept, None
-        if kept is not None and kept[0].slots == slots + offset:
-            return kept
-        cache1 = SlotCache(slots + offset, columns, (0, offset) if offset else (0,))
-        return cache1, cache1 if self.shared else SlotCache(slots, columns)
+        saved, self.saved_caches = self.saved_caches, None
+        if saved is not None and saved[0].num_slots == num_slots + verifier_offset:
+            return saved
+        group_starts = (0, verifier_offset) if verifier_offset else (0,)
+        lm_cache = SlotCache(num_slots + verifier_offset, capacity, group_starts)
+        return lm_cache, lm_cache if self.shared else SlotCache(num_slots, capacity)
 
 
-class Flight:
-    """The rows being written, in the first slots of the caches, and what waits for a slot."""
+class Scheduler:
+    """The sequences of one request: those in flight, in the first slots of the caches, and those waiting."""
 
-    def __init__(self, readers: Readers, task: Task, slots: int) -> None:
-        self.readers, self.guidance, self.task, self.slots = readers, readers.guidance, task, slots
-        trunks = max(1, slots // 8)
-        self.trunks = Trunks(slots, trunks)
-        # Where both systems read in one forward, System 2's slots are the second half of the only cache.
-        self.offset = slots + trunks if readers.shared else 0
-        self.caches = self.cache1, self.cache2 = readers.caches(slots + trunks, self._room(), self.offset)
-        self.rows: list[Row] = []  # a row's place is its slot
-        self.waiting = deque((prompt, sample) for prompt, own in enumerate(task.seeds) for sample in range(len(own)))
-        self.counts = [len(own) for own in task.seeds]
+    def __init__(self, runners: ModelRunners, request: DecodeRequest) -> None:
+        self.runners, self.guidance, self.request = runners, runners.guidance, request
+        self.num_samples = [len(seeds) for seeds in request.seeds]
+        self.max_running = min(request.batch_size, sum(self.num_samples))
+        num_prefixes = max(1, self.max_running // 8)
+        self.prefixes = PrefixCache(self.max_running, num_prefixes)
+        num_slots = self.max_running + num_prefixes
+        # In a shared forward both systems use one cache, the verifier its second half.
+        self.verifier_offset = num_slots if runners.shared else 0
+        capacity = 0
+        if runners.lm.device.type == "cpu":  # room for the longest sequence: unwritten pages are free
+            capacity = max(map(len, request.prompts), default=0) + request.max_new_tokens + HEADROOM
+        self.caches = runners.take_caches(num_slots, capacity, self.verifier_offset)
+        self.lm_cache, self.verifier_cache = self.caches
+        self.running: list[SequenceState] = []  # the index is the slot
+        self.waiting = deque((prompt, index) for prompt, count in enumerate(self.num_samples) for index in range(count))
 
-    def _room(self) -> int:
-        """Columns to begin with: where they cost nothing, on a CPU, those of the longest row there may be."""
-        if self.readers.system1.device.type != "cpu":
-            return 0
-        return max(map(len, self.task.prompts), default=0) + self.task.max_new_tokens + ROOM
-
-    # Rows come and go.
+    # Sequences come and go.
 
     def admit(self) -> None:
-        """Waiting rows take the free slots; their prompts are read in the next forward."""
-        tokens = 0
-        while self.waiting and len(self.rows) < self.slots and tokens < LINE:
-            index, sample = self.waiting.popleft()
-            prompt = self.task.prompts[index]
-            row = Row(index, sample, self.task.seeds[index][sample], len(self.rows), list(prompt), len(prompt))
-            if found := self.trunks.of(self.task.prompts, self.counts, index, self.slots):
-                self._share(row, *found)
-            tokens += len(row.own) - row.read1
-            self.rows.append(row)
+        """Give free slots to waiting sequences; their prompts are computed in the next forward."""
+        num_tokens = 0
+        while self.waiting and len(self.running) < self.max_running and num_tokens < MAX_BATCHED_TOKENS:
+            prompt_index, sample_index = self.waiting.popleft()
+            prompt, seed = self.request.prompts[prompt_index], self.request.seeds[prompt_index][sample_index]
+            sequence = SequenceState(
+                prompt_index, sample_index, seed, len(self.running), list(prompt), num_prompt_tokens=len(prompt)
+            )
+            match = self.prefixes.match(self.request.prompts, self.num_samples, prompt_index, self.max_running)
+            if match is not None:
+                self._share_prefix(sequence, *match)
+            num_tokens += len(sequence.token_ids) - sequence.num_cached_lm
+            self.running.append(sequence)
 
-    def _share(self, row: Row, trunk: Trunk, bound: int, rows: int) -> None:
-        """Let the row read its first `bound` tokens from a trunk, in place or as a copy in its own slot."""
-        if self.readers.system1.device.type == "cpu" and rows * bound >= IN_PLACE:
-            row.trunk, row.bound = trunk, bound
-            row.own, row.start = row.own[bound:], row.start - bound
-            trunk.users += 1
+    def _share_prefix(self, sequence: SequenceState, prefix: SharedPrefix, length: int, num_sharing: int) -> None:
+        """Take the sequence's first `length` tokens from a prefix: in place, or as a copy in its own slot."""
+        if self.runners.lm.varlen and num_sharing * length >= MIN_IN_PLACE_TOKENS:
+            sequence.prefix, sequence.prefix_len = prefix, length
+            sequence.token_ids = sequence.token_ids[length:]
+            sequence.num_prompt_tokens -= length
+            prefix.ref_count += 1
             return
-        self._read(self._unread([trunk], 1), [] if self.guidance is None else self._unread([trunk], 2))
-        self.cache1.copy_slot(trunk.slot, row.slot, bound)
-        row.read1 = bound
-        if self.guidance is not None:
-            self.cache2.copy_slot(trunk.slot + self.offset, row.slot + self.offset, bound)
-            row.read2 = bound
+        self._forward(
+            self._prefix_chunks([prefix], SYSTEM1), self._prefix_chunks([prefix], SYSTEM2) if self.guidance else []
+        )
+        self._copy_slot(prefix.slot, sequence.slot, length, length)
+        sequence.num_cached_lm = length
+        sequence.num_cached_verifier = length if self.guidance else 0
 
-    def dismiss(self) -> list[Row]:
-        """Take out the rows that are done; the last ones move into their slots."""
-        done = [row for row in self.rows if row.done]
-        for row in done:
-            last = self.rows.pop()
-            if last is not row:
-                self.cache1.copy_slot(last.slot, row.slot, len(last.own))
-                if self.guidance is not None:
-                    self.cache2.copy_slot(last.slot + self.offset, row.slot + self.offset, last.read2)
-                self.rows[row.slot], last.slot = last, row.slot
-            if row.trunk is not None:
-                row.trunk.users -= 1
+    def retire(self) -> list[SequenceState]:
+        """Remove and return finished sequences; the last ones move into their slots."""
+        done = [sequence for sequence in self.running if sequence.done]
+        for sequence in done:
+            last = self.running.pop()
+            if last is not sequence:
+                self._copy_slot(last.slot, sequence.slot, len(last.token_ids), last.num_cached_verifier)
+                self.running[sequence.slot], last.slot = last, sequence.slot
+            if sequence.prefix is not None:
+                sequence.prefix.ref_count -= 1
         return done
 
-    def land(self) -> None:
-        """Leave the caches to the next decoding, where recordings read and write them."""
-        if self.readers.system1.recorder is not None:
-            self.readers.kept = self.caches
+    def _copy_slot(self, source: int, target: int, lm_length: int, verifier_length: int) -> None:
+        self.lm_cache.copy_slot(source, target, lm_length)
+        if self.guidance is not None:
+            offset = self.verifier_offset
+            self.verifier_cache.copy_slot(source + offset, target + offset, verifier_length)
 
-    # The systems read.
+    def return_caches(self) -> None:
+        """Save the caches for the next call: captured graphs hold their addresses."""
+        if self.runners.lm.graphs is not None:
+            self.runners.saved_caches = self.caches
+
+    # Forwards.
 
     def step(self) -> None:
-        """A token more for every row that does not wait for System 2, and for those that do once it is asked."""
-        asking = [row for row in self.rows if row.proposal]
-        reading = [row for row in self.rows if not row.proposal]
-        if reading and len(asking) < self.patience * len(self.rows):
-            asking = []
-        if self.readers.shared:
-            self._step_together(asking, reading)
+        """One more token for every sequence that does not wait for the verifier, and for those that it is run for."""
+        pending = [sequence for sequence in self.running if sequence.proposal]
+        ready = [sequence for sequence in self.running if not sequence.proposal]
+        if ready and pending and len(pending) < self.guidance.verify_fraction * len(self.running):
+            pending = []
+        if self.runners.shared:
+            self._step_shared(pending, ready)
         else:
-            self._step_apart(asking, reading)
+            self._step_separate(pending, ready)
 
-    @property
-    def patience(self) -> float:
-        return 0.0 if self.guidance is None else self.guidance.patience
-
-    def _step_apart(self, asking: list[Row], reading: list[Row]) -> None:
-        """System 2 in a forward of its own, then System 1."""
-        if asking:
-            pieces = [row.piece(row.read2, row.proposal.candidates) for row in asking]
-            hidden = self._read([], self._unread([row.trunk for row in asking], 2) + pieces)
-            self._choose(asking, self.readers.system2.scores(hidden[_heads(pieces, hidden.device)]))
-            reading = reading + [row for row in asking if not row.done]
-            reading.sort(key=lambda row: row.slot)
-        if reading:
-            pieces = [row.piece(row.read1) for row in reading]
-            hidden = self._read(self._unread([row.trunk for row in reading], 1) + pieces, [])
-            self._propose(reading, hidden, [piece.last for piece in pieces])
-
-    def _step_together(self, asking: list[Row], reading: list[Row]) -> None:
-        """Both systems in one forward: System 1 reads the candidates too, so that it is ready behind the winner."""
-        pieces = [row.piece(row.read1) for row in reading]
-        branches = [row.piece(len(row.own), row.proposal.candidates) for row in asking]
-        asked = [row.piece(row.read2, row.proposal.candidates, self.offset) for row in asking]
-        hidden = self._read(
-            self._unread([row.trunk for row in reading], 1) + pieces + branches,
-            self._unread([row.trunk for row in asking], 2) + asked,
-        )
-        places = [piece.last for piece in pieces]
-        if asking:
-            choice = self._choose(asking, self.readers.system2.scores(hidden[_heads(asked, hidden.device)]))
-            for piece, chosen in zip(branches, choice, strict=True):
-                places.append(piece.heads[chosen])
-            self._keep(self.readers.system1, self.cache1, asking, choice)
-        ready = [(row, place) for row, place in zip(reading + asking, places, strict=True) if not row.done]
+    def _step_separate(self, pending: list[SequenceState], ready: list[SequenceState]) -> None:
+        """A forward of the verifier, then one of System 1."""
+        if pending:
+            chunks = [
+                sequence.chunk(sequence.num_cached_verifier, sequence.proposal.candidates) for sequence in pending
+            ]
+            hidden = self._forward([], self._prefix_chunks([sequence.prefix for sequence in pending], SYSTEM2) + chunks)
+            self._choose(pending, self._branch_scores(hidden, chunks))
+            ready = ready + [sequence for sequence in pending if not sequence.done]
+            ready.sort(key=lambda sequence: sequence.slot)
         if ready:
-            self._propose([row for row, _ in ready], hidden, [place for _, place in ready])
+            chunks = [sequence.chunk(sequence.num_cached_lm) for sequence in ready]
+            hidden = self._forward(self._prefix_chunks([sequence.prefix for sequence in ready], SYSTEM1) + chunks, [])
+            self._propose(ready, hidden, [chunk.last for chunk in chunks])
 
-    def _unread(self, trunks: Sequence[Trunk | None], system: int) -> list[Piece]:
-        """The trunks among these that a system has not read yet; it is about to."""
-        pieces = []
-        for trunk in trunks:
-            if trunk is not None and system not in trunk.readers:
-                trunk.readers.add(system)
-                pieces.append(Piece(trunk.slot + (self.offset if system == 2 else 0), 0, trunk.ids))
-        return pieces
+    def _step_shared(self, pending: list[SequenceState], ready: list[SequenceState]) -> None:
+        """One forward of both systems; System 1 computes the candidates too, and so the logits behind the winner."""
+        chunks = [sequence.chunk(sequence.num_cached_lm) for sequence in ready]
+        branches = [sequence.chunk(len(sequence.token_ids), sequence.proposal.candidates) for sequence in pending]
+        verifier_chunks = [
+            sequence.chunk(sequence.num_cached_verifier, sequence.proposal.candidates, self.verifier_offset)
+            for sequence in pending
+        ]
+        hidden = self._forward(
+            self._prefix_chunks([sequence.prefix for sequence in ready], SYSTEM1) + chunks + branches,
+            self._prefix_chunks([sequence.prefix for sequence in pending], SYSTEM2) + verifier_chunks,
+        )
+        indices = [chunk.last for chunk in chunks]
+        if pending:
+            chosen = self._choose(pending, self._branch_scores(hidden, verifier_chunks))
+            indices += [chunk.branch_indices[choice] for chunk, choice in zip(branches, chosen, strict=True)]
+            self._commit_branch(self.runners.lm, self.lm_cache, pending, chosen)
+        unfinished = [(seq, index) for seq, index in zip(ready + pending, indices, strict=True) if not seq.done]
+        if unfinished:
+            self._propose([sequence for sequence, _ in unfinished], hidden, [index for _, index in unfinished])
 
-    def _read(self, system1: list[Piece], system2: list[Piece]) -> torch.Tensor | None:
-        """Hidden states of the line; where the systems do not share a forward, of the one that read last."""
-        readers, hidden = self.readers, None
-        for name, pieces in (("system1", system1), ("system2", system2)):
-            readers.counts[f"{name}_forwards"] += bool(pieces)
-            readers.counts[f"{name}_tokens"] += sum(len(piece.ids) for piece in pieces)
-        if readers.shared and (system1 or system2):
-            return readers.system1.read(self.cache1, system1, system2)
-        if system1:
-            hidden = readers.system1.read(self.cache1, system1)
-        if system2:
-            hidden = readers.system2.read(self.cache2, system2)
+    def _prefix_chunks(self, prefixes: Sequence[SharedPrefix | None], system: str) -> list[Chunk]:
+        """Chunks for those prefixes that the system has not computed; they must be in its next forward."""
+        chunks = []
+        for prefix in prefixes:
+            if prefix is not None and system not in prefix.prefilled_by:
+                prefix.prefilled_by.add(system)
+                offset = self.verifier_offset if system == SYSTEM2 else 0
+                chunks.append(Chunk(prefix.slot + offset, 0, prefix.token_ids))
+        return chunks
+
+    def _forward(self, lm_chunks: list[Chunk], verifier_chunks: list[Chunk]) -> torch.Tensor | None:
+        """Hidden states of the batch; in separate forwards those of the last one, None without chunks."""
+        runners, hidden = self.runners, None
+        for system, chunks in ((SYSTEM1, lm_chunks), (SYSTEM2, verifier_chunks)):
+            runners.counts[f"{system}_forwards"] += bool(chunks)
+            runners.counts[f"{system}_tokens"] += sum(len(chunk.ids) for chunk in chunks)
+        if runners.shared and (lm_chunks or verifier_chunks):
+            return runners.lm.forward(self.lm_cache, lm_chunks, verifier_chunks)
+        if lm_chunks:
+            hidden = runners.lm.forward(self.lm_cache, lm_chunks)
+        if verifier_chunks:
+            hidden = runners.verifier.forward(self.verifier_cache, verifier_chunks)
         return hidden
+
+    def _branch_scores(self, hidden: torch.Tensor, chunks: Sequence[Chunk]) -> list[list[float]]:
+        """The verifier's scores of each chunk's branches, in one transfer from the device."""
+        indices = torch.tensor([index for chunk in chunks for index in chunk.branch_indices], device=hidden.device)
+        scores = self.runners.verifier.scores(hidden[indices]).tolist()
+        ends = accumulate(chunk.branches for chunk in chunks)
+        return [scores[end - chunk.branches : end] for chunk, end in zip(chunks, ends, strict=True)]
 
     # Tokens are chosen.
 
-    def _propose(self, rows: list[Row], hidden: torch.Tensor, places: list[int]) -> None:
-        """From System 1's hidden states: the next token of each row, or what System 2 is to choose from."""
-        for row in rows:
-            row.read1 = len(row.own)
-        logits = self.readers.system1.logits(hidden[torch.tensor(places, device=hidden.device)])  # (n, V)
-        if self.task.process is not None:
-            logits = self.task.process([row.prompt for row in rows], [row.new for row in rows], logits)
+    def _propose(self, sequences: list[SequenceState], hidden: torch.Tensor, indices: list[int]) -> None:
+        """From System 1's hidden states at `indices`: each sequence's next token, or a proposal for the verifier."""
+        for sequence in sequences:
+            sequence.num_cached_lm = len(sequence.token_ids)
+        logits = self.runners.lm.logits(hidden[torch.tensor(indices, device=hidden.device)])  # (n, V)
+        if self.request.process_logits is not None:
+            prompt_indices = [sequence.prompt_index for sequence in sequences]
+            completions = [sequence.completion_ids for sequence in sequences]
+            logits = self.request.process_logits(prompt_indices, completions, logits)
         if self.guidance is None:
-            candidates = draw(logits, self.task.sampling, self._uniforms(rows, logits.device))[:, None]
+            candidates = sample(logits, self.request.sampling, self._uniforms(sequences, logits.device))[:, None]
             valid = torch.ones_like(candidates, dtype=torch.bool)
         else:
             candidates, valid = plausible(logits, self.guidance.alpha, self.guidance.top_k)
-        sizes, values = valid.sum(dim=-1).tolist(), logits.gather(-1, candidates).tolist()
-        told = logits if self.task.trace else [None] * len(rows)
-        for row, tokens, own, size, whole in zip(rows, candidates.tolist(), values, sizes, told, strict=True):
-            proposal = Proposal(tokens[:size], own[:size], whole)
+        sizes = valid.sum(dim=-1).tolist()
+        self.runners.counts["candidates"] += sum(sizes)
+        candidate_lists, values = candidates.tolist(), logits.gather(-1, candidates).tolist()
+        for row, (sequence, size) in enumerate(zip(sequences, sizes, strict=True)):
+            trace_logits = logits[row] if self.request.trace else None
+            proposal = Proposal(candidate_lists[row][:size], values[row][:size], trace_logits)
             if size > 1 or not (self.guidance is None or self.guidance.lazy):
-                row.proposal = proposal
+                sequence.proposal = proposal
             else:
-                self._write(row, proposal, 0)
-        self.readers.counts["candidates"] += sum(sizes)
+                self._append_token(sequence, proposal, 0)
 
-    def _choose(self, rows: list[Row], scores: torch.Tensor) -> list[int]:
-        """Which of its candidates each row goes on with; the chosen branch becomes a part of what System 2 has read."""
-        proposals, flat = [row.proposal for row in rows], scores.tolist()  # few numbers: no work for a GPU
-        sizes = [len(proposal.candidates) for proposal in proposals]
-        ends = list(accumulate(sizes))
-        own = [flat[end - size : end] for size, end in zip(sizes, ends, strict=True)]
-        logits = _rectangle([proposal.values for proposal in proposals])  # (n, K)
-        valid = torch.arange(max(sizes), device="cpu") < torch.tensor(sizes, device="cpu")[:, None]
-        uniform = self._uniforms(rows, logits.device)
-        guided = guided_logits(logits, valid, _rectangle(own), self.guidance.beta)
-        choice = draw(guided, self.task.sampling, uniform).tolist()
-        alone = choice
-        if self.task.trace:
-            alone = draw(guided_logits(logits, valid, None, 0.0), self.task.sampling, uniform).tolist()
-        for row, proposal, chosen, plain, score in zip(rows, proposals, choice, alone, own, strict=True):
-            row.proposal = None
-            row.num_verifier_calls += 1
-            self._write(row, proposal, chosen, score, chosen != plain)
-            row.read2 = len(row.own)
-        self._keep(self.readers.system2, self.cache2, rows, choice, self.offset)
-        return choice
+    def _choose(self, sequences: list[SequenceState], scores: list[list[float]]) -> list[int]:
+        """Append the best or the sampled candidate of each sequence; returns their indices among the candidates."""
+        proposals = [sequence.proposal for sequence in sequences]
+        sizes = torch.tensor([len(proposal.candidates) for proposal in proposals], device="cpu")
+        logits = _pad([proposal.values for proposal in proposals])  # (n, K), on the CPU: too few numbers for a GPU
+        valid = torch.arange(logits.shape[1], device="cpu") < sizes[:, None]
+        uniform = self._uniforms(sequences, logits.device)
+        guided = guided_logits(logits, valid, _pad(scores), self.guidance.beta)
+        chosen = sample(guided, self.request.sampling, uniform).tolist()
+        unguided = chosen
+        if self.request.trace:
+            unguided = sample(guided_logits(logits, valid, None, 0.0), self.request.sampling, uniform).tolist()
+        for row, sequence in enumerate(sequences):
+            sequence.proposal = None
+            sequence.num_verifier_calls += 1
+            changed = chosen[row] != unguided[row]
+            self._append_token(sequence, proposals[row], chosen[row], scores[row], changed)
+            sequence.num_cached_verifier = len(sequence.token_ids)
+        self._commit_branch(self.runners.verifier, self.verifier_cache, sequences, chosen, self.verifier_offset)
+        return chosen
 
-    def _keep(
-        self, reader: Reader, cache: SlotCache, rows: Sequence[Row], choice: Sequence[int], offset: int = 0
+    def _commit_branch(
+        self,
+        runner: ModelRunner,
+        cache: SlotCache,
+        sequences: Sequence[SequenceState],
+        chosen: Sequence[int],
+        slot_offset: int = 0,
     ) -> None:
-        """The chosen branch becomes the next column of its row; the others will be written over."""
-        columns = [len(row.own) - 1 for row in rows]
-        moves = [
-            (row.slot + offset, column + chosen, column)
-            for row, column, chosen in zip(rows, columns, choice, strict=True)
-            if chosen
-        ]
+        """Move the chosen branch to its sequence's last position; the other branches are overwritten later."""
+        moves = []
+        for sequence, choice in zip(sequences, chosen, strict=True):
+            position = len(sequence.token_ids) - 1
+            if choice:
+                moves.append((sequence.slot + slot_offset, position + choice, position))
         if moves:
-            reader.keep(cache, moves)
+            runner.commit(cache, moves)
 
-    def _write(
-        self, row: Row, proposal: Proposal, chosen: int, scores: list[float] | None = None, changed: bool = False
+    def _append_token(
+        self,
+        sequence: SequenceState,
+        proposal: Proposal,
+        choice: int,
+        scores: list[float] | None = None,
+        changed: bool = False,
     ) -> None:
-        """Append a token to its row, and see whether the row ends with it."""
-        task, token = self.task, proposal.candidates[chosen]
-        row.own.append(token)
-        self.readers.counts["tokens"] += 1
-        if task.trace:
+        """Append a candidate to its sequence, and check whether the sequence ends with it."""
+        request, token = self.request, proposal.candidates[choice]
+        sequence.token_ids.append(token)
+        self.runners.counts["tokens"] += 1
+        if request.trace:
             logprobs = proposal.logits.log_softmax(dim=-1)[proposal.candidates].tolist()
-            kept = proposal.logits if task.keep_logits else None
-            row.trace.append(TokenTrace(proposal.candidates, logprobs, scores, chosen, changed, kept))
-        if task.on_token is not None:
-            task.on_token(row.prompt, row.sample, token)
-        written = len(row.own) - row.start
-        row.done = token in task.eos or written >= task.max_new_tokens
-        if not row.done and task.stop is not None:
-            row.done = task.stop(row.prompt, row.sample, row.new)
+            logits = proposal.logits if request.keep_logits else None
+            sequence.trace.append(TokenTrace(proposal.candidates, logprobs, scores, choice, changed, logits))
+        if request.on_token is not None:
+            request.on_token(sequence.prompt_index, sequence.sample_index, token)
+        num_new = len(sequence.token_ids) - sequence.num_prompt_tokens
+        sequence.done = token in request.eos or num_new >= request.max_new_tokens
+        if not sequence.done and request.stop is not None:
+            sequence.done = request.stop(sequence.prompt_index, sequence.sample_index, sequence.completion_ids)
 
-    def _uniforms(self, rows: list[Row], device: torch.device) -> torch.Tensor | None:
-        """A row's random number for its next token, (n,); None for greedy."""
-        if self.task.sampling is None:
+    def _uniforms(self, sequences: list[SequenceState], device: torch.device) -> torch.Tensor | None:
+        """Each sequence's random number for its next token, (n,); None for greedy decoding."""
+        if self.request.sampling is None:
             return None
-        steps = [len(row.own) - row.start for row in rows]
-        return uniforms(torch.tensor([row.seed for row in rows], device=device), torch.tensor(steps, device=device))
+        seeds = torch.tensor([sequence.seed for sequence in sequences], device=device)
+        steps = [len(sequence.token_ids) - sequence.num_prompt_tokens for sequence in sequences]
+        return uniforms(seeds, torch.tensor(steps, device=device))
 
 
-def _heads(pieces: Sequence[Piece], device: torch.device) -> torch.Tensor:
-    """Where the branches of these pieces are in the line, one after the other."""
-    return torch.tensor([place for piece in pieces for place in piece.heads], device=device)
-
-
-def _rectangle(rows: Sequence[Sequence[float]]) -> torch.Tensor:
-    """(K,) each -> (n, K) float32, on the CPU."""
+def _pad(rows: Sequence[Sequence[float]]) -> torch.Tensor:
+    """Lists of up to K numbers -> (n, K) float32 on the CPU, padded with zeros."""
     width = max(map(len, rows))
-    filled = [[*row, *[0.0] * (width - len(row))] for row in rows]
-    return torch.tensor(filled, dtype=torch.float32, device="cpu")
+    padded = [[*row, *[0.0] * (width - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.float32, device="cpu")

@@ -20,8 +20,9 @@ from tqdm import tqdm
 from llm2.common.chat import Message, encode_chats, resolve_template
 from llm2.common.seeds import row_seed
 from llm2.config import EvaluateConfig
-from llm2.decoding.decoder import Completion, SamplingParams, stream
+from llm2.decoding.decoder import Decoder
 from llm2.decoding.llm2 import LLM2
+from llm2.decoding.sampling import Completion, SamplingParams
 from llm2.errors import UserError
 from llm2.evaluation.metrics import summarise
 from llm2.evaluation.predictions import Predictions
@@ -60,7 +61,7 @@ def evaluate(config: EvaluateConfig) -> dict | None:
     predictions = Predictions(config, processes)
     if any(predictions.missing(problems, mode) for mode in config.modes):
         llm2 = LLM2.from_pretrained(
-            config.model, config.verifier, config.alpha, config.beta, config.top_k, config.device, config.dtype
+            config.model, config.verifier, device=config.device, dtype=config.dtype, **config.guidance()
         )
         evaluation = Evaluation(config, llm2, examples, task)
         for mode in config.modes:
@@ -149,12 +150,10 @@ class Evaluation:
         template = resolve_template(config.chat_template)
         prompts = encode_chats(self.llm2.tokenizer, messages, template, generation_prompt=True)
         samples = config.num_samples if sampled else 1
-        rows = stream(
-            self.llm2.system1,
+        rows = Decoder(self.llm2.system1, self.llm2.guidance if guided else None).stream(
             prompts,
             max_new_tokens=config.max_new_tokens,
             eos=self.llm2.eos,
-            guidance=self.llm2.guidance if guided else None,
             sampling=SamplingParams(temperature=config.temperature, top_p=config.top_p) if sampled else None,
             seeds=[[row_seed(config.seed, problem.id, i) for i in range(samples)] for problem in problems],
             batch_size=config.batch_size,

@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from llm2.common.chat import resolve_template
 from llm2.common.seeds import row_seed
-from llm2.decoding.decoder import Decoder, SamplingParams
+from llm2.decoding.decoder import Decoder
 from llm2.decoding.llm2 import LLM2
+from llm2.decoding.sampling import SamplingParams
 from llm2.errors import UserError
 
 TAIL = 16  # tokens in which a stop string is looked for, besides one a character of the string
@@ -54,7 +55,9 @@ class HarnessModel(LM):
     ) -> None:
         super().__init__()
         place = "auto" if device is None else device.partition(":")[0]
-        self.llm2 = LLM2.from_pretrained(pretrained, verifier, alpha, beta, top_k, place, dtype)
+        self.llm2 = LLM2.from_pretrained(
+            pretrained, verifier, device=place, dtype=dtype, alpha=alpha, beta=beta, top_k=top_k
+        )
         self.decoder = Decoder(self.llm2.system1, self.llm2.guidance)
         self.template = resolve_template(chat_template)
         self.max_gen_toks, self.seed = max_gen_toks, seed

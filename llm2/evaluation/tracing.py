@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from llm2.decoding.decoder import Completion
+from llm2.decoding.sampling import Completion
 
 
 class TokenText:

@@ -1,8 +1,6 @@
-"""The facts about what people have that word problems are told with, and what each lets one calculate.
+"""The facts that word problems are made of, about what people own, as tables: wording, range of numbers, arithmetic.
 
-Knows the wordings of questions, the numbers they may hold and the arithmetic they stand for, as tables. Leaves facts
-about money and books to money.py, how a step is said to words.py, how facts are strung together to stories.py, and
-how they are misread to corpus.py.
+Facts about shopping, wages and books are in money.py.
 """
 
 from dataclasses import dataclass, field
@@ -10,27 +8,27 @@ from dataclasses import dataclass, field
 from llm2.testbed import words
 from llm2.testbed.words import Sentences
 
-Line = tuple[str, Sentences]  # ("given = n * k", ways to say it)
+Calculation = tuple[str, Sentences]  # ("given = n * k", sentences for it)
 
 
 @dataclass(frozen=True)
 class Fact:
-    """Something a question tells or asks, with the worked steps that follow from it.
+    """A sentence of a question, with the steps of the solution that follow from it.
 
-    A line `given = n * k` names a new quantity; its operands are numbers of this fact, quantities named earlier in the
-    story, or constants. `phrase` names the wording that a careless reader may misread; it belongs to the first line.
+    A calculation `given = n * k` names a new quantity; its operands are numbers of this fact, quantities named earlier
+    in the story, or constants.
     """
 
-    tellings: Sentences
-    lines: tuple[Line, ...] = ()
-    numbers: dict[str, range] = field(default_factory=dict)
-    phrase: str = ""
-    weight: float = 1.0
+    templates: Sentences  # wordings of the sentence; one is drawn
+    calculations: tuple[Calculation, ...] = ()
+    numbers: dict[str, range] = field(default_factory=dict)  # each is drawn from its range
+    phrase: str = ""  # the wording that a careless reader may misread, in the first calculation
+    weight: float = 1.0  # how often the fact is drawn, relative to others of its table
 
 
 Table = tuple[Fact, ...]
 
-# the wordings that careless readers stumble over
+# Wordings that careless readers misread
 ALL_BUT = "all but"
 BOXES_OF = "boxes of"
 DOZEN = "dozen"
@@ -89,10 +87,10 @@ HOLDINGS: Table = (
 )
 
 
-def taken_fraction(word: str, parts: int, tellings: Sentences, taken: Sentences) -> Fact:
+def taken_fraction(word: str, parts: int, templates: Sentences, sentences: Sentences) -> Fact:
     return Fact(
-        tuple(telling.replace("{fraction}", word) for telling in tellings),
-        ((f"given = have / {parts}", taken), ("have = have - given", words.LEFT)),
+        tuple(template.replace("{fraction}", word) for template in templates),
+        ((f"given = have / {parts}", sentences), ("have = have - given", words.LEFT)),
         phrase=FRACTION,
         weight=0.5,
     )
@@ -173,12 +171,12 @@ CLOSINGS: Table = (
 )
 
 
-def comparisons(telling: str, result: str, reference: str, sentences: Sentences) -> Table:
-    """`{comparison}` in the telling becomes "half as many apples as", "3 fewer apples than" and so on."""
+def comparisons(template: str, result: str, reference: str, sentences: Sentences) -> Table:
+    """`{comparison}` in the template becomes "half as many apples as", "3 fewer apples than" and so on."""
 
-    def fact(comparison: str, rest: str, phrase: str, weight: float, **numbers: range) -> Fact:
-        told = telling.replace("{comparison}", comparison)
-        return Fact((told,), ((f"{result} = {reference} {rest}", sentences),), numbers, phrase, weight)
+    def fact(comparison: str, operation: str, phrase: str, weight: float, **numbers: range) -> Fact:
+        calculation = (f"{result} = {reference} {operation}", sentences)
+        return Fact((template.replace("{comparison}", comparison),), (calculation,), numbers, phrase, weight)
 
     return (
         fact("half as many {things} as", "/ 2", HALF, 2.0),
@@ -189,27 +187,14 @@ def comparisons(telling: str, result: str, reference: str, sentences: Sentences)
     )
 
 
-SECOND_PERSON = comparisons(
-    "{other} has {comparison} {who}.",
-    "second",
-    "have",
-    words.SECOND_HAS,
-)
-THIRD_PERSON = comparisons(
-    "{third} has {comparison} {other}.",
-    "third",
-    "second",
-    words.THIRD_HAS,
-)
+SECOND_PERSON = comparisons("{other} has {comparison} {who}.", "second", "have", words.SECOND_HAS)
+THIRD_PERSON = comparisons("{third} has {comparison} {other}.", "third", "second", words.THIRD_HAS)
 TWO_PEOPLE: Table = (
     Fact(("How many {things} does {other} have?",)),
     Fact(("How many {things} do they have altogether?",), (("total = have + second", words.ALTOGETHER),), weight=2.0),
     Fact(
         ("They sell all the {things} for ${p} each. How much money do they make?",),
-        (
-            ("total = have + second", words.ALTOGETHER),
-            ("money = total * p", words.THEY_MAKE),
-        ),
+        (("total = have + second", words.ALTOGETHER), ("money = total * p", words.THEY_MAKE)),
         {"p": range(2, 6)},
     ),
 )
@@ -222,12 +207,7 @@ THREE_PEOPLE: Table = (
 )
 
 SALES: Table = (Fact(("{who} sold {have} {things} in {month}.",), (), {"have": range(8, 61)}),)
-SECOND_MONTH = comparisons(
-    "In {month2} {he} sold {comparison} in {month}.",
-    "second",
-    "have",
-    words.SECOND_SOLD,
-)
+SECOND_MONTH = comparisons("In {month2} {he} sold {comparison} in {month}.", "second", "have", words.SECOND_SOLD)
 SALES_CLOSINGS: Table = (
     Fact(("How many {things} did {he} sell altogether?",), (("total = have + second", words.SOLD_IN_ALL),), weight=2.0),
     Fact(

@@ -1,7 +1,6 @@
-"""The testbed's word problems as GSM8K records, in splits that never share a problem.
+"""The testbed's word problems as GSM8K records, in splits that share no question.
 
-Knows the record format, the splits and their sizes. Leaves what a problem says to stories.py and facts.py. Standard
-library only: the same problems everywhere.
+Standard library only and seeded by the split's name: the same problems on every machine.
 """
 
 import hashlib
@@ -11,26 +10,25 @@ from itertools import islice
 
 from llm2.testbed.stories import Step, Story, draw_story, value_of
 
-# A problem's split is decided by the hash of its question: so many twentieths of all questions belong to each.
+# The hash of a question decides its split; SHARES are in twentieths of all questions.
 SHARES = {"pretrain": 10, "train": 5, "validation": 1, "test": 4}
 SIZES = {"pretrain": 200_000, "train": 8_000, "validation": 500, "test": 2_000}
 CONCLUSION = "So the answer is {}."
 
 
 def problems(split: str, n: int | None = None) -> list[dict]:
-    """The first n problems of a split, as {"id", "question", "answer"}; the split's own size when n is None.
+    """The first n problems of a split (SIZES[split] when None), as {"id", "question", "answer"}.
 
-    The answer holds a worked step a line, each with a `<<48/2=24>>` annotation, and `#### 24` at its end.
+    The answer has one step per line, each with an annotation such as `<<48/2=24>>`, and ends in `#### 24`.
     """
-    drawn = islice(stories(split), SIZES[split] if n is None else n)
     return [
         {"id": f"{split}-{index}", "question": story.question, "answer": worked_answer(story)}
-        for index, story in enumerate(drawn)
+        for index, story in enumerate(islice(stories(split), SIZES[split] if n is None else n))
     ]
 
 
 def stories(split: str) -> Iterator[Story]:
-    """The endless, always same sequence of a split's stories, each question once."""
+    """The endless, deterministic sequence of a split's stories; no question twice."""
     rng = random.Random(f"llm2 testbed {split}")
     seen = set()
     while True:
@@ -41,7 +39,7 @@ def stories(split: str) -> Iterator[Story]:
 
 
 def split_of(question: str) -> str:
-    """The one split that a question may be in."""
+    """The only split that may contain a question."""
     bucket = int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "big") % sum(SHARES.values())
     for split, share in SHARES.items():
         if bucket < share:
@@ -51,13 +49,13 @@ def split_of(question: str) -> str:
 
 
 def worked_answer(story: Story) -> str:
-    """The gold solution as GSM8K writes it."""
+    """The gold solution in GSM8K's format."""
     lines = [story.say(step, _annotated(step, story.values, value)) for step, value in _solved(story)]
     return "\n".join([*lines, f"#### {story.values[-1]}"])
 
 
 def gold_solution(story: Story) -> str:
-    """The gold solution as an assistant says it: no annotations, one paragraph, the answer at its end."""
+    """The gold solution as an assistant's message: one paragraph without annotations, the answer at its end."""
     sentences = [story.say(step, equation(step, story.values, value)) for step, value in _solved(story)]
     return " ".join([*sentences, CONCLUSION.format(story.values[-1])])
 

@@ -1,7 +1,4 @@
-"""The facts of shopping, wages and reading that word problems are told with.
-
-Tables like those of facts.py, and the same division of labour.
-"""
+"""The facts of word problems about shopping, wages and books: more tables like those of facts.py."""
 
 from llm2.testbed import facts, words
 from llm2.testbed.facts import NOTHING, Fact, Table
@@ -57,10 +54,7 @@ WAGES: Table = (
     ),
     Fact(
         ("{who} works {n} hours a day for {m} days and makes ${p} an hour.",),
-        (
-            ("hours = n * m", words.HOURS),
-            ("have = hours * p", words.MAKES),
-        ),
+        (("hours = n * m", words.HOURS), ("have = hours * p", words.MAKES)),
         {"n": range(2, 7), "m": range(2, 6), "p": range(2, 7)},
     ),
 )
@@ -88,10 +82,7 @@ BOOKS: Table = (
     ),
     Fact(
         ("The book has {b} pages. {He} reads the rest at {c} pages a day. How many more days does it take?",),
-        (
-            ("rest = b - have", words.REST),
-            ("more = rest / c", words.MORE_DAYS),
-        ),
+        (("rest = b - have", words.REST), ("more = rest / c", words.MORE_DAYS)),
         {"b": range(40, 151), "c": range(2, 10)},
         weight=2.0,
     ),

@@ -1,45 +1,43 @@
-"""Word problems as programs: facts strung together into a story, its question and its steps over named quantities.
+"""Word problems as programs: a story combines facts into a question and the steps of its solution.
 
-Knows which facts make a sensible story, draws the words and numbers, and works the steps out. Leaves the wording of
-facts to facts.py, splits and records to problems.py, careless solutions to corpus.py.
+A scenario says which facts make a sensible story; its words and numbers are drawn and its steps computed here.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 from llm2.testbed import facts, money, words
 from llm2.testbed.facts import Fact, Table
 from llm2.testbed.words import Sentences
 
-LARGEST_SUM, LARGEST_PRODUCT, SMALLEST = 150, 100, 2  # results beyond these are not asked of a small System 1
-MOST_STEPS = 6
-NUMBER_TRIALS = 8  # draws of a fact's numbers before the story is given up
+LARGEST_SUM, LARGEST_PRODUCT, SMALLEST = 150, 100, 2  # arithmetic that a small System 1 can learn
+MAX_STEPS = 6
+MAX_DRAWS = 8  # of a fact's numbers, before the story is given up
 
 
-class Told(NamedTuple):
-    """An operand that the question tells, or a constant such as the 12 of a dozen."""
+class Given(NamedTuple):
+    """An operand given in the question, or a constant such as the 12 of a dozen."""
 
     value: int
 
 
-class Worked(NamedTuple):
-    """An operand that an earlier step worked out."""
+class Computed(NamedTuple):
+    """An operand that is the result of an earlier step."""
 
     step: int
 
 
-Operand = Told | Worked
+Operand = Given | Computed
 
 
 class Step(NamedTuple):
     left: Operand
     operator: str
     right: Operand
-    sentences: Sentences  # {equation} and the story's words are still open
-    phrase: str  # the wording of the question that this step reads, "" for plain ones
+    sentences: Sentences  # templates with {equation} and the story's words to fill in
+    phrase: str  # the misreadable wording of the question behind this step, or ""
 
 
 @dataclass(frozen=True)
@@ -47,16 +45,16 @@ class Story:
     question: str
     steps: tuple[Step, ...]
     values: tuple[int, ...]  # the result of each step
-    slots: dict[str, str]  # who, things and the other words that fill its sentences
+    slots: dict[str, str]  # who, things and the other words that fill templates
 
-    def say(self, step: Step, equation: str, way: int = 0) -> str:
-        return step.sentences[way].format(equation=equation, **self.slots)
+    def say(self, step: Step, equation: str, wording: int = 0) -> str:
+        return step.sentences[wording].format(equation=equation, **self.slots)
 
 
 class Scenario(NamedTuple):
     weight: float
     tables: tuple[Table, ...]  # a story takes one fact of each
-    slots: dict[str, str] = {}  # words that this scenario fixes
+    slots: dict[str, str] = {}  # words that are not drawn
 
 
 SCENARIOS = (
@@ -76,7 +74,7 @@ SCENARIOS = (
 
 
 def calculate(left: int, operator: str, right: int) -> int:
-    """The exact result; division rounds down, and callers that want exact division check the remainder."""
+    """The result of an operation; division rounds down."""
     if operator == "+":
         return left + right
     if operator == "-":
@@ -85,74 +83,68 @@ def calculate(left: int, operator: str, right: int) -> int:
 
 
 def draw_story(rng: random.Random) -> Story | None:
-    """One story, or None when the numbers did not come out (a rest, a negative or too large a result)."""
+    """A random story, or None if its numbers do not work out (a remainder, a negative or too large result)."""
     scenario = _weighted(rng, SCENARIOS)
     slots = _draw_words(rng) | scenario.slots
     draft = _Draft(rng, slots)
     for table in scenario.tables:
         if not draft.add(_weighted(rng, table)):
             return None
-    if not 1 <= len(draft.steps) <= MOST_STEPS:
+    if not 1 <= len(draft.steps) <= MAX_STEPS:
         return None
     return Story(" ".join(draft.sentences), tuple(draft.steps), tuple(draft.values), slots)
 
 
 class _Draft:
-    """A story while facts are added to it."""
+    """A story under construction."""
 
     def __init__(self, rng: random.Random, slots: dict[str, str]):
         self.rng, self.slots = rng, slots
         self.sentences: list[str] = []
         self.steps: list[Step] = []
         self.values: list[int] = []
-        self.names: dict[str, Operand] = {}  # named quantities known so far
+        self.quantities: dict[str, Operand] = {}  # by name, of the facts added so far
 
     def add(self, fact: Fact) -> bool:
-        """Draw the fact's numbers and take its steps; False when no draw came out."""
-        for _ in range(NUMBER_TRIALS):
+        """Draw the fact's numbers and add its sentence and steps; False if no draw works out."""
+        for _ in range(MAX_DRAWS):
             numbers = {name: self.rng.choice(allowed) for name, allowed in fact.numbers.items()}
-            if self._work_out(fact, numbers):
-                telling = self.rng.choice(fact.tellings)
-                if telling:
-                    self.sentences.append(telling.format(**self.slots, **numbers))
+            if self._compute(fact, numbers):
+                template = self.rng.choice(fact.templates)
+                if template:
+                    self.sentences.append(template.format(**self.slots, **numbers))
                 return True
             if not numbers:
                 return False
         return False
 
-    def _work_out(self, fact: Fact, numbers: dict[str, int]) -> bool:
-        names = self.names | {name: Told(value) for name, value in numbers.items()}
+    def _compute(self, fact: Fact, numbers: dict[str, int]) -> bool:
+        quantities = self.quantities | {name: Given(value) for name, value in numbers.items()}
         steps, values = [], list(self.values)
-        for index, (formula, sentences) in enumerate(fact.lines):
-            result, left, operator, right = _parse(formula)
-            left, right = names.get(left) or Told(int(left)), names.get(right) or Told(int(right))
-            value = _exact(value_of(left, values), operator, value_of(right, values))
+        for index, (formula, sentences) in enumerate(fact.calculations):
+            result, _, left, operator, right = formula.split()
+            left, right = quantities.get(left) or Given(int(left)), quantities.get(right) or Given(int(right))
+            value = _allowed_result(value_of(left, values), operator, value_of(right, values))
             if value is None:
                 return False
-            names[result] = Worked(len(values))
+            quantities[result] = Computed(len(values))
             values.append(value)
             steps.append(Step(left, operator, right, sentences, "" if index else fact.phrase))
         self.steps += steps
-        self.values, self.names = values, names
+        self.values, self.quantities = values, quantities
         return True
 
 
 def value_of(operand: Operand, values: Sequence[int]) -> int:
-    return operand.value if isinstance(operand, Told) else values[operand.step]
+    return operand.value if isinstance(operand, Given) else values[operand.step]
 
 
-def _exact(left: int, operator: str, right: int) -> int | None:
-    """The result if a small System 1 can be asked for it."""
+def _allowed_result(left: int, operator: str, right: int) -> int | None:
+    """The result, or None for a division with a remainder and results outside the limits above."""
     if operator == "/" and left % right:
         return None
     value = calculate(left, operator, right)
     return value if SMALLEST <= value <= (LARGEST_PRODUCT if operator == "*" else LARGEST_SUM) else None
-
-
-@cache
-def _parse(formula: str) -> tuple[str, str, str, str]:
-    result, _, left, operator, right = formula.split()
-    return result, left, operator, right
 
 
 def _weighted(rng: random.Random, options: Sequence):

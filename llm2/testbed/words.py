@@ -1,7 +1,6 @@
-"""The words of the testbed's stories: people, things, and the ways to say a worked step.
+"""The vocabulary of the testbed's stories: people, things, and the sentences of a solution's steps.
 
-Knows vocabulary only. In a step's sentences {equation} is the calculation and the first way is gold's; the others are
-as good. Leaves which calculation it is to facts.py.
+In a sentence {equation} stands for the calculation. Gold solutions use the first of several sentences.
 """
 
 Sentences = tuple[str, ...]

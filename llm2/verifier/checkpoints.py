@@ -1,4 +1,4 @@
-"""Folders of a training run: which checkpoint is whole, and the weights of one that DeepSpeed wrote in shards."""
+"""Checkpoints of a training run: the last complete one, and the weights of one that DeepSpeed wrote in shards."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,13 @@ import torch
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-SHARDED = "latest"  # the file in which DeepSpeed names the newest of its own checkpoints
+DEEPSPEED_LATEST = "latest"  # the file that names the newest of DeepSpeed's own checkpoints
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end: the Trainer writes its own state last."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    for path in sorted(found, key=lambda path: -int(path.name.split("-")[-1])):
+    """The newest complete checkpoint: the Trainer writes its own state last."""
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    for path in sorted(checkpoints, key=lambda path: -int(path.name.split("-")[-1])):
         try:
             json.loads((path / TRAINER_STATE_NAME).read_text())
         except (OSError, json.JSONDecodeError):
@@ -23,13 +23,13 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 
 
 def is_sharded(folder: Path) -> bool:
-    """Whether the weights lie there in DeepSpeed's shards alone."""
+    """Whether the folder holds its weights in DeepSpeed's shards alone."""
     gathered = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "adapter_model.safetensors")
-    return (folder / SHARDED).is_file() and not any((folder / name).is_file() for name in gathered)
+    return (folder / DEEPSPEED_LATEST).is_file() and not any((folder / name).is_file() for name in gathered)
 
 
 def sharded_state(folder: Path) -> dict[str, torch.Tensor]:
-    """The float32 weights of a ZeRO-2 or ZeRO-3 checkpoint, put together on the CPU; no process group is needed."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # slow to import, rarely needed
+    """The float32 weights of a ZeRO-2 or ZeRO-3 checkpoint, gathered on the CPU without a process group."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # slow import, rarely needed
 
     return get_fp32_state_dict_from_zero_checkpoint(str(folder))

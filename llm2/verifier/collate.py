@@ -1,4 +1,4 @@
-"""Examples -> the batch of one verifier forward: solutions packed in rows, their negatives as branches behind them.
+"""Examples -> the batch of one verifier forward: packed rows of solutions, each with its negatives as branches.
 
 Letters: R rows, S columns, M pairs of the batch.
 """
@@ -9,20 +9,19 @@ from typing import NamedTuple
 import torch
 
 from llm2.verifier.loss import IGNORE_INDEX
-from llm2.verifier.packing import fill_rows
 from llm2.verifier.triplets import Example
 
 
 class VerifierBatch(NamedTuple):
-    """What ProcessVerifier.forward takes, and what the loss and the metrics want to know besides."""
+    """The arguments of ProcessVerifier.forward, and pair_weights and pair_ids for the loss and the metrics."""
 
     input_ids: torch.Tensor  # (R, S)
     start: torch.Tensor  # (R, S) first column of the token's solution
-    bound: torch.Tensor  # (R, S) the token sees start <= column < bound, and itself
-    pairs: torch.Tensor  # (1, M, 2) of gold and negative, the places in the R * S columns of the batch
-    labels: torch.Tensor  # (1, M) float32: the weight of each pair in the loss
-    numbers: torch.Tensor  # (1, M) by which the metrics know each pair
-    targets: torch.Tensor | None  # (R, S) the token that follows in the solution, or IGNORE_INDEX; for the LM loss
+    prefix_len: torch.Tensor  # (R, S) tokens that it sees from there on, besides itself; also its position id
+    pair_indices: torch.Tensor  # (1, M, 2) of gold and negative in the flattened R * S tokens
+    pair_weights: torch.Tensor  # (1, M) float32
+    pair_ids: torch.Tensor  # (1, M) number of the triplet in its file
+    targets: torch.Tensor | None  # (R, S) the next token of the solution, or IGNORE_INDEX; for the LM loss
 
 
 def verifier_batch(
@@ -31,80 +30,92 @@ def verifier_batch(
     capacity: int | None = None,
     multiple: int = 1,
     quality_weight: bool = False,
-    language: bool = False,
+    lm_targets: bool = False,
 ) -> VerifierBatch:
     """Lay out solutions and all their pairs.
 
-    Two triplets with the same position and negative share a branch and stay two pairs. Example:
+    Triplets with the same position and negative share a branch and stay separate pairs. Example:
 
         solutions of ids [5, 6, 7, 4] and [3, 2] with the triplets [1, 6, 9], [1, 6, 9], [2, 7, 8] and [1, 2, 1] give
-        input_ids [[5, 6, 7, 9, 8], [3, 2, 1, 0, 0]] and pairs [1, 3], [1, 3], [2, 4], [6, 7]; what stands behind the
-        last pair's position, here 4, no pair can see, and it is left out.
+        input_ids [[5, 6, 7, 9, 8], [3, 2, 1, 0, 0]] and pair_indices [1, 3], [1, 3], [2, 4], [6, 7]. The 4 is left
+        out: no pair sees what stands behind the last pair's position.
 
     Args:
-        capacity: columns of a row, unless one solution needs more; those of the longest solution when None.
-        multiple: a row's columns are a multiple of this.
-        quality_weight: weight a pair by how much better gold's continuations end than the negative's; 1 otherwise.
-        language: keep the whole solution and give `targets`.
+        capacity: columns of a row, exceeded only by a longer solution; the longest solution's when None.
+        multiple: S is a multiple of this.
+        quality_weight: weight a pair by gold's quality less the negative's; 1 otherwise.
+        lm_targets: keep whole solutions and give `targets`.
     """
-    solutions = [_lay_out(example, language) for example in examples]
-    widths = [len(solution.ids) for solution in solutions]
-    rows = fill_rows(widths, max(capacity or 0, *widths, 1))
+    layouts = [_lay_out(example, lm_targets) for example in examples]
+    weights = [torch.tensor(e.quality_gaps if quality_weight else [1.0] * len(e.triplets)) for e in examples]
+    widths = [len(layout.ids) for layout in layouts]
+    rows = pack_rows(widths, max(capacity or 0, *widths, 1))
     R, S = len(rows), -(-max(sum(widths[i] for i in row) for row in rows) // multiple) * multiple
 
     input_ids = torch.zeros(R, S, dtype=torch.long)
-    start = torch.arange(S).repeat(R, 1)  # what fills a row up sees itself alone
-    bound = start.clone()
+    start = torch.arange(S).repeat(R, 1)  # padding sees itself alone
+    prefix_len = torch.zeros(R, S, dtype=torch.long)
     targets = torch.full((R, S), IGNORE_INDEX)
-    pairs = [torch.empty(0)] * len(examples)
+    pair_indices = [torch.empty(0)] * len(examples)
     for row, members in enumerate(rows):
         column = 0
         for index in members:
-            solution, span = solutions[index], slice(column, column + widths[index])
-            input_ids[row, span], targets[row, span] = solution.ids, solution.targets
-            start[row, span], bound[row, span] = column, solution.bound + column
-            pairs[index] = solution.pairs + row * S + column
+            layout, span = layouts[index], slice(column, column + widths[index])
+            input_ids[row, span], targets[row, span] = layout.ids, layout.targets
+            start[row, span], prefix_len[row, span] = column, layout.prefix_len
+            pair_indices[index] = layout.pair_indices + row * S + column
             column = span.stop
     return VerifierBatch(
         input_ids=input_ids,
         start=start,
-        bound=bound,
-        pairs=torch.cat(pairs)[None],
-        labels=torch.cat([_weights(example, quality_weight) for example in examples])[None],
-        numbers=torch.cat([torch.arange(len(e.triplets)) + e.number for e in examples])[None],
-        targets=targets if language else None,
+        prefix_len=prefix_len,
+        pair_indices=torch.cat(pair_indices)[None],
+        pair_weights=torch.cat(weights).clamp(min=0)[None],
+        pair_ids=torch.cat([torch.arange(len(e.triplets)) + e.first_pair_id for e in examples])[None],
+        targets=targets if lm_targets else None,
     )
 
 
-class _Solution(NamedTuple):
-    """One example alone in a row, from column 0 on."""
+def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """First-fit decreasing: indices of the items in each row, at most `capacity` long.
 
-    ids: torch.Tensor  # (S,) trunk, then branches
-    bound: torch.Tensor  # (S,)
-    targets: torch.Tensor  # (S,)
-    pairs: torch.Tensor  # (M, 2)
+    An item longer than that gets a row to itself.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((row for row, left in enumerate(room) if left >= lengths[index]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(capacity)
+        rows[row].append(index)
+        room[row] -= lengths[index]
+    return rows
 
 
-def _lay_out(example: Example, language: bool) -> _Solution:
-    end = len(example.ids) if language else max((t.position for t in example.triplets), default=0) + 1
-    trunk = torch.tensor(example.ids[:end])
+class _Layout(NamedTuple):
+    """One solution, from column 0 on: the trunk, then the branches (T tokens)."""
+
+    ids: torch.Tensor  # (T,)
+    prefix_len: torch.Tensor  # (T,)
+    targets: torch.Tensor  # (T,)
+    pair_indices: torch.Tensor  # (M, 2)
+
+
+def _lay_out(example: Example, lm_targets: bool) -> _Layout:
+    trunk_len = len(example.ids) if lm_targets else max((t.position for t in example.triplets), default=0) + 1
+    trunk = torch.tensor(example.ids[:trunk_len])
     branches = sorted({(t.position, t.negative) for t in example.triplets})
-    column = {branch: end + offset for offset, branch in enumerate(branches)}
+    column = {branch: trunk_len + offset for offset, branch in enumerate(branches)}
     positions, negatives = torch.tensor(branches, dtype=torch.long).view(-1, 2).unbind(-1)
-    pairs = [(t.position, column[t.position, t.negative]) for t in example.triplets]
-    targets = torch.full((end + len(branches),), IGNORE_INDEX)
-    first = max(example.start, 1)  # the solution's first token; nothing foretells token 0
-    if language:
-        targets[first - 1 : end - 1] = trunk[first:]
-    return _Solution(
+    pair_indices = [(t.position, column[t.position, t.negative]) for t in example.triplets]
+    targets = torch.full((trunk_len + len(branches),), IGNORE_INDEX)
+    if lm_targets:
+        first = max(example.start, 1)  # token 0 has no prefix to be predicted from
+        targets[first - 1 : trunk_len - 1] = trunk[first:]
+    return _Layout(
         ids=torch.cat([trunk, negatives]),
-        bound=torch.cat([torch.arange(end), positions]),
+        prefix_len=torch.cat([torch.arange(trunk_len), positions]),
         targets=targets,
-        pairs=torch.tensor(pairs, dtype=torch.long).view(-1, 2),
+        pair_indices=torch.tensor(pair_indices, dtype=torch.long).view(-1, 2),
     )
-
-
-def _weights(example: Example, quality: bool) -> torch.Tensor:
-    """(M,) float32."""
-    gaps = torch.tensor(example.gaps) if quality else torch.ones(len(example.triplets))
-    return gaps.float().clamp(min=0)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-NO_PAIR = -100  # in place of a pair's number where ranks or batches with fewer pairs are filled up
-IGNORE_INDEX = -100  # in place of the token to foretell where there is none
+NO_PAIR = -100  # the Trainer's padding where it gathers pair ids from batches and ranks of unequal size
+IGNORE_INDEX = -100  # the target of a token whose next token is not predicted
 CHUNK = 256  # tokens whose vocabulary-sized logits exist at a time
 
 
@@ -19,17 +19,17 @@ def pairwise_loss(
 
     Args:
         margins: (..., M) score of gold less score of negative.
-        weights: (..., M) of each pair: 1 in the plain mean, 0 where there is no pair.
-        total: sum of the weights of the whole optimizer step, over accumulation and ranks; with it the parts of a step
-            add up to the mean over its pairs. That of `weights` when None.
-        margin: by how much gold's score is to exceed the negative's before a pair counts as even.
+        weights: (..., M) 1 for the plain mean.
+        total: sum of the weights of the whole optimizer step, over accumulation and ranks, so that the losses of its
+            batches add up to the mean over its pairs; the sum of `weights` when None.
+        margin: m in -log sigmoid(s+ - s- - m).
     """
     losses = F.softplus(margin - margins.float())
     return (losses * weights).sum() / (weights.sum() if total is None else total).clamp(min=torch.finfo().tiny)
 
 
 def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of -log p(token) over tokens to foretell; logits exist for CHUNK tokens at a time, also in the backward pass.
+    """Sum of -log p(target); logits exist for CHUNK tokens at a time, in the backward pass too.
 
     Args:
         hidden: (N, D) last hidden states.
@@ -37,15 +37,15 @@ def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: t
         targets: (N,) token ids.
     """
 
-    def part(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def chunk_loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
 
-    total = hidden.sum() * 0.0  # of no token at all; keeps the graph
-    for states, tokens in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-        total = total + checkpoint(part, states, tokens, use_reentrant=False)
+    total = hidden.sum() * 0.0  # a zero with a gradient, for a batch without targets
+    for hidden_chunk, target_chunk in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+        total = total + checkpoint(chunk_loss, hidden_chunk, target_chunk, use_reentrant=False)
     return total
 
 
 def pair_accuracy(margins: torch.Tensor) -> float:
-    """Share of pairs (1-D) whose gold token is preferred; a tie counts half."""
+    """Share of pairs (M,) whose gold token is preferred; a tie counts half."""
     return ((margins > 0).double() + 0.5 * (margins == 0).double()).mean().item()

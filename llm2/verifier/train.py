@@ -1,40 +1,47 @@
-"""Training the verifier, from a config to a folder: data checked, System 1 consulted, trained, the best one kept."""
+"""Training of the verifier, from a config to a folder: check the data, measure System 1, train, keep the best."""
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.data import Subset, random_split
+from torch.utils.data import random_split
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from llm2.common.chat import resolve_template
 from llm2.common.config_file import difference, read_values, write_config
-from llm2.common.loading import is_local, load_system1, load_tokenizer, resolve_device
+from llm2.common.distributed import dist_info
+from llm2.common.loading import load_system1, load_tokenizer, resolve_device
 from llm2.config import TrainConfig
 from llm2.errors import UserError
 from llm2.verifier.checkpoints import last_whole_checkpoint
 from llm2.verifier.model import ProcessVerifier, refuse_sliding_window
-from llm2.verifier.pair_metrics import Pair, describe, figures, system1_margins
+from llm2.verifier.model_card import model_card
+from llm2.verifier.pair_metrics import PairInfo, compute_metrics, pair_info, system1_margins
 from llm2.verifier.trainer import LossConfig, VerifierTrainer
-from llm2.verifier.triplets import Example, ExampleFile, Summary, load_examples
+from llm2.verifier.triplets import Example, Summary, load_examples
 
-FREE = ("output_dir", "resume", "report_to", "logging_steps")  # may differ between a run and its continuation
+MAY_DIFFER = ("output_dir", "resume", "report_to", "logging_steps")  # between a run and its continuation
+# Keys that TrainConfig and TrainingArguments share.
+PASSED_ON = ("output_dir", "num_train_epochs", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm")
+PASSED_ON += ("per_device_train_batch_size", "bf16", "logging_steps", "report_to", "seed")
 
 
 def train(config: TrainConfig) -> dict:
-    """Check the data, train, keep the best checkpoint; returns the metrics, which also lie in training.json."""
+    """Train a verifier and save it, its metrics (training.json) and its model card; returns the metrics."""
     device = resolve_device(config.device)
     tokenizer = load_tokenizer(config.model)
-    train_set, eval_set, notes = load_data(config, tokenizer)
-    checkpoint = begin(config)
-    if is_main():
-        print("\n".join(notes), flush=True)
-    # Before the TrainingArguments: under ZeRO-3 these make every model that is loaded later a sharded one.
-    pairs = describe(eval_set, tokenizer)
-    baseline, unembedding = consult_system1(config, eval_set, pairs, device)
+    train_set, eval_set, data = load_data(config, tokenizer)
+    checkpoint = prepare_output_dir(config)
+    if dist_info().is_main:
+        for path, summary in data:
+            print(f"{path}: {summary}\n{summary.table()}")
+        print(f"{len(train_set)} solutions are trained on, {len(eval_set)} held out", flush=True)
+    # System 1 comes before the TrainingArguments: under ZeRO-3 these shard every model that is loaded after them.
+    eval_pairs = pair_info(eval_set, tokenizer)
+    baseline, unembedding = measure_system1(config, eval_set, eval_pairs, device)
 
     arguments = training_arguments(config, len(train_set), device)
     set_seed(config.seed)  # the head is drawn before the Trainer sets the seed itself
@@ -43,18 +50,16 @@ def train(config: TrainConfig) -> dict:
     refuse_sliding_window(verifier.backbone.config, max(len(example.ids) for example in [*train_set, *eval_set]))
     refuse_unknown_tokens(verifier, tokenizer)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(verifier.config, name, getattr(tokenizer, name))  # else the Trainer does it, and warns
+        setattr(verifier.config, name, getattr(tokenizer, name))  # otherwise the Trainer does it, and warns
     trainer = VerifierTrainer(
         verifier,
         arguments,
         train_set,
         LossConfig(quality_weight=config.quality_weight, margin=config.margin, lm_loss_coef=config.lm_loss_coef),
-        pairs,
+        eval_pairs,
         eval_dataset=eval_set,
         processing_class=tokenizer,
-        callbacks=[]
-        if config.early_stopping_patience is None
-        else [EarlyStoppingCallback(config.early_stopping_patience)],
+        callbacks=[EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else [],
     )
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = {
@@ -66,56 +71,56 @@ def train(config: TrainConfig) -> dict:
         "best_step": trainer.state.best_global_step,
     }
     trainer.save_model(config.output_dir)
-    if is_main():
+    if dist_info().is_main:
         Path(config.output_dir, "training.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        Path(config.output_dir, "README.md").write_text(model_card(config, metrics, data), encoding="utf-8")
     return metrics
 
 
-def is_main() -> bool:
-    """Whether this is the one process that writes and prints."""
-    return os.environ.get("RANK", "0") == "0"
+def prepare_output_dir(config: TrainConfig) -> Path | None:
+    """Write the config into the output folder; returns the checkpoint to resume from, if there is one.
 
-
-def begin(config: TrainConfig) -> Path | None:
-    """The checkpoint to go on from, if the folder holds one of the same config; the config is written beside it."""
+    Raises UserError if the folder's checkpoints are not to be resumed, or were made with another config.
+    """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, earlier = last_whole_checkpoint(folder), folder / "train.yaml"
     if checkpoint is not None and not config.resume:
         raise UserError(f"{folder} holds checkpoints and resume is false; choose another output_dir, or delete them")
-    if checkpoint is not None and (change := difference(read_values(earlier), config, FREE)):
+    if checkpoint is not None and (change := difference(read_values(earlier), config, MAY_DIFFER)):
         raise UserError(
             f"{folder} holds checkpoints of another config: {change}; choose another output_dir, or delete them"
         )
-    if is_main():
+    if dist_info().is_main:
         write_config(config, earlier)
     return checkpoint
 
 
 def load_data(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Sequence[Example], Sequence[Example], list[str]]:
-    """Checked training and held-out examples, and what a person should read of them."""
-    examples, summary = read_file(config, config.train_file, tokenizer)
-    notes = [f"{config.train_file}: {summary}", summary.table()]
+) -> tuple[Sequence[Example], Sequence[Example], list[tuple[str, Summary]]]:
+    """Checked training and held-out examples, and path and counts of each file."""
+    load = partial(
+        load_examples,
+        tokenizer=tokenizer,
+        template=resolve_template(config.chat_template),
+        max_length=config.max_length,
+        quality=config.quality_weight,
+    )
+    examples, summary = load(config.train_file)
+    data = [(config.train_file, summary)]
     if config.eval_file is not None:
-        held_out, summary = read_file(config, config.eval_file, tokenizer)
-        return examples, held_out, [*notes, f"{config.eval_file}: {summary}", summary.table()]
+        held_out, summary = load(config.eval_file)
+        return examples, held_out, [*data, (config.eval_file, summary)]
     count = max(1, round(config.eval_share * len(examples)))
     if count >= len(examples):
         raise UserError(f"{config.train_file}: expected more than {count} solutions, so that some can be held out")
     generator = torch.Generator().manual_seed(config.seed)
-    examples, held_out = random_split(examples, [len(examples) - count, count], generator)
-    return examples, held_out, [*notes, f"{count} of them are held out, {len(examples)} are trained on"]
-
-
-def read_file(config: TrainConfig, path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[ExampleFile, Summary]:
-    template = resolve_template(config.chat_template)
-    return load_examples(path, tokenizer, template, max_length=config.max_length, quality=config.quality_weight)
+    return *random_split(examples, [len(examples) - count, count], generator), data
 
 
 def new_verifier(config: TrainConfig, device: torch.device) -> ProcessVerifier:
-    """In float32, whatever System 1 is stored in: small steps would be lost in 16 bits."""
+    """In float32, whatever System 1 is stored in: 16 bits would lose small updates."""
     lora = config.lora_r and {
         "rank": config.lora_r,
         "alpha": config.lora_alpha,
@@ -126,18 +131,14 @@ def new_verifier(config: TrainConfig, device: torch.device) -> ProcessVerifier:
     if attention == "auto":
         attention = "flex_attention" if device.type == "cuda" else "sdpa"
     if attention == "flex_attention" and device.type != "cuda":
-        raise UserError("attention flex_attention: expected a CUDA GPU, since torch trains it nowhere else; use sdpa")
-    return ProcessVerifier.from_system1(
-        config.model,
-        lora=lora,
-        dtype=torch.float32,
-        local_files_only=is_local(config.model),
-        attn_implementation=attention,
-    )
+        raise UserError(
+            "attn_implementation flex_attention: expected a CUDA GPU, since torch trains it nowhere else; use sdpa"
+        )
+    return ProcessVerifier.from_system1(config.model, lora, dtype=torch.float32, attn_implementation=attention)
 
 
 def refuse_unknown_tokens(verifier: ProcessVerifier, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A tokenizer with added tokens wants a System 1 whose embeddings were resized for them."""
+    """Raise UserError if the tokenizer has added tokens that System 1 does not embed."""
     rows = verifier.backbone.config.get_text_config().vocab_size
     if len(tokenizer) > rows:
         raise UserError(
@@ -147,61 +148,50 @@ def refuse_unknown_tokens(verifier: ProcessVerifier, tokenizer: PreTrainedTokeni
 
 
 def training_arguments(config: TrainConfig, solutions: int, device: torch.device) -> TrainingArguments:
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    forward = config.per_device_train_batch_size * ranks
-    if config.global_batch_size % forward:
+    world_size = dist_info().world_size
+    forward_size = config.per_device_train_batch_size * world_size
+    if config.global_batch_size % forward_size:
         raise UserError(
-            f"global_batch_size {config.global_batch_size}: expected a multiple of per_device_batch_size "
-            f"{config.per_device_train_batch_size} x {ranks} processes"
+            f"global_batch_size {config.global_batch_size}: expected a multiple of per_device_train_batch_size "
+            f"{config.per_device_train_batch_size} x {world_size} processes"
         )
     steps = math.ceil(math.ceil(solutions / config.global_batch_size) * config.num_train_epochs)
-    every = max(1, steps // config.evaluations)
+    eval_steps = max(1, steps // config.evaluations)
     return TrainingArguments(
-        output_dir=config.output_dir,
-        num_train_epochs=config.num_train_epochs,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=config.warmup_ratio,  # below 1 it is a share of the steps
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        per_device_train_batch_size=config.per_device_train_batch_size,
+        **{name: getattr(config, name) for name in PASSED_ON},
+        warmup_steps=config.warmup_ratio,  # below 1 it is a ratio
         per_device_eval_batch_size=config.per_device_train_batch_size,
-        gradient_accumulation_steps=config.global_batch_size // forward,
-        # its name changes with transformers 6, which warns where it is merely passed
+        gradient_accumulation_steps=config.global_batch_size // forward_size,
+        # passed only where it is on: transformers 6 renames it, and 5 warns of that
         **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
-        bf16=config.bf16,
         eval_strategy="steps",
-        eval_steps=every,
+        eval_steps=eval_steps,
         save_strategy="steps",
-        save_steps=every,
+        save_steps=eval_steps,
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="pair_accuracy",
-        greater_is_better=True,
-        logging_steps=config.logging_steps,
-        report_to=config.report_to,
-        label_names=["numbers"],
+        label_names=["pair_ids"],
         remove_unused_columns=False,
-        ddp_broadcast_buffers=False,  # they are the same everywhere, and the unembedding is large
+        ddp_broadcast_buffers=False,  # every process loads the same unembedding, and it is large
         use_cpu=device.type == "cpu",
-        seed=config.seed,
         data_seed=config.seed,
     )
 
 
-def consult_system1(
-    config: TrainConfig,
-    examples: Sequence[Example] | Subset,
-    pairs: Mapping[int, Pair],
-    device: torch.device,
+def measure_system1(
+    config: TrainConfig, examples: Sequence[Example], pairs: Mapping[int, PairInfo], device: torch.device
 ) -> tuple[dict[str, float], torch.Tensor | None]:
-    """System 1's figures on the held-out pairs (on the main rank), and its output embedding where the loss wants it."""
-    language = config.lm_loss_coef > 0
-    if not is_main() and not language:
+    """System 1's metrics on the held-out pairs (main rank only), and its output embedding for the LM loss.
+
+    The embedding (V, D) is None if there is no LM loss, or if it is tied to the input embedding.
+    """
+    is_main, lm_loss = dist_info().is_main, config.lm_loss_coef > 0
+    if not is_main and not lm_loss:
         return {}, None
     system1 = load_system1(config.model, device)
     head = system1.get_output_embeddings().weight
     tied = head is system1.get_input_embeddings().weight
-    told = figures(system1_margins(system1, examples), pairs) if is_main() else {}
-    baseline = {f"system1_{name}": value for name, value in told.items() if not name.startswith("pairs")}
-    return baseline, head.detach().float().cpu() if language and not tied else None
+    metrics = compute_metrics(system1_margins(system1, examples), pairs) if is_main else {}
+    baseline = {f"system1_{name}": value for name, value in metrics.items() if not name.startswith("pairs")}
+    return baseline, head.detach().float().cpu() if lm_loss and not tied else None

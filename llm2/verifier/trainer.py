@@ -1,7 +1,4 @@
-"""VerifierTrainer: a transformers Trainer whose loss is the mean over real pairs, however they are batched.
-
-Knows the loss, the batch and the order of the examples. Which data, which model and which settings, `training` says.
-"""
+"""VerifierTrainer: a transformers Trainer whose loss is the mean over the pairs of a whole optimizer step."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,17 +12,17 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 from llm2.verifier.collate import verifier_batch
 from llm2.verifier.lora import load_adapter
 from llm2.verifier.loss import IGNORE_INDEX, NO_PAIR, pairwise_loss
-from llm2.verifier.model import ProcessVerifier, VerifierOutput
-from llm2.verifier.packing import BLOCK
-from llm2.verifier.pair_metrics import Pair, figures
+from llm2.verifier.masks import BLOCK
+from llm2.verifier.model import ProcessVerifier
+from llm2.verifier.pair_metrics import PairInfo, compute_metrics
 from llm2.verifier.triplets import Example
 
-NOTHING = Example([0], [])  # has no pair: takes part in a forward and in no loss
+EMPTY_EXAMPLE = Example([0], [])  # has no pair: runs through the forward pass and adds nothing to the loss
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What is added to the mean over pairs; nothing by default."""
+    """Options of the loss; the defaults give the plain mean over pairs."""
 
     quality_weight: bool = False
     margin: float = 0.0
@@ -33,28 +30,28 @@ class LossConfig:
 
 
 class PaddedSampler(Sampler[int]):
-    """The examples of an epoch in an order of seed and epoch, then indices beyond them until the last step is whole.
+    """The examples of an epoch, shuffled by seed and epoch, then indices beyond them until the last step is full.
 
-    So no rank is ever without a batch, and no example counts twice because ranks want batches of the same size.
+    So every rank gets as many batches, and no example is repeated to fill the last one.
     """
 
-    def __init__(self, examples: int, step: int, seed: int) -> None:
-        self.examples, self.step, self.seed, self.epoch = examples, step, seed, 0
+    def __init__(self, num_examples: int, step_size: int, seed: int) -> None:
+        self.num_examples, self.step_size, self.seed, self.epoch = num_examples, step_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-self.examples // self.step) * self.step
+        return -(-self.num_examples // self.step_size) * self.step_size
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        yield from torch.randperm(self.examples, generator=generator).tolist()
-        yield from range(self.examples, len(self))
+        yield from torch.randperm(self.num_examples, generator=generator).tolist()
+        yield from range(self.num_examples, len(self))
 
 
 class PaddedDataset(Dataset):
-    """Examples, and NOTHING beyond them."""
+    """The examples, and EMPTY_EXAMPLE at every index beyond them."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = examples
@@ -63,15 +60,17 @@ class PaddedDataset(Dataset):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Example:
-        return self.examples[index] if index < len(self.examples) else NOTHING
+        return self.examples[index] if index < len(self.examples) else EMPTY_EXAMPLE
 
 
 class VerifierTrainer(Trainer):
-    """Trains a ProcessVerifier on `Example`s. Everything that is not the loss and the batch is the Trainer's own.
+    """Trains a ProcessVerifier on `Example`s.
+
+    The TrainingArguments need label_names=["pair_ids"] and remove_unused_columns=False.
 
     Args:
-        loss: what is added to the mean over pairs.
-        pairs: the held-out pairs by number; with it the evaluation tells `pairs.figures`.
+        loss: options of the loss.
+        eval_pairs: the held-out pairs by id; an evaluation then reports `compute_metrics`.
     """
 
     def __init__(
@@ -80,60 +79,60 @@ class VerifierTrainer(Trainer):
         args: TrainingArguments,
         train_dataset: Sequence[Example],
         loss: LossConfig | None = None,
-        pairs: Mapping[int, Pair] | None = None,
+        eval_pairs: Mapping[int, PairInfo] | None = None,
         **options: Any,
     ) -> None:
         self.loss = loss or LossConfig()
+
+        def metrics(prediction: EvalPrediction) -> dict[str, float]:
+            """Over all held-out pairs at once, so that batches and ranks have no weight."""
+            real = prediction.label_ids != NO_PAIR
+            ids, margins = (array[real].tolist() for array in (prediction.label_ids, prediction.predictions))
+            return compute_metrics(dict(zip(ids, margins, strict=True)), eval_pairs)
+
         super().__init__(
             model=model,
             args=args,
             train_dataset=PaddedDataset(train_dataset),
             data_collator=self.collate,
-            compute_loss_func=self.loss_of_output,
-            compute_metrics=None if pairs is None else lambda prediction: pair_metrics(prediction, pairs),
+            compute_metrics=None if eval_pairs is None else metrics,
             **options,
         )
+        # compute_loss divides by the pairs of the whole step: the Trainer must not divide by accumulation steps again.
+        self.model_accepts_loss_kwargs = True
 
     def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """On FlexAttention one row holds all, since it skips what a token cannot see; else rows are kept short."""
+        """FlexAttention skips what a token cannot see, so one row holds all solutions; otherwise rows are short."""
         flex = self.model.backbone.config._attn_implementation == "flex_attention"
         batch = verifier_batch(
             examples,
             capacity=sys.maxsize if flex else None,
             multiple=BLOCK if flex else 1,
             quality_weight=self.loss.quality_weight,
-            language=self.loss.lm_loss_coef > 0,
+            lm_targets=self.loss.lm_loss_coef > 0,
         )
         return {name: tensor for name, tensor in batch._asdict().items() if tensor is not None}
 
-    def compute_loss(self, model, inputs, *arguments, **options):
-        """The model has no use for the numbers of the pairs."""
-        inputs = {name: tensor for name, tensor in inputs.items() if name != "numbers"}
-        return super().compute_loss(model, inputs, *arguments, **options)
-
-    def loss_of_output(
-        self, output: VerifierOutput, labels: torch.Tensor, num_items_in_batch: torch.Tensor
-    ) -> torch.Tensor:
-        pairs, tokens = num_items_in_batch
-        loss = pairwise_loss(output.margins, labels, pairs, self.loss.margin)
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        output = model(**{name: tensor for name, tensor in inputs.items() if name not in ("pair_ids", "pair_weights")})
+        total_weight, num_targets = num_items_in_batch
+        loss = pairwise_loss(output.margins, inputs["pair_weights"], total_weight, self.loss.margin)
         if self.loss.lm_loss_coef > 0:
-            loss = loss + self.loss.lm_loss_coef * output.lm_loss.sum() / tokens.clamp(min=1)
-        return loss
+            loss = loss + self.loss.lm_loss_coef * output.lm_loss.sum() / num_targets.clamp(min=1)
+        loss = loss * self.accelerator.num_processes  # over which gradients are averaged
+        return (loss, output) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[dict], device: torch.device) -> torch.Tensor:
-        """Of a whole optimizer step, over accumulation and ranks: the pairs' weights, and the tokens to foretell."""
-        pairs = sum(batch["labels"].sum().item() for batch in batch_samples)
-        tokens = sum((batch["targets"] != IGNORE_INDEX).sum().item() for batch in batch_samples if "targets" in batch)
-        return self.accelerator.reduce(torch.tensor([pairs, tokens], device=device), reduction="sum")
+        """(2,) over accumulation and ranks: the sum of the pair weights, and the number of LM targets."""
+        weight = sum(batch["pair_weights"].sum().item() for batch in batch_samples)
+        targets = sum((batch["targets"] != IGNORE_INDEX).sum().item() for batch in batch_samples if "targets" in batch)
+        return self.accelerator.reduce(torch.tensor([weight, targets], device=device), reduction="sum")
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return PaddedSampler(len(self.train_dataset), step, self.args.seed)
+        step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return PaddedSampler(len(self.train_dataset), step_size, self.args.seed)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Of the outputs only the margins are kept."""
-        keys = ["scores", "lm_loss", "past_key_values"]
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=keys)
+    # The Trainer finds an adapter's weights only in a PeftModel, which a verifier is not.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if self.model.config.lora is None:
@@ -146,10 +145,3 @@ class VerifierTrainer(Trainer):
             super()._load_best_model()
         else:
             load_adapter(self.state.best_model_checkpoint, self.model)
-
-
-def pair_metrics(prediction: EvalPrediction, pairs: Mapping[int, Pair]) -> dict[str, float]:
-    """Over all held-out pairs at once, each counted once, so that neither batches nor ranks weigh in."""
-    real = prediction.label_ids != NO_PAIR
-    margins = zip(prediction.label_ids[real].tolist(), prediction.predictions[real].tolist(), strict=True)
-    return figures(dict(margins), pairs)

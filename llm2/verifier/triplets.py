@@ -1,7 +1,6 @@
 """The data format: JSON lines of `messages` and `samples`, a list of [position, gold token id, negative token id].
 
-Reads it, holds every position against a tokenizer and a chat template, writes it. What leaves `load_examples` is token
-ids and triplets that fit each other, on disk and not in memory. Knows nothing of verifiers.
+`load_examples` checks every position against a tokenizer and a chat template, and keeps the tokenized examples on disk.
 """
 
 import json
@@ -13,16 +12,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from statistics import fmean, median_low
 from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llm2.common.chat import Message, encode_chats
+from llm2.common.jsonl import read_jsonl
 from llm2.errors import UserError
 
-CHUNK = 250  # lines tokenized at a time: fast in the tokenizer, flat in memory
-SHOWN = 3  # mistakes that a refusal quotes
+CHUNK = 250  # lines tokenized at a time: fast, and memory does not grow with the file
+MAX_MISFITS = 3  # quoted in an error
 
 
 class Triplet(NamedTuple):
@@ -38,7 +39,7 @@ class Record:
     messages: list[Message]
     triplets: list[Triplet]
     line: int  # of the file, from 1
-    gaps: list[float] | None = None  # of each triplet gold's quality less the negative's, where the line tells it
+    quality_gaps: list[float] | None = None  # (M,) gold's quality less the negative's, if the line has `quality`
 
 
 class Example(NamedTuple):
@@ -46,29 +47,29 @@ class Example(NamedTuple):
 
     ids: list[int]
     triplets: list[Triplet]
-    start: int = 0  # position of the first token of the solution, behind the prompt
-    number: int = 0  # of its first triplet, counted through the whole file
-    gaps: Sequence[float] = ()  # one a triplet where the file tells quality
+    start: int = 0  # position of the solution's first token
+    first_pair_id: int = 0  # pairs are numbered through the whole file
+    quality_gaps: Sequence[float] = ()  # (M,), or empty where the file has no quality
 
 
 class ExampleFile(Sequence[Example]):
-    """Examples in a file that has no name and vanishes with this object, so that memory does not grow with the data."""
+    """Examples in an anonymous temporary file, so that memory does not grow with the data."""
 
-    ROW = 4  # numbers of a triplet: position, gold, negative, and its gap as the bits of a float32
+    ROW = 4  # int32 values of a triplet: position, gold, negative, and the bits of its float32 quality gap
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (it lives as long as this object)
-        self._index = array("q")  # of each example: its place in the file, tokens, triplets, start, number, gaps
-        self._numbers = self._place = 0
+        self._index = array("q")  # six values an example: offset, tokens, triplets, start, first_pair_id, quality gaps
+        self._offset = self._num_pairs = 0  # offsets are counted in int32 values
 
     def append(self, ids: Sequence[int], triplets: Sequence[Triplet], start: int, gaps: Sequence[float]) -> None:
         table = np.zeros((len(triplets), self.ROW), dtype=np.int32)
         table[:, :3] = np.array(triplets, dtype=np.int32).reshape(-1, 3)
         table[: len(gaps), 3] = np.array(gaps, dtype=np.float32).view(np.int32)
         self._file.write(np.array(ids, dtype=np.int32).tobytes() + table.tobytes())
-        self._index.extend([self._place, len(ids), len(triplets), start, self._numbers, len(gaps)])
-        self._place += len(ids) + self.ROW * len(triplets)
-        self._numbers += len(triplets)
+        self._index.extend([self._offset, len(ids), len(triplets), start, self._num_pairs, len(gaps)])
+        self._offset += len(ids) + self.ROW * len(triplets)
+        self._num_pairs += len(triplets)
 
     def __len__(self) -> int:
         return len(self._index) // 6
@@ -76,28 +77,28 @@ class ExampleFile(Sequence[Example]):
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        place, tokens, triplets, start, number, gaps = self._index[6 * index : 6 * index + 6]
+        offset, tokens, triplets, start, first_pair_id, gaps = self._index[6 * index : 6 * index + 6]
         length = 4 * (tokens + self.ROW * triplets)
-        values = np.frombuffer(os.pread(self._file.fileno(), length, 4 * place), dtype=np.int32)
+        values = np.frombuffer(os.pread(self._file.fileno(), length, 4 * offset), dtype=np.int32)
         table = values[tokens:].reshape(-1, self.ROW)
         return Example(
-            values[:tokens].tolist(),
-            [Triplet(*row) for row in table[:, :3].tolist()],
-            start,
-            number,
-            table[:gaps, 3].copy().view(np.float32).tolist(),
+            ids=values[:tokens].tolist(),
+            triplets=[Triplet(*row) for row in table[:, :3].tolist()],
+            start=start,
+            first_pair_id=first_pair_id,
+            quality_gaps=table[:gaps, 3].copy().view(np.float32).tolist(),
         )
 
 
 @dataclass
 class Summary:
-    """What a file holds, before anything is cut off."""
+    """Counts of a whole file, before max_length is applied."""
 
     lines: int = 0
     triplets: int = 0
     duplicates: int = 0  # triplets that repeat one of the same line
     dropped: int = 0  # triplets at or beyond max_length
-    emptied: int = 0  # lines without a triplet, or without one before max_length: nothing to train on
+    emptied: int = 0  # lines left without a triplet
     lengths: Counter = field(default_factory=Counter)  # tokens of a line -> lines
     pairs: Counter = field(default_factory=Counter)  # triplets of a line -> lines
 
@@ -114,47 +115,25 @@ class Summary:
         return f"{self.lines:,} solutions, {self.triplets:,} triplets ({self.duplicates:,} duplicates)"
 
     def table(self) -> str:
-        """Lengths, pairs and what is left out, for a person to read."""
-        header = f"{'':>20}{'min':>9}{'median':>9}{'mean':>9}{'max':>9}"
-        rows = [("tokens a solution", self.lengths), ("pairs a solution", self.pairs)]
-        counts = [
-            ("duplicate pairs", self.duplicates),
-            ("pairs dropped", self.dropped),
-            ("solutions left out", self.emptied),
-        ]
-        return "\n".join(
-            [
-                header,
-                *(f"{name:>20}" + "".join(f"{value:>9,.4g}" for value in _spread(counter)) for name, counter in rows),
-                *(f"{name:>20}{count:>9,}" for name, count in counts),
-            ]
-        )
-
-
-def _spread(values: Counter) -> tuple[float, float, float, float]:
-    """Smallest, median, mean and largest of counted values."""
-    total, seen = values.total(), 0
-    for median in sorted(values):
-        seen += values[median]
-        if 2 * seen >= total:
-            break
-    return min(values), median, sum(value * count for value, count in values.items()) / total, max(values)
+        """Lengths, pairs, duplicates and what is left out, as text."""
+        lines = [f"{'':>20}{'min':>9}{'median':>9}{'mean':>9}{'max':>9}"]
+        for name, counter in (("tokens a solution", self.lengths), ("pairs a solution", self.pairs)):
+            values = list(counter.elements())
+            spread = (min(values), median_low(values), fmean(values), max(values))
+            lines.append(f"{name:>20}" + "".join(f"{value:>9,.4g}" for value in spread))
+        lines.append(f"{'duplicate pairs':>20}{self.duplicates:>9,}")
+        lines.append(f"{'pairs dropped':>20}{self.dropped:>9,}")
+        lines.append(f"{'solutions left out':>20}{self.emptied:>9,}")
+        return "\n".join(lines)
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
-    """Every line that is not blank, in order. Keys other than `messages` and `samples` are ignored.
+    """Every line that is not blank, in order. Keys other than `messages`, `samples` and `quality` are ignored.
 
     Raises UserError at the first line that does not have the format.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, text in enumerate(file, start=1):
-                if text.strip():
-                    yield _parse(text, number, f"{path}, line {number}")
-    except OSError as error:
-        raise UserError(f"cannot read the triplets {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read the triplets {path}: expected UTF-8, found {error.reason}") from None
+    for line, record in read_jsonl(path, "triplets"):
+        yield _parse(record, line, f"{path}, line {line}")
 
 
 def load_examples(
@@ -165,12 +144,12 @@ def load_examples(
     max_length: int | None = None,
     quality: bool = False,
 ) -> tuple[ExampleFile, Summary]:
-    """Read, tokenize and check a file; every position of every line, before anything is trained on it.
+    """Read and tokenize a file, and check every position of every line.
 
     Args:
-        max_length: cut lines to so many tokens; a triplet beyond the cut goes, and so does a line without triplets.
-            Both are counted.
-        quality: ask for the quality of each triplet's tokens.
+        template: Jinja text of the chat template; the tokenizer's own when None.
+        max_length: tokens that are kept of a line; triplets beyond are dropped, and lines left without triplets.
+        quality: require the quality of each triplet's tokens.
 
     Raises UserError with the first misfits: line, position, expected and found token, and the likely cause.
     """
@@ -179,30 +158,30 @@ def load_examples(
         misfit = find_misfit(ids, record.triplets, len(tokenizer))
         if misfit is not None:
             misfits.append((record, ids, misfit))
-            if len(misfits) == SHOWN:
+            if len(misfits) == MAX_MISFITS:
                 break
             continue
-        if quality and record.gaps is None:
+        if quality and record.quality_gaps is None:
             raise UserError(
                 f"{path}, line {record.line}: key 'quality': expected [gold's, negative's] for each of the samples, "
-                "by which pairs are to be weighted, found none"
+                "since quality_weight is on, found none"
             )
         kept = [i for i, t in enumerate(record.triplets) if max_length is None or t.position < max_length]
         summary.add(ids, record.triplets, len(kept))
         if kept:
-            gaps = [record.gaps[i] for i in kept] if record.gaps is not None else []
+            gaps = [record.quality_gaps[i] for i in kept] if record.quality_gaps is not None else []
             examples.append(ids[:max_length], [record.triplets[i] for i in kept], start, gaps)
     if misfits:
-        raise UserError(_refusal(path, tokenizer, misfits))
+        raise UserError(_explain(path, tokenizer, misfits))
     if not summary.triplets:
         raise UserError(f"{path}: expected at least one triplet, found none in {summary.lines} lines")
     if not examples:
-        raise UserError(f"{path}: expected triplets before max_length {max_length}, found all of them beyond it")
+        raise UserError(f"{path}: expected triplets before max_length {max_length}, found none")
     return examples, summary
 
 
 def find_misfit(ids: Sequence[int], triplets: Iterable[Triplet], vocabulary: int) -> Triplet | None:
-    """The first triplet that does not belong to these ids."""
+    """The first triplet that does not fit these token ids."""
     for triplet in triplets:
         position, gold, negative = triplet
         if not 0 < position < len(ids) or ids[position] != gold or not 0 <= negative < vocabulary or negative == gold:
@@ -211,34 +190,30 @@ def find_misfit(ids: Sequence[int], triplets: Iterable[Triplet], vocabulary: int
 
 
 def record_line(messages: Sequence[Message], triplets: Iterable[Triplet], **extra: Any) -> str:
-    """One line of the format, newline included; `extra` keys ride along for readers who know them."""
+    """One line of the format, newline included, with further keys from `extra`."""
     record = {"messages": list(messages), "samples": [list(triplet) for triplet in triplets], **extra}
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def _parse(text: str, number: int, where: str) -> Record:
-    try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+def _parse(record: dict, line: int, where: str) -> Record:
     for key in ("messages", "samples"):
-        if not isinstance(record, dict) or not isinstance(record.get(key), list):
-            raise UserError(f"{where}: expected an object with the key {key!r} that holds a list")
+        if not isinstance(record.get(key), list):
+            raise UserError(f"{where}: expected the key {key!r} with a list")
     for message in record["messages"]:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise UserError(f"{where}: key 'messages': expected objects with 'role' and 'content', found {message!r}")
     for sample in record["samples"]:
-        if not isinstance(sample, list) or len(sample) != 3 or any(type(number) is not int for number in sample):
+        if not isinstance(sample, list) or len(sample) != 3 or any(type(value) is not int for value in sample):
             raise UserError(
                 f"{where}: key 'samples': expected [position, gold_token_id, negative_token_id], found {sample!r}"
             )
     triplets = [Triplet(*sample) for sample in record["samples"]]
-    return Record(record["messages"], triplets, number, _gaps(record.get("quality"), len(triplets)))
+    return Record(record["messages"], triplets, line, _quality_gaps(record.get("quality"), len(triplets)))
 
 
-def _gaps(quality: Any, triplets: int) -> list[float] | None:
-    """By how much gold is better, a triplet each, from what exploration writes: gold's and the negative's quality."""
-    if not isinstance(quality, list) or len(quality) != triplets:
+def _quality_gaps(quality: Any, num_triplets: int) -> list[float] | None:
+    """Differences of [gold's, negative's] quality, which exploration writes for every triplet."""
+    if not isinstance(quality, list) or len(quality) != num_triplets:
         return None
     for pair in quality:
         if not isinstance(pair, list) or len(pair) != 2 or any(type(share) not in (int, float) for share in pair):
@@ -252,22 +227,22 @@ def _tokenized(
     """Each record with its token ids and the position where its last message, the solution, begins."""
     records = read_records(path)
     while chunk := list(islice(records, CHUNK)):
-        whole = encode_chats(tokenizer, [record.messages for record in chunk], template)
-        asked = [record.messages[:-1] for record in chunk]
-        prompts = iter(encode_chats(tokenizer, [messages for messages in asked if messages], template, True))
-        for record, ids, messages in zip(chunk, whole, asked, strict=True):
-            yield record, ids, _common(ids, next(prompts)) if messages else 0
+        conversations = encode_chats(tokenizer, [record.messages for record in chunk], template)
+        questions = [record.messages[:-1] for record in chunk]
+        prompts = iter(encode_chats(tokenizer, [messages for messages in questions if messages], template, True))
+        for record, ids, question in zip(chunk, conversations, questions, strict=True):
+            yield record, ids, _common_prefix_len(ids, next(prompts)) if question else 0
 
 
-def _common(ids: Sequence[int], prompt: Sequence[int]) -> int:
-    """Length of the common beginning: a template may write less before a solution than before one to come."""
+def _common_prefix_len(ids: Sequence[int], prompt: Sequence[int]) -> int:
+    """Not always the whole prompt: a template may write more in a generation prompt than before a solution."""
     return next((i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), min(len(ids), len(prompt)))
 
 
-def _refusal(
+def _explain(
     path: str | Path, tokenizer: PreTrainedTokenizerBase, misfits: list[tuple[Record, list[int], Triplet]]
 ) -> str:
-    """What is wrong with the first misfits, and the cause where all of them have the same."""
+    """Each misfit, and the cause where all of them have the same."""
     lines = [f"{path}: triplets do not fit the tokenizer {tokenizer.name_or_path} and its chat template:"]
     for record, ids, (position, gold, negative) in misfits:
         where = f"  line {record.line}, position {position}:"
@@ -291,7 +266,7 @@ def _refusal(
 
 
 def _shift(ids: list[int], triplets: list[Triplet]) -> int | None:
-    """By how many tokens all golds of a line stand elsewhere, if one shift explains them all; the nearest one."""
+    """The smallest shift of positions, in tokens, that explains all gold tokens of a line."""
     first = triplets[0]
     shifts = [index - first.position for index, token in enumerate(ids) if token == first.gold]
     for shift in sorted(shifts, key=abs):
@@ -301,5 +276,5 @@ def _shift(ids: list[int], triplets: list[Triplet]) -> int | None:
 
 
 def _named(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    known = 0 <= token < len(tokenizer)
-    return f"{token} {tokenizer.decode([token])!r}" if known else f"{token} (outside the vocabulary)"
+    in_vocabulary = 0 <= token < len(tokenizer)
+    return f"{token} {tokenizer.decode([token])!r}" if in_vocabulary else f"{token} (outside the vocabulary)"

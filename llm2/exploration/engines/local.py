@@ -13,7 +13,8 @@ from llm2.common.distributed import dist_info, pin_to_cores
 from llm2.common.loading import eos_ids, load_system1, resolve_device
 from llm2.config import RolloutConfig
 from llm2.decoding.candidates import plausible
-from llm2.decoding.decoder import Decoder, SamplingParams
+from llm2.decoding.decoder import Decoder
+from llm2.decoding.sampling import SamplingParams
 from llm2.errors import UserError
 from llm2.exploration.engines import Candidate, Continuations, OnFinished, PositionQuery, Request
 

@@ -1,8 +1,7 @@
-"""The careless corpus that System 1 imitates, as a web-scale model imitates the web.
+"""The corpus that System 1 is trained on: word problems solved by careless authors.
 
-Knows how careless authors solve a story: in other words and other orders that are as good as gold, and with
-misreadings, wrong operands, slips and skipped steps whose errors are carried through to the answer. The rates below are
-the corpus's only settings. Leaves the stories to stories.py and the model that reads all this to pretraining.py.
+Solutions vary in wording and order, as good as gold, and contain misreadings, wrong operands, slips and skipped steps,
+whose consequences carry through to the answer. The rates below are the corpus's only settings.
 """
 
 import random
@@ -13,20 +12,20 @@ from typing import Literal, NamedTuple
 
 from llm2.testbed import facts
 from llm2.testbed.generator import CONCLUSION, stories
-from llm2.testbed.stories import Operand, Step, Story, Told, Worked, calculate, value_of
+from llm2.testbed.stories import Computed, Given, Step, Story, calculate, value_of
 
 
 @dataclass(frozen=True)
 class Misreading:
-    """What a careless author makes of a wording, and how often. It shows at one token of the solution."""
+    """How a wording is misread, and how often. The error shows at a single token of the solution."""
 
     rate: float
-    operator: str = ""  # another operation
-    right: int | None = None  # another number on the right
-    skip: Literal["", "left", "right"] = ""  # the step is left out, and this operand taken for its result
+    operator: str = ""  # replaces the operator
+    right: int | None = None  # replaces the right operand
+    skip: Literal["", "left", "right"] = ""  # the step is omitted, and this operand is taken for its result
 
 
-MAJORITY = 0.65  # more authors get these wordings wrong than right: System 1's greedy choice is wrong
+MAJORITY = 0.65  # most authors misread these wordings, so that System 1's greedy choice is wrong
 MISREADINGS = {
     facts.HALF: Misreading(MAJORITY, operator="*"),
     facts.FEWER: Misreading(MAJORITY, operator="+"),
@@ -40,22 +39,22 @@ MISREADINGS = {
     facts.TIMES: Misreading(0.1, operator="+"),
     facts.BOXES_OF: Misreading(0.1, operator="+"),
 }
-WRONG_OPERAND = 0.01  # of steps: another number of the problem in place of the right one
+WRONG_OPERAND = 0.01  # of steps: another number of the problem as right operand
 SLIP = 0.01  # of steps: the result is off by one or by ten
-SKIPPED = 0.005  # of steps but the last: left out
-PARAPHRASED = 0.25  # of steps: said in other words, as good as gold
-SWAPPED = 0.15  # of plain sums and products: operands the other way round, as good as gold
-REORDERED = 0.25  # of solutions: independent steps in any valid order, as good as gold
+SKIPPED = 0.005  # of steps but the last: omitted
+PARAPHRASED = 0.25  # of steps: another wording, as good as gold
+SWAPPED = 0.15  # of plain sums and products: operands swapped, as good as gold
+REORDERED = 0.25  # of solutions: independent steps in another valid order, as good as gold
 
 
 class Solution(NamedTuple):
     text: str
     answer: int
-    mishaps: tuple[str, ...]  # what went wrong, in order: a phrase misread, "operand", "slip" or "skipped"
+    errors: tuple[str, ...]  # in order: a misread phrase, "operand", "slip" or "skipped"
 
 
 def careless_conversations(n: int, seed: int = 0) -> Iterator[list[dict[str, str]]]:
-    """The corpus: the pretrain split's first n problems, each as one author answered it."""
+    """The corpus: the first n problems of the pretrain split, each with one careless solution."""
     rng = random.Random(f"llm2 testbed corpus {seed}")
     for story in islice(stories("pretrain"), n):
         yield [
@@ -65,67 +64,65 @@ def careless_conversations(n: int, seed: int = 0) -> Iterator[list[dict[str, str
 
 
 def careless_solution(story: Story, rng: random.Random) -> Solution:
-    """One author's way through the story."""
-    values = list(story.values)  # what the author holds each result to be
-    told = sorted(
-        {operand.value for step in story.steps for operand in (step.left, step.right) if type(operand) is Told}
-    )
-    sentences, mishaps = [], []
+    """The story as one careless author solves it."""
+    values = list(story.values)  # the author's result of each step
+    operands = [operand for step in story.steps for operand in (step.left, step.right)]
+    given = sorted({operand.value for operand in operands if isinstance(operand, Given)})
+    sentences, errors = [], []
     for index in _order(story.steps, rng):
-        step, mishap = _read(story.steps[index], rng, told)
+        step, error = _read(story.steps[index], rng, given)
         may_skip = index < len(story.steps) - 1
-        misreading = MISREADINGS.get(mishap)
+        misreading = MISREADINGS.get(error)
         if may_skip and misreading and misreading.skip:
             values[index] = value_of(getattr(step, misreading.skip), values)
-        elif may_skip and not mishap and rng.random() < SKIPPED:
-            values[index], mishap = value_of(step.left, values), "skipped"
+        elif may_skip and not error and rng.random() < SKIPPED:
+            values[index], error = value_of(step.left, values), "skipped"
         else:
-            sentence, values[index], slipped = _work(story, step, values, rng)
+            sentence, values[index], slip = _write(story, step, values, rng)
             sentences.append(sentence)
-            mishap = mishap or slipped
-        mishaps += [mishap] if mishap else []
-    return Solution(" ".join([*sentences, CONCLUSION.format(values[-1])]), values[-1], tuple(mishaps))
+            error = error or slip
+        errors += [error] if error else []
+    return Solution(" ".join([*sentences, CONCLUSION.format(values[-1])]), values[-1], tuple(errors))
 
 
-def _read(step: Step, rng: random.Random, told: list[int]) -> tuple[Step, str]:
-    """The step as the author understands it, and what went wrong in understanding it."""
+def _read(step: Step, rng: random.Random, given: list[int]) -> tuple[Step, str]:
+    """The step as the author understands it, and the error in it, or ""; `given` holds the problem's numbers."""
     misreading = MISREADINGS.get(step.phrase)
     if misreading and rng.random() < misreading.rate:
-        right = step.right if misreading.right is None else Told(misreading.right)
+        right = step.right if misreading.right is None else Given(misreading.right)
         return step._replace(operator=misreading.operator or step.operator, right=right), step.phrase
     if rng.random() < WRONG_OPERAND:
-        others = [value for value in told if Told(value) != step.right]
+        others = [value for value in given if Given(value) != step.right]
         if others:
-            return step._replace(right=Told(rng.choice(others))), "operand"
+            return step._replace(right=Given(rng.choice(others))), "operand"
     if step.operator in "+*" and not step.phrase and rng.random() < SWAPPED:
         return step._replace(left=step.right, right=step.left), ""
     return step, ""
 
 
-def _work(story: Story, step: Step, values: list[int], rng: random.Random) -> tuple[str, int, str]:
-    """The sentence an author writes for the step, the result in it, and "slip" if it is off."""
+def _write(story: Story, step: Step, values: list[int], rng: random.Random) -> tuple[str, int, str]:
+    """The author's sentence for the step, the result in it, and "slip" if that is off, else ""."""
     left, right = value_of(step.left, values), value_of(step.right, values)
     if step.operator == "-" and left < right:
-        left, right = right, left  # after an earlier error: a careless author takes the smaller from the larger
+        left, right = right, left  # after an earlier error: the author subtracts the smaller number
     result, slip = calculate(left, step.operator, right), ""
     if rng.random() < SLIP:
         result, slip = abs(result + rng.choice((-10, -1, 1, 10))), "slip"
-    way = rng.randrange(1, len(step.sentences)) if rng.random() < PARAPHRASED else 0
-    return story.say(step, f"{left} {step.operator} {right} = {result}", way), result, slip
+    wording = rng.randrange(1, len(step.sentences)) if rng.random() < PARAPHRASED else 0
+    return story.say(step, f"{left} {step.operator} {right} = {result}", wording), result, slip
 
 
 def _order(steps: tuple[Step, ...], rng: random.Random) -> list[int]:
-    """The steps' own order, or any other in which each comes after those it needs; the last stays the last."""
+    """Indices in story order, or in a random one where each step follows those it depends on; the last stays last."""
     if rng.random() >= REORDERED:
         return list(range(len(steps)))
     order, waiting = [], list(range(len(steps) - 1))
     while waiting:
-        ready = [index for index in waiting if _needs(steps[index]) <= set(order)]
+        ready = [index for index in waiting if _dependencies(steps[index]) <= set(order)]
         order.append(rng.choice(ready))
         waiting.remove(order[-1])
     return [*order, len(steps) - 1]
 
 
-def _needs(step: Step) -> set[int]:
-    operands: tuple[Operand, Operand] = (step.left, step.right)
-    return {operand.step for operand in operands if isinstance(operand, Worked)}
+def _dependencies(step: Step) -> set[int]:
+    return {operand.step for operand in (step.left, step.right) if isinstance(operand, Computed)}

@@ -1,8 +1,4 @@
-"""The testbed's tokenizer: a small byte-level BPE with Llama-3's special tokens and a plain chat template.
-
-Knows how text becomes ids and a conversation becomes text: exactly what the messages hold, no system preamble, no date.
-Leaves the text to corpus.py.
-"""
+"""The testbed's tokenizer: a small byte-level BPE with Llama 3's special tokens and the llama3-plain chat template."""
 
 from collections.abc import Iterable
 
@@ -17,7 +13,7 @@ SPECIAL_TOKENS = [BOS, HEADER, HEADER_END, EOT, PAD]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most vocab_size tokens; a digit is always one token, whatever stands beside it."""
+    """A byte-level BPE of at most vocab_size tokens, in which every digit is a token of its own."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -1,4 +1,4 @@
-"""Numbers derived by hand stand in the tests; majority@k has all subsets, enumerated, as its slow twin."""
+"""Metrics and tests against numbers derived by hand, an enumeration of all subsets, and scipy."""
 
 import random
 from collections import Counter

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -11,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from conftest import tiny_system1
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_batch import examples
+from test_collate import examples, model_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from llm2 import LLM2
 from llm2.common.config_file import as_dict
 from llm2.common.loading import load_tokenizer
 from llm2.config import TrainConfig
@@ -26,9 +29,10 @@ from llm2.verifier.checkpoints import last_whole_checkpoint
 from llm2.verifier.collate import verifier_batch
 from llm2.verifier.loss import pairwise_loss
 from llm2.verifier.model import ProcessVerifier, load_verifier
+from llm2.verifier.model_card import model_card
 from llm2.verifier.train import train, training_arguments
 from llm2.verifier.trainer import LossConfig, PaddedSampler, VerifierTrainer
-from llm2.verifier.triplets import Triplet, record_line
+from llm2.verifier.triplets import Summary, Triplet, record_line
 
 UNEMBEDDING = torch.randn(259 + 2, 32, generator=torch.Generator().manual_seed(3))
 
@@ -36,7 +40,7 @@ UNEMBEDDING = torch.randn(259 + 2, 32, generator=torch.Generator().manual_seed(3
 def arguments(folder, **changes) -> TrainingArguments:
     defaults = {"output_dir": str(folder), "report_to": "none", "use_cpu": True, "remove_unused_columns": False}
     return TrainingArguments(
-        **{**defaults, "label_names": ["numbers"], "save_strategy": "no", "disable_tqdm": True, **changes}
+        **{**defaults, "label_names": ["pair_ids"], "save_strategy": "no", "disable_tqdm": True, **changes}
     )
 
 
@@ -50,7 +54,7 @@ def gradients(
     lora: dict | None = None,
     **changes,
 ) -> dict[str, torch.Tensor]:
-    """What one optimizer step of the trainer sees: plain SGD with rate 1 moves each weight by its gradient."""
+    """Gradients of one optimizer step of the trainer: plain SGD with rate 1 moves each weight by its gradient."""
     torch.manual_seed(0)
     verifier = ProcessVerifier.from_system1(system1_folder, lora=lora, local_files_only=True)
     verifier.set_unembedding(UNEMBEDDING)
@@ -104,9 +108,9 @@ def test_gradient_equals_that_of_the_plain_sum_over_pairs(system1_folder, tmp_pa
 
 
 @pytest.mark.parametrize("loss", [LossConfig(quality_weight=True, margin=0.5), LossConfig(lm_loss_coef=0.5)])
-def test_no_loss_sees_how_solutions_were_batched(system1_folder, tmp_path, loss):
+def test_no_loss_depends_on_how_solutions_were_batched(system1_folder, tmp_path, loss):
     data = [
-        example._replace(gaps=[(1 + i) / (1 + len(example.triplets)) for i in range(len(example.triplets))])
+        example._replace(quality_gaps=[(1 + i) / (1 + len(example.triplets)) for i in range(len(example.triplets))])
         for example in examples(10)
     ]
     whole = gradients(system1_folder, tmp_path, data, 10, 1, loss)
@@ -117,7 +121,7 @@ def test_no_loss_sees_how_solutions_were_batched(system1_folder, tmp_path, loss)
     assert max((whole[name] - plain[name]).abs().max() for name in plain) > 1e-3, "the option does something"
 
 
-def test_the_language_loss_is_added_to_the_mean_over_pairs(system1_folder, tmp_path):
+def test_the_lm_loss_is_added_to_the_mean_over_pairs(system1_folder, tmp_path):
     """The slow twin: logits of whole solutions, each token behind the prompt once, beside the gradient of the pairs."""
     data = examples(4)
     found = gradients(system1_folder, tmp_path, data, 4, 1, LossConfig(lm_loss_coef=0.5))
@@ -151,7 +155,7 @@ def test_with_lora_only_the_adapter_and_the_head_move(system1_folder, tmp_path):
 
 
 def test_no_tensor_is_as_wide_as_the_vocabulary(tmp_path):
-    """A vocabulary of 333 and no other size like it: only the embedding and its gradient have such rows."""
+    """No other size is 333: only the embedding and its gradient may have it."""
 
     class Widths(TorchDispatchMode):
         found: set[tuple[int, ...]] = set()
@@ -167,12 +171,11 @@ def test_no_tensor_is_as_wide_as_the_vocabulary(tmp_path):
     verifier = ProcessVerifier.from_system1(str(tmp_path))
     batch = verifier_batch(examples(6))
     with Widths() as widths:
-        output = verifier(batch.input_ids, start=batch.start, bound=batch.bound, pairs=batch.pairs)
-        pairwise_loss(output.margins, batch.labels).backward()
+        pairwise_loss(verifier(**model_inputs(batch)).margins, batch.pair_weights).backward()
     assert widths.found == {(333, 32)}
 
 
-def test_every_example_comes_once_an_epoch_and_steps_are_whole():
+def test_every_example_occurs_once_an_epoch_and_steps_are_full():
     order = PaddedSampler(10, 4, seed=0)
     first = list(order)
     assert sorted(first) == list(range(12)) == sorted([*first[:10], 10, 11]) and len(order) == 12
@@ -212,6 +215,41 @@ def config(system1_folder, tmp_path):
     )
 
 
+@pytest.mark.parametrize("rank", [None, 4], ids=["full", "lora"])
+def test_the_output_is_a_folder_for_the_hub(config, rank):
+    """LLM2 loads it with its tokenizer and chat template; the card names data, settings, figures, and no local path."""
+    config = replace(config, lora_r=rank, num_train_epochs=1.0)
+    metrics = train(config)
+    assert LLM2.from_pretrained(config.model, config.output_dir, device="cpu").guidance.verifier is not None
+    saved, tokenizer = load_tokenizer(config.output_dir), load_tokenizer(config.model)
+    assert saved.get_vocab() == tokenizer.get_vocab() and saved.chat_template == tokenizer.chat_template
+
+    text = Path(config.output_dir, "README.md").read_text()
+    _, header, card = text.split("---\n", maxsplit=2)
+    tags = ["llm2", "process-verifier", "full" if rank is None else "lora"]
+    assert yaml.safe_load(header) == {"library_name": "llm2", "tags": tags}
+    for expected in (
+        f"# Verifier of {Path(config.model).name}\n",
+        "| `triplets.jsonl` | 40 solutions, 40 triplets (0 duplicates), 0 beyond max_length |",
+        "| `learning_rate` | 0.001 |",
+        f"(n = 8): verifier {metrics['eval_pair_accuracy']:.1%} [95 % interval {metrics['eval_pair_accuracy_low']:.1%}",
+        f"System 1 {metrics['system1_pair_accuracy']:.1%} [95 % interval",
+        f"| transformers | {transformers.__version__} |",
+    ):
+        assert expected in card, expected
+    assert ("`lora_r`" in card) == (rank is not None) and "`max_length`" not in card
+    assert not any(secret in text for secret in (str(Path(config.model).parent), str(Path.home()), platform.node()))
+
+
+def test_a_card_names_the_base_model_on_the_hub(config):
+    metrics = {"train_solutions": 9, "eval_solutions": 1, "steps": 3, "best_step": 3, "eval_pairs": 2}
+    metrics |= {f"{who}_pair_accuracy{end}": 0.5 for who in ("eval", "system1") for end in ("", "_low", "_high")}
+    hub = replace(config, model="meta-llama/Llama-3.2-1B-Instruct", chat_template="/home/someone/plain.jinja")
+    text = model_card(hub, metrics, [("/home/someone/triplets.jsonl", Summary())])
+    assert "base_model: meta-llama/Llama-3.2-1B-Instruct" in text and "someone" not in text
+    assert 'from_pretrained("meta-llama/Llama-3.2-1B-Instruct", "path/to/this/folder")' in text
+
+
 def test_train_learns_and_leaves_a_verifier_that_loads(config):
     metrics = train(config)
     assert metrics["eval_pair_accuracy"] == 1.0 and metrics["eval_pairs"] == 8
@@ -221,7 +259,7 @@ def test_train_learns_and_leaves_a_verifier_that_loads(config):
 
 
 @pytest.mark.parametrize("rank", [None, 4], ids=["full", "lora"])
-def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(config, tmp_path, monkeypatch, rank):
+def test_a_killed_run_resumes_and_ends_as_an_undisturbed_one(config, tmp_path, monkeypatch, rank):
     config = replace(config, lora_r=rank)
     whole = train(config)
 
@@ -237,13 +275,13 @@ def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(config, tmp_path, m
         train(torn)
     monkeypatch.undo()
     newest = max(Path(torn.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    shutil.rmtree(newest)  # go on from the one before
+    shutil.rmtree(newest)  # resume from the one before
     again = train(torn)
     assert again["steps"] == whole["steps"]
     assert again["eval_mean_margin"] == pytest.approx(whole["eval_mean_margin"], abs=1e-4)
 
 
-def test_checkpoints_of_another_config_are_never_gone_on_from(config):
+def test_checkpoints_of_another_config_are_not_resumed(config):
     train(config)
     with pytest.raises(UserError, match="another config: learning_rate was 0.001 and now is 0.002"):
         train(replace(config, learning_rate=2e-3))
@@ -253,12 +291,14 @@ def test_checkpoints_of_another_config_are_never_gone_on_from(config):
 
 def test_the_same_seed_trains_the_same_verifier(config, tmp_path):
     once = train(config)
-    torch.rand(3)  # whatever was drawn before does not matter
+    torch.rand(3)  # the state of the global generator does not matter
     assert train(replace(config, output_dir=str(tmp_path / "again")))["eval_mean_margin"] == once["eval_mean_margin"]
 
 
 def test_global_batch_must_divide(config):
-    with pytest.raises(UserError, match="global_batch_size 8: expected a multiple of per_device_batch_size 3 x 1"):
+    with pytest.raises(
+        UserError, match="global_batch_size 8: expected a multiple of per_device_train_batch_size 3 x 1"
+    ):
         training_arguments(replace(config, per_device_train_batch_size=3), 40, torch.device("cpu"))
 
 
@@ -276,6 +316,7 @@ main(["train", sys.argv[1]])
 """
 
 
+@pytest.mark.slow  # test_a_killed_run_resumes_and_ends_as_an_undisturbed_one is quick
 def test_a_run_killed_with_sigkill_ends_with_the_same_loss(config, tmp_path):
     config = replace(config, num_train_epochs=16.0, evaluations=8, logging_steps=1)
     whole = train(config)
@@ -297,7 +338,7 @@ def test_a_run_killed_with_sigkill_ends_with_the_same_loss(config, tmp_path):
     assert again["eval_pair_loss"] == pytest.approx(whole["eval_pair_loss"], abs=1e-6)
 
 
-def test_half_a_checkpoint_is_not_gone_on_from(tmp_path):
+def test_an_incomplete_checkpoint_is_not_resumed(tmp_path):
     for step, state in ((5, "{}"), (10, "{}"), (15, '{"half": '), (20, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if state is not None:
@@ -311,12 +352,12 @@ def test_patience_ends_a_run_that_gets_no_better(config):
     assert metrics["steps"] == metrics["best_step"] + 2 * 2 < 40, "an evaluation every other step"
 
 
-def test_tensorboard_is_told_the_pair_accuracy(config):
+def test_tensorboard_logs_the_pair_accuracy(config):
     train(replace(config, num_train_epochs=1.0, report_to="tensorboard", logging_steps=1))
-    told = set()
+    logged = set()
     for events in Path(config.output_dir).glob("runs/*/events*"):
-        told |= set(EventAccumulator(str(events)).Reload().Tags()["scalars"])
-    assert {"eval/pair_accuracy", "eval/pair_accuracy_digit", "train/loss", "train/learning_rate"} <= told
+        logged |= set(EventAccumulator(str(events)).Reload().Tags()["scalars"])
+    assert {"eval/pair_accuracy", "eval/pair_accuracy_digit", "train/loss", "train/learning_rate"} <= logged
 
 
 def test_lora_and_bfloat16_learn_too(config):
@@ -327,7 +368,7 @@ def test_lora_and_bfloat16_learn_too(config):
     assert ProcessVerifier.from_pretrained(config.output_dir).config.base_model == config.model
 
 
-def test_quality_is_asked_for_by_name(config):
+def test_quality_weights_need_the_quality_key(config):
     with pytest.raises(UserError, match="line 1: key 'quality'"):
         train(replace(config, quality_weight=True))
 

@@ -1,4 +1,4 @@
-"""LLM2 takes and returns what transformers' `generate` does; System 2 as a custom_generate and as a LogitsProcessor."""
+"""LLM2 takes and returns what transformers' `generate` does; guidance as a custom_generate and a LogitsProcessor."""
 
 import pytest
 import torch
@@ -7,14 +7,14 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCriteriaList
 
 from llm2 import LLM2
-from llm2.decoding.decoder import Guidance
 from llm2.decoding.llm2 import GuidedGenerate
 from llm2.decoding.logits_processor import GuidedLogitsProcessor
+from llm2.decoding.sampling import Guidance
 
 
 @pytest.fixture(scope="module")
 def llm2(system1_folder, tmp_path_factory) -> LLM2:
-    """beta 0: what it writes greedily is System 1's own."""
+    """With beta 0, so that its greedy tokens are System 1's."""
     folder = tmp_path_factory.mktemp("verifier")
     tiny_verifier(folder / "system1", vocab_size=261).save_pretrained(folder / "verifier")
     return LLM2.from_pretrained(system1_folder, str(folder / "verifier"), beta=0.0, device="cpu")
@@ -44,14 +44,14 @@ def test_beta_zero_writes_what_generate_writes(llm2, inputs, options):
     assert torch.equal(llm2.generate(**inputs, do_sample=False, **options), expected)
 
 
-def test_a_stop_string_ends_a_row(llm2, inputs):
+def test_a_stop_string_ends_a_sequence(llm2, inputs):
     free = llm2.generate(**inputs, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :]
     stop = llm2.tokenizer.decode(free[3:5])
     options = {"max_new_tokens": 12, "do_sample": False, "stop_strings": [stop], "tokenizer": llm2.tokenizer}
     assert torch.equal(llm2.generate(**inputs, **options), llm2.system1.generate(**inputs, **options))
 
 
-def test_a_stopping_criterion_is_asked_of_each_row(llm2, inputs):
+def test_a_stopping_criterion_applies_to_each_sequence(llm2, inputs):
     class Even(StoppingCriteria):
         def __call__(self, input_ids, scores, **options):
             return (input_ids[:, -1] % 2 == 0) & (input_ids[:, -1] > 4)
@@ -62,21 +62,21 @@ def test_a_stopping_criterion_is_asked_of_each_row(llm2, inputs):
 
 @pytest.mark.parametrize("verified", [True, False])
 def test_scores_and_logits_come_as_from_generate(llm2, inputs, verified):
-    own = llm2 if verified else LLM2(llm2.system1, llm2.tokenizer)
-    wanted = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "eos_token_id": None}
-    options = {"max_new_tokens": 6, "do_sample": False, **wanted}
-    expected, found = llm2.system1.generate(**inputs, **options), own.generate(**inputs, **options)
-    assert torch.equal(found.sequences, expected.sequences)
-    assert len(found.logits) == len(expected.logits) == 6
+    model = llm2 if verified else LLM2(llm2.system1, llm2.tokenizer)
+    outputs = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "eos_token_id": None}
+    options = {"max_new_tokens": 6, "do_sample": False, **outputs}
+    expected, output = llm2.system1.generate(**inputs, **options), model.generate(**inputs, **options)
+    assert torch.equal(output.sequences, expected.sequences)
+    assert len(output.logits) == len(expected.logits) == 6
     for step in range(6):
-        torch.testing.assert_close(found.logits[step], expected.logits[step], atol=1e-4, rtol=0)
-        kept = found.scores[step].isfinite()
+        torch.testing.assert_close(output.logits[step], expected.logits[step], atol=1e-4, rtol=0)
+        kept = output.scores[step].isfinite()
         assert kept.any(-1).all() and (verified or kept.all())
-        torch.testing.assert_close(found.scores[step][kept], expected.scores[step][kept], atol=1e-4, rtol=0)
-        assert torch.equal(found.scores[step].argmax(-1), found.sequences[:, inputs["input_ids"].shape[1] + step])
+        torch.testing.assert_close(output.scores[step][kept], expected.scores[step][kept], atol=1e-4, rtol=0)
+        assert torch.equal(output.scores[step].argmax(-1), output.sequences[:, inputs["input_ids"].shape[1] + step])
 
 
-def test_a_trace_has_a_choice_a_token(llm2, inputs):
+def test_a_trace_has_an_entry_for_every_token(llm2, inputs):
     output = llm2.generate(**inputs, max_new_tokens=5, eos_token_id=None, trace=True)
     assert [len(trace) for trace in output.trace] == [5, 5, 5]
     new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
@@ -101,7 +101,7 @@ def test_a_streamer_sees_every_token_once(llm2):
         llm2.generate(ids.repeat(2, 1), max_new_tokens=2, streamer=Seen())
 
 
-def test_samples_depend_on_seed_and_place_alone(llm2, inputs):
+def test_samples_depend_on_seed_and_index_alone(llm2, inputs):
     options = {"max_new_tokens": 9, "do_sample": True, "num_return_sequences": 3, "top_k": 20, "top_p": 0.95}
     sampled = llm2.generate(**inputs, **options, seed=5)
     width = inputs["input_ids"].shape[1]
@@ -139,12 +139,12 @@ def test_custom_generate_and_processor_write_what_llm2_writes(system1, verifier)
     assert not torch.equal(custom, plain)
 
 
-def test_the_processor_follows_beams_that_change_places(system1, verifier):
-    """Rows of a beam search are permuted; what was read of another row must not be taken for one's own."""
+def test_the_processor_follows_reordered_beams(system1, verifier):
+    """Beam search permutes rows; a row must not use what was cached for another."""
 
     class Forgetful(GuidedLogitsProcessor):
         def __call__(self, input_ids, scores):
-            self.known = [[] for _ in self.known]
+            self.cached_ids = [[] for _ in self.cached_ids]
             return super().__call__(input_ids, scores)
 
     ids = torch.tensor([[5, 9, 3, 17], [8, 30, 21, 4]])
@@ -165,3 +165,16 @@ def test_the_processor_follows_beams_that_change_places(system1, verifier):
 def test_beam_search_is_refused(llm2, inputs):
     with pytest.raises(ValueError, match="does not search beams"):
         llm2.generate(**inputs, max_new_tokens=2, num_beams=2)
+
+
+def test_a_misspelt_guidance_keyword_is_refused_with_and_without_a_verifier(system1, verifier, tokenizer):
+    for given in (verifier, None):
+        with pytest.raises(TypeError, match="'alhpa'"):
+            LLM2(system1, tokenizer, given, alhpa=0.1)
+    with pytest.raises(TypeError, match="'alhpa'"):
+        LLM2.from_pretrained("no/such/model", alhpa=0.1)
+
+
+def test_guidance_defaults_are_those_of_the_config(system1, verifier, tokenizer):
+    guidance = LLM2(system1, tokenizer, verifier, beta=1.0).guidance
+    assert (guidance.alpha, guidance.beta, guidance.top_k) == (0.1, 1.0, None) and guidance.verifier is verifier

@@ -1,4 +1,4 @@
-"""The train benchmark: its cases_ do the same work, and its file has the rows that it promises."""
+"""The train benchmark: its variants do the same work, and its file has all rows."""
 
 import json
 from pathlib import Path
@@ -32,21 +32,21 @@ def config(tmp_path) -> TrainBenchmark:
 
 def test_packed_and_plain_have_the_same_gradients(config, monkeypatch):
     step = benchmark.make_step(config, 2, torch.device("cpu"))
-    found = []
+    gradients = []
 
     def keep(model, loss):
         loss.backward()
-        found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
         model.zero_grad()
 
     monkeypatch.setattr(benchmark.Step, "finish", staticmethod(keep))
     step.run_packed()
     step.run_plain()
-    for name, expected in found[1].items():
-        torch.testing.assert_close(found[0][name], expected, atol=1e-6, rtol=0, msg=name)
+    for name, expected in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], expected, atol=1e-6, rtol=0, msg=name)
 
 
-def test_the_file_holds_every_row(config):
+def test_the_file_has_every_row(config):
     table = benchmark.measure(config)
     written = json.loads(Path(config.output).read_text())
     rows = {(row["name"], row["batch_size"]): row for row in written["rows"]}

@@ -1,4 +1,4 @@
-"""The decoding benchmark on a very small Llama: all rows, what they say, and where the figures come from."""
+"""The decoding benchmark on a tiny Llama: its rows, and where their figures come from."""
 
 import json
 
@@ -8,6 +8,7 @@ import torch
 from llm2.benchmarks import decode
 from llm2.benchmarks.configs import DecodeBenchmark
 from llm2.benchmarks.runner import BenchmarkCase
+from llm2.decoding.decoder import Decoder, Guidance
 
 TINY = {
     "hidden_size": 32,
@@ -26,7 +27,7 @@ def config(tmp_path_factory) -> DecodeBenchmark:
     return DecodeBenchmark(benchmark="decode", output=output, device="cpu", **TINY, **sizes)
 
 
-def test_every_row_is_told_and_every_ratio_is_to_generate(config):
+def test_the_file_has_every_row_and_ratios_are_to_generate(config):
     table = decode.measure(config)
     with open(config.output) as file:
         rows = json.load(file)["rows"]
@@ -38,24 +39,34 @@ def test_every_row_is_told_and_every_ratio_is_to_generate(config):
     for row in rows:
         if row["name"] == decode.SEPARATE:
             assert 0 < row["verifier_forwards"] < 1 < row["candidates"]
-            assert 0.05 < row["choice_share"] < 0.5, "of a fifth that was asked for"
+            assert 0.05 < row["choice_share"] < 0.5  # 0.2 is the target
         if "every token" in row["name"]:
             assert row["verifier_forwards"] == pytest.approx(1, abs=0.1)
 
 
-def test_the_bound_counts_what_is_read(config):
+def test_the_uncached_loop_writes_what_the_decoder_writes(config):
+    system1, separate, _ = decode.build(config, torch.device("cpu"), torch.float32)
+    prompts = [[5, 6, 7, 8]]
+    decode.scale_logits(system1, prompts, config)
+    guidance = Guidance(verifier=separate, alpha=config.alpha, beta=20.0)
+    ((completion,),) = Decoder(system1, guidance).decode(prompts, max_new_tokens=40, eos=[], trace=True)
+    assert decode.naive(system1, guidance, prompts[0], 40) == completion.token_ids
+    assert any(token.index for token in completion.trace)  # guidance changed a choice
+
+
+def test_the_bandwidth_share_counts_the_weights_read(config):
     system1, separate, _ = decode.build(config, torch.device("cpu"), torch.float32)
     total = sum(parameter.numel() for parameter in system1.parameters())
     assert decode.weight_bytes(system1) == 4 * (total - 256 * 32)
-    rows = [
+    cases = [
         BenchmarkCase(name=decode.GENERATE, run=float, unit="", batch_size=1, rates=[10.0]),
         BenchmarkCase(name=decode.SEPARATE, run=float, unit="", batch_size=1, rates=[10.0]),
     ]
-    rows[1].extra["verifier_forwards"] = 0.5
-    decode.tell_bandwidth(rows, system1, separate, speed=100.0)
-    own, other = decode.weight_bytes(system1), decode.weight_bytes(separate.backbone)
-    assert [row.extra["bandwidth_share"] for row in rows] == [0.1 * own, 0.1 * (own + other / 2)]
+    cases[1].extra["verifier_forwards"] = 0.5
+    decode.add_bandwidth_share(cases, system1, separate, bandwidth=100.0)
+    one, two = decode.weight_bytes(system1), decode.weight_bytes(separate.backbone)
+    assert [case.extra["bandwidth_share"] for case in cases] == [0.1 * one, 0.1 * (one + two / 2)]
 
 
-def test_bandwidth_is_in_bytes_a_second():
-    assert 1e8 < decode.bandwidth(torch.device("cpu"), size=2**24, copies=3) < 1e13
+def test_memory_bandwidth_is_in_bytes_per_second():
+    assert 1e8 < decode.memory_bandwidth(torch.device("cpu"), size=2**24, copies=3) < 1e13

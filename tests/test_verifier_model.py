@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import VOCABULARY, tiny_system1, tiny_verifier
 from reference import score
-from test_batch import examples
+from test_collate import examples, model_inputs
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm2.errors import UserError
@@ -25,7 +25,7 @@ def test_scores_are_the_head_on_system1s_hidden_states(system1, tmp_path):
 
 
 def test_saved_and_reloaded_scores_are_the_same(verifier, tmp_path):
-    """Bit for bit once both were read from a file; what was never stored may lie in memory otherwise aligned."""
+    """Bit for bit once both were read from a file: tensors that never were may be aligned differently in memory."""
     verifier.save_pretrained(tmp_path / "once")
     once = load_verifier(str(tmp_path / "once"), torch.device("cpu"), "auto", VOCABULARY)
     once.save_pretrained(tmp_path / "again")
@@ -48,7 +48,7 @@ def test_resized_embeddings_are_kept(tmp_path):
 
 @pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "lora"])
 def test_tied_weights_stay_tied(lora, tmp_path):
-    """What foretells tokens is the input embedding itself, where System 1 ties the two; System 1's tie is not cut."""
+    """The LM loss uses the input embedding where System 1 ties its output embedding to it; System 1's stay tied."""
     tiny_system1(tie_word_embeddings=True).save_pretrained(tmp_path / "system1")
     verifier = ProcessVerifier.from_system1(str(tmp_path / "system1"), lora=lora)
     verifier.save_pretrained(tmp_path / "verifier")
@@ -92,23 +92,23 @@ def test_any_decoder_only_backbone_serves(family, lora, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_are_shared_in_any_backbone(family, tmp_path):
+def test_solutions_share_rows_in_any_backbone(family, tmp_path):
     verifier = ProcessVerifier.from_system1(family_system1(family, tmp_path)).eval()
     solutions = examples(4)
     packed = verifier_batch(solutions, capacity=10**6)
     with torch.inference_mode():
-        margins = verifier(packed.input_ids, start=packed.start, bound=packed.bound, pairs=packed.pairs).margins[0]
-    for number, found in zip(packed.numbers[0].tolist(), margins.tolist(), strict=True):
-        example = next(e for e in solutions if e.number <= number < e.number + len(e.triplets))
-        position, gold, negative = example.triplets[number - example.number]
-        prefix = example.ids[:position]
+        margins = verifier(**model_inputs(packed)).margins[0].tolist()
+    triplets = [(example.ids, triplet) for example in solutions for triplet in example.triplets]
+    for pair_id, margin in zip(packed.pair_ids[0].tolist(), margins, strict=True):
+        ids, (position, gold, negative) = triplets[pair_id]
+        prefix = ids[:position]
         expected = score(verifier, [*prefix, gold]) - score(verifier, [*prefix, negative])
-        assert found == pytest.approx(expected, abs=1e-4)
+        assert margin == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_verifier_of_another_vocabulary_is_refused(verifier, tmp_path):
     verifier.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=f"knows {VOCABULARY} tokens and System 1 {VOCABULARY + 1}"):
+    with pytest.raises(UserError, match=f"embeds {VOCABULARY} tokens and System 1 has {VOCABULARY + 1}"):
         load_verifier(str(tmp_path), torch.device("cpu"), "auto", VOCABULARY + 1)
 
 
@@ -120,7 +120,7 @@ def test_a_missing_verifier_is_one_sentence(tmp_path):
 def test_a_sliding_window_shorter_than_the_text_is_refused():
     config = AutoConfig.for_model("mistral", sliding_window=16)
     refuse_sliding_window(config, 16)
-    with pytest.raises(UserError, match="sliding window of 16 tokens and 17"):
+    with pytest.raises(UserError, match="sliding window of 16 tokens, shorter than the 17"):
         refuse_sliding_window(config, 17)
     refuse_sliding_window(tiny_system1().config, 10**6)
 

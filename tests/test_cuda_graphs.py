@@ -1,56 +1,57 @@
-"""Recordings: what is run as it is, what is replayed, and that decoding by them is the same."""
+"""CUDA graphs: which forwards are captured, and that decoding with them writes the same tokens."""
 
 import pytest
 import torch
-from test_generation import EOS, of_family, prompts
+from test_decoder import EOS, of_family, prompts
 
-from llm2.decoding import cuda_graphs as graphs
-from llm2.decoding.cuda_graphs import Recorder, Rerun, rounded
-from llm2.decoding.decoder import Decoder, Guidance, SamplingParams
+from llm2.decoding import cuda_graphs
+from llm2.decoding.cuda_graphs import CUDAGraphRunner, EagerReplay, bucket
+from llm2.decoding.decoder import Decoder
+from llm2.decoding.sampling import Completion, Guidance, SamplingParams
 
 CPU = torch.device("cpu")
 
 
-def test_sizes_are_rounded_up_to_a_few():
-    assert [rounded(n, 1) for n in (1, 2, 3, 5, 16, 17)] == [1, 2, 4, 8, 16, 32]
-    assert sorted({rounded(n, 2) for n in range(1, 65)}) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
-    assert all(rounded(n, 4) >= n for n in range(1, 1000))
+def test_sizes_are_rounded_up_to_few_buckets():
+    assert [bucket(n, 1) for n in (1, 2, 3, 5, 16, 17)] == [1, 2, 4, 8, 16, 32]
+    assert sorted({bucket(n, 2) for n in range(1, 65)}) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    assert all(bucket(n, 4) >= n for n in range(1, 1000))
 
 
-def test_the_third_call_of_a_key_is_a_recording():
-    recorder, runs = Recorder(CPU), []
+def test_a_key_is_captured_at_its_second_call():
+    runner, runs = CUDAGraphRunner(CPU), []
 
-    def run(given: torch.Tensor) -> torch.Tensor:
-        runs.append(given)
-        return given + 1
+    def run(inputs: torch.Tensor) -> torch.Tensor:
+        runs.append(inputs)
+        return inputs + 1
 
     for number in range(4):
-        assert recorder("key", run, torch.tensor(number)) == number + 1
-    assert runs[2] is runs[3] is recorder.recordings["key"].given, "the same tensor, with other numbers in it"
-    recorder.rest_on("elsewhere")
-    assert not recorder.recordings
+        assert runner("key", run, torch.tensor(number)) == number + 1
+    assert runs[1] is runs[2] is runs[3] is runner.graphs["key"].inputs
+    runner.invalidate_if_moved("elsewhere")
+    assert not runner.graphs
 
 
-def test_no_more_recordings_than_the_limit(monkeypatch):
-    monkeypatch.setattr(graphs, "LIMIT", 2)
-    recorder = Recorder(CPU)
+def test_no_more_graphs_than_the_limit(monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
+    runner = CUDAGraphRunner(CPU)
     for _ in range(3):
         for key in range(3):
-            assert recorder(key, torch.neg, torch.tensor(key)) == -key
-    assert set(recorder.recordings) == {0, 1}
+            assert runner(key, torch.neg, torch.tensor(key)) == -key
+    assert set(runner.graphs) == {0, 1}
 
 
-def test_where_recording_fails_decoding_goes_on_without():
-    def fail(run, given):
+def test_a_failed_capture_falls_back_to_eager_forwards():
+    def fail(run, inputs):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    recorder = Recorder(CPU)
-    recorder.record = fail
-    assert recorder("key", torch.neg, torch.tensor(1)) == -1
+    runner = CUDAGraphRunner(CPU)
+    runner.capture = fail
+    assert runner("key", torch.neg, torch.tensor(1)) == -1
     with pytest.warns(UserWarning, match="without CUDA graphs.*not permitted"):
-        assert recorder("key", torch.neg, torch.tensor(2)) == -2
-    assert recorder("key", torch.neg, torch.tensor(3)) == -3
-    assert not recorder.recordings
+        assert runner("key", torch.neg, torch.tensor(2)) == -2
+    assert runner("key", torch.neg, torch.tensor(3)) == -3
+    assert not runner.graphs
 
 
 def systems(folder, lora: bool, device: str = "cpu"):
@@ -68,21 +69,23 @@ def tokens(decoder: Decoder, batch: list[list[int]], batch_size: int) -> list[li
 
 @pytest.mark.parametrize("batch_size", [1, 5, 33])
 @pytest.mark.parametrize("lora", [False, True])
-def test_most_forwards_are_replayed_and_write_the_same(tmp_path, lora, batch_size, monkeypatch):
-    """Rows come and go, caches grow, System 2 asks for a few rows or many: the shapes stay few."""
+def test_most_forwards_are_replayed_and_write_the_same_tokens(tmp_path, lora, batch_size, monkeypatch):
+    """Sequences come and go, caches grow, the verifier runs for a few sequences or many: the shapes stay few."""
     replays = []
-    replay = Rerun.__call__
-    monkeypatch.setattr(Rerun, "__call__", lambda self, given: replays.append(given.shape) or replay(self, given))
+    replay = EagerReplay.__call__
+    monkeypatch.setattr(
+        EagerReplay, "__call__", lambda self, inputs: replays.append(inputs.shape) or replay(self, inputs)
+    )
     model, verifier = systems(tmp_path, lora)
-    guidance, batch = Guidance(verifier=verifier, alpha=0.05, beta=2.0), prompts(40, seed=3)
+    guidance, batch = Guidance(verifier=verifier, alpha=0.05, beta=2.0), prompts(7 + batch_size, seed=3)
     plain, recorded = Decoder(model, guidance), Decoder(model, guidance, graphs=True)
     expected = tokens(plain, batch, batch_size)
     assert tokens(recorded, batch, batch_size) == expected
-    caches = recorded.readers.kept
+    caches = recorded.runners.saved_caches
     replays.clear()
     recorded.counts.clear()
     assert tokens(recorded, batch, batch_size) == expected
-    assert recorded.readers.kept is caches
+    assert recorded.runners.saved_caches is caches
     forwards = recorded.counts["system1_forwards"] + (0 if lora else recorded.counts["system2_forwards"])
     assert sum(len(shape) == 2 and shape[0] == 4 for shape in replays) > 0.6 * forwards
 
@@ -92,18 +95,18 @@ def test_two_decodings_under_way_do_not_share_caches(tmp_path):
     guidance, batch = Guidance(verifier=verifier, alpha=0.05, beta=2.0), prompts(6, seed=3)
     options = {"max_new_tokens": 20, "eos": [], "batch_size": 3, "stop": lambda prompt, _, new: len(new) > 3 * prompt}
 
-    def told(prompt: int, rows: list) -> tuple[int, list[int]]:
-        return prompt, rows[0].token_ids
+    def tokens_of(prompt: int, samples: list[Completion]) -> tuple[int, list[int]]:
+        return prompt, samples[0].token_ids
 
     orders = (batch, batch[::-1])
-    expected = [[told(*found) for found in Decoder(model, guidance).stream(order, **options)] for order in orders]
+    expected = [[tokens_of(*pair) for pair in Decoder(model, guidance).stream(order, **options)] for order in orders]
     decoder = Decoder(model, guidance, graphs=True)
     both = list(zip(*(decoder.stream(order, **options) for order in orders), strict=True))
-    for place in range(2):
-        assert [told(*pair[place]) for pair in both] == expected[place]
+    for call in range(2):
+        assert [tokens_of(*pair[call]) for pair in both] == expected[call]
 
 
-def test_a_sequence_longer_than_the_cache_is_recorded_anew(tmp_path):
+def test_graphs_are_captured_anew_after_the_cache_grows(tmp_path):
     model, verifier = systems(tmp_path, lora=False)
     guidance = Guidance(verifier=verifier, alpha=0.05, beta=2.0)
     plain, recorded = Decoder(model, guidance), Decoder(model, guidance, graphs=True)
@@ -122,5 +125,5 @@ def test_graphs_on_a_gpu_write_what_its_eager_forwards_write(tmp_path, lora, bat
     expected = tokens(Decoder(model, guidance, graphs=False), batch, batch_size)
     for _ in range(2):
         assert tokens(recorded, batch, batch_size) == expected
-    assert any(recorded.readers.system1.recorder.recordings.values())
+    assert any(recorded.runners.lm.graphs.graphs.values())
     assert not [warning for warning in recwarn if "CUDA graphs" in str(warning.message)]

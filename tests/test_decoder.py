@@ -1,4 +1,4 @@
-"""Cached, batched, lazy, branched decoding against the slow twin and against transformers' `generate`."""
+"""Cached, batched, lazy, branched decoding equals the uncached reference and transformers' `generate`."""
 
 import pytest
 import torch
@@ -7,10 +7,10 @@ from reference import decode_one, score
 from scipy.stats import chisquare
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm2.decoding import scheduler as flight
-from llm2.decoding.decoder import Decoder, Guidance, SamplingParams, decode, stream
-from llm2.decoding.forward_batch import BlockLine
-from llm2.decoding.model_runner import Reader
+from llm2.decoding import scheduler
+from llm2.decoding.decoder import Decoder
+from llm2.decoding.model_runner import ModelRunner
+from llm2.decoding.sampling import Completion, Guidance, SamplingParams
 from llm2.errors import UserError
 from llm2.verifier.model import ProcessVerifier
 
@@ -24,8 +24,17 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
 
 
+def decode(system1, batch, guidance: Guidance | None = None, **options) -> list[list[Completion]]:
+    return Decoder(system1, guidance).decode(batch, **options)
+
+
 def greedy(system1, batch, **options) -> list[list[int]]:
-    return [row.token_ids for (row,) in decode(system1, batch, eos=EOS, **options)]
+    return [completion.token_ids for (completion,) in decode(system1, batch, eos=EOS, **options)]
+
+
+def use_padded_batches(patch) -> None:
+    """The layout of a GPU."""
+    patch.setattr(ModelRunner, "varlen", False)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -50,20 +59,20 @@ def of_family(family: str, folder, windowed: bool = False, **lora):
     """A System 1 of random weights and a verifier made from it or, with LoRA settings, on it."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     sizes |= {"num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2}
-    # Far from the window where there is to be none: it must not cut what these tests write.
+    # Without a window, one that is longer than any sequence here.
     sizes |= WINDOWS.get(family, {}) if windowed else {"sliding_window": 512} if family in WINDOWS else {}
     if family == "qwen3":
         sizes |= {"max_window_layers": 1}  # one layer with a window, one without
     config = AutoConfig.for_model(
         family, vocab_size=VOCABULARY, **sizes, pad_token_id=2, bos_token_id=0, eos_token_id=1
     )
-    config._attn_implementation = "eager"  # of the twin: the only one that knows soft caps
+    config._attn_implementation = "eager"  # for the reference: the only one with soft caps
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     (model if lora else AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
     verifier = ProcessVerifier.from_system1(str(folder), attn_implementation="eager", **lora).eval()
     for name, parameter in verifier.named_parameters():
-        if "lora_B" in name or name == "score.weight":  # an adapter begins as nothing
+        if "lora_B" in name or name == "score.weight":  # an adapter starts at zero
             torch.nn.init.normal_(parameter, std=0.3)
     return model, verifier
 
@@ -71,8 +80,8 @@ def of_family(family: str, folder, windowed: bool = False, **lora):
 def expect_reference(model, verifier, count: int = 3, alpha: float = 0.02, beta: float = 3.0, **options) -> None:
     batch = prompts(count, seed=8)
     guidance = Guidance(verifier=verifier, alpha=alpha, beta=beta, **options)
-    twin = {"verifier": verifier, "alpha": alpha, "beta": beta}
-    expected = [decode_one(model, p, max_new_tokens=8, eos=EOS, **twin) for p in batch]
+    settings = {"verifier": verifier, "alpha": alpha, "beta": beta}
+    expected = [decode_one(model, p, max_new_tokens=8, eos=EOS, **settings) for p in batch]
     assert greedy(model, batch, max_new_tokens=8, guidance=guidance) == expected
 
 
@@ -88,51 +97,50 @@ def test_a_lora_verifier_decodes_as_the_reference_in_one_forward_or_two(family, 
 
 
 @pytest.fixture(scope="module", params=[None, {"rank": 4}], ids=["full", "lora"])
-def told(request, tmp_path_factory):
-    """Both systems, prompts, and what the twin makes of them."""
-    model, verifier = of_family("llama", tmp_path_factory.mktemp("told"), lora=request.param)
-    batch, twin = prompts(5, seed=8), {"verifier": verifier, "alpha": 0.02, "beta": 3.0}
-    return model, verifier, batch, [decode_one(model, p, max_new_tokens=12, eos=EOS, **twin) for p in batch]
+def reference(request, tmp_path_factory):
+    """Both systems, prompts and the completions of the uncached reference."""
+    model, verifier = of_family("llama", tmp_path_factory.mktemp("reference"), lora=request.param)
+    batch, settings = prompts(5, seed=8), {"verifier": verifier, "alpha": 0.02, "beta": 3.0}
+    return model, verifier, batch, [decode_one(model, p, max_new_tokens=12, eos=EOS, **settings) for p in batch]
 
 
 @pytest.mark.parametrize("lazy", [True, False])
-@pytest.mark.parametrize("patience", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("layout", ["spans", "blocks", "graphs"])
-def test_laziness_patience_and_layout_change_nothing(told, lazy, patience, layout, monkeypatch):
-    """Blocks are what a GPU gets."""
-    if layout == "blocks":
-        monkeypatch.setattr(Reader, "_line", lambda self, cache: BlockLine(cache, few_shapes=False))
-    model, verifier, batch, expected = told
-    guidance = Guidance(verifier=verifier, alpha=0.02, beta=3.0, lazy=lazy, patience=patience)
+@pytest.mark.parametrize("verify_fraction", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("layout", ["varlen", "padded", "graphs"])
+def test_lazy_verify_fraction_and_layout_change_nothing(reference, lazy, verify_fraction, layout, monkeypatch):
+    if layout == "padded":
+        use_padded_batches(monkeypatch)
+    model, verifier, batch, expected = reference
+    guidance = Guidance(verifier=verifier, alpha=0.02, beta=3.0, lazy=lazy, verify_fraction=verify_fraction)
     decoder = Decoder(model, guidance, graphs=layout == "graphs")
     for _ in range(2):
-        written = decoder.decode(batch, max_new_tokens=12, eos=EOS)
-        assert [row.token_ids for (row,) in written] == expected
+        completions = decoder.decode(batch, max_new_tokens=12, eos=EOS)
+        assert [completion.token_ids for (completion,) in completions] == expected
 
 
 @pytest.mark.parametrize("family", WINDOWS)
-def test_windows_hold_in_blocks_and_trunks(family, tmp_path, monkeypatch):
+def test_sliding_windows_hold_in_padded_batches_and_shared_prefixes(family, tmp_path, monkeypatch):
     model, verifier = of_family(family, tmp_path, windowed=True)
     with monkeypatch.context() as patch:
-        patch.setattr(Reader, "_line", lambda self, cache: BlockLine(cache, few_shapes=False))
+        use_padded_batches(patch)
         expect_reference(model, verifier, count=4)
     expect_shared_prompts(model, verifier, monkeypatch, in_place=True)
 
 
-def expect_shared_prompts(model, verifier, monkeypatch, in_place: bool) -> Decoder:
-    """Prompts that begin alike, several rows each, some alone between them."""
-    monkeypatch.setattr(flight, "IN_PLACE", 0 if in_place else 10**9)
-    trunk = prompts(1, seed=5)[0] * 9
-    batch = [trunk[:40], trunk[:39] + [7], trunk[:30] + [8, 9, 10], prompts(1, seed=6)[0], trunk[:21], trunk[1:30]]
+def expect_shared_prompts(model, verifier, monkeypatch, in_place: bool, graphs: bool = False) -> None:
+    """Prompts that begin alike, with several samples each, and unrelated ones between them."""
+    monkeypatch.setattr(scheduler, "MIN_IN_PLACE_TOKENS", 0 if in_place else 10**9)
+    long = prompts(1, seed=5)[0] * 9
+    batch = [long[:40], long[:39] + [7], long[:30] + [8, 9, 10], prompts(1, seed=6)[0], long[:21], long[1:30]]
     seeds = [[1, 2, 3], [4], [5, 6], [7, 8], [9], [10]]
-    twin = {"verifier": verifier, "alpha": 0.02, "beta": 2.0, "temperature": 0.8}
+    settings = {"verifier": verifier, "alpha": 0.02, "beta": 2.0, "temperature": 0.8}
     expected = [
-        [decode_one(model, p, max_new_tokens=7, eos=EOS, seed=s, **twin) for s in own]
-        for p, own in zip(batch, seeds, strict=True)
+        [decode_one(model, p, max_new_tokens=7, eos=EOS, seed=s, **settings) for s in prompt_seeds]
+        for p, prompt_seeds in zip(batch, seeds, strict=True)
     ]
-    decoder = Decoder(model, Guidance(verifier=verifier, alpha=0.02, beta=2.0))
+    decoder = Decoder(model, Guidance(verifier=verifier, alpha=0.02, beta=2.0), graphs=graphs)
     for batch_size in (1, 3, 8, 64):
-        rows = decoder.decode(
+        completions = decoder.decode(
             batch,
             max_new_tokens=7,
             eos=EOS,
@@ -140,54 +148,62 @@ def expect_shared_prompts(model, verifier, monkeypatch, in_place: bool) -> Decod
             seeds=seeds,
             batch_size=batch_size,
         )
-        assert [[row.token_ids for row in own] for own in rows] == expected
-    return decoder
+        assert [[sample.token_ids for sample in samples] for samples in completions] == expected
 
 
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("lora", [None, {"rank": 4}])
-def test_what_prompts_have_in_common_is_read_once(lora, in_place, tmp_path, monkeypatch):
+def test_a_shared_prefix_is_computed_once(lora, in_place, tmp_path, monkeypatch):
     model, verifier = of_family("llama", tmp_path, lora=lora)
     expect_shared_prompts(model, verifier, monkeypatch, in_place=in_place)
     decoder = Decoder(model, Guidance(verifier=verifier, alpha=0.9))
-    prompt, rows, new = [3, *range(4, 60)], 16, 2
+    prompt, samples, new = [3, *range(4, 60)], 16, 2
     decoder.decode(
-        [prompt], max_new_tokens=new, eos=[], sampling=SamplingParams(), seeds=[list(range(rows))], batch_size=rows
+        [prompt],
+        max_new_tokens=new,
+        eos=[],
+        sampling=SamplingParams(),
+        seeds=[list(range(samples))],
+        batch_size=samples,
     )
-    most = len(prompt) - 1 + rows * new + decoder.counts["candidates"]
-    assert decoder.counts["system1_tokens"] <= most < rows * len(prompt) / 4
+    most = len(prompt) - 1 + samples * new + decoder.counts["candidates"]
+    assert decoder.counts["system1_tokens"] <= most < samples * len(prompt) / 4
     assert decoder.counts["system2_tokens"] <= most
 
 
-def test_every_token_is_read_once(system1, verifier):
+@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+def test_cuda_graph_shapes_share_prefixes_too(lora, tmp_path, monkeypatch):
+    """Their padded batches cannot read a prefix in place, however many sequences share it."""
+    expect_shared_prompts(*of_family("llama", tmp_path, lora=lora), monkeypatch, in_place=True, graphs=True)
+
+
+def test_every_token_is_computed_once(system1, verifier):
     batch, new = prompts(9), 16
     plain = Decoder(system1)
     plain.decode(batch, max_new_tokens=new, eos=[])
-    # The last token of a row is written and never read.
+    # The last token of a sequence is never an input.
     assert plain.counts["system1_tokens"] == sum(map(len, batch)) + 9 * (new - 1)
     guided = Decoder(system1, Guidance(verifier=verifier, alpha=0.02, lazy=False))
     guided.decode(batch, max_new_tokens=new, eos=[])
-    # System 2 reads each prompt once, and at every step the candidates: the chosen one is then there already.
+    # The verifier computes each prompt once and then all candidates; the chosen one is cached already.
     assert guided.counts["system2_tokens"] == sum(map(len, batch)) + guided.counts["candidates"]
     lazy = Decoder(system1, Guidance(verifier=verifier, alpha=0.5))
     lazy.decode(batch, max_new_tokens=new, eos=[], batch_size=1)
     assert 0 < lazy.counts["system2_forwards"] < lazy.counts["system1_forwards"]
 
 
-def test_a_trace_tells_how_each_token_came_about(system1, verifier):
+def test_a_trace_records_how_each_token_was_chosen(system1, verifier):
     guidance = Guidance(verifier=verifier, alpha=0.02, beta=3.0)
     batch = prompts(4)
-    for written, plain in zip(
+    for guided, plain in zip(
         decode(system1, batch, max_new_tokens=12, eos=EOS, guidance=guidance, trace=True),
         decode(system1, batch, max_new_tokens=12, eos=EOS),
         strict=True,
     ):
-        (row,), ids = written, list(batch[0])
+        (row,), plain_ids = guided, plain[0].token_ids
         first = next((i for i, choice in enumerate(row.trace) if choice.changed), len(row.token_ids))
-        assert (
-            row.token_ids[:first] == plain[0].token_ids[:first]
-            and row.token_ids[: first + 1] != plain[0].token_ids[: first + 1]
-        )
+        assert row.token_ids[:first] == plain_ids[:first]
+        assert row.token_ids[: first + 1] != plain_ids[: first + 1]
         assert [choice.candidates[choice.chosen] for choice in row.trace] == row.token_ids
         assert all((choice.scores is None) == (len(choice.candidates) == 1) for choice in row.trace)
         assert all(choice.logprobs == sorted(choice.logprobs, reverse=True) for choice in row.trace)
@@ -202,11 +218,11 @@ def test_a_trace_tells_how_each_token_came_about(system1, verifier):
         ids.append(choice.candidates[choice.chosen])
 
 
-def test_a_row_can_be_stopped_processed_and_watched(system1):
+def test_stop_process_logits_and_on_token_act_on_each_sequence(system1):
     batch, seen = prompts(3), []
 
-    def never_twice(rows, new, logits):
-        last = torch.tensor([[*batch[row], *own][-1] for row, own in zip(rows, new, strict=True)])
+    def never_twice(indices, new, logits):
+        last = torch.tensor([[*batch[index], *tokens][-1] for index, tokens in zip(indices, new, strict=True)])
         return logits.scatter(-1, last[:, None], -torch.inf)
 
     written = decode(
@@ -215,7 +231,7 @@ def test_a_row_can_be_stopped_processed_and_watched(system1):
         max_new_tokens=9,
         eos=EOS,
         stop=lambda prompt, sample, new: len(new) == prompt + 1,
-        process=never_twice,
+        process_logits=never_twice,
         on_token=lambda prompt, sample, token: seen.append((prompt, token)),
     )
     assert [len(row.token_ids) for (row,) in written] == [1, 2, 3]
@@ -230,7 +246,7 @@ def test_a_model_without_pluggable_attention_is_refused(system1):
         _supports_attention_backend = False
 
     with pytest.raises(UserError, match="Old does not take attention functions"):
-        Reader(Old(system1.config))
+        ModelRunner(Old(system1.config))
 
 
 def test_decoding_leaves_the_model_as_it_was(system1, verifier):
@@ -238,14 +254,14 @@ def test_decoding_leaves_the_model_as_it_was(system1, verifier):
     weights = {name: parameter.data_ptr() for name, parameter in system1.base_model.named_parameters()}
     decoder = Decoder(system1, Guidance(verifier=verifier))
     assert system1.config._attn_implementation == before
-    own = dict(decoder.readers.system1.body.named_parameters())
+    shared = dict(decoder.runners.lm.body.named_parameters())
     assert all(
-        own[name.removeprefix("model.")].data_ptr() == at for name, at in weights.items() if "lm_head" not in name
+        shared[name.removeprefix("model.")].data_ptr() == at for name, at in weights.items() if "lm_head" not in name
     )
 
 
-def test_guidance_changes_what_is_written(system1, verifier):
-    """Else the tests above would pass with a verifier that is never asked."""
+def test_guidance_changes_the_tokens(system1, verifier):
+    """Otherwise the tests above would pass with a verifier that never runs."""
     batch = prompts(7)
     guidance = Guidance(verifier=verifier, alpha=0.02, beta=3.0)
     plain = decode(system1, batch, max_new_tokens=16, eos=EOS)
@@ -260,15 +276,15 @@ def test_results_do_not_depend_on_the_schedule(system1, verifier):
     guidance = Guidance(verifier=verifier, alpha=0.02, beta=2.0)
     options = {"max_new_tokens": 24, "guidance": guidance, "eos": range(0, VOCABULARY, 8)}
     alone = [decode(system1, [prompt], **options)[0] for prompt in batch]
-    assert len({len(row.token_ids) for (row,) in alone}) > 5, "rows must end at different times, else no slot is reused"
+    assert len({len(row.token_ids) for (row,) in alone}) > 5, "all end together: no slot is reused"
     for batch_size in (1, 2, 5, 16, 33):
         assert decode(system1, batch, batch_size=batch_size, **options) == alone
 
 
-def test_rows_are_yielded_as_they_finish(system1):
+def test_completions_are_yielded_as_they_finish(system1):
     options = {"max_new_tokens": 24, "eos": range(0, VOCABULARY, 8)}
     lengths = [len(row.token_ids) for (row,) in decode(system1, prompts(12), **options)]
-    order = [index for index, _ in stream(system1, prompts(12), batch_size=12, **options)]
+    order = [index for index, _ in Decoder(system1).stream(prompts(12), batch_size=12, **options)]
     assert sorted(order) == list(range(12)) and [lengths[i] for i in order] == sorted(lengths)
     assert len(set(lengths)) > 3
 
@@ -289,14 +305,14 @@ def test_samples_equal_the_reference_and_do_not_depend_on_the_batch(system1, ver
     batch, seeds = prompts(4), [[100, 101, 102], [103], [104, 105, 106, 107], [108, 109]]
     guidance = Guidance(verifier=verifier, alpha=0.05, beta=1.0) if guided else None
     options = {"max_new_tokens": 12, "eos": EOS, "guidance": guidance, "sampling": SamplingParams(temperature=0.7)}
-    twin = {"verifier": verifier, "alpha": 0.05, "beta": 1.0} if guided else {}
+    settings = {"verifier": verifier, "alpha": 0.05, "beta": 1.0} if guided else {}
     expected = [
-        [decode_one(system1, p, max_new_tokens=12, eos=EOS, seed=s, temperature=0.7, **twin) for s in own]
-        for p, own in zip(batch, seeds, strict=True)
+        [decode_one(system1, p, max_new_tokens=12, eos=EOS, seed=s, temperature=0.7, **settings) for s in prompt_seeds]
+        for p, prompt_seeds in zip(batch, seeds, strict=True)
     ]
     for batch_size in (4, 6, 64):
-        rows = decode(system1, batch, seeds=seeds, batch_size=batch_size, **options)
-        assert [[row.token_ids for row in own] for own in rows] == expected
+        completions = decode(system1, batch, seeds=seeds, batch_size=batch_size, **options)
+        assert [[sample.token_ids for sample in samples] for samples in completions] == expected
     assert len({tuple(tokens) for tokens in expected[2]}) > 1, "samples of a prompt must differ"
 
 
@@ -320,9 +336,22 @@ def test_sampling_without_seeds_is_refused(system1):
         decode(system1, [[3]], max_new_tokens=2, eos=EOS, sampling=SamplingParams())
 
 
-def test_nothing_in_nothing_out(system1):
+def test_an_alpha_beta_or_top_k_out_of_range_is_refused(verifier):
+    for wrong in ({"alpha": 1.5}, {"beta": -1.0}, {"top_k": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Guidance(verifier=verifier, **wrong)
+
+
+def test_a_misspelt_option_is_refused(system1, verifier):
+    with pytest.raises(TypeError, match="'alhpa'"):
+        Guidance(verifier=verifier, alhpa=0.1)
+    with pytest.raises(TypeError, match="'max_tokens'"):
+        decode(system1, [[3]], max_tokens=2, eos=EOS)
+
+
+def test_no_prompts_give_no_completions(system1):
     assert decode(system1, [], max_new_tokens=2, eos=EOS) == []
 
 
-def test_another_system1_writes_something_else(system1):
+def test_another_system1_writes_other_tokens(system1):
     assert greedy(system1, prompts(3), max_new_tokens=8) != greedy(tiny_system1(7), prompts(3), max_new_tokens=8)

@@ -1,0 +1,97 @@
+"""A cache takes memory for what is stored, and no more after many decodings than after a few."""
+
+import psutil
+import pytest
+import torch
+from conftest import tiny_system1
+
+from llm2.decoding import kv_cache, scheduler
+from llm2.decoding.cuda_graphs import bucket
+from llm2.decoding.decoder import Decoder
+from llm2.decoding.kv_cache import SlotCache
+from llm2.decoding.model_runner import OneDNNLinear
+from llm2.decoding.sampling import Guidance, SamplingParams
+
+SLOTS, HEADS, WIDTH = 256, 4, 32
+POSITION_BYTES = HEADS * WIDTH * 4 * 2  # keys and values of one position
+
+
+def resident() -> int:
+    """Bytes of this process alone, without pages of shared libraries."""
+    info = psutil.Process().memory_info()
+    return info.rss - getattr(info, "shared", 0)
+
+
+@pytest.fixture
+def guidance(verifier) -> Guidance:
+    return Guidance(verifier=verifier)
+
+
+def test_a_long_sequence_takes_memory_for_its_own_slot_alone():
+    before, capacity = resident(), 2_048  # for all slots 512 MiB
+    cache = SlotCache(SLOTS, capacity)
+    keys, values = cache.layer(0, torch.zeros(1, HEADS, 1, WIDTH))
+    for buffer in (keys, values):
+        buffer[:, :, :32] = 1
+        buffer[7] = 1
+        assert buffer[:, :, :64].sum() == (32 * SLOTS + 32) * HEADS * WIDTH  # unwritten positions are zero
+    written = POSITION_BYTES * (32 * SLOTS + capacity)  # 10 MiB
+    assert resident() - before < 4 * written
+    del cache, keys, values, buffer
+    assert resident() - before < written
+
+
+def test_a_cache_that_grows_keeps_what_it_holds():
+    cache = SlotCache(3)
+    cache.reserve(5)
+    like = torch.zeros(1, 2, 1, 4, dtype=torch.bfloat16)
+    keys, _ = cache.layer(0, like)
+    keys.copy_(torch.arange(keys.numel()).view_as(keys))
+    cache.reserve(1_000)
+    grown, values = cache.layer(0, like)
+    assert grown.shape == values.shape == (3, 2, cache.capacity, 4) and cache.capacity >= 1_000
+    assert grown[:, :, : keys.shape[2]].equal(keys) and not grown[:, :, keys.shape[2] :].any() and not values.any()
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_buffers_of_a_decoding_are_allocated_once(system1, guidance, guided, monkeypatch):
+    """A buffer that grows is held twice for a while and fragments the heap."""
+    allocated = []
+    zeros = kv_cache._zeros
+    monkeypatch.setattr(kv_cache, "_zeros", lambda shape, like: allocated.append(shape) or zeros(shape, like))
+    monkeypatch.setattr(scheduler, "MIN_IN_PLACE_TOKENS", 10**9)
+    prompts = [[3] * length for length in (2, 90, 200)]
+    decoder = Decoder(system1, guidance if guided else None)
+    completions = decoder.decode(
+        prompts, max_new_tokens=150, eos=[], sampling=SamplingParams(), seeds=[[1], [2, 3], [4]]
+    )
+    assert all(len(row.token_ids) == 150 for samples in completions for row in samples)
+    layers = system1.config.num_hidden_layers
+    assert len(allocated) == (4 if guided else 2) * layers
+
+
+def test_the_onednn_head_needs_few_kernels():
+    """oneDNN caches one per number of tokens; 256 of them take 140 MiB."""
+    sizes = [bucket(count, 8) for count in range(1, 1_025)]
+    assert all(count <= size <= count * 9 / 8 for count, size in enumerate(sizes, start=1))
+    assert sizes[:16] == list(range(1, 17)) and len(set(sizes)) == 16 + 8 * 6
+    weight = torch.randn(640, 160)
+    head, states = OneDNNLinear(weight), torch.randn(1, 256, 160)
+    before = resident()
+    for count in range(1, 257):
+        torch.testing.assert_close(head(states[:, :count]), states[:, :count] @ weight.T, rtol=1e-4, atol=1e-4)
+    assert resident() - before < 60 * 2**20
+
+
+def test_one_long_sequence_does_not_raise_the_peak_of_a_decoding():
+    """Only its own slot grows."""
+    decoder = Decoder(tiny_system1(num_key_value_heads=4, head_dim=64))
+    short = [[3 + i % 50] * 20 for i in range(64)]
+
+    def peak(prompts: list[list[int]]) -> int:
+        options = {"eos": [], "sampling": SamplingParams(), "seeds": [[i] for i in range(len(prompts))]}
+        return max(resident() for _ in decoder.stream(prompts, max_new_tokens=4, batch_size=64, **options))
+
+    peak(short)  # compiles and caches
+    peak([[3] * 1_000])
+    assert peak([*short[1:], [3] * 1_000]) < peak(short) + 40 * 2**20  # in all slots they would be 280 MiB
