@@ -1,6 +1,9 @@
 """A results folder: what it holds, that it is resumed and never mixed."""
 
 import json
+import multiprocessing
+import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,8 +13,9 @@ import pytest
 import torch
 
 from llm2.common.config_file import write_config
+from llm2.common.distributed import destroy_group
 from llm2.common.loading import load_system1, load_tokenizer
-from llm2.config import EvaluateConfig, SweepConfig
+from llm2.config import EvaluateConfig, Mode, SweepConfig
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.sampling import Guidance
 from llm2.errors import UserError
@@ -21,12 +25,11 @@ from llm2.evaluation.sweep import sweep
 from llm2.verifier.model import ProcessVerifier, load_verifier
 
 SYSTEM1 = "llm2/testbed/system1"
-MODES = ("plain_greedy", "guided_greedy", "plain_sampling", "guided_sampling")
 
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory) -> str:
-    """System 1 with a random head: an opinion, if not a good one."""
+    """System 1 with a random head."""
     folder = str(tmp_path_factory.mktemp("verifier"))
     torch.manual_seed(0)
     ProcessVerifier.from_system1(SYSTEM1).save_pretrained(folder)
@@ -35,13 +38,13 @@ def untrained(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def done(untrained, tmp_path_factory) -> tuple[EvaluateConfig, dict]:
-    """A run that nothing disturbed, and its metrics: what every other way to the same result is held against."""
+    """An undisturbed run and its metrics: the reference for every other way to the same result."""
     config = EvaluateConfig(
         model=SYSTEM1,
         verifier=untrained,
         output_dir=str(tmp_path_factory.mktemp("done") / "results"),
         task="testbed",
-        modes=MODES,
+        modes=tuple(Mode),
         limit=5,
         beta=4.0,
         num_samples=4,
@@ -65,8 +68,7 @@ def results(config: EvaluateConfig) -> list:
 
 
 def alike(a, b) -> bool:
-    """Equal but for the last digits of scores, which depend on what stood in one batch, and for the code's commit,
-    which changes where somebody works on it meanwhile."""
+    """Equal except for the last digits of scores, which depend on the batch, and for the code's commit."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a if key != "git_commit")
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
@@ -74,12 +76,12 @@ def alike(a, b) -> bool:
     return a == pytest.approx(b, abs=0.02) if isinstance(a, float) and isinstance(b, float) else a == b
 
 
-def test_a_results_folder_explains_itself(done):
+def test_a_results_folder_holds_config_metrics_and_predictions(done):
     config, metrics = done
     folder = Path(config.output_dir)
     assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     assert (folder / "config.yaml").is_file()
-    assert set(metrics["modes"]) == set(MODES) and metrics["n"] == 5 and metrics["split"] == "test"
+    assert set(metrics["modes"]) == set(Mode) and metrics["n"] == 5 and metrics["split"] == "test"
     assert {(p["metric"], p["a"]) for p in metrics["paired"]} == {
         ("accuracy", "plain_greedy"),
         ("majority@1", "plain_sampling"),
@@ -90,14 +92,14 @@ def test_a_results_folder_explains_itself(done):
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 20 == len({(line["id"], line["mode"]) for line in lines})
     for line in lines:
-        assert len(line["samples"]) == (4 if line["mode"].endswith("sampling") else 1)
+        assert len(line["samples"]) == (4 if Mode(line["mode"]).sampled else 1)
     right = [line["samples"][0]["correct"] for line in lines if line["mode"] == "plain_greedy"]
     assert metrics["modes"]["plain_greedy"]["accuracy"] == sum(right) / 5
     assert metrics["modes"]["plain_greedy"]["verifier_forwards_per_token"] == 0
     assert metrics["modes"]["guided_greedy"]["verifier_forwards_per_token"] > 0
 
 
-def test_traces_tell_every_choice_and_the_finished_text_scores_its_tokens_as_decoding_did(config):
+def test_traces_hold_every_choice_and_scoring_a_solution_agrees_with_decoding_it(config):
     evaluate(replace(config, modes=("plain_greedy", "guided_sampling"), limit=3, traced_samples=2))
     texts = {
         (line["id"], line["mode"]): [sample["text"] for sample in line["samples"]]
@@ -117,7 +119,7 @@ def test_traces_tell_every_choice_and_the_finished_text_scores_its_tokens_as_dec
     assert any(choice["changed"] for choice in choices) and not all(choice["changed"] for choice in choices)
 
 
-def test_predictions_are_what_decode_writes(config):
+def test_predictions_are_what_the_decoder_writes(config):
     evaluate(replace(config, modes=("guided_greedy",), limit=2))
     lines = [json.loads(line) for line in Path(config.output_dir, "predictions.jsonl").read_text().splitlines()]
     cpu = torch.device("cpu")
@@ -131,7 +133,7 @@ def test_predictions_are_what_decode_writes(config):
 
 
 def test_a_finished_run_is_extended_with_the_same_result(config, done):
-    part = replace(config, batch_size=3)
+    part = replace(config, batch_size=6)
     evaluate(replace(part, limit=3))
     assert alike(evaluate(part), done[1])
     assert alike(results(part), results(done[0]))
@@ -143,11 +145,11 @@ def test_predictions_of_another_config_are_never_mixed_in(config):
     with pytest.raises(UserError, match=r"another config: beta was 4.0 and now is 1.0"):
         evaluate(replace(small, beta=1.0))
     before = Path(config.output_dir, "predictions.jsonl").read_bytes()
-    assert before.count(b"\n") == 2, "what was there is left as it was"
+    assert before.count(b"\n") == 2, "earlier predictions are left as they were"
     evaluate(replace(small, beta=1.0, resume=False))
 
 
-def test_a_kill_in_the_middle_costs_only_what_was_in_flight(config, done, monkeypatch):
+def test_a_killed_run_loses_only_what_was_in_flight(config, done, monkeypatch):
     made = []
 
     def killed(self, entry):
@@ -165,15 +167,44 @@ def test_a_kill_in_the_middle_costs_only_what_was_in_flight(config, done, monkey
         evaluate(config)
     path = Path(config.output_dir, "predictions.jsonl")
     assert [(line["id"], line["mode"]) for line in map(json.loads, path.read_text().splitlines())] == made
-    path.write_bytes(path.read_bytes()[:-30])  # and the machine lost what it had not yet written
+    path.write_bytes(path.read_bytes()[:-30])  # a torn last line
     monkeypatch.setattr(Predictions, "add", counted)
     assert alike(evaluate(config), done[1])
     assert len(made) == 20 == len(set(made)), "no problem was evaluated twice"
     assert alike(results(config), results(done[0]))
 
 
-def test_the_result_does_not_depend_on_the_number_of_processes(config, tmp_path):
-    small = replace(config, limit=3, modes=("guided_greedy", "plain_sampling"), num_samples=2, majority_at=(2,))
+@pytest.fixture
+def small(config) -> EvaluateConfig:
+    return replace(config, limit=3, modes=("guided_greedy", "plain_sampling"), num_samples=2, majority_at=(2,))
+
+
+def run_as_rank(rank: int, port: int, config: EvaluateConfig) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    assert (evaluate(config) is None) == (rank != 0)
+    destroy_group()
+
+
+def test_two_processes_share_the_problems_and_give_the_result_of_one(small, tmp_path):
+    metrics = evaluate(small)
+    shared = replace(small, output_dir=str(tmp_path / "shared"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=run_as_rank, args=(rank, port, shared)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert alike(results(shared), results(small))
+    assert alike(json.loads(Path(shared.output_dir, "metrics.json").read_text()), metrics)
+
+
+@pytest.mark.slow  # the same through the launcher
+def test_the_launched_command_gives_the_result_of_one_process(small, tmp_path):
     metrics = evaluate(small)
     shared = replace(small, output_dir=str(tmp_path / "shared"))
     write_config(shared, tmp_path / "shared.yaml")
@@ -185,7 +216,21 @@ def test_the_result_does_not_depend_on_the_number_of_processes(config, tmp_path)
     assert alike(json.loads(Path(shared.output_dir, "metrics.json").read_text()), metrics)
 
 
-def test_predictions_of_other_runs_are_taken_over_where_they_hold(config, done, tmp_path):
+def test_each_process_uses_its_own_gpu(small, monkeypatch):
+    class Loaded(Exception):
+        pass
+
+    def from_pretrained(*names, device, **options):
+        raise Loaded(device)
+
+    monkeypatch.setattr("llm2.evaluation.evaluate.resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("llm2.evaluation.evaluate.LLM2.from_pretrained", from_pretrained)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(Loaded, match="cuda:3"):
+        evaluate(small)
+
+
+def test_predictions_of_other_runs_are_reused_if_their_settings_agree(config, done, tmp_path):
     plain = replace(config, modes=("plain_greedy", "plain_sampling"), beta=1.0, output_dir=str(tmp_path / "plain"))
     evaluate(plain)
     guided = replace(
@@ -195,11 +240,21 @@ def test_predictions_of_other_runs_are_taken_over_where_they_hold(config, done, 
     merged = replace(config, reuse_from=(plain.output_dir, guided.output_dir))
     assert alike(evaluate(merged), done[1])
     assert alike(results(merged), results(done[0]))
-    with pytest.raises(UserError, match="another config: beta was 4.0 and now is 2.0; it cannot be taken over"):
+    with pytest.raises(UserError, match="another config: beta was 4.0 and now is 2.0; it cannot be reused"):
         evaluate(replace(merged, beta=2.0, output_dir=str(tmp_path / "other")))
 
 
-def test_modes_evaluated_one_after_the_other_are_reported_together(config):
+def test_reused_predictions_lose_scores_that_were_summarised_in_another_way(config, tmp_path):
+    plain = replace(config, modes=("plain_greedy",), limit=2)
+    evaluate(plain)
+    other = replace(plain, solution_score="min", reuse_from=(plain.output_dir,), output_dir=str(tmp_path / "other"))
+    evaluate(other)
+    for run, is_scored in ((plain, True), (other, False)):
+        predictions, _ = results(run)
+        assert [line["samples"][0]["score"] is not None for line in predictions] == [is_scored] * 2
+
+
+def test_modes_evaluated_one_by_one_are_reported_together(config):
     evaluate(replace(config, modes=("plain_greedy",), limit=2))
     assert set(evaluate(replace(config, modes=("guided_greedy",), limit=2))["modes"]) == {
         "plain_greedy",
@@ -207,7 +262,7 @@ def test_modes_evaluated_one_after_the_other_are_reported_together(config):
     }
 
 
-def test_the_cost_of_a_mode_is_counted_in_forwards_a_problem(config):
+def test_cost_is_counted_in_forwards_per_problem(config):
     metrics = evaluate(replace(config, modes=("guided_sampling",), limit=2))["modes"]["guided_sampling"]
     lines = [json.loads(line) for line in Path(config.output_dir, "predictions.jsonl").read_text().splitlines()]
     tokens = sum(sample["tokens"] for line in lines for sample in line["samples"]) / 2
@@ -254,7 +309,71 @@ def test_a_sweep_chooses_on_validation_and_reports_on_test(untrained, tmp_path):
         sweep(replace(config, validation_split="test"))
 
 
-def test_what_one_field_alone_cannot_tell_is_told(config):
+GRADER = """
+def is_correct(text: str, gold: str) -> bool:
+    return len(text) % int(gold) == 0
+"""
+
+
+@pytest.fixture
+def chats(system1_folder, tmp_path, monkeypatch) -> EvaluateConfig:
+    """Chats and a grader from files, and a tiny model that writes noise."""
+    (tmp_path / "some_grader.py").write_text(GRADER)
+    monkeypatch.syspath_prepend(tmp_path)
+    for split, questions in (("test", "abcd"), ("validation", "efg")):
+        turns = [[("system", "Count."), ("user", question), ("assistant", "12")] for question in questions]
+        chats = [[{"role": role, "content": content} for role, content in chat] for chat in turns]
+        lines = [{"id": f"{split}-{i}", "answer": 2, "messages": messages} for i, messages in enumerate(chats)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    ProcessVerifier.from_system1(system1_folder).save_pretrained(tmp_path / "verifier")
+    return EvaluateConfig(
+        model=system1_folder,
+        verifier=str(tmp_path / "verifier"),
+        output_dir=str(tmp_path / "results"),
+        task="chats",
+        data_file=str(tmp_path / "test.jsonl"),
+        grader="some_grader:is_correct",
+        modes=("plain_greedy", "guided_sampling"),
+        num_samples=3,
+        majority_at=(3,),
+        max_new_tokens=8,
+        device="cpu",
+    )
+
+
+def assert_graded_by_the_grader(config: EvaluateConfig) -> None:
+    predictions, _ = results(config)
+    assert {line["id"] for line in predictions} == {f"test-{i}" for i in range(4)}
+    for line in predictions:
+        for sample in line["samples"]:
+            assert sample["correct"] == (len(sample["text"]) % 2 == 0)
+            assert (sample["answer"] == line["gold"] == "2") == sample["correct"]
+
+
+def test_chats_are_evaluated_with_the_given_grader(chats):
+    metrics = evaluate(chats)
+    assert (metrics["benchmark"], metrics["n"]) == ("chats", 4)
+    assert_graded_by_the_grader(chats)
+
+
+def test_problems_of_equal_ids_are_refused(chats):
+    Path(chats.data_file).write_text(2 * (Path(chats.data_file).read_text() + "\n"))
+    with pytest.raises(UserError, match="test.jsonl: expected problems with different ids"):
+        evaluate(chats)
+
+
+def test_chats_are_swept_with_the_given_grader(chats, tmp_path):
+    validation = str(tmp_path / "validation.jsonl")
+    config = SweepConfig(**vars(chats), betas=(0.0, 2.0), choose_by="guided_sampling", validation_file=validation)
+    metrics = sweep(config)
+    assert {point["metric"] for point in metrics["sweep"]["points"]} == {"majority@3"}
+    assert (metrics["n"], metrics["sweep"]["n"], metrics["sweep"]["file"]) == (4, 3, validation)
+    assert_graded_by_the_grader(chats)
+    with pytest.raises(UserError, match="chosen on other problems than they are reported on"):
+        sweep(replace(config, validation_file=chats.data_file))
+
+
+def test_keys_that_contradict_each_other_are_refused(config):
     with pytest.raises(UserError, match="guided modes need a verifier"):
         evaluate(replace(config, verifier=None))
     with pytest.raises(UserError, match="majority_at: found 9, expected at most num_samples=4"):

@@ -1,4 +1,4 @@
-"""The report: hand-made metrics in, the table's lines and the plot out."""
+"""The report: hand-made metrics in, table, plots and page out."""
 
 import copy
 import json
@@ -8,9 +8,12 @@ import subprocess
 
 import pytest
 
+from llm2.config import Mode
 from llm2.errors import UserError
-from llm2.evaluation.report import markdown_table, plot, read_metrics, table, write_report
+from llm2.evaluation.report import markdown_table, read_metrics, write_report
+from llm2.evaluation.report import table as render_table
 from llm2.evaluation.report.page import fitting
+from llm2.evaluation.report.plots import figures
 from llm2.evaluation.report.read import parse
 
 METRICS = {
@@ -64,6 +67,10 @@ SAMPLING = ("plain_sampling", "guided_sampling")
 GREEDY = ("plain_greedy", "guided_greedy")
 
 
+def table(metrics: dict) -> str:
+    return render_table(parse(metrics, "the metrics"))
+
+
 def subset(*names):
     return {**METRICS, "modes": {name: METRICS["modes"][name] for name in names}, "paired": []}
 
@@ -78,7 +85,7 @@ def cells(text, label):
     return [cell.strip() for cell in row(text, label)]
 
 
-def test_a_row_holds_both_sides_their_difference_the_error_cut_p_and_n():
+def test_a_row_holds_plain_guided_difference_relative_error_reduction_p_and_n():
     # (0.8 - 0.5) / (1 - 0.5) = 60 % of plain's errors are gone; majority@20: (0.9 - 0.6) / 0.4 = 75 %
     expected = ["50.0 [44.4, 55.6]", "80.0 [75.1, 84.1]", "+30.0", "60 %", "< 0.001", "300"]
     assert cells(table(METRICS), "greedy") == expected
@@ -94,11 +101,11 @@ def test_rows_come_in_order_of_k_and_the_table_fits_a_terminal():
     assert max(len(line) for line in lines) <= 100
 
 
-def test_without_an_error_there_is_nothing_to_cut():
+def test_without_an_error_there_is_none_to_reduce():
     assert cells(table(METRICS), "pass@20") == ["100.0", "100.0", "+0.0", "-", "-", "300"]
 
 
-def test_a_figure_that_got_worse_shows_as_a_negative_cut():
+def test_a_figure_that_got_worse_has_a_negative_error_reduction():
     metrics = copy.deepcopy(METRICS)
     metrics["modes"]["guided_greedy"]["accuracy"] = 0.4
     assert cells(table(metrics), "greedy")[2:4] == ["-10.0", "-20 %"]
@@ -110,7 +117,7 @@ def test_the_paired_tests_and_the_problems_that_changed_sides_are_named():
     assert "majority@20: sign flips, p = 0.012\n" in text + "\n"
 
 
-def test_a_side_that_was_not_measured_is_a_dash():
+def test_a_figure_that_was_not_measured_is_a_dash():
     assert cells(table(subset("guided_greedy")), "greedy") == ["-", "80.0 [75.1, 84.1]", "-", "-", "-", "300"]
     assert "majority" not in table(subset(*GREEDY))
     assert "greedy" not in table(subset(*SAMPLING))
@@ -118,7 +125,7 @@ def test_a_side_that_was_not_measured_is_a_dash():
 
 def test_the_markdown_table_has_the_same_cells():
     line = "| greedy | 50.0 [44.4, 55.6] | 80.0 [75.1, 84.1] | +30.0 | 60 % | < 0.001 | 300 |"
-    assert line in markdown_table(METRICS).splitlines()
+    assert line in markdown_table(parse(METRICS, "the metrics")).splitlines()
 
 
 @pytest.mark.parametrize(
@@ -172,19 +179,19 @@ def test_only_the_reported_k_have_rows_and_one_sample_is_not_the_best_of_itself(
     assert labels == ["majority@1", "majority@20", "weighted@20", "best of 20", "pass@1", "pass@20"]
 
 
-def test_the_cost_of_each_mode_stands_below():
+def test_the_cost_of_each_mode_is_below_the_table():
     assert cells(table(SAMPLED), "System 2 forwards") == ["240.5"] * 4
     assert cells(table(SAMPLED), "tokens") == ["1,210.0"] * 4
     assert "cost" not in table(METRICS)
 
 
-def test_the_report_says_on_which_split_settings_were_chosen_and_on_which_they_are_reported():
-    said = " ".join(table(SWEPT).split())
-    assert "chosen on the validation split (n = 500) by guided_greedy among 3: alpha 0.1, beta 0.5" in said
-    assert "reported on the test split" in said
+def test_the_report_names_the_split_that_chose_the_settings_and_the_one_it_reports():
+    text = " ".join(table(SWEPT).split())
+    assert "chosen on the validation split (n = 500) by guided_greedy among 3: alpha 0.1, beta 0.5" in text
+    assert "reported on the test split" in text
 
 
-def test_a_figure_is_drawn_for_all_that_was_measured(tmp_path):
+def test_accuracy_cost_and_sweep_are_drawn_if_measured(tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps(SWEPT))
     write_report(tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {"accuracy.png", "cost.png", "sweep.png"}
@@ -212,12 +219,12 @@ def write_results(folder, n: int, metrics=METRICS, samples: int = 3) -> None:
     with open(folder / "predictions.jsonl", "w") as predictions, open(folder / "traces.jsonl", "w") as traces:
         for i in range(n):
             for mode in metrics["modes"]:
-                right = i % 5 == 4 or (i % 5 < 2 if mode.startswith("guided") else i % 5 == 2)
-                count = samples if mode.endswith("sampling") else 1
+                right = i % 5 == 4 or (i % 5 < 2 if Mode(mode).guided else i % 5 == 2)
+                count = samples if Mode(mode).sampled else 1
                 sample = {"text": "Ann has </script> 4", "answer": "4", "correct": right, "tokens": 5, "score": 0.3}
                 line = {"id": f"test-{i}", "mode": mode}
-                own = {"question": f"How many <b>{i}</b>?", "gold": "4", "samples": [sample] * count}
-                predictions.write(json.dumps({**line, **own}) + "\n")
+                prediction = {"question": f"How many <b>{i}</b>?", "gold": "4", "samples": [sample] * count}
+                predictions.write(json.dumps({**line, **prediction}) + "\n")
                 traces.write(json.dumps({**line, "traces": [TRACE] * count}) + "\n")
 
 
@@ -291,10 +298,17 @@ def test_a_browser_lists_and_filters_1319_problems(tmp_path):
     assert "System 2 changed this choice" in dom and "Broken 264" in dom and "Fixed 528" in dom
 
 
-def test_nothing_to_plot_is_a_users_mistake(tmp_path):
-    with pytest.raises(UserError, match="nothing to plot"):
-        plot({**METRICS, "modes": {}}, tmp_path / "accuracy.png")
-    assert not (tmp_path / "accuracy.png").exists()
+def test_without_modes_nothing_is_drawn():
+    assert figures(parse({**METRICS, "modes": {}}, "the metrics")) == {}
+
+
+def test_majority_is_drawn_at_odd_and_reported_k():
+    """At even k votes tie more often, so a curve through all k would be a staircase."""
+    majority = {str(k): 0.5 for k in range(1, 21)}
+    mode = {**METRICS["modes"]["plain_sampling"], "majority_at": majority, "majority_ci95": {}}
+    metrics = {**METRICS, "reported_k": [1, 10, 20], "modes": {"plain_sampling": mode}}
+    (axes,) = figures(parse(metrics, "the metrics"))["accuracy"].axes
+    assert [int(k) for k in axes.lines[0].get_xdata()] == [1, 3, 5, 7, 9, 10, 11, 13, 15, 17, 19, 20]
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -309,6 +323,10 @@ def test_a_missing_file_is_named(tmp_path):
         ("[1]", "expected an object"),
         ('{"benchmark": "gsm8k", "split": "test", "n": 3}', "the key 'modes' is missing"),
         (json.dumps({**METRICS, "n": 0}), "key 'n': found 0"),
+        (
+            json.dumps({**METRICS, "modes": {"beam": {"accuracy": 0.5}}}),
+            "'beam', expected: input should be 'plain_greedy'",
+        ),
         (
             json.dumps({**METRICS, "modes": {"plain_greedy": {"accuracy": 57.8}}}),
             r"plain_greedy\.accuracy': found 57.8",

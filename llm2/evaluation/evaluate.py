@@ -1,39 +1,33 @@
-"""Decode a benchmark in several modes on the same problems, grade, compare, write a results folder.
-
-Knows how predictions are made, by one process or several, and what a results folder holds. Where they are kept is
-`predictions`' business; answers are graded by the benchmark's grader, figures made by `metrics`, and what a person
-looks at by `report`.
-"""
+"""Decode a task's problems in several modes, grade the solutions, compare the modes, write a results folder."""
 
 import json
 import platform
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from accelerate import PartialState
 from tqdm import tqdm
 
 from llm2.common.chat import Message, encode_chats, resolve_template
+from llm2.common.distributed import barrier, dist_info, pin_to_cores
+from llm2.common.loading import resolve_device
 from llm2.common.seeds import row_seed
-from llm2.config import EvaluateConfig
+from llm2.config import EvaluateConfig, Mode
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.llm2 import LLM2
 from llm2.decoding.sampling import Completion, SamplingParams
 from llm2.errors import UserError
 from llm2.evaluation.metrics import summarise
 from llm2.evaluation.predictions import Predictions
-from llm2.evaluation.tracing import TokenText, trace_of
+from llm2.evaluation.tracing import TokenText, trace_record
 from llm2.tasks import Problem, Task, load_task
 from llm2.tasks.few_shot import load_examples
 from llm2.verifier.model import require_verifier
 from llm2.verifier.scoring import score_tokens, solution_score
 
-PATIENCE = timedelta(days=7)  # how long a process that is done waits for the others
-SCORED_TOGETHER = 16  # finished rows that wait for one forward of the verifier, and are then written
+SCORING_BATCH = 16  # solutions that the verifier scores in one forward
 SETTINGS = (
     "model",
     "verifier",
@@ -51,35 +45,33 @@ SETTINGS = (
 def evaluate(config: EvaluateConfig) -> dict | None:
     """Fill `config.output_dir` with config.yaml, predictions, traces and metrics.json.
 
-    Returns the metrics; None in the processes of `accelerate launch` other than the main one.
+    Returns the metrics in the main process, None in the others.
     """
     check(config)
-    processes = PartialState(cpu=config.device == "cpu", timeout=PATIENCE)
     task = load_task(config.task, config.data_file, config.grader)
     problems = task.problems(config.split, config.limit)
+    if len({problem.id for problem in problems}) < len(problems):
+        raise UserError(f"{config.data_file or config.task}: expected problems with different ids, found some equal")
     examples = load_examples(config.few_shot, config.num_fewshot)
-    predictions = Predictions(config, processes)
+    predictions = Predictions(config)
     if any(predictions.missing(problems, mode) for mode in config.modes):
-        llm2 = LLM2.from_pretrained(
-            config.model, config.verifier, device=config.device, dtype=config.dtype, **config.guidance()
-        )
-        evaluation = Evaluation(config, llm2, examples, task)
+        evaluator = Evaluator(config, task, examples)
         for mode in config.modes:
-            evaluation.run(mode, problems, predictions, processes)
+            evaluator.run(mode, problems, predictions)
     task.close()
-    processes.wait_for_everyone()
+    barrier()  # every prediction is in the journal
     metrics = None
-    if processes.is_main_process:
+    if dist_info().is_main:
         lines = predictions.publish(problems, config.modes)
         metrics = describe(config, len(problems)) | summarise(lines, config.majority_at, config.seed)
         Path(config.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    processes.wait_for_everyone()
+    barrier()  # the files are complete
     return metrics
 
 
 def check(config: EvaluateConfig) -> None:
-    """What one field alone cannot tell."""
-    if config.verifier is None and any(mode.startswith("guided") for mode in config.modes):
+    """Validate what involves more than one key. Raises UserError."""
+    if config.verifier is None and any(mode.guided for mode in config.modes):
         raise UserError("the guided modes need a verifier: set verifier=<folder>, or leave them out of modes")
     if max(config.majority_at, default=1) > config.num_samples:
         raise UserError(
@@ -90,7 +82,7 @@ def check(config: EvaluateConfig) -> None:
 
 
 def describe(config: EvaluateConfig, n: int) -> dict:
-    """The head of metrics.json: what was measured, with what."""
+    """The head of metrics.json: task, settings and versions."""
     return {
         "benchmark": config.task,
         "split": config.split,
@@ -103,7 +95,7 @@ def describe(config: EvaluateConfig, n: int) -> dict:
 
 
 def git_commit() -> str | None:
-    """The commit that the code stands at, with `-dirty` where it was changed since; None outside a repository."""
+    """The code's commit, with `-dirty` if there are local changes; None outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--match="]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -112,101 +104,106 @@ def git_commit() -> str | None:
 
 
 class Decoded(NamedTuple):
-    """A problem with its prompt's token ids and what became of its rows."""
+    """A problem and its completions: one if greedy, `num_samples` if sampled."""
 
     problem: Problem
-    prompt: list[int]
-    rows: list[Completion]
+    prompt: list[int]  # token ids
+    completions: list[Completion]
 
 
-class Evaluation:
-    """Both systems with all it takes to predict and grade."""
+class Evaluator:
+    """Both systems and a task: decodes, scores and grades."""
 
-    def __init__(self, config: EvaluateConfig, llm2: LLM2, examples: Sequence[Message], task: Task) -> None:
-        self.config, self.llm2, self.examples, self.task = config, llm2, list(examples), task
-        self.pieces = TokenText(llm2.tokenizer)
+    def __init__(self, config: EvaluateConfig, task: Task, examples: Sequence[Message]) -> None:
+        device = resolve_device(config.device).type
+        if device == "cuda":
+            device = f"cuda:{dist_info().local_rank}"
+        else:
+            pin_to_cores()
+        self.llm2 = LLM2.from_pretrained(
+            config.model, config.verifier, device=device, dtype=config.dtype, **config.guidance()
+        )
+        self.config, self.task, self.examples = config, task, examples
+        self.token_text = TokenText(self.llm2.tokenizer)
 
-    def run(self, mode: str, problems: Sequence[Problem], predictions: Predictions, processes: PartialState) -> None:
-        """Decode and grade this process's share of what is missing of one mode; what is done is written at once."""
-        missing = predictions.missing(problems, mode)
-        share = missing[processes.process_index :: processes.num_processes]
-        right, seen = predictions.grades(problems, mode) if processes.is_main_process else (0, 0)
-        with tqdm(total=len(share), desc=mode, unit="problem", disable=not processes.is_main_process) as bar:
-            for group in _grouped(self._decode(mode, share), SCORED_TOGETHER if self._scores(mode) else 1):
+    def run(self, mode: Mode, problems: Sequence[Problem], predictions: Predictions) -> None:
+        """Decode and grade this process's share of a mode's missing problems; write each as it is finished."""
+        dist = dist_info()
+        share = predictions.missing(problems, mode)[dist.rank :: dist.world_size]
+        correct, total = predictions.count_correct(problems, mode)
+        group_size = SCORING_BATCH if self._scores(mode) else 1
+        with tqdm(total=len(share), desc=mode, unit="problem", disable=not dist.is_main) as bar:
+            for group in _grouped(self._decode(mode, share), group_size):
                 for entry in self._entries(mode, group):
                     predictions.add(entry)
-                    right += sum(sample["correct"] for sample in entry["samples"])
-                    seen += len(entry["samples"])
-                    bar.set_postfix_str(f"accuracy {right / seen:.1%}", refresh=False)
+                    correct += sum(sample["correct"] for sample in entry["samples"])
+                    total += len(entry["samples"])
+                    bar.set_postfix_str(f"accuracy {correct / total:.1%}", refresh=False)
                     bar.update()
 
-    def _scores(self, mode: str) -> bool:
-        return self.config.verifier is not None and (self.config.score_samples or mode.endswith("greedy"))
+    def _scores(self, mode: Mode) -> bool:
+        """Whether the verifier scores the solutions of this mode."""
+        return self.config.verifier is not None and (self.config.score_samples or not mode.sampled)
 
-    def _decode(self, mode: str, problems: Sequence[Problem]) -> Iterator[Decoded]:
-        """The problems in the order in which they are done."""
-        config, guided, sampled = self.config, mode.startswith("guided"), mode.endswith("sampling")
-        messages = [[*self.examples, *self.task.prompt(problem)] for problem in problems]
+    def _decode(self, mode: Mode, problems: Sequence[Problem]) -> Iterator[Decoded]:
+        """The problems, in the order in which they are finished."""
+        config, llm2 = self.config, self.llm2
+        conversations = [[*self.examples, *self.task.prompt(problem)] for problem in problems]
         template = resolve_template(config.chat_template)
-        prompts = encode_chats(self.llm2.tokenizer, messages, template, generation_prompt=True)
-        samples = config.num_samples if sampled else 1
-        rows = Decoder(self.llm2.system1, self.llm2.guidance if guided else None).stream(
+        prompts = encode_chats(llm2.tokenizer, conversations, template, generation_prompt=True)
+        samples = config.num_samples if mode.sampled else 1
+        finished = Decoder(llm2.system1, llm2.guidance if mode.guided else None).stream(
             prompts,
             max_new_tokens=config.max_new_tokens,
-            eos=self.llm2.eos,
-            sampling=SamplingParams(temperature=config.temperature, top_p=config.top_p) if sampled else None,
+            eos=llm2.eos,
+            sampling=SamplingParams(temperature=config.temperature, top_p=config.top_p) if mode.sampled else None,
             seeds=[[row_seed(config.seed, problem.id, i) for i in range(samples)] for problem in problems],
             batch_size=config.batch_size,
-            trace=guided and config.traced_samples > 0,
+            trace=mode.guided and config.traced_samples > 0,
         )
-        for index, written in rows:
-            yield Decoded(problems[index], prompts[index], written)
+        for index, completions in finished:
+            yield Decoded(problems[index], prompts[index], completions)
 
-    def _entries(self, mode: str, group: Sequence[Decoded]) -> Iterator[dict]:
-        """A journal entry a problem: its line of predictions.jsonl, and `traces`."""
-        scores = iter([])
+    def _entries(self, mode: Mode, group: Sequence[Decoded]) -> Iterator[dict]:
+        """One journal entry per problem: its line of predictions.jsonl, plus `traces`."""
+        scores = iter(())  # token scores of the group's completions, one list each
         if self._scores(mode):
-            prompts = [done.prompt for done in group for _ in done.rows]
-            solutions = [row.token_ids for done in group for row in done.rows]
-            scores = iter(score_tokens(self.llm2.guidance.verifier, prompts, solutions, SCORED_TOGETHER))
-        for problem, _, rows in group:
-            own = [next(scores, None) for _ in rows]
-            traced = list(zip(rows, own, strict=True))[: self.config.traced_samples]
+            prompts = [decoded.prompt for decoded in group for _ in decoded.completions]
+            solutions = [completion.token_ids for decoded in group for completion in decoded.completions]
+            scores = iter(score_tokens(self.llm2.guidance.verifier, prompts, solutions, SCORING_BATCH))
+        for problem, _, completions in group:
+            scored = [(completion, next(scores, None)) for completion in completions]
             yield {
                 "id": problem.id,
                 "question": problem.question,
                 "gold": problem.gold,
                 "mode": mode,
-                "samples": self._samples(problem, rows, own),
-                "traces": [trace_of(row, token_scores, self.pieces) for row, token_scores in traced],
+                "samples": self._samples(problem, scored),
+                "traces": [trace_record(*sample, self.token_text) for sample in scored[: self.config.traced_samples]],
             }
 
-    def _samples(
-        self, problem: Problem, rows: Sequence[Completion], scores: Sequence[list[float] | None]
-    ) -> list[dict]:
-        texts = self.llm2.tokenizer.batch_decode([row.token_ids for row in rows], skip_special_tokens=True)
+    def _samples(self, problem: Problem, scored: Sequence[tuple[Completion, list[float] | None]]) -> list[dict]:
+        texts = self.llm2.tokenizer.batch_decode([row.token_ids for row, _ in scored], skip_special_tokens=True)
+        grades = self.task.grade(texts, problem.gold)
         return [
             {
                 "text": text,
-                "answer": grade.answer,
-                "correct": grade.correct,
-                "correct_strict": grade.correct_strict,
-                "tokens": len(row.token_ids),
-                "verifier_forwards": row.num_verifier_calls,
-                "score": None if own is None else round(solution_score(own, self.config.solution_score), 5),
+                **grade._asdict(),
+                "tokens": len(completion.token_ids),
+                "verifier_forwards": completion.num_verifier_calls,
+                "score": None if scores is None else round(solution_score(scores, self.config.solution_score), 5),
             }
-            for text, grade, row, own in zip(texts, self.task.grade(texts, problem.gold), rows, scores, strict=True)
+            for text, grade, (completion, scores) in zip(texts, grades, scored, strict=True)
         ]
 
 
-def _grouped(decoded: Iterable[Decoded], rows: int) -> Iterator[list[Decoded]]:
-    """Finished problems, in groups of at least so many rows (the last one may have fewer)."""
-    group, held = [], 0
-    for done in decoded:
-        group.append(done)
-        held += len(done.rows)
-        if held >= rows:
+def _grouped(decoded: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
+    """Groups of problems with at least `size` completions each; the last group may have fewer."""
+    group = []
+    for problem in decoded:
+        group.append(problem)
+        if sum(len(problem.completions) for problem in group) >= size:
             yield group
-            group, held = [], 0
+            group = []
     if group:
         yield group

@@ -1,14 +1,12 @@
-"""EleutherAI's lm-evaluation-harness with one more model, `llm2`: both systems, behind its interface.
+"""EleutherAI's lm-evaluation-harness with the model `llm2`: registers it, then calls lm_eval.
 
-    python -m llm2.evaluation.lm_eval_model --model llm2 --model_args pretrained=...,verifier=...,alpha=0.1,beta=0.25 --tasks gsm8k
+    python -m llm2.evaluation.lm_eval_model --model llm2 --tasks gsm8k --model_args pretrained=...,verifier=...
 
-The arguments are those of `lm_eval`, which has no way to find models outside itself: this module adds the model to its
-registry and hands over. Knows requests and stop strings; decoding is `generation`'s. An optional extra: nothing else
-here imports it, or lm_eval.
+The arguments are those of `lm_eval`, which is an optional extra: no other module imports it or this one.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
@@ -23,28 +21,26 @@ from llm2.decoding.llm2 import LLM2
 from llm2.decoding.sampling import SamplingParams
 from llm2.errors import UserError
 
-TAIL = 16  # tokens in which a stop string is looked for, besides one a character of the string
+TAIL = 16  # last tokens that are searched for a stop string, besides those that the string itself may take
 
 
 @register_model("llm2")
 class HarnessModel(LM):
-    """Generates until a stop string. Tasks that rank given continuations are refused, see `loglikelihood`.
+    """Generates until a stop string. Tasks that rank given continuations are refused: see `loglikelihood`.
 
     Args:
         pretrained: System 1, a local folder or a hub id.
-        verifier: System 2; System 1 decodes alone without it.
-        chat_template: name or file (llm2/common/chat.py) for --apply_chat_template; the tokenizer's own when left out.
-        max_gen_toks: new tokens, where the task does not say.
-        batch_size: rows in flight.
+        verifier: System 2; without it System 1 decodes alone.
+        chat_template: name or file (llm2/common/chat.py) for --apply_chat_template; the tokenizer's own when None.
+        max_gen_toks: new tokens, unless the task says how many.
+        batch_size: sequences in flight.
+        guidance: alpha, beta and top_k.
     """
 
     def __init__(
         self,
         pretrained: str,
         verifier: str | None = None,
-        alpha: float = 0.1,
-        beta: float = 0.25,
-        top_k: int | None = None,
         chat_template: str | None = None,
         max_gen_toks: int = 512,
         seed: int = 0,
@@ -52,56 +48,54 @@ class HarnessModel(LM):
         max_batch_size: int | None = None,
         device: str | None = None,
         dtype: str = "auto",
+        **guidance: float | int | None,
     ) -> None:
         super().__init__()
-        place = "auto" if device is None else device.partition(":")[0]
-        self.llm2 = LLM2.from_pretrained(
-            pretrained, verifier, device=place, dtype=dtype, alpha=alpha, beta=beta, top_k=top_k
-        )
+        self.llm2 = LLM2.from_pretrained(pretrained, verifier, device=device or "auto", dtype=dtype, **guidance)
         self.decoder = Decoder(self.llm2.system1, self.llm2.guidance)
         self.template = resolve_template(chat_template)
         self.max_gen_toks, self.seed = max_gen_toks, seed
         self.batch_size = 16 if batch_size == "auto" else int(batch_size)
-        self.own_name = pretrained
+        self.pretrained = pretrained
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What each context is continued with, up to the first of its stop strings."""
-        groups: dict[str, list[int]] = {}
+        """Each context's continuation, up to the first of its stop strings."""
+        groups: dict[str, list[int]] = {}  # requests of equal options are decoded together
         for index, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
-        found: dict[int, str] = {}
+        texts: dict[int, str] = {}
         with tqdm(total=len(requests), disable=disable_tqdm, desc="llm2", unit="request") as bar:
             for group in groups.values():
                 options = requests[group[0]].args[1]
-                for place, text in self._decode([requests[index].args[0] for index in group], options):
-                    found[group[place]] = text
-                    self.cache_hook.add_partial("generate_until", requests[group[place]].args, text)
+                for number, text in self._decode([requests[index].args[0] for index in group], options):
+                    texts[group[number]] = text
+                    self.cache_hook.add_partial("generate_until", requests[group[number]].args, text)
                     bar.update()
-        return [found[index] for index in range(len(requests))]
+        return [texts[index] for index in range(len(requests))]
 
-    def _decode(self, contexts: Sequence[str], options: dict):
-        """Index and text of each context as they are done. Of the options those that both sides know are used."""
+    def _decode(self, contexts: Sequence[str], options: dict) -> Iterator[tuple[int, str]]:
+        """Index and text of each context as it is finished. Options that LLM2 does not know are ignored."""
         stops = options.get("until") or []
         stops = [stops] if isinstance(stops, str) else list(stops)
         sampling = None
         if options.get("do_sample") and options.get("temperature", 1.0) > 0:
             sampling = SamplingParams(temperature=options.get("temperature", 1.0), top_p=options.get("top_p", 1.0))
-        rows = self.decoder.stream(
+        finished = self.decoder.stream(
             [self._encode(context) for context in contexts],
             max_new_tokens=options.get("max_gen_toks", self.max_gen_toks),
             eos=self.llm2.eos,
             sampling=sampling,
             seeds=[[row_seed(self.seed, context, index)] for index, context in enumerate(contexts)],
             batch_size=self.batch_size,
-            stop=self._stopper(stops) if stops else None,
+            stop=self._stop_function(stops) if stops else None,
         )
-        for index, (row,) in rows:
-            text = self.llm2.tokenizer.decode(row.token_ids, skip_special_tokens=True)
+        for index, (completion,) in finished:
+            text = self.llm2.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
             yield index, text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)]
 
-    def _stopper(self, stops: Sequence[str]):
-        """Whether a row's new tokens end in a stop string; a token has at least one byte of a character."""
-        tail = TAIL + 4 * max(map(len, stops))
+    def _stop_function(self, stops: Sequence[str]) -> Callable[[int, int, list[int]], bool]:
+        """Whether the new tokens of a sequence end in a stop string."""
+        tail = TAIL + 4 * max(map(len, stops))  # a character has at most 4 bytes, a token at least one
 
         def stop(prompt: int, sample: int, tokens: list[int]) -> bool:
             text = self.llm2.tokenizer.decode(tokens[-tail:], skip_special_tokens=True)
@@ -111,12 +105,12 @@ class HarnessModel(LM):
 
     def _encode(self, context: str) -> list[int]:
         tokenizer = self.llm2.tokenizer
-        begun = bool(tokenizer.bos_token) and context.startswith(tokenizer.bos_token)  # by a chat template
-        return tokenizer(context, add_special_tokens=not begun)["input_ids"]
+        has_bos = bool(tokenizer.bos_token) and context.startswith(tokenizer.bos_token)  # from a chat template
+        return tokenizer(context, add_special_tokens=not has_bos)["input_ids"]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         raise NotImplementedError(
-            "llm2 is a way of decoding: a continuation that System 1 does not find plausible has probability 0; "
+            "llm2 decodes: a continuation with a token that is not plausible to System 1 would have probability 0; "
             "choose tasks with output_type generate_until"
         )
 
@@ -136,7 +130,7 @@ class HarnessModel(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        return self.own_name.replace("/", "__")
+        return self.pretrained.replace("/", "__")
 
 
 if __name__ == "__main__":

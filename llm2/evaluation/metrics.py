@@ -1,7 +1,4 @@
-"""Graded predictions -> the figures of metrics.json. Pure.
-
-Knows which figure belongs to which mode and which modes are compared; the figures themselves are `statistics`'.
-"""
+"""Graded predictions -> the figures of metrics.json; the statistics themselves are in llm2/common/stats.py."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,6 +7,7 @@ from itertools import product
 import numpy as np
 
 from llm2.common.stats import (
+    PairedTest,
     best_of_k,
     majority_curve,
     mcnemar,
@@ -19,33 +17,43 @@ from llm2.common.stats import (
     weighted_majority_at_k,
     wilson_interval,
 )
+from llm2.config import Mode
 
-COMPARED = (("plain_greedy", "guided_greedy"), ("plain_sampling", "guided_sampling"))
-# Figures of k samples: key in metrics.json -> the name of one of them, as paired tests and tables have it.
-FIGURES = {"majority": "majority@{}", "pass": "pass@{}", "best_of": "best of {}", "weighted": "weighted@{}"}
+# The modes that are compared: plain, guided.
+GREEDY = (Mode.PLAIN_GREEDY, Mode.GUIDED_GREEDY)
+SAMPLING = (Mode.PLAIN_SAMPLING, Mode.GUIDED_SAMPLING)
+# Figures of k samples: key in metrics.json -> label of one of them in paired tests and tables.
+FIGURES = {"majority": "majority@{}", "weighted": "weighted@{}", "best_of": "best of {}", "pass": "pass@{}"}
+
+Curves = dict[tuple[str, int], list[float]]  # (figure, k) -> its value on each problem
 
 
-def summarise(lines: dict[str, list[dict]], ks: Sequence[int], seed: int) -> dict:
+def summarise(lines: dict[Mode, list[dict]], ks: Sequence[int], seed: int) -> dict:
     """`modes` and `paired` of metrics.json.
 
     Args:
-        lines: for each mode its lines of predictions.jsonl, the same problems in the same order.
-        ks: the k that weighted votes and paired tests are made for; majority@k and the others are there for every k.
+        lines: the lines of predictions.jsonl of each mode: the same problems in the same order.
+        ks: the k of weighted votes and paired tests; the other figures are given for every k.
     """
-    curves = {mode: _curves(own, ks, seed) for mode, own in lines.items() if mode.endswith("sampling")}
+    curves = {mode: _curves(lines[mode], ks, seed) for mode in lines if mode.sampled}
+    modes = {mode: _mode_figures(mode, lines[mode], curves.get(mode, {}), seed) for mode in lines}
     paired = []
-    for a, b in COMPARED:
-        if a in lines and b in lines:
-            paired += _compare(a, b, lines, curves, ks, seed)
-    modes = {mode: _mode(mode, own, curves.get(mode, {}), seed) for mode, own in lines.items()}
+    if all(mode in lines for mode in GREEDY):
+        paired.append(_compare_greedy(lines))
+    if all(mode in lines for mode in SAMPLING):
+        paired += _compare_sampling(curves, ks, seed)
     return {"modes": modes, "paired": paired, "reported_k": list(ks)}
 
 
-def _mode(mode: str, lines: Sequence[dict], curves: dict[tuple[str, int], list[float]], seed: int) -> dict:
-    share = [_share(line, "correct") for line in lines]
+def _mode_figures(mode: Mode, lines: Sequence[dict], curves: Curves, seed: int) -> dict:
+    correct = [_share(line, "correct") for line in lines]
+    if mode.sampled:
+        ci95 = mean_intervals(np.array(correct)[:, None], seed)[0]  # of shares: bootstrap over problems
+    else:
+        ci95 = wilson_interval(round(sum(correct)), len(correct))
     figures = {
-        "accuracy": sum(share) / len(share),
-        "ci95": _interval(mode, share, seed),
+        "accuracy": sum(correct) / len(correct),
+        "ci95": ci95,
         "accuracy_strict": sum(_share(line, "correct_strict") for line in lines) / len(lines),
         **_cost(mode, lines),
     }
@@ -57,82 +65,75 @@ def _mode(mode: str, lines: Sequence[dict], curves: dict[tuple[str, int], list[f
     return figures
 
 
-def _cost(mode: str, lines: Sequence[dict]) -> dict[str, float]:
-    """Means a problem. A forward counts once for each row in it: so the cost does not depend on the batch size.
+def _cost(mode: Mode, lines: Sequence[dict]) -> dict[str, float]:
+    """Means per problem. A forward counts once for each row in it, so the cost does not depend on the batch size.
 
-    The samples of a problem share the forward that reads the prompt; from then on System 1 reads a token a forward, and
-    System 2 is asked where there is a choice. Scoring the finished solutions, for best of k, is counted by itself.
+    The samples of a problem share the forward that reads the prompt. After it System 1 takes one forward per token, and
+    System 2 one wherever there is a choice. Scoring finished solutions, for best of k, is counted apart.
     """
     samples = [sample for line in lines for sample in line["samples"]]
-    tokens, verified = (sum(sample[key] for sample in samples) for key in ("tokens", "verifier_forwards"))
+    tokens, verifier_forwards = (sum(sample[key] for sample in samples) for key in ("tokens", "verifier_forwards"))
     n = len(lines)
     return {
         "tokens_per_problem": tokens / n,
-        "verifier_forwards_per_token": verified / max(tokens, 1),
+        "verifier_forwards_per_token": verifier_forwards / max(tokens, 1),
         "system1_forwards_per_problem": 1 + (tokens - len(samples)) / n,
-        "system2_forwards_per_problem": 1 + verified / n if mode.startswith("guided") else 0.0,
+        "system2_forwards_per_problem": 1 + verifier_forwards / n if mode.guided else 0.0,
         "scoring_forwards_per_problem": sum(sample.get("score") is not None for sample in samples) / n,
     }
 
 
-def _compare(
-    a: str, b: str, lines: dict[str, list[dict]], curves: dict[str, dict], ks: Sequence[int], seed: int
-) -> list[dict]:
-    """Greedy by McNemar's exact test; figures of k samples, fractions a problem, by a paired bootstrap."""
-    if a.endswith("greedy"):
-        right = [[line["samples"][0]["correct"] for line in lines[mode]] for mode in (a, b)]
-        return [{"a": a, "b": b, "metric": "accuracy", **asdict(mcnemar(*right))}]
+def _compare_greedy(lines: dict[Mode, list[dict]]) -> dict:
+    """McNemar's exact test."""
+    correct = [[line["samples"][0]["correct"] for line in lines[mode]] for mode in GREEDY]
+    return _paired(GREEDY, "accuracy", mcnemar(*correct))
+
+
+def _compare_sampling(curves: dict[Mode, Curves], ks: Sequence[int], seed: int) -> list[dict]:
+    """A paired bootstrap over problems for each figure of both modes; best of 1 and weighted@1 equal majority@1."""
     tested = [("majority", k) for k in ks] + [key for key in product(("best_of", "weighted"), ks) if key[1] > 1]
-    shared = [key for key in tested if all(key in curves[mode] for mode in (a, b))]
-    tables = [np.array([curves[mode][key] for key in shared]).T for mode in (a, b)]
-    return [
-        {"a": a, "b": b, "metric": FIGURES[figure].format(k), **asdict(test)}
-        for (figure, k), test in zip(shared, paired_bootstrap(*tables, seed), strict=True)
-    ]
+    shared = [key for key in tested if all(key in curves[mode] for mode in SAMPLING)]
+    tables = [np.array([curves[mode][key] for key in shared]).T for mode in SAMPLING]  # (N, F) each
+    tests = paired_bootstrap(*tables, seed)
+    return [_paired(SAMPLING, FIGURES[figure].format(k), test) for (figure, k), test in zip(shared, tests, strict=True)]
 
 
-def _curves(lines: Sequence[dict], ks: Sequence[int], seed: int) -> dict[tuple[str, int], list[float]]:
-    """(figure, k) -> its value on each problem, for every k from 1 to the number of samples."""
-    every = range(1, len(lines[0]["samples"]) + 1)
-    votes = [majority_curve(_answers(line), _right_answer(line)) for line in lines]
-    curves = {("majority", k): [curve[k - 1] for curve in votes] for k in every}
-    for k in every:
-        curves["pass", k] = [pass_at_k(len(every), sum(_each(line, "correct")), k) for line in lines]
+def _paired(modes: tuple[Mode, Mode], metric: str, test: PairedTest) -> dict:
+    return {"a": modes[0], "b": modes[1], "metric": metric, **asdict(test)}
+
+
+def _curves(lines: Sequence[dict], ks: Sequence[int], seed: int) -> Curves:
+    """Weighted votes for `ks`, the other figures for every k from 1 to the number of samples."""
+    all_ks = range(1, len(lines[0]["samples"]) + 1)
+    votes = [majority_curve(_values(line, "answer"), _right_answer(line)) for line in lines]
+    curves = {("majority", k): [curve[k - 1] for curve in votes] for k in all_ks}
+    for k in all_ks:
+        curves["pass", k] = [pass_at_k(len(all_ks), sum(_values(line, "correct")), k) for line in lines]
     if all(sample.get("score") is not None for line in lines for sample in line["samples"]):
-        for k in every:
-            curves["best_of", k] = [best_of_k(_each(line, "score"), _each(line, "correct"), k) for line in lines]
+        for k in all_ks:
+            curves["best_of", k] = [best_of_k(_values(line, "score"), _values(line, "correct"), k) for line in lines]
         for k in ks:
             curves["weighted", k] = [
-                weighted_majority_at_k(_answers(line), _weights(line), _right_answer(line), k, seed) for line in lines
+                weighted_majority_at_k(_values(line, "answer"), _weights(line), _right_answer(line), k, seed)
+                for line in lines
             ]
     return curves
 
 
-def _each(line: dict, key: str) -> list:
+def _values(line: dict, key: str) -> list:
     return [sample[key] for sample in line["samples"]]
 
 
-def _answers(line: dict) -> list[str | None]:
-    return _each(line, "answer")
+def _share(line: dict, key: str) -> float:
+    return sum(_values(line, key)) / len(line["samples"])
 
 
 def _right_answer(line: dict) -> str | None:
-    """What the correct samples answer: a grader gives equal answers one canonical form."""
+    """The answer of the correct samples: equal answers are equal strings."""
     return next((sample["answer"] for sample in line["samples"] if sample["correct"]), None)
 
 
 def _weights(line: dict) -> list[float]:
-    """exp(score): the loss makes of scores the log-odds with which one beats another (Bradley and Terry, 1952)."""
-    scores = np.array(_each(line, "score"))
+    """exp(score): the loss makes scores log-odds of one solution beating another (Bradley and Terry, 1952)."""
+    scores = np.array(_values(line, "score"))
     return np.exp(scores - scores.max()).tolist()
-
-
-def _share(line: dict, key: str) -> float:
-    return sum(_each(line, key)) / len(line["samples"])
-
-
-def _interval(mode: str, share: Sequence[float], seed: int) -> tuple[float, float]:
-    """Wilson's where each problem is right or wrong; where it is a share of samples, a bootstrap over problems."""
-    if mode.endswith("greedy"):
-        return wilson_interval(round(sum(share)), len(share))
-    return mean_intervals(np.array(share)[:, None], seed)[0]

@@ -1,8 +1,4 @@
-"""What the report shows of a solution, token by token.
-
-Knows how a written row becomes plain JSON: its tokens as text, the verifier's score of each, and the places where there
-was a choice. Leaves drawing it to `report`.
-"""
+"""Traces: how a completion came about, token by token, as plain JSON for the report."""
 
 from collections.abc import Sequence
 
@@ -12,41 +8,44 @@ from llm2.decoding.sampling import Completion
 
 
 class TokenText:
-    """Token id -> its text as it stands within a line, a leading space included."""
+    """Token id -> its text within a line, including a leading space."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer, self.known = tokenizer, {}
+        self.tokenizer, self.cache = tokenizer, {}
         self.anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]  # some tokenizers strip a first space
         self.offset = len(tokenizer.decode(self.anchor))
 
     def __call__(self, token: int) -> str:
-        if token not in self.known:
+        if token not in self.cache:
             text = self.tokenizer.decode([*self.anchor, token], clean_up_tokenization_spaces=False)
-            self.known[token] = text[self.offset :]
-        return self.known[token]
+            self.cache[token] = text[self.offset :]
+        return self.cache[token]
 
 
-def trace_of(row: Completion, scores: Sequence[float] | None, pieces: TokenText) -> dict:
-    """One sample's trace.
+def trace_record(completion: Completion, scores: Sequence[float] | None, token_text: TokenText) -> dict:
+    """The trace of one completion.
+
+    Args:
+        scores: the verifier's score of each token, if it scored the completion.
 
     Returns:
         {"tokens": [text], "scores": [float] or None, "choices": [{"at", "candidates", "logprobs", "scores", "chosen",
-        "changed"}]}: a choice for each token at which System 1 had more than one candidate, `at` its index.
+        "changed"}]}, with a choice for each token (index `at`) at which System 1 had more than one candidate.
     """
     choices = [
         {
             "at": at,
-            "candidates": [pieces(token) for token in choice.candidates],
-            "logprobs": [round(value, 3) for value in choice.logprobs],
-            "scores": [round(value, 3) for value in choice.scores],
-            "chosen": choice.chosen,
-            "changed": bool(choice.changed),
+            "candidates": [token_text(candidate) for candidate in token.candidates],
+            "logprobs": [round(value, 3) for value in token.logprobs],
+            "scores": [round(value, 3) for value in token.scores],
+            "chosen": token.chosen,
+            "changed": bool(token.changed),
         }
-        for at, choice in enumerate(row.trace or [])
-        if choice.scores is not None
+        for at, token in enumerate(completion.trace or [])
+        if token.scores is not None
     ]
     return {
-        "tokens": [pieces(token) for token in row.token_ids],
+        "tokens": [token_text(token) for token in completion.token_ids],
         "scores": None if scores is None else [round(score, 2) for score in scores],
         "choices": choices,
     }

@@ -1,20 +1,21 @@
-// The list of problems and what is shown of one. Data: see `pack` in page.py.
+// The list of problems and the details of the selected one. The data is described at `pack` in page.py.
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const ROW = 58; // pixels, as in page.css
-const NAMES = { plain_greedy: "Plain, greedy", guided_greedy: "Guided, greedy", plain_sampling: "Plain, sampling", guided_sampling: "Guided, sampling" };
+const MODES = { // label, system
+  plain_greedy: ["Plain, greedy", 1], guided_greedy: ["Guided, greedy", 2],
+  plain_sampling: ["Plain, sampling", 1], guided_sampling: ["Guided, sampling", 2],
+};
 const KINDS = { fixed: "Fixed", broken: "Broken", wrong: "Both wrong", right: "Both right" };
 const TAGS = { fixed: ["fixed", "✓ fixed"], broken: ["broken", "✗ broken"], wrong: ["both", "both wrong"], right: ["both", "both right"] };
 
-// --- What a problem is: its kind by the greedy modes where both are there, else by the larger half of the samples ---
-const pair = data.modes.includes("plain_greedy") && data.modes.includes("guided_greedy")
-  ? ["plain_greedy", "guided_greedy"] : [data.modes.find((m) => m.startsWith("plain")), data.modes.find((m) => m.startsWith("guided"))];
+// --- A problem's kind: by the greedy modes if both were evaluated, else by more than half of the samples ---
 const solved = (samples) => samples.filter((sample) => sample[1]).length * 2 > samples.length;
 const wordsOf = (body) => Array.isArray(body) ? body[0].map((t) => data.vocabulary[t]).join("") : body || "";
 
 const problems = data.problems.map(([id, question, gold, modes]) => {
-  const [plain, guided] = pair.map((mode) => modes[mode] && solved(modes[mode]));
+  const [plain, guided] = (data.compared ?? []).map((mode) => modes[mode] && solved(modes[mode]));
   let kind = "";
   if (plain !== undefined && guided !== undefined) kind = plain ? (guided ? "right" : "broken") : guided ? "fixed" : "wrong";
   return { id, question, gold, modes, kind, words: null };
@@ -76,7 +77,7 @@ function step(by) {
 function drawDetail() {
   const detail = $("detail");
   detail.replaceChildren();
-  if (!selected) return void detail.append(element("p", "muted", problems.length ? "No problem fits." : "This folder holds no predictions.jsonl."));
+  if (!selected) return void detail.append(element("p", "muted", problems.length ? "No problem matches." : "This folder holds no predictions.jsonl."));
   const head = element("p", "muted", `${selected.id} · right answer `);
   head.append(element("b", "", selected.gold));
   if (selected.kind) head.append(element("span", `tag ${TAGS[selected.kind][0]}`, TAGS[selected.kind][1]));
@@ -87,8 +88,9 @@ function drawDetail() {
 
 function drawMode(mode, samples) {
   const section = element("section", "mode"), heading = element("h3"), dot = element("span", "dot");
-  dot.style.background = `var(--system${mode.startsWith("guided") ? 2 : 1})`;
-  heading.append(dot, NAMES[mode]);
+  const [label, system] = MODES[mode];
+  dot.style.background = `var(--system${system})`;
+  heading.append(dot, label);
   section.append(heading);
   if (samples.length > 1) section.append(drawVotes(samples));
   for (const [index, sample] of samples.entries()) if (sample[4] !== null) section.append(...drawSample(sample, samples.length > 1 ? index + 1 : 0));
@@ -119,9 +121,9 @@ function drawSample([answer, right, tokens, score, body], index) {
 }
 
 function drawTokens([tokens, scores, choices]) {
-  const byPlace = new Map(choices.map((choice) => [choice[0], choice]));
+  const choiceAt = new Map(choices.map((choice) => [choice[0], choice]));
   return tokens.map((token, at) => {
-    const choice = byPlace.get(at), piece = data.vocabulary[token], span = element("span", "token", piece);
+    const choice = choiceAt.get(at), piece = data.vocabulary[token], span = element("span", "token", piece);
     if (/^<\|.*\|>$/.test(piece)) span.classList.add("special");
     if (scores) tint(span, scores[at] / 100);
     if (choice) {
@@ -148,7 +150,7 @@ function tint(span, score) {
   span.title = `System 2: ${score.toFixed(2)}`;
 }
 
-// --- The candidates of one token: shown while the pointer is on it, kept by a click ---
+// --- The candidates of one token: shown while the pointer is over it, pinned by a click ---
 let pinned = false, opener = null;
 
 function openChoice(span, [, candidates, logprobs, scores, chosen, changed]) {
@@ -224,7 +226,7 @@ $("theme").addEventListener("click", () => {
   root.dataset.theme = dark ? "light" : "dark";
 });
 addEventListener("resize", drawRows);
-let searchable = 0; // what a search reads is made ready while nothing else is to be done
+let searchable = 0; // the texts to search are built in idle time
 const prepare = (idle) => {
   while (searchable < problems.length && idle.timeRemaining() > 2) words(problems[searchable++]);
   if (searchable < problems.length) requestIdleCallback(prepare);

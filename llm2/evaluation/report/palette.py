@@ -1,4 +1,4 @@
-"""The colours that mean something, the same in every figure. Blue and amber stay apart for every colour blindness."""
+"""The colours of every figure. Blue and amber stay distinct for all types of colour blindness."""
 
 SYSTEM1 = "#3A6EA5"  # blue: plain decoding, System 1
 SYSTEM2 = "#E69F00"  # amber: guided decoding, System 2

@@ -1,7 +1,4 @@
-"""metrics.json, checked: what the report may rely on.
-
-Knows the contract of the file (figures are fractions of 1). Every figure was computed before it was written.
-"""
+"""metrics.json, validated. Figures are fractions of 1."""
 
 import json
 from pathlib import Path
@@ -10,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
 
+from llm2.config import Mode
 from llm2.errors import UserError
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -19,7 +17,7 @@ K = Annotated[str, Field(pattern=r"^[1-9]\d*$")]  # the k of majority@k and pass
 
 @validated(frozen=True)
 class ModeFigures:
-    """One mode of metrics.json; keys that this module does not use are ignored."""
+    """One mode of metrics.json; unknown keys are ignored."""
 
     accuracy: Share
     ci95: Interval | None = None
@@ -28,7 +26,7 @@ class ModeFigures:
     majority_ci95: dict[K, Interval] = Field(default_factory=dict)
     pass_at: dict[K, Share] = Field(default_factory=dict)
     pass_ci95: dict[K, Interval] = Field(default_factory=dict)
-    best_of_at: dict[K, Share] = Field(default_factory=dict)  # k -> accuracy of the sample that the verifier likes best
+    best_of_at: dict[K, Share] = Field(default_factory=dict)  # k -> accuracy of the sample with the highest score
     best_of_ci95: dict[K, Interval] = Field(default_factory=dict)
     weighted_at: dict[K, Share] = Field(default_factory=dict)  # k -> the vote weighted by the verifier's scores
     weighted_ci95: dict[K, Interval] = Field(default_factory=dict)
@@ -42,13 +40,13 @@ class ModeFigures:
 class Paired:
     """A paired comparison of two modes on the same problems."""
 
-    a: str
-    b: str
-    metric: str  # "accuracy" or "majority@k"
+    a: Mode
+    b: Mode
+    metric: str  # "accuracy", "majority@5", "best of 5", ...
     p: Share
     test: str
-    fixed: int | None = None  # problems right in b alone; null where the test does not count problems
-    broken: int | None = None  # problems right in a alone
+    fixed: int | None = None  # problems on which b is better; null if the test does not count problems
+    broken: int | None = None  # problems on which a is better
     difference: float | None = None
     ci95: tuple[float, float] | None = None
     detectable: float | None = None  # the smallest difference that this n shows with a power of 0.8
@@ -56,7 +54,7 @@ class Paired:
 
 @validated(frozen=True)
 class Point:
-    """Settings that were tried on the validation split."""
+    """Settings tried on the validation split, and their accuracy there."""
 
     accuracy: Share
     ci95: Interval
@@ -72,20 +70,20 @@ class Sweep:
 
     split: str
     n: int
-    mode: str
+    mode: Mode
     chosen: dict[str, Any]
     points: list[Point]
-    file: str | None = None  # where its problems are from, if not the benchmark's own
+    file: str | None = None  # its problems, if not the task's own
 
 
 @validated(frozen=True)
 class Metrics:
-    benchmark: str
+    benchmark: str  # name of the task
     split: str
     n: Annotated[int, Field(ge=1)]
-    modes: dict[str, ModeFigures]
+    modes: dict[Mode, ModeFigures]
     paired: list[Paired] = Field(default_factory=list)
-    reported_k: list[int] = Field(default_factory=list)  # the k that tables show; all when empty
+    reported_k: list[int] = Field(default_factory=list)  # the k in tables; all when empty
     settings: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
     git_commit: str | None = None
@@ -93,19 +91,19 @@ class Metrics:
     sweep: Sweep | None = None
 
 
-def read_metrics(path: str | Path) -> dict:
-    """The content of a metrics.json, checked. Raises UserError that names the file and what is wrong with it."""
+def read_metrics(path: str | Path) -> Metrics:
+    """Raises UserError that names the file and what is wrong with it."""
     try:
         metrics = json.loads(Path(path).read_text())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; `python -m llm2 evaluate` writes it") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
-    parse(metrics, str(path))
-    return metrics
+    return parse(metrics, str(path))
 
 
 def parse(metrics: Any, source: str) -> Metrics:
+    """Validate metrics; `source` names them in error messages."""
     if not isinstance(metrics, dict):
         raise UserError(f"{source}: expected an object with benchmark, split, n and modes")
     try:

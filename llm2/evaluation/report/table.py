@@ -1,17 +1,17 @@
-"""A results folder's figures as tables: of accuracy, plain beside guided, and of cost.
-
-Knows which figures stand side by side and how they are written. Leaves where they come from to metrics.json.
-"""
+"""The figures of metrics.json as tables: accuracy, plain beside guided, and cost per problem."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from textwrap import wrap
 
-from llm2.evaluation.report.read import Interval, Metrics, ModeFigures, Share, parse
+from llm2.config import Mode
+from llm2.evaluation.metrics import FIGURES, GREEDY, SAMPLING
+from llm2.evaluation.report.read import Interval, Metrics, Share
 
 COLUMNS = 100  # of the terminal
-HEADER = ("", "plain, %", "guided, %", "difference", "error cut", "paired p", "n")
-LABELS = {"majority": "majority@{}", "weighted": "weighted@{}", "best_of": "best of {}", "pass": "pass@{}"}
+HEADER = ("", "plain, %", "guided, %", "difference", "error red.", "paired p", "n")
 COSTS = {
     "tokens_per_problem": "tokens",
     "system1_forwards_per_problem": "System 1 forwards",
@@ -24,7 +24,7 @@ COSTS = {
 class Row:
     """A figure of plain decoding beside the same figure of guided decoding."""
 
-    group: str  # rows of a group stand together
+    group: str  # a rule separates groups
     label: str
     plain: Share | None
     guided: Share | None
@@ -33,65 +33,59 @@ class Row:
     p: float | None = None
 
     def cells(self, n: int) -> tuple[str, ...]:
-        """As HEADER names them."""
-        difference, cut = "-", "-"
+        """The columns of HEADER."""
+        difference, error_reduction = "-", "-"
         if self.plain is not None and self.guided is not None:
             difference = f"{100 * (self.guided - self.plain):+.1f}"
-            if self.plain < 1:  # no error, nothing to cut
-                cut = f"{100 * (self.guided - self.plain) / (1 - self.plain):.0f} %"
+            if self.plain < 1:  # there is an error to reduce
+                error_reduction = f"{100 * (self.guided - self.plain) / (1 - self.plain):.0f} %"
         p = "-" if self.p is None else "< 0.001" if self.p < 0.001 else f"{self.p:.3f}"
         sides = _percent(self.plain, self.plain_ci95), _percent(self.guided, self.guided_ci95)
-        return self.label, *sides, difference, cut, p, str(n)
+        return self.label, *sides, difference, error_reduction, p, str(n)
 
 
-def table(metrics: dict) -> str:
-    """Plain and guided side by side as plain text of 100 columns. Raises UserError if the metrics are ill-formed."""
-    parsed = parse(metrics, "the metrics")
-    lines = [HEADER, *(row.cells(parsed.n) for row in rows(parsed))]
-    widths = _widths(lines)
+def table(metrics: Metrics) -> str:
+    """Plain and guided side by side, as plain text of at most 100 columns."""
+    lines = [(row.group, row.cells(metrics.n)) for row in rows(metrics)]
+    widths = _widths([HEADER, *(cells for _, cells in lines)])
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    text = [title(parsed), "", _aligned(HEADER, widths)]
-    group = None
-    for row, cells in zip(rows(parsed), lines[1:], strict=True):
-        if row.group != group:
-            text.append(rule)
-        text.append(_aligned(cells, widths))
-        group = row.group
+    text = [title(metrics), "", _aligned(HEADER, widths)]
+    for _, group in groupby(lines, key=itemgetter(0)):
+        text += [rule, *(_aligned(cells, widths) for _, cells in group)]
     text.append(rule)
-    costs = cost_lines(parsed)
+    costs = cost_lines(metrics)
     if costs:
         text += ["", *(_aligned(line, _widths(costs)) for line in costs), ""]
-    return "\n".join(text + [line for note in notes(parsed) for line in wrap(note, COLUMNS, subsequent_indent="  ")])
+    return "\n".join(text + [line for note in notes(metrics) for line in wrap(note, COLUMNS, subsequent_indent="  ")])
 
 
-def markdown_table(metrics: dict) -> str:
-    """The same rows as a Markdown table. Raises UserError if the metrics are ill-formed."""
-    parsed = parse(metrics, "the metrics")
-    lines = [HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *(row.cells(parsed.n) for row in rows(parsed))]
+def markdown_table(metrics: Metrics) -> str:
+    """The same rows as a Markdown table."""
+    lines = [HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *(row.cells(metrics.n) for row in rows(metrics))]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return "\n\n".join([title(parsed), text, *notes(parsed)])
+    return "\n\n".join([title(metrics), text, *notes(metrics)])
 
 
 def rows(metrics: Metrics) -> list[Row]:
-    plain, guided = metrics.modes.get("plain_greedy"), metrics.modes.get("guided_greedy")
-    found = []
-    if plain or guided:
-        p = _p_value(metrics, "greedy", "accuracy")
-        sides = [(mode.accuracy, mode.ci95) if mode else (None, None) for mode in (plain, guided)]
-        found.append(Row("greedy", "greedy", sides[0][0], sides[1][0], sides[0][1], sides[1][1], p))
-        strict = [mode.accuracy_strict if mode else None for mode in (plain, guided)]
+    greedy = [metrics.modes.get(mode) for mode in GREEDY]
+    table_rows = []
+    if any(greedy):
+        p = _p_value(metrics, GREEDY, "accuracy")
+        intervals = [mode and mode.ci95 for mode in greedy]
+        table_rows.append(Row("greedy", "greedy", *(mode and mode.accuracy for mode in greedy), *intervals, p))
+        strict = [mode and mode.accuracy_strict for mode in greedy]
         if strict != [None, None]:
-            found.append(Row("greedy", "greedy, strict", *strict))
-    return found + [row for figure in LABELS for row in _sampling_rows(metrics, figure)]
+            table_rows.append(Row("greedy", "greedy, strict", *strict))
+    return table_rows + [row for figure in FIGURES for row in _sampling_rows(metrics, figure)]
 
 
 def cost_lines(metrics: Metrics) -> list[tuple[str, ...]]:
-    """What each mode costs a problem, a column a mode; nothing where it was not measured."""
+    """Cost per problem, a column per mode; empty if it was not measured."""
     modes = {name: mode for name, mode in metrics.modes.items() if mode.system1_forwards_per_problem is not None}
     if not modes:
         return []
     lines = [(label, *(f"{getattr(mode, key):,.1f}" for mode in modes.values())) for key, label in COSTS.items()]
-    return [("cost a problem", *(name.replace("_", " ") for name in modes)), *lines]
+    return [("cost per problem", *(name.replace("_", " ") for name in modes)), *lines]
 
 
 def title(metrics: Metrics) -> str:
@@ -99,26 +93,26 @@ def title(metrics: Metrics) -> str:
 
 
 def notes(metrics: Metrics) -> list[str]:
-    """What the columns mean, which paired tests stand behind p, how many problems changed sides, which settings."""
-    said = ["[low, high]: 95 % interval. Difference in points. Error cut: share of plain's error that is gone."]
+    """The columns' meaning, the paired tests, the settings and how they were chosen."""
+    lines = ["[low, high]: 95 % interval. Difference in points. Error red.: relative error reduction."]
     for pair in metrics.paired:
         line = f"{pair.b} against {pair.a}, {pair.metric}: {pair.test}, p = {pair.p:.2g}"
         if pair.fixed is not None and pair.broken is not None:
             line += f"; {pair.fixed} fixed, {pair.broken} broken"
         if pair.detectable is not None:
             line += f"; this n shows {100 * pair.detectable:.1f} points or more"
-        said.append(line)
-    return said + [line for line in (settings(metrics), choice(metrics)) if line]
+        lines.append(line)
+    return lines + [line for line in (settings(metrics), choice(metrics)) if line]
 
 
 def settings(metrics: Metrics) -> str:
-    """The settings in one line; nothing where metrics.json does not hold them."""
+    """The settings in one line; empty if metrics.json does not hold them."""
     shown = ("alpha", "beta", "top_k", "temperature", "few_shot")
     return ", ".join(f"{key} {metrics.settings[key]}" for key in shown if key in metrics.settings)
 
 
 def choice(metrics: Metrics) -> str:
-    """How the settings were chosen, where they were."""
+    """How the settings were chosen; empty if they were not."""
     if metrics.sweep is None:
         return ""
     sweep = metrics.sweep
@@ -132,24 +126,20 @@ def choice(metrics: Metrics) -> str:
 
 def _sampling_rows(metrics: Metrics, figure: str) -> list[Row]:
     """The rows of a figure of k samples, for each reported k that either sampling mode has."""
-    modes = [metrics.modes.get(name) for name in ("plain_sampling", "guided_sampling")]
-    sides = [_side(mode, f"{figure}_at") for mode in modes] + [_side(mode, f"{figure}_ci95") for mode in modes]
-    found = []
-    for k in sorted({*sides[0], *sides[1]}, key=int):
-        voting = figure in ("majority", "pass") or k != "1"  # one sample is the best of itself
-        if voting and (not metrics.reported_k or int(k) in metrics.reported_k):
-            label = LABELS[figure].format(k)
-            found.append(Row(figure, label, *(side.get(k) for side in sides), _p_value(metrics, "sampling", label)))
-    return found
+    modes = [metrics.modes.get(mode) for mode in SAMPLING]
+    columns = [getattr(mode, f"{figure}_{kind}", {}) for kind in ("at", "ci95") for mode in modes]
+    table_rows = []
+    for k in sorted({*columns[0], *columns[1]}, key=int):
+        redundant = k == "1" and figure in ("best_of", "weighted")  # equal to majority@1
+        if not redundant and (not metrics.reported_k or int(k) in metrics.reported_k):
+            label = FIGURES[figure].format(k)
+            p = _p_value(metrics, SAMPLING, label)
+            table_rows.append(Row(figure, label, *(column.get(k) for column in columns), p))
+    return table_rows
 
 
-def _side(mode: ModeFigures | None, key: str) -> dict:
-    return getattr(mode, key) if mode else {}
-
-
-def _p_value(metrics: Metrics, kind: str, metric: str) -> float | None:
-    names = {f"plain_{kind}", f"guided_{kind}"}
-    return next((pair.p for pair in metrics.paired if {pair.a, pair.b} == names and pair.metric == metric), None)
+def _p_value(metrics: Metrics, modes: tuple[Mode, Mode], metric: str) -> float | None:
+    return next((pair.p for pair in metrics.paired if (pair.a, pair.b, pair.metric) == (*modes, metric)), None)
 
 
 def _percent(value: float | None, interval: Interval | None) -> str:

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness itself, run on a local task with the testbed's System 1."""
+"""The harness itself, run on a local task with the testbed's System 1."""
 
 import json
 import re
@@ -55,7 +55,7 @@ def verifier(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory, verifier) -> list[dict]:
-    """What the harness logs of each problem."""
+    """The harness's log of each problem."""
     folder = tmp_path_factory.mktemp("harness")
     problems = load_task("testbed").problems("test", N)
     lines = [json.dumps({"question": p.question, "answer": f"{p.solution}\n#### {p.gold}"}) for p in problems]
@@ -73,7 +73,7 @@ def samples(tmp_path_factory, verifier) -> list[dict]:
     return results["samples"]["testbed_local"]
 
 
-def test_the_harness_decodes_as_we_do(samples, verifier):
+def test_the_harness_gets_the_decoders_text(samples, verifier):
     model = HarnessModel(SYSTEM1, verifier, beta=4.0, device="cpu").llm2
     problems = {problem.question: problem for problem in load_task("testbed").problems("test", N)}
     prompts = encode_chats(
@@ -87,7 +87,7 @@ def test_the_harness_decodes_as_we_do(samples, verifier):
     assert {sample["doc"]["question"]: sample["resps"][0][0] for sample in samples} == ours
 
 
-def test_the_harness_grades_as_we_do(samples):
+def test_the_harness_grades_as_the_task_does(samples):
     assert {sample["filter"] for sample in samples} == {"strict-match", "flexible-extract"}
     assert len(samples) == 2 * N
     for sample in samples:
@@ -105,7 +105,7 @@ def test_the_harness_grades_as_we_do(samples):
         ("10 - 3 is -3? No: 5-3", "-3", "3"),  # a minus between numbers is a sign there
     ],
 )
-def test_where_the_grades_differ_and_why(text, theirs, ours):
+def test_known_differences_between_the_harness_and_our_extraction(text, theirs, ours):
     found = re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)[-1]
     assert next(filter(None, found)).strip() == theirs
     assert extract_answer(text) == ours
@@ -126,7 +126,7 @@ def test_a_stop_string_ends_the_text_and_is_not_part_of_it():
     assert whole.startswith(short) and len(model.llm2.tokenizer(short)["input_ids"]) <= 6
 
 
-def test_ranking_given_continuations_is_refused_in_one_sentence():
+def test_ranking_given_continuations_is_refused():
     model = HarnessModel(SYSTEM1, device="cpu")
     with pytest.raises(NotImplementedError, match="generate_until"):
         model.loglikelihood([])
