@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The vLLM engines against our own, for real: in this process and as a server, on a CPU, in a venv of their own.
+# The vLLM engines against the local one, for real: in process and as a server, on a CPU, in a venv of their own.
 #
 #   bash scripts/test_vllm.sh [pytest arguments]
 #
@@ -17,4 +17,4 @@ if [ ! -e "$venv/llm2.installed" ]; then
 fi
 export PATH="$PWD/$venv/bin:$PATH" HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
 [[ $venv = /* ]] && export PATH="$venv/bin:$PATH"
-python -m pytest -q --noconftest tests/vllm_engines.py "$@"
+python -m pytest -q -o addopts= --noconftest tests/vllm_engines.py "$@"  # pyproject.toml's options are for pytest-xdist

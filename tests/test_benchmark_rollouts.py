@@ -13,7 +13,6 @@ from llm2.common.loading import load_tokenizer
 from llm2.config import ExploreConfig
 from llm2.exploration.engines import Request, open_engine
 from llm2.exploration.explore import Explorer
-from llm2.exploration.solutions import load_solved
 from llm2.tasks import load_task
 
 
@@ -54,22 +53,22 @@ def explorer() -> Explorer:
 
 
 def test_the_reference_has_equally_many_rollouts_of_every_token(explorer):
-    problems, _ = load_solved(explorer.config, explorer.task)
+    problems = explorer.task.problems("train", 1)
     (entry,) = reference_entries(explorer, problems, LabelsBenchmark(benchmark="labels", reference_rollouts=4))
-    (case,) = explorer.begin(problems)
+    (state,) = explorer.start_problems(problems)
     assert [(fork[0], tuple(token for token, _ in fork[1:])) for fork in entry["forks"]] == [
-        (fork.position, fork.tokens) for fork in case.forks
+        (fork.position, fork.tokens) for fork in state.test.forks
     ]
     assert all(quality in (0, 0.25, 0.5, 0.75, 1) for fork in entry["forks"] for _, quality in fork[1:])
-    assert entry["tokens"] > 4 * sum(len(fork.tokens) for fork in case.forks)
+    assert entry["tokens"] > 4 * sum(len(fork.tokens) for fork in state.test.forks)
 
 
 def test_tokens_of_generate_count_up_to_the_end_of_each_rollout(explorer):
     """Where only one continuation is likely, both engines generate the same number of tokens."""
     engine = explorer.engine
-    problems, _ = load_solved(explorer.config, explorer.task)
-    (case,) = explorer.begin(problems)
-    requests = [Request(case.gold.ids, case.gold.end - back, [], [1, 2]) for back in (1, 2, 4)]
+    problems = explorer.task.problems("train", 1)
+    (state,) = explorer.start_problems(problems)
+    requests = [Request(state.solution.ids, state.solution.end - back, [], [1, 2]) for back in (1, 2, 4)]
     config = RolloutBenchmark(benchmark="rollouts", batch_size=4, device="cpu")
     torch.manual_seed(0)
     tokens = generate(engine.model, engine.eos, engine.tokenizer.pad_token_id, requests, config)
@@ -81,9 +80,9 @@ def test_the_file_has_both_engines_and_the_number_of_prefixes(tmp_path, explorer
     output = tmp_path / "rollouts.json"
     limits = {"problems": 1, "rollouts": 2, "max_new_tokens": 4, "rounds": 1}
     table = measure(RolloutBenchmark(benchmark="rollouts", output=str(output), device="cpu", **limits))
-    problems, _ = load_solved(explorer.config, explorer.task)
-    (case,) = explorer.begin(problems)
-    tokens = [token for fork in case.forks for token in fork.tokens if token not in explorer.engine.eos]
+    problems = explorer.task.problems("train", 1)
+    (state,) = explorer.start_problems(problems)
+    tokens = [token for fork in state.test.forks for token in fork.tokens if token not in explorer.engine.eos]
     written = json.loads(output.read_text())
     assert written["prefixes"] == len(tokens) and f"{len(tokens)} prefixes" in table
     assert [(row["name"], row["ratio_to"]) for row in written["rows"]] == [

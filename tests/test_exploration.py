@@ -1,11 +1,13 @@
-"""Exploration: forks, verdicts with their evidence, runs that are killed, run by many, or given bad input."""
+"""Exploration: forks, verdicts with their evidence, progress, interrupted and parallel runs, bad input."""
 
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from random import Random
 from string import ascii_lowercase
@@ -18,10 +20,10 @@ from llm2.common.journal import Journal
 from llm2.common.loading import eos_ids, load_system1, load_tokenizer
 from llm2.config import ExploreConfig
 from llm2.errors import UserError
-from llm2.exploration.engines import PositionQuery, open_engine
-from llm2.exploration.explore import Explorer, explore, forks_of, most_informative
+from llm2.exploration.engines import open_engine
+from llm2.exploration.explore import Explorer, Progress, explore, most_informative
 from llm2.exploration.quality import RolloutCounts
-from llm2.exploration.solutions import tokenize_solutions
+from llm2.exploration.solutions import find_forks, tokenize_solutions
 from llm2.tasks import load_task
 from llm2.verifier.triplets import load_examples
 
@@ -49,32 +51,31 @@ def config(tmp_path) -> ExploreConfig:
 def test_forks_are_where_more_than_one_token_is_plausible(loaded, config):
     """Against the definition, position by position, from one forward a prefix."""
     model, tokenizer = loaded
-    (gold,) = tokenize_solutions(
-        load_task("testbed"),
-        load_task("testbed").problems("train", 1),
-        tokenizer,
-        LLAMA3_PLAIN,
-        eos_ids(model, tokenizer),
+    task = load_task("testbed")
+    (solution,) = tokenize_solutions(
+        task, task.problems("train", 1), tokenizer, LLAMA3_PLAIN, eos_ids(model, tokenizer)
     )
-    (candidates,) = open_engine(config, tokenizer).plausible([PositionQuery(gold.ids, gold.start, gold.end)])
-    forks = {fork.position: fork for fork in forks_of(gold, candidates)}
-    assert tokenizer.decode(gold.ids[gold.start : gold.end - 1]) == gold.problem.solution
-    assert gold.ids[gold.end - 1] == tokenizer.eos_token_id
-    for position in range(gold.start, gold.end):
+    (forks,) = find_forks(open_engine(config, tokenizer), [solution])
+    forks = {fork.position: fork for fork in forks}
+    assert tokenizer.decode(solution.ids[solution.start : solution.end - 1]) == solution.problem.solution
+    assert solution.ids[solution.end - 1] == tokenizer.eos_token_id
+    for position in range(solution.start, solution.end):
         with torch.inference_mode():
-            p = model(torch.tensor([gold.ids[:position]])).logits[0, -1].softmax(-1)
+            p = model(torch.tensor([solution.ids[:position]])).logits[0, -1].softmax(-1)
         plausible = set((p >= 0.1 * p.max()).nonzero().flatten().tolist())
         if len(plausible) > 1:
             fork = forks[position]
-            assert set(fork.tokens) == plausible | {gold.ids[position]} and fork.tokens[0] == gold.ids[position]
+            gold = solution.ids[position]
+            assert set(fork.tokens) == plausible | {gold} and fork.tokens[0] == gold
             for token, probability in zip(fork.tokens, fork.probabilities, strict=True):
                 assert probability == pytest.approx(p[token].item() if token in plausible else 0, abs=1e-5)
         else:
             assert position not in forks
 
 
-def test_explored_triplets_fit_the_format_and_prefer_gold(config, loaded):
-    report = explore(config)
+@pytest.mark.parametrize("limit", [2, pytest.param(6, marks=pytest.mark.slow)])
+def test_explored_triplets_fit_the_format_and_prefer_gold(config, loaded, limit):
+    report = explore(replace(config, limit=limit))
     examples, summary = load_examples(config.output, loaded[1], LLAMA3_PLAIN)
     assert summary.triplets == report["triplets"] > 0 and summary.duplicates == 0
     negatives = {}
@@ -88,7 +89,7 @@ def test_explored_triplets_fit_the_format_and_prefer_gold(config, loaded):
     assert len(verdicts) == report["candidates"] - report["forks"]
     assert verdicts.count("equal") == report["rejected_as_equal"] > 0
     assert verdicts.count("undecided") == report["undecided"] > 0
-    assert report["problems"] == 6 and sum(report["quality_histogram"]) <= report["candidates"]
+    assert report["problems"] == limit and sum(report["quality_histogram"]) <= report["candidates"]
     assert report["rollouts"] < 0.3 * 16 * report["candidates"]  # the benchmark measures it on more problems
     assert report["rollouts_passing_by"] > 0.3 * report["rollouts"]
     for line in Path(config.output).read_text().splitlines():
@@ -98,31 +99,35 @@ def test_explored_triplets_fit_the_format_and_prefer_gold(config, loaded):
         for (gold, negative), (gold_n, negative_n), pair in zip(
             record["quality"], record["rollouts"], pairs, strict=True
         ):
-            assert gold > negative and gold_n >= config.rollouts_gold and negative_n >= config.min_rollouts
+            assert gold > negative and gold_n >= config.gold_rollouts and negative_n >= config.min_rollouts
             assert pair["gold"] == [round(gold * gold_n), gold_n]
             assert pair["token"] == [round(negative * negative_n), negative_n]
     assert not negatives
 
 
-def test_every_rollout_counted_is_one_that_was_written_or_passed_by(config, loaded):
+@pytest.mark.parametrize("problems", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_every_rollout_counted_was_written_there_or_reused(config, loaded, problems):
     tokenizer = loaded[1]
     explorer = Explorer(config, open_engine(config, tokenizer), tokenizer, load_task("testbed"))
-    cases = explorer.begin(load_task("testbed").problems("train", 3))
-    settled = sum(tally.rollouts for case in cases for tally in case.trial.tallies.values())
-    while asked := [(case, asks) for case in cases if (asks := case.trial.ask())]:
-        explorer.generate(asked)
-    counted = sum(tally.rollouts for case in cases for tally in case.trial.tallies.values())
-    written = sum(case.counts["rollouts"] + case.counts["rollouts_passing_by"] for case in cases)
-    assert counted - settled == written
+    states = explorer.start_problems(load_task("testbed").problems("train", problems))
+
+    def counted() -> int:
+        return sum(counts.rollouts for state in states for counts in state.test.counts.values())
+
+    without_rollouts = counted()  # tokens that end the answer
+    while active := [state for state in states if state.pending]:
+        explorer.run_round(active)
+    written = sum(state.counts["rollouts"] + state.counts["rollouts_passing_by"] for state in states)
+    assert counted() - without_rollouts == written > 0
 
 
-def test_greedy_rollouts_are_written_once(config):
+def test_a_greedy_rollout_is_written_once_and_decides(config):
     report = explore(replace(config, temperature=0.0, limit=3))
     assert 0 < report["rollouts"] <= 2 * report["candidates"]
     assert report["undecided"] == 0
 
 
-def test_a_cap_keeps_the_triplets_that_cost_most():
+def test_max_triplets_keeps_those_that_cost_most():
     def pair(probability, gold, token):
         return {"probability": probability, "gold": RolloutCounts(gold, 8), "token": RolloutCounts(token, 8)}
 
@@ -131,8 +136,8 @@ def test_a_cap_keeps_the_triplets_that_cost_most():
     assert most_informative(pairs, None) == pairs
 
 
-def test_a_cap_is_kept_and_counted(config):
-    report = explore(replace(config, max_triplets=1, limit=3))
+def test_max_triplets_is_kept_and_what_it_drops_is_counted(config):
+    report = explore(replace(config, max_triplets=1, limit=1))
     assert report["beyond_max_triplets"] > 0
     assert all(len(json.loads(line)["samples"]) == 1 for line in Path(config.output).read_text().splitlines())
 
@@ -141,11 +146,43 @@ def chat(question="2 + 2?", solution="So the answer is 4.", **extra) -> dict:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": solution}], **extra}
 
 
-# --- Runs that end before they are done, and runs of many processes ---
+# --- Progress ---
+
+
+def test_the_bar_shows_rollouts_at_once_and_an_eta_once_something_is_decided():
+    progress = Progress(4, file=StringIO())
+    progress.add(0, [[5, 6], [7]])
+    progress.add(0, [[8]])
+    progress.bar.start_t -= 10  # seconds ago
+    assert re.search(r"0.0/4 \[00:10<\?, .*3 rollouts, [\d,]+ tokens/s", str(progress.bar))
+    progress.add(0.5)
+    assert re.search(r"0.5/4 \[00:10<01:10, ", str(progress.bar))  # 10 s for an eighth
+    for _ in range(35):
+        progress.add(0.1)
+    assert re.search(r"100%.* 4.0/4 \[00:10<00:00, ", str(progress.bar))
+
+
+def test_progress_grows_before_a_problem_is_complete_and_ends_at_their_number(quick):
+    class RecordedProgress(Progress):
+        def add(self, *arguments) -> None:
+            super().add(*arguments)
+            seen.append(self.bar.n)
+
+    seen: list[float] = []
+    tokenizer, task = load_tokenizer(quick.model), load_task("chats", quick.data_file, quick.grader)
+    progress = RecordedProgress(20, file=StringIO())
+    complete = Explorer(quick, open_engine(quick, tokenizer), tokenizer, task, progress).explore(task.problems("train"))
+    next(complete)
+    assert 1 < seen[-1] < 20  # more than the one that is complete
+    assert sum(1 for _ in complete) == 19
+    assert seen == sorted(seen) and seen[-1] == 20 and len(set(seen)) > 20
+
+
+# --- Interrupted runs and runs of several processes ---
 
 
 def _run(config: ExploreConfig, rank: int, world: int, port: int, lives: int | None) -> None:
-    """An exploring process as accelerate launch starts it; with `lives` killed while it writes its next entry."""
+    """One process of `accelerate launch`; with `lives` it is killed while it writes the entry after so many."""
     write = Journal._write
 
     def torn(journal: Journal, entry: dict) -> None:
@@ -165,11 +202,11 @@ def _run(config: ExploreConfig, rank: int, world: int, port: int, lives: int | N
 
 
 def run(config: ExploreConfig, world: int, lives: int | None = None) -> list[int]:
-    """The exit codes of `world` processes, each of which may finish so many problems."""
+    """The exit codes of `world` processes, each of which may complete `lives` problems."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")  # with torch already imported: a start takes no seconds
+    fork = multiprocessing.get_context("fork")  # torch is already imported
     processes = [fork.Process(target=_run, args=(config, rank, world, port, lives)) for rank in range(world)]
     for process in processes:
         process.start()
@@ -178,7 +215,7 @@ def run(config: ExploreConfig, world: int, lives: int | None = None) -> list[int
     return [process.exitcode for process in processes]
 
 
-def lines(partial: Path) -> int:
+def num_entries(partial: Path) -> int:
     return sum(path.read_bytes().count(b"\n") - 1 for path in partial.glob("shard-*.jsonl"))
 
 
@@ -188,7 +225,7 @@ def begins_well(text: str, gold: str) -> bool:
 
 @pytest.fixture
 def quick(system1_folder, tmp_path) -> ExploreConfig:
-    """Many small problems for a model of random weights: something is finished every few milliseconds."""
+    """Many small problems for a model of random weights: one is complete every few milliseconds."""
     path, random = tmp_path / "chats.jsonl", Random(0)
     solutions = ["".join(random.choices(ascii_lowercase, k=6)) for _ in range(20)]
     path.write_text("".join(json.dumps(chat(f"{i}?", text, id=i)) + "\n" for i, text in enumerate(solutions)))
@@ -205,32 +242,36 @@ def quick(system1_folder, tmp_path) -> ExploreConfig:
     )
 
 
-def test_killed_again_and_again_and_with_any_number_of_processes_the_result_is_the_same(quick, monkeypatch):
-    """SIGKILL, six times, each process once it has written a problem or two; then two processes finish."""
+KILLED_RUNS = [(1, 1), (2, 2), (1, 2), (3, 1), (1, 1), (2, 2)]  # processes, problems that each completes
+
+
+@pytest.mark.parametrize("killed_runs", [KILLED_RUNS[:2], pytest.param(KILLED_RUNS, marks=pytest.mark.slow)])
+def test_output_is_the_same_to_the_byte_after_kills_and_with_any_number_of_processes(quick, monkeypatch, killed_runs):
+    """Each process of the killed runs gets a SIGKILL; then two processes complete the exploration."""
     monkeypatch.setattr("llm2.exploration.explore.CHUNK", 2)
     report = explore(replace(quick, batch_size=64))
     assert report["triplets"] > 5 and report["rejected_as_equal"] > 5
     killed = replace(quick, output=quick.output + ".killed")
-    partial, found = Path(killed.output + ".partial"), 0
-    for world, lives in ((1, 1), (2, 2), (1, 2), (3, 1), (1, 1), (2, 2)):
+    partial, complete = Path(killed.output + ".partial"), 0
+    for world, lives in killed_runs:
         assert -signal.SIGKILL in (codes := run(killed, world, lives)) and 0 not in codes  # 1: missed the others
-        assert found < lines(partial) <= found + world * lives and not Path(killed.output).exists()
-        found = lines(partial)
+        assert complete < num_entries(partial) <= complete + world * lives and not Path(killed.output).exists()
+        complete = num_entries(partial)
     assert run(killed, 2) == [0, 0] and not partial.exists()
     for ending in ("", ".pairs.jsonl"):
         assert Path(killed.output + ending).read_bytes() == Path(quick.output + ending).read_bytes()
 
 
-def test_killed_while_tidying_up_a_run_is_complete(config):
-    report = explore(replace(config, limit=2))
+def test_a_run_killed_before_its_journal_is_discarded_is_complete(config):
+    report = explore(replace(config, limit=1))
     partial = Path(config.output + ".partial")
     partial.mkdir()
     (partial / "shard-0.jsonl").write_text("{}\n")
-    assert explore(replace(config, limit=2)) == json.loads(json.dumps(report))
+    assert explore(replace(config, limit=1)) == json.loads(json.dumps(report))
     assert not partial.exists()
 
 
-def test_what_was_explored_is_never_written_over(config):
+def test_an_existing_output_is_never_overwritten(config):
     Path(config.output).write_text("precious")
     with pytest.raises(UserError, match="exists already"):
         explore(config)
@@ -241,7 +282,7 @@ def test_a_journal_of_other_settings_is_refused(config):
     partial = Path(config.output + ".partial")
     partial.mkdir()
     (partial / "shard-0.jsonl").write_text('{"seed": 1}\n')
-    with pytest.raises(UserError, match="begun with another config: model was None and now is"):
+    with pytest.raises(UserError, match="begun with another config: quality_margin was None and now is"):
         explore(config)
 
 
@@ -264,32 +305,32 @@ def chats(config, tmp_path):
     ("record", "message"),
     [
         ("{not json", "line 2: not valid JSON"),
-        ({"messages": []}, "line 2: expected an object with the key 'messages'"),
+        ({"messages": []}, "line 2: expected the key 'messages'"),
         ({"messages": [{"role": "user"}] * 2}, "line 2: key 'messages': expected objects with 'role' and 'content'"),
-        ({"messages": chat()["messages"][::-1]}, "line 2: the last message is by 'user'"),
-        (chat("3 + 3?", "I do not know."), "line 2: key 'answer': the grader .* does not accept the gold solution"),
-        (chat("3 + 3?", answer="5"), "line 2: key 'answer': the grader .* does not accept .* for the answer '5'"),
+        ({"messages": chat()["messages"][::-1]}, "line 2: key 'messages': .* found messages by assistant and user"),
+        (chat("3 + 3?", "I do not know."), "chats.jsonl: problem line-2: the grader rejects the gold solution"),
+        (chat("3 + 3?", answer="5"), "chats.jsonl: problem line-2: the grader rejects .* for the answer '5'"),
         (chat("3 + 3?", answer=None), "line 2: key 'answer': expected a text or a number, found None"),
-        (chat("3 + 3?", id="line-1"), "the id 'line-1' stands for 2 problems"),
+        (chat("3 + 3?", id="line-1"), "chats.jsonl: the id 'line-1' stands for 2 problems"),
     ],
 )
-def test_a_line_that_cannot_be_explored_is_told(chats, record, message):
+def test_an_error_in_the_data_names_file_and_line_or_problem(chats, record, message):
     with pytest.raises(UserError, match=message):
         chats(chat(), record)
 
 
-def test_a_checker_of_ones_own_decides(chats, tmp_path, monkeypatch):
+def test_a_grader_of_ones_own_decides(chats, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent.parent)
-    (tmp_path / "my_checker.py").write_text("def ends_well(text, gold):\n    return text.endswith(gold)\n")
+    (tmp_path / "my_grader.py").write_text("def ends_well(text, gold):\n    return text.endswith(gold)\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="no triplets in 1 problems"):
-        chats(chat(answer="4."), grader="my_checker:ends_well", gold_rollouts=1, min_rollouts=1, max_rollouts=1)
-    for name, message in (("nowhere", "expected number or MODULE:FUNCTION"), ("nowhere:f", "cannot be had")):
+        chats(chat(answer="4."), grader="my_grader:ends_well", gold_rollouts=1, min_rollouts=1, max_rollouts=1)
+    for name, message in (("nowhere", "expected MODULE:FUNCTION"), ("nowhere:f", "cannot be imported")):
         with pytest.raises(UserError, match=message):
             chats(chat(), grader=name)
 
 
-def test_a_template_that_rewrites_the_prompt_is_told(config, tmp_path):
+def test_a_template_that_rewrites_the_prompt_is_an_error(config, tmp_path):
     template = tmp_path / "template.jinja"
     template.write_text(
         "{% if add_generation_prompt %}<|begin_of_text|>{% endif %}"
@@ -302,7 +343,7 @@ def test_a_template_that_rewrites_the_prompt_is_told(config, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "chats"}, "benchmark: chats wants data_file"),
+        ({"task": "chats"}, "task: chats wants data_file"),
         ({"engine": "vllm"}, "engine: vllm wants top_k"),
         ({"server": "http://localhost:1/v1"}, "expected engine vllm"),
         ({"stop_pattern": "("}, "is no regular expression"),
@@ -310,6 +351,6 @@ def test_a_template_that_rewrites_the_prompt_is_told(config, tmp_path):
         ({"min_rollouts": 9}, "expected at most max_rollouts=8"),
     ],
 )
-def test_what_one_field_alone_cannot_tell_is_told(config, changes, message):
+def test_keys_that_do_not_fit_together_are_an_error(config, changes, message):
     with pytest.raises(UserError, match=message):
         explore(replace(config, **changes))

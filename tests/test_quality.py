@@ -1,4 +1,4 @@
-"""The sequential test: its posterior, what it asks for, how often it errs."""
+"""The sequential test: its posterior, the rollouts it requests, how often it errs."""
 
 import numpy as np
 import pytest
@@ -38,61 +38,73 @@ def test_the_probability_orders_as_it_should():
     )
 
 
-def run(trial: SequentialTest, right) -> int:
-    """Answer what the trial asks for; `right(token, index)` is an outcome. Returns the rollouts."""
+def run(test: SequentialTest, right) -> int:
+    """Outcomes `right(token, index)` until the test is over; the number of rollouts."""
     rollouts = 0
-    while asks := trial.ask():
-        for (position, token), indices in asks.items():
+    while wanted := test.next_rollouts():
+        for (position, token), indices in wanted.items():
             for index in indices:
-                trial.add(position, token, right(token, index))
+                test.add(position, token, right(token, index))
                 rollouts += 1
+    assert test.progress == 1
     return rollouts
 
 
-def test_where_gold_never_gets_there_no_other_token_is_rolled_out():
-    trial = SequentialTest([FORK], RULE)
-    assert run(trial, lambda token, index: False) == RULE.gold_rollouts
-    assert trial.verdicts == {(4, OTHER): "equal"} and trial.tallies[4, OTHER] == RolloutCounts(0, 0)
+def test_progress_is_the_share_of_decided_tokens_with_gold_by_its_rollouts():
+    test = SequentialTest([FORK, Fork(6, (1, 2), (0.5, 0.5))], RULE)
+    assert test.progress == 0 and SequentialTest([], RULE).progress == 1
+    test.add(4, GOLD, False, rollouts=4)  # half of gold_rollouts
+    assert test.progress == 0.5 / 4
+    test.add(4, GOLD, False, rollouts=40)
+    assert test.progress == 1 / 4
+    test.next_rollouts()  # the verdict: equal, since gold never succeeds
+    assert test.progress == 2 / 4
 
 
-def test_a_token_that_never_gets_there_is_a_negative_after_few_rollouts():
-    trial = SequentialTest([FORK], RULE)
-    assert run(trial, lambda token, index: token == GOLD) == RULE.gold_rollouts + 2
-    assert trial.verdicts == {(4, OTHER): "negative"} and trial.tallies[4, OTHER] == RolloutCounts(0, 2)
+def test_where_gold_never_succeeds_no_other_token_is_rolled_out():
+    test = SequentialTest([FORK], RULE)
+    assert run(test, lambda token, index: False) == RULE.gold_rollouts
+    assert test.verdicts == {(4, OTHER): "equal"} and test.counts[4, OTHER] == RolloutCounts(0, 0)
 
 
-def test_where_both_always_get_there_the_token_is_equal_before_the_cap():
-    trial = SequentialTest([FORK], RULE)
-    assert run(trial, lambda token, index: True) < RULE.gold_rollouts + RULE.max_rollouts
-    assert trial.verdicts == {(4, OTHER): "equal"}
+def test_a_token_that_never_succeeds_is_a_negative_after_few_rollouts():
+    test = SequentialTest([FORK], RULE)
+    assert run(test, lambda token, index: token == GOLD) == RULE.gold_rollouts + 2
+    assert test.verdicts == {(4, OTHER): "negative"} and test.counts[4, OTHER] == RolloutCounts(0, 2)
 
 
-def test_at_the_cap_a_token_is_given_up_and_not_called_equal():
-    trial = SequentialTest([FORK], RULE)
-    assert run(trial, lambda token, index: token == GOLD or index % 3 < 2) == RULE.gold_rollouts + RULE.max_rollouts
-    assert trial.verdicts == {(4, OTHER): "undecided"}
+def test_where_both_always_succeed_the_token_is_equal_before_the_cap():
+    test = SequentialTest([FORK], RULE)
+    assert run(test, lambda token, index: True) < RULE.gold_rollouts + RULE.max_rollouts
+    assert test.verdicts == {(4, OTHER): "equal"}
 
 
-def test_an_index_is_asked_for_once_whatever_passes_by():
-    trial = SequentialTest([FORK], RULE)
-    trial.add(4, GOLD, True, rollouts=3)
-    trial.add(4, OTHER, True)
+def test_at_the_cap_a_token_is_undecided_and_not_equal():
+    test = SequentialTest([FORK], RULE)
+    assert run(test, lambda token, index: token == GOLD or index % 3 < 2) == RULE.gold_rollouts + RULE.max_rollouts
+    assert test.verdicts == {(4, OTHER): "undecided"}
+
+
+def test_a_rollout_is_requested_once_whatever_is_reused():
+    test = SequentialTest([FORK], RULE)
+    test.add(4, GOLD, True, rollouts=3)
+    test.add(4, OTHER, True)
     seen = []
-    while asks := trial.ask():
-        for (position, token), indices in asks.items():
+    while wanted := test.next_rollouts():
+        for (position, token), indices in wanted.items():
             seen += [(token, index) for index in indices]
             for index in indices:
-                trial.add(position, token, index % 2 == 0)
+                test.add(position, token, index % 2 == 0)
     assert len(seen) == len(set(seen)) and {i for t, i in seen if t == GOLD} == set(range(RULE.gold_rollouts - 3))
 
 
-def test_of_the_forks_that_lack_gold_rollouts_only_the_first_asks():
-    trial = SequentialTest([FORK, Fork(6, (1, 2), (0.5, 0.5))], RULE)
-    assert trial.ask() == {(4, GOLD): range(8)}
+def test_of_the_forks_that_lack_gold_rollouts_only_the_first_requests_them():
+    test = SequentialTest([FORK, Fork(6, (1, 2), (0.5, 0.5))], RULE)
+    assert test.next_rollouts() == {(4, GOLD): range(8)}
     for _ in range(8):
-        trial.add(4, GOLD, True)
-        trial.add(6, 1, True)  # they all passed by there
-    assert trial.ask() == {(4, OTHER): range(2), (6, 2): range(2)}
+        test.add(4, GOLD, True)
+        test.add(6, 1, True)  # reused
+    assert test.next_rollouts() == {(4, OTHER): range(2), (6, 2): range(2)}
 
 
 def test_errors_are_as_rare_as_the_rule_promises_where_its_prior_holds():
@@ -101,9 +113,9 @@ def test_errors_are_as_rare_as_the_rule_promises_where_its_prior_holds():
     wrong, made = {"negative": 0, "equal": 0}, {"negative": 0, "equal": 0}
     for _ in range(3_000):
         gold, other = random.beta(0.5, 0.5, size=2)
-        trial = SequentialTest([FORK], RULE)
-        run(trial, lambda token, index, q={GOLD: gold, OTHER: other}: random.random() < q[token])
-        verdict = trial.verdicts[4, OTHER]
+        test = SequentialTest([FORK], RULE)
+        run(test, lambda token, index, q={GOLD: gold, OTHER: other}: random.random() < q[token])
+        verdict = test.verdicts[4, OTHER]
         if verdict in made:
             made[verdict] += 1
             wrong[verdict] += (gold - other > RULE.quality_margin) != (verdict == "negative")
@@ -112,13 +124,12 @@ def test_errors_are_as_rare_as_the_rule_promises_where_its_prior_holds():
     assert 0 < wrong["equal"] / made["equal"] < RULE.futility
 
 
-def test_a_rollout_of_gold_passes_by_later_forks_as_long_as_it_follows_gold():
+def test_a_rollout_of_gold_is_reused_at_later_forks_as_long_as_it_follows_gold():
     ids = [0, 0, 0, 0, GOLD, 11, 12, 13, 14]
     forks = [FORK, Fork(6, (12, 2), (0.5, 0.5)), Fork(7, (13, 3), (0.5, 0.5))]
     assert list(reused_rollouts(ids, 4, [11, 12, 13, 14], forks)) == [(6, 12), (7, 13)]
-    assert list(reused_rollouts(ids, 4, [11, 2, 13, 14], forks)) == [
-        (6, 2)
-    ]  # there it takes another token, and is gone
+    # At 6 it takes another token, and leaves the gold solution.
+    assert list(reused_rollouts(ids, 4, [11, 2, 13, 14], forks)) == [(6, 2)]
     assert list(reused_rollouts(ids, 4, [5, 12, 13, 14], forks)) == []  # it left gold before
     assert list(reused_rollouts(ids, 4, [11, 5, 13], forks)) == []  # a token that is no candidate
     assert list(reused_rollouts(ids, 4, [11], forks)) == []  # it ended before

@@ -1,6 +1,6 @@
-"""vLLM's engines against our own: the same plausible tokens, the same qualities within sampling error.
+"""vLLM's engines against the local one: the same plausible tokens, the same qualities within sampling error.
 
-Not part of the quick tests: `bash scripts/test_vllm.sh` runs it where vLLM is installed.
+Not part of the other tests: `bash scripts/test_vllm.sh` runs it where vLLM is installed.
 """
 
 import json
@@ -14,12 +14,11 @@ import pytest
 from scipy.stats import chi2
 
 from llm2.common.loading import load_tokenizer
-from llm2.common.seeds import row_seed
 from llm2.config import ExploreConfig
-from llm2.exploration.engines import Engine, Request, open_engine
-from llm2.exploration.explore import Explorer, explore
+from llm2.exploration.engines import Engine, open_engine
+from llm2.exploration.explore import explore
+from llm2.exploration.solutions import find_forks, tokenize_solutions
 from llm2.tasks import load_task
-from llm2.tasks.grading import is_correct
 from llm2.verifier.triplets import load_examples
 
 SYSTEM1 = "llm2/testbed/system1"
@@ -47,7 +46,7 @@ def config() -> ExploreConfig:
 
 
 @pytest.fixture(scope="module")
-def own(config, tokenizer) -> tuple[list, dict]:
+def local(config, tokenizer) -> tuple[list, dict]:
     return judge(config, tokenizer, open_engine(config, tokenizer))
 
 
@@ -68,36 +67,31 @@ def server(tmp_path_factory) -> str:
 
 def judge(config: ExploreConfig, tokenizer, engine: Engine) -> tuple[list, dict]:
     """The forks, and right answers of ROLLOUTS rollouts of each of their tokens."""
-    explorer = Explorer(config, engine, tokenizer, load_task("testbed"))
-    cases = explorer.begin(load_task("testbed").problems("train", PROBLEMS))
+    task = load_task("testbed")
+    solutions = tokenize_solutions(task, task.problems("train", PROBLEMS), tokenizer, None, engine.eos)
+    forks = find_forks(engine, solutions)
     branches = [
-        (case, fork.position, token)
-        for case in cases
-        for fork in case.forks
+        (solution, fork.position, token)
+        for solution, its_forks in zip(solutions, forks, strict=True)
+        for fork in its_forks
         for token in fork.tokens
         if token not in engine.eos
     ]
     written = engine.generate(
         [
-            Request(
-                case.gold.ids,
-                position,
-                (token,),
-                [row_seed(config.seed, case.gold.problem.id, position, token, i) for i in range(ROLLOUTS)],
-            )
-            for case, position, token in branches
+            solution.rollout_request(position, token, config.seed, range(ROLLOUTS))
+            for solution, position, token in branches
         ]
     )
     right, different = {}, 0
-    for (case, position, token), tails in zip(branches, written, strict=True):
-        begun = [*case.gold.ids[case.gold.start : position], token]
-        texts = tokenizer.batch_decode([begun + tail for tail in tails], skip_special_tokens=True)
-        assert len(texts) == ROLLOUTS
-        different = max(different, len(set(texts)))
-        right[case.gold.problem.id, position, token] = sum(is_correct(text, case.gold.problem.gold) for text in texts)
+    for (solution, position, token), continuations in zip(branches, written, strict=True):
+        assert len(continuations) == ROLLOUTS
+        different = max(different, len(set(map(tuple, continuations))))
+        grades = solution.grade_rollouts(task, tokenizer, position, token, continuations)
+        right[solution.problem.id, position, token] = sum(grades)
     assert different > ROLLOUTS // 4  # samples, not one text again and again
     engine.close()
-    return [(fork.position, fork.tokens) for case in cases for fork in case.forks], right
+    return [(fork.position, fork.tokens) for its_forks in forks for fork in its_forks], right
 
 
 def same_qualities(a: dict, b: dict) -> float:
@@ -112,20 +106,20 @@ def same_qualities(a: dict, b: dict) -> float:
     return float(chi2.sf(sum(squares), len(squares)))
 
 
-def test_vllm_in_process_judges_as_our_own_engine_does(config, tokenizer, own):
+def test_vllm_in_process_judges_as_the_local_engine_does(config, tokenizer, local):
     forks, right = judge(config, tokenizer, open_engine(replace(config, engine="vllm"), tokenizer))
-    assert forks == own[0]
-    assert same_qualities(own[1], right) > 1e-3
+    assert forks == local[0]
+    assert same_qualities(local[1], right) > 1e-3
 
 
-def test_a_vllm_server_judges_as_our_own_engine_does_and_explores(
-    config, tokenizer, own, server, monkeypatch, tmp_path
+def test_a_vllm_server_judges_as_the_local_engine_does_and_explores(
+    config, tokenizer, local, server, monkeypatch, tmp_path
 ):
     monkeypatch.setattr("llm2.exploration.engines.vllm_server.ATTEMPTS", 9)  # it takes a minute or more to come up
     config = replace(config, engine="vllm", server=server)
     forks, right = judge(config, tokenizer, open_engine(config, tokenizer))
-    assert forks == own[0]
-    assert same_qualities(own[1], right) > 1e-3
+    assert forks == local[0]
+    assert same_qualities(local[1], right) > 1e-3
 
     report = explore(replace(config, output=str(tmp_path / "triplets.jsonl")))
     _, summary = load_examples(tmp_path / "triplets.jsonl", tokenizer)
@@ -133,8 +127,8 @@ def test_a_vllm_server_judges_as_our_own_engine_does_and_explores(
     assert json.loads(Path(tmp_path / "triplets.jsonl.report.json").read_text())["problems"] == PROBLEMS
 
 
-def test_other_qualities_would_be_noticed(own):
+def test_other_qualities_would_be_noticed(local):
     """The comparison is no formality: a tenth of the right answers gone is found."""
-    _, right = own
+    _, right = local
     fewer = {key: max(0, count - round(0.15 * ROLLOUTS)) for key, count in right.items()}
     assert same_qualities(right, fewer) < 1e-3

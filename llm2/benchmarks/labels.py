@@ -5,6 +5,7 @@ has another seed. It is kept in a journal, so that another stopping rule can be 
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from operator import itemgetter
@@ -17,12 +18,11 @@ from llm2.benchmarks.runner import markdown_table, result_row, write_results
 from llm2.common.config_file import load_config
 from llm2.common.journal import Journal
 from llm2.common.loading import load_tokenizer
-from llm2.common.seeds import row_seed
 from llm2.common.stats import wilson_interval
 from llm2.config import ExploreConfig
-from llm2.exploration.engines import Request, open_engine
+from llm2.exploration.engines import open_engine
 from llm2.exploration.explore import Explorer, explore
-from llm2.exploration.solutions import load_solved
+from llm2.exploration.solutions import load_problems
 from llm2.tasks import Problem, load_task
 
 TokenKey = tuple[str, int, int]  # problem, position, token
@@ -56,7 +56,7 @@ def measure(config: LabelsBenchmark) -> str:
 def reference(config: LabelsBenchmark, settings: ExploreConfig, folder: Path) -> tuple[dict[TokenKey, float], int]:
     """The quality of gold minus that of each other plausible token, and the number of tokens generated."""
     tokenizer, task = load_tokenizer(settings.model), load_task(settings.task, settings.data_file, settings.grader)
-    problems, _ = load_solved(settings, task)
+    problems, _ = load_problems(task, settings.split, settings.limit)
     journal = Journal(folder, config, may_differ=("problems", "output", "fixed_rollouts"), key=itemgetter("id"))
     waiting = [problem for problem in problems if problem.id not in journal.done]
     explorer = Explorer(settings, open_engine(settings, tokenizer), tokenizer, task)
@@ -76,35 +76,28 @@ def reference(config: LabelsBenchmark, settings: ExploreConfig, folder: Path) ->
 
 def reference_entries(explorer: Explorer, problems: Sequence[Problem], config: LabelsBenchmark) -> Iterator[dict]:
     """One entry per problem: the (token, quality) pairs of its forks, gold first, and the count of generated tokens."""
-    n, eos = config.reference_rollouts, explorer.engine.eos
-    cases = explorer.begin(problems)
-    branches = [(case, fork, token) for case in cases for fork in case.forks for token in fork.tokens]
+    eos, seed, indices = explorer.engine.eos, config.reference_seed, range(config.reference_rollouts)
+    states = explorer.start_problems(problems)
+    branches = [(state.solution, *key) for state in states for key in state.test.counts]
     requests = [
-        Request(
-            case.gold.ids,
-            fork.position,
-            (token,),
-            [row_seed(config.reference_seed, case.gold.problem.id, fork.position, token, i) for i in range(n)],
-        )
-        for case, fork, token in branches
+        solution.rollout_request(position, token, seed, indices)
+        for solution, position, token in branches
         if token not in eos
     ]
     generated = iter(explorer.engine.generate(requests))
-    quality = {}
-    for case, fork, token in branches:
+    quality, tokens = {}, Counter()
+    for solution, position, token in branches:
         rollouts = [[]] if token in eos else next(generated)
-        prefix = [*case.gold.ids[case.gold.start : fork.position], token]
-        texts = explorer.tokenizer.batch_decode([[*prefix, *rollout] for rollout in rollouts], skip_special_tokens=True)
-        correct = [grade.correct for grade in explorer.task.grade(texts, case.gold.problem.gold)]
-        quality[case.gold.problem.id, fork.position, token] = sum(correct) / len(correct)
-        case.counts["tokens"] += sum(map(len, rollouts))
-    for case in cases:
-        name = case.gold.problem.id
+        correct = solution.grade_rollouts(explorer.task, explorer.tokenizer, position, token, rollouts)
+        quality[solution.problem.id, position, token] = sum(correct) / len(correct)
+        tokens[solution.problem.id] += sum(map(len, rollouts))
+    for state in states:
+        name = state.solution.problem.id
         forks = [
             [fork.position, *([token, quality[name, fork.position, token]] for token in fork.tokens)]
-            for fork in case.forks
+            for fork in state.test.forks
         ]
-        yield {"id": name, "forks": forks, "tokens": case.counts["tokens"]}
+        yield {"id": name, "forks": forks, "tokens": tokens[name]}
 
 
 def compare(verdicts: dict[TokenKey, str], gaps: dict[TokenKey, float], margin: float) -> list[dict]:

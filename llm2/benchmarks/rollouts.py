@@ -13,12 +13,10 @@ from llm2.benchmarks.configs import RolloutBenchmark
 from llm2.benchmarks.runner import BenchmarkCase, peak_memory, report, run_interleaved
 from llm2.common.chat import resolve_template
 from llm2.common.loading import load_tokenizer
-from llm2.common.seeds import row_seed
-from llm2.exploration.engines import PositionQuery, Request
+from llm2.exploration.engines import Request
 from llm2.exploration.engines.local import LocalEngine
 from llm2.exploration.engines.vllm import VllmEngine
-from llm2.exploration.explore import forks_of
-from llm2.exploration.solutions import tokenize_solutions
+from llm2.exploration.solutions import find_forks, tokenize_solutions
 from llm2.tasks import load_task
 
 GENERATE, VLLM = "transformers generate", "vLLM in process"
@@ -53,17 +51,11 @@ def rollout_requests(config: RolloutBenchmark, engine: LocalEngine) -> list[Requ
     """One request for every plausible token at the forks of the gold solutions."""
     task, template = load_task(config.task), resolve_template(config.chat_template)
     problems = task.problems(config.split, config.problems)
-    golds = tokenize_solutions(task, problems, engine.tokenizer, template, engine.eos)
-    candidates = engine.plausible([PositionQuery(gold.ids, gold.start, gold.end) for gold in golds])
+    solutions = tokenize_solutions(task, problems, engine.tokenizer, template, engine.eos)
     return [
-        Request(
-            gold.ids,
-            fork.position,
-            (token,),
-            [row_seed(config.seed, gold.problem.id, fork.position, token, i) for i in range(config.rollouts)],
-        )
-        for gold, plausible in zip(golds, candidates, strict=True)
-        for fork in forks_of(gold, plausible)
+        solution.rollout_request(fork.position, token, config.seed, range(config.rollouts))
+        for solution, forks in zip(solutions, find_forks(engine, solutions), strict=True)
+        for fork in forks
         for token in fork.tokens
         if token not in engine.eos
     ]
@@ -82,7 +74,7 @@ def generate(
     sampling = {"do_sample": config.temperature > 0}
     if config.temperature > 0:
         sampling |= {"temperature": config.temperature, "top_k": 0, "top_p": config.top_p}
-    prefixes = sorted((request.prefix for request in requests for _ in request.seeds), key=len)
+    prefixes = sorted((request.prompt for request in requests for _ in request.seeds), key=len)
     tokens = 0
     for first in range(0, len(prefixes), config.batch_size):
         batch = prefixes[first : first + config.batch_size]

@@ -1,31 +1,26 @@
-"""Is a token worse than gold? A sequential test on rollouts of both, which asks for no more of them than it needs.
+"""Is a token worse than gold? A sequential test on rollouts of both, which spends no more of them than it needs.
 
-Knows forks, tallies of right answers and the rule that makes verdicts of them. Where rollouts come from, and what a
-right answer is, is the business of others.
-
-The test. A token's quality is the share of its continuations that end in the right answer. With the Jeffreys prior
-Beta(1/2, 1/2) its posterior after h right ones of n is Beta(1/2 + h, 1/2 + n - h), and
+A token's quality is the share of its continuations that end in the right answer. With the Jeffreys prior
+Beta(1/2, 1/2) its posterior after h right ones of n is Beta(1/2 + h, 1/2 + n - h). After every few rollouts
 
     P = P(gold's quality - the token's quality > quality_margin | all rollouts of both)
 
-is looked at after every few rollouts: the token is a negative from P >= confidence, as good as gold from
-P <= futility, and undecided, which is dropped, where neither is reached by the cap. A posterior difference of two
-shares, two thresholds, looked at continually: Thall and Simon, "Practical Bayesian guidelines for phase IIB clinical
-trials", Biometrics 50 (1994), 337-349. A posterior does not change with how often it is looked at: where the prior
-holds, at most 1 - confidence of the negatives, and at most `futility` of the tokens called as good, are mislabelled.
-It is chosen over Wald's SPRT, which wants two fixed qualities to tell apart where here both are unknown, and over
-racing with Hoeffding's bound (Maron and Moore, 1994), which at 16 rollouts is still 0.3 wide on either side. The
-Jeffreys prior has most of its mass near 0 and 1, and so have qualities: from most prefixes a model nearly always or
-nearly never gets there.
+decides: the token is a negative from P >= confidence, as good as gold from P <= futility, and undecided, which is
+dropped, where max_rollouts bring neither. Two thresholds on the posterior difference of two shares: Thall and Simon,
+"Practical Bayesian guidelines for phase IIB clinical trials", Biometrics 50 (1994), 337-349. A posterior does not
+depend on how often it is looked at: where the prior holds, at most 1 - confidence of the negatives, and at most
+`futility` of the tokens called equal, are mislabelled. Wald's SPRT would need two fixed qualities to tell apart, and
+both are unknown here; Hoeffding's bound (racing: Maron and Moore, 1994) is still 0.3 wide on either side after 16
+rollouts. The Jeffreys prior has most of its mass near 0 and 1, as qualities have: from most prefixes a model nearly
+always or nearly never succeeds.
 
-Most tokens are as good as gold, so futility decides the cost. Gold goes first: where it never gets there, no token can
-be worse, and none is rolled out at all. Its rollouts are shared by all tokens of the fork, and one that follows the
-gold solution to a later fork is a rollout of the token it takes there too (System 1's own continuation of that prefix),
-so that the first fork's rollouts pay for much of what follows. The price: errors about gold, where they happen, happen
-at neighbouring forks together.
+Most tokens are as good as gold, so futility decides the cost. Gold goes first: where it never succeeds, no token can be
+worse, and none is rolled out. All tokens of a fork share gold's rollouts, and a rollout that follows the gold solution
+to a later fork also counts for the token it takes there (it is System 1's own continuation of that prefix), so the
+first fork's rollouts pay for much of what follows. The price: errors about gold happen at neighbouring forks together.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NamedTuple
@@ -46,7 +41,7 @@ class Fork:
     """A position of a gold solution where System 1 has more than one plausible token."""
 
     position: int
-    tokens: tuple[int, ...]  # gold first, then System 1's other plausible tokens, best first
+    tokens: tuple[int, ...]  # gold first, then System 1's other plausible tokens, likeliest first
     probabilities: tuple[float, ...]  # System 1's, of these tokens
 
 
@@ -75,44 +70,48 @@ def probability_worse(token: RolloutCounts, gold: RolloutCounts, margin: float) 
 
 
 class SequentialTest:
-    """The tests of all tokens of one solution's forks, and the rollouts that they share."""
+    """The tests of all tokens of one solution's forks, by (position, token); gold tokens have counts and no verdict."""
 
     def __init__(self, forks: Sequence[Fork], rule: StoppingRule) -> None:
         self.forks, self.rule = forks, rule
-        self.tallies = {(fork.position, token): RolloutCounts() for fork in forks for token in fork.tokens}
-        self.asked = dict.fromkeys(
-            self.tallies, 0
-        )  # rollouts begun at that token; those that pass by are not asked for
-        self.verdicts: dict[tuple[int, int], Verdict] = {}  # of the tokens that are not gold, once there is one
+        self.counts = {(fork.position, token): RolloutCounts() for fork in forks for token in fork.tokens}
+        self.requested = dict.fromkeys(self.counts, 0)  # rollouts that begin at the token; reused ones are extra
+        self.verdicts: dict[tuple[int, int], Verdict] = {}
+
+    @property
+    def progress(self) -> float:
+        """The share of the tokens that have a verdict; a gold token counts by its share of gold_rollouts."""
+        gold = [self.counts[fork.position, fork.tokens[0]].rollouts / self.rule.gold_rollouts for fork in self.forks]
+        return (len(self.verdicts) + sum(min(1, share) for share in gold)) / len(self.counts) if self.counts else 1.0
 
     def add(self, position: int, token: int, right: bool, rollouts: int = 1) -> None:
-        """Count rollouts of one outcome that begin at this token or pass through it."""
-        tally = self.tallies[position, token]
-        self.tallies[position, token] = RolloutCounts(tally.right + right * rollouts, tally.rollouts + rollouts)
+        """Count rollouts, all of one outcome, that begin at this token or pass through it."""
+        counts = self.counts[position, token]
+        self.counts[position, token] = RolloutCounts(counts.right + right * rollouts, counts.rollouts + rollouts)
 
-    def ask(self) -> dict[tuple[int, int], range]:
+    def next_rollouts(self) -> dict[tuple[int, int], range]:
         """The rollouts to begin now: (position, token) -> their indices. Empty once every token has its verdict.
 
-        Of the forks whose gold token lacks rollouts only the first one asks for them: they may pass by the others.
+        Of the forks whose gold token lacks rollouts only the first one begins some: they may pass through the others.
         """
-        wanted: dict[tuple[int, int], int] = {}
-        gold_asked = False
+        missing: dict[tuple[int, int], int] = {}
+        gold_begins = False
         for fork in self.forks:
             gold, *others = ((fork.position, token) for token in fork.tokens)
-            missing = self.rule.gold_rollouts - self.tallies[gold].rollouts
-            if missing <= 0:
-                wanted |= {other: n for other in others if (n := self._wants(other, self.tallies[gold]))}
-            elif not gold_asked:
-                wanted[gold], gold_asked = missing, True
-        asks = {key: range(self.asked[key], self.asked[key] + n) for key, n in wanted.items()}
-        self.asked |= {key: indices.stop for key, indices in asks.items()}
-        return asks
+            gold_missing = self.rule.gold_rollouts - self.counts[gold].rollouts
+            if gold_missing <= 0:
+                missing |= {other: n for other in others if (n := self._judge(other, self.counts[gold]))}
+            elif not gold_begins:
+                missing[gold], gold_begins = gold_missing, True
+        indices = {key: range(self.requested[key], self.requested[key] + n) for key, n in missing.items()}
+        self.requested |= {key: new.stop for key, new in indices.items()}
+        return indices
 
-    def _wants(self, key: tuple[int, int], gold: RolloutCounts) -> int:
-        """Judge the token if that can be done; else how many more rollouts of it that takes."""
+    def _judge(self, key: tuple[int, int], gold: RolloutCounts) -> int:
+        """Give the token its verdict where its rollouts suffice (0); else how many to add."""
         if key in self.verdicts:
             return 0
-        rule, token = self.rule, self.tallies[key]
+        rule, token = self.rule, self.counts[key]
         worse = probability_worse(token, gold, rule.quality_margin)
         if worse <= rule.futility:
             self.verdicts[key] = "equal"
@@ -128,19 +127,16 @@ class SequentialTest:
 
 
 def reused_rollouts(
-    ids: Sequence[int], begun: int, continuation: Sequence[int], forks: Iterable[Fork]
-) -> Iterable[tuple[int, int]]:
-    """The (position, token) of later forks that a rollout reused_rollouts through while it follows the gold solution.
+    ids: Sequence[int], position: int, continuation: Sequence[int], forks: Sequence[Fork]
+) -> Iterator[tuple[int, int]]:
+    """The (position, token) of later forks for which a rollout counts too: it follows the gold solution to there.
 
-    Args:
-        ids: token ids of the whole conversation.
-        begun: position of the gold token at which the rollout began.
-        continuation: what was written behind that token.
+    The rollout is the gold token at `position` and its continuation; ids are those of the whole conversation.
     """
     for fork in forks:
-        ahead = fork.position - begun - 1  # tokens between the two
-        if 0 <= ahead < len(continuation):
-            if list(continuation[:ahead]) != list(ids[begun + 1 : fork.position]):
+        between = fork.position - position - 1  # tokens between the two positions
+        if 0 <= between < len(continuation):
+            if list(continuation[:between]) != list(ids[position + 1 : fork.position]):
                 return
-            if continuation[ahead] in fork.tokens:
-                yield fork.position, continuation[ahead]
+            if continuation[between] in fork.tokens:
+                yield fork.position, continuation[between]

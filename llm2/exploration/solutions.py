@@ -1,15 +1,17 @@
-"""Gold solutions to explore along, as token ids, checked against the task's grading and the chat template."""
+"""Gold solutions as token ids, checked against grading and chat template; their forks, and rollouts that branch off."""
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from llm2.common.chat import Message, encode_chats
-from llm2.config import ExploreConfig
+from llm2.common.seeds import row_seed
 from llm2.errors import UserError
+from llm2.exploration.engines import Continuations, Engine, PositionQuery, Request
+from llm2.exploration.quality import Fork
 from llm2.tasks import Problem, Task
 
 
@@ -23,27 +25,39 @@ class TokenizedSolution:
     start: int  # first token that the assistant chose
     end: int  # one past the token that ends its turn
 
+    def rollout_request(self, position: int, token: int, seed: int, indices: Iterable[int]) -> Request:
+        """Rollouts that take `token` at `position`, each with its own seed, whichever run or batch writes it."""
+        seeds = [row_seed(seed, self.problem.id, position, token, i) for i in indices]
+        return Request(self.ids, position, (token,), seeds)
 
-def load_solved(config: ExploreConfig, task: Task) -> tuple[list[Problem], int]:
+    def grade_rollouts(
+        self, task: Task, tokenizer: PreTrainedTokenizerBase, position: int, token: int, continuations: Continuations
+    ) -> list[bool]:
+        """Whether each of these continuations of `token` at `position` ends in the right answer."""
+        begin = [*self.ids[self.start : position], token]
+        texts = tokenizer.batch_decode([[*begin, *tokens] for tokens in continuations], skip_special_tokens=True)
+        return [grade.correct for grade in task.grade(texts, self.problem.gold)]
+
+
+def load_problems(task: Task, split: str, limit: int | None) -> tuple[list[Problem], int]:
     """The problems, each conversation once, and how many repetitions were dropped.
 
     Raises UserError where two problems share an id or the task's grading rejects a gold solution.
     """
-    loaded = task.problems(config.split, config.limit)
+    loaded = task.problems(split, limit)
     distinct: dict[str, Problem] = {}
     for problem in loaded:
         distinct.setdefault(json.dumps(task.conversation(problem)), problem)
     problems = list(distinct.values())
-    names = Counter(problem.id for problem in problems)
+    where = f"{task.data_file}: " if task.data_file else ""
+    id_counts = Counter(problem.id for problem in problems)
     for problem in problems:
-        if names[problem.id] > 1:
-            raise UserError(
-                f"{config.data_file}: the id {problem.id!r} stands for {names[problem.id]} problems, expected one"
-            )
+        if id_counts[problem.id] > 1:
+            raise UserError(f"{where}the id {problem.id!r} stands for {id_counts[problem.id]} problems, expected one")
         if not task.grade([problem.solution], problem.gold)[0].correct:
             raise UserError(
-                f"problem {problem.id}: the grader {config.grader or config.task} does not accept the gold solution, "
-                f"which ends in {problem.solution[-40:]!r}, for the answer {problem.gold[-40:]!r}"
+                f"{where}problem {problem.id}: the grader rejects the gold solution, which ends in "
+                f"{problem.solution[-40:]!r}, for the answer {problem.gold[-40:]!r}"
             )
     return problems, len(loaded) - len(problems)
 
@@ -70,3 +84,16 @@ def tokenize_solutions(
         end = next((i + 1 for i in range(start, len(ids)) if ids[i] in eos), len(ids))
         solutions.append(TokenizedSolution(problem, messages, ids, start, end))
     return solutions
+
+
+def find_forks(engine: Engine, solutions: Sequence[TokenizedSolution]) -> list[list[Fork]]:
+    """The forks of each solution, by position. A fork's first token is gold, plausible or not."""
+    queries = [PositionQuery(solution.ids, solution.start, solution.end) for solution in solutions]
+    forks: list[list[Fork]] = [[] for _ in solutions]
+    for solution, positions, found in zip(solutions, engine.plausible(queries), forks, strict=True):
+        for position, candidates in enumerate(positions, start=solution.start):
+            if len(candidates) > 1:
+                probability, gold = dict(candidates), solution.ids[position]
+                tokens = (gold, *(token for token, _ in candidates if token != gold))
+                found.append(Fork(position, tokens, tuple(probability.get(token, 0.0) for token in tokens)))
+    return forks

@@ -1,23 +1,56 @@
-"""What an exploration tells at its end: counts, cost, the histogram of qualities. Knows nothing of how it ran."""
+"""The output files of an exploration, and its report: counts, cost, the histogram of qualities."""
 
+import json
 import resource
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
-BAR = 40  # characters of the histogram's longest bar
+from llm2.common.journal import Journal
+from llm2.errors import UserError
+
+BINS = 10  # of the histogram of qualities
+BAR = 40  # characters of its longest bar
 
 
-def summary(counts: dict[str, int], histogram: Sequence[int], tokens: int, seconds: float) -> dict:
-    """The report as it is written; `tokens` are those that this run generated, in `seconds`."""
+def write_outputs(
+    journal: Journal, output: Path, order: Sequence[str], earlier: frozenset[str], seconds: float, repeated: int
+) -> dict:
+    """Write triplets, verdicts and report, then discard the journal. Returns the report.
+
+    Args:
+        order: ids of all problems; the files follow it, whichever process explored a problem and when.
+        earlier: ids of the problems that an interrupted run had completed.
+        seconds: how long this run took.
+        repeated: problems that were dropped as repetitions.
+    """
+    total, histogram, tokens_now = Counter(), [0] * BINS, 0
+    triplets, pairs = Path(f"{output}.tmp"), Path(f"{output}.pairs.jsonl")
+    with triplets.open("w", encoding="utf-8") as lines, pairs.open("w", encoding="utf-8") as verdicts:
+        for entry in journal.read(order):
+            total.update(entry["counts"])
+            histogram = [a + b for a, b in zip(histogram, entry["histogram"], strict=True)]
+            tokens_now += entry["counts"]["generated_tokens"] * (entry["id"] not in earlier)
+            if entry["counts"]["triplets"]:
+                lines.write(entry["line"])
+            verdicts.write(json.dumps({"id": entry["id"], "pairs": entry["pairs"]}) + "\n")
+    if not total["triplets"]:
+        raise UserError(f"no triplets in {len(order)} problems: System 1 is never or always right at its forks")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        **counts,
-        "tokens_per_triplet": counts["generated_tokens"] / counts["triplets"],
+    report = {
+        **total,
+        "repeated_problems": repeated,
+        "tokens_per_triplet": total["generated_tokens"] / total["triplets"],
         "seconds": seconds,  # of this run: a resumed one does not know how long it took before
-        "tokens_per_second": tokens / seconds,
-        "peak_rss_mib": peak / (2**20 if sys.platform == "darwin" else 2**10),  # of the first process
-        "quality_histogram": list(histogram),  # of all tokens rolled out, in equal parts of [0, 1]
+        "tokens_per_second": tokens_now / seconds,
+        "peak_rss_mib": peak / (2**20 if sys.platform == "darwin" else 2**10),  # of the main process
+        "quality_histogram": histogram,  # of all tokens rolled out, in equal parts of [0, 1]
     }
+    Path(f"{output}.report.json").write_text(json.dumps(report, indent=2) + "\n")
+    triplets.replace(output)
+    journal.discard()
+    return report
 
 
 def render(report: dict) -> str:

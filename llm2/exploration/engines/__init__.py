@@ -1,38 +1,43 @@
-"""Many sampled continuations of many prefixes by System 1: what an engine is asked, and which engines there are.
+"""The interface of the engines that run System 1: plausible tokens of prefixes, sampled continuations of prefixes.
 
-Knows the requests and the small interface that all engines share; each engine is a module of its own, loaded when it is
-chosen. What the prefixes are and what the continuations are worth is the business of `exploration`.
+Each engine is a module of its own, imported when it is chosen.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from llm2.config import ExploreConfig
+from llm2.config import RolloutConfig
+from llm2.errors import UserError
 
 Candidate = tuple[int, float]  # a token and its probability
 
 
 class PositionQuery(NamedTuple):
-    """A part of a conversation whose plausible tokens are asked for."""
+    """The positions of a conversation whose plausible tokens are wanted."""
 
     ids: Sequence[int]
-    start: int  # first position asked about, at least 1
+    start: int  # first position, at least 1
     end: int  # one past the last
 
 
 class Request(NamedTuple):
-    """Continuations of one prefix: the first `bound` tokens of a trunk that many share, and tokens of its own."""
+    """Continuations of a prompt: the first `prefix_len` tokens of a prefix that requests share, then `token_ids`."""
 
-    trunk: Sequence[int]
-    bound: int
-    own: Sequence[int]
-    seeds: Sequence[int]  # one a continuation, in [-2**63, 2**63)
+    prefix: Sequence[int]  # one object in all requests that share it
+    prefix_len: int
+    token_ids: Sequence[int]
+    seeds: Sequence[int]  # one per continuation, in [-2**63, 2**63)
 
     @property
-    def prefix(self) -> list[int]:
-        return [*self.trunk[: self.bound], *self.own]
+    def prompt(self) -> list[int]:
+        return [*self.prefix[: self.prefix_len], *self.token_ids]
+
+
+Continuations = list[list[int]]  # new token ids of one request, in the order of its seeds
+OnFinished = Callable[[int, Continuations], None]  # told the index of a finished request and its continuations
 
 
 class Engine(Protocol):
@@ -40,31 +45,46 @@ class Engine(Protocol):
 
     eos: Sequence[int]  # tokens that end an answer
 
-    def plausible(self, spans: Sequence[PositionQuery]) -> list[list[list[Candidate]]]:
-        """For each position of each span its plausible tokens, the best first."""
+    def plausible(self, queries: Sequence[PositionQuery]) -> list[list[list[Candidate]]]:
+        """The plausible tokens of each position of each query, likeliest first."""
 
     def generate(
-        self, requests: Sequence[Request], on_tokens: Callable[[int], None] = lambda count: None
-    ) -> list[list[list[int]]]:
-        """For each request its continuations, new tokens only, the end-of-sequence token included where it was reached.
+        self, requests: Sequence[Request], on_finished: OnFinished = lambda index, continuations: None
+    ) -> list[Continuations]:
+        """The continuations of each request, with the end-of-sequence token where one was reached.
 
-        `on_tokens` is told how many tokens were generated as requests finish, for a progress bar.
+        `on_finished` is called once per request, in the order in which they finish.
         """
 
     def close(self) -> None:
-        """Give back what the engine holds: memory, connections, processes."""
+        """Release memory, connections and processes."""
 
 
-def open_engine(config: ExploreConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    """Raises UserError where the engine, its model or its server cannot be had."""
-    if config.engine == "vllm" and config.server is not None:
-        from llm2.exploration.engines.vllm_server import ServerEngine
+def check_engine(config: RolloutConfig) -> None:
+    """Raises UserError where the keys of the chosen engine do not fit together."""
+    if config.engine == "vllm" and config.top_k is None:
+        raise UserError(
+            "engine: vllm wants top_k (say 10; a server shows at most 20): it lists the likeliest tokens only"
+        )
+    if config.server is not None and config.engine != "vllm":
+        raise UserError(f"server: found {config.server!r} with engine {config.engine}, expected engine vllm")
+    if config.stop_pattern is not None:
+        if config.engine != "llm2":
+            raise UserError(
+                f"stop_pattern: found {config.stop_pattern!r} with engine {config.engine}, expected engine llm2"
+            )
+        try:
+            re.compile(config.stop_pattern)
+        except re.error as error:
+            raise UserError(f"stop_pattern: {config.stop_pattern!r} is no regular expression: {error}") from None
 
-        return ServerEngine(config, tokenizer)
-    if config.engine == "vllm":
-        from llm2.exploration.engines.vllm import VllmEngine
 
-        return VllmEngine(config, tokenizer)
-    from llm2.exploration.engines.local import LocalEngine
-
-    return LocalEngine(config, tokenizer)
+def open_engine(config: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    """Raises UserError where vLLM, the model or the server is not available."""
+    if config.engine == "llm2":
+        from llm2.exploration.engines.local import LocalEngine as EngineClass
+    elif config.server is None:
+        from llm2.exploration.engines.vllm import VllmEngine as EngineClass
+    else:
+        from llm2.exploration.engines.vllm_server import ServerEngine as EngineClass
+    return EngineClass(config, tokenizer)

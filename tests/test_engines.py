@@ -1,0 +1,205 @@
+"""Engines: what a rollout depends on, what vLLM is sent, and a server that falters."""
+
+import json
+import math
+import re
+import sys
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llm2.common.loading import load_system1, load_tokenizer
+from llm2.config import RolloutConfig
+from llm2.errors import UserError
+from llm2.exploration.engines import PositionQuery, Request, open_engine
+from llm2.exploration.engines.vllm import plausible_from_logprobs
+
+
+@pytest.fixture
+def config(system1_folder) -> RolloutConfig:
+    return RolloutConfig(model=system1_folder, max_new_tokens=12, batch_size=4, device="cpu")
+
+
+REQUESTS = [
+    Request([5, 6, 7, 8, 9], 4, [11], [1, 2, 3]),
+    Request([5, 6, 7, 8, 9], 2, [12], [4]),
+    Request([40, 41, 42], 3, [], [5, 6]),
+]
+
+
+def test_a_rollout_depends_on_its_prompt_and_seed_alone(config, system1_folder):
+    tokenizer = load_tokenizer(system1_folder)
+    together = open_engine(replace(config, batch_size=64), tokenizer).generate(REQUESTS)
+    assert [len(rows) for rows in together] == [3, 1, 2]
+    few = open_engine(config, tokenizer)
+    for request, rows in zip(REQUESTS, together, strict=True):
+        for seed, row in zip(request.seeds, rows, strict=True):
+            assert few.generate([request._replace(seeds=[seed])]) == [[row]]
+
+
+def test_greedy_rollouts_are_those_of_generate(config, system1_folder):
+    engine = open_engine(replace(config, temperature=0.0), load_tokenizer(system1_folder))
+    model = load_system1(system1_folder, torch.device("cpu"))
+    for request, rows in zip(REQUESTS, engine.generate(REQUESTS), strict=True):
+        ids = torch.tensor([request.prompt])
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        assert all(row == written[0, ids.shape[1] :].tolist() for row in rows)
+
+
+def test_a_stop_pattern_ends_a_row_once_its_text_holds_it(config, system1_folder):
+    tokenizer = load_tokenizer(system1_folder)
+    config = replace(config, max_new_tokens=40, batch_size=64)
+    unstopped = open_engine(config, tokenizer).generate(REQUESTS)
+    letter = tokenizer.decode(unstopped[0][0][5:6])  # the first row's 6th token: noticed after the 8th
+    stopped = open_engine(replace(config, stop_pattern=re.escape(letter)), tokenizer).generate(REQUESTS)
+    assert stopped[0][0] == unstopped[0][0][:8]
+    for request, rows, whole_rows in zip(REQUESTS, stopped, unstopped, strict=True):
+        for row, whole in zip(rows, whole_rows, strict=True):
+            assert row == whole[: len(row)]
+            assert len(row) == len(whole) or letter in tokenizer.decode([*request.token_ids, *row])
+
+
+def test_each_request_is_reported_once_with_its_continuations(config, system1_folder):
+    finished = {}
+    results = open_engine(config, load_tokenizer(system1_folder)).generate(REQUESTS, finished.__setitem__)
+    assert [finished[index] for index in range(len(REQUESTS))] == results
+
+
+def test_ids_beyond_the_models_vocabulary_are_an_error(config, system1_folder):
+    engine = open_engine(config, load_tokenizer(system1_folder))
+    with pytest.raises(UserError, match="writes the token 9999, and its model has a vocabulary of"):
+        engine.plausible([PositionQuery([5, 9999, 6], 1, 3)])
+
+
+LOGPROBS = [(3, -0.1), (5, -3.0), (4, -2.0), (9, -20.0)]  # exp(-2.0) is above a tenth of exp(-0.1), exp(-3.0) not
+
+
+def test_the_plausible_set_of_logprobs_is_cut_at_alpha_and_top_k(config):
+    assert plausible_from_logprobs(LOGPROBS, replace(config, top_k=3)) == [(3, math.exp(-0.1)), (4, math.exp(-2.0))]
+    assert plausible_from_logprobs(LOGPROBS, replace(config, top_k=1)) == [(3, math.exp(-0.1))]
+    tied = [(8, -1.0), (7, -1.0), (6, -1.5), (9, -1.0)]
+    for top_k, expected in ((2, [9, 8]), (4, [9, 8, 7, 6])):
+        assert [token for token, _ in plausible_from_logprobs(tied, replace(config, top_k=top_k))] == expected
+    assert [token for token, _ in plausible_from_logprobs(tied, replace(config, top_k=4, alpha=1.0))] == [9, 8, 7]
+
+
+class FakeLLM:
+    """vLLM's `LLM`: the same log probabilities everywhere; continues a prompt with its last token, seed and index."""
+
+    def __init__(self, **options) -> None:
+        self.options = options
+
+    def generate(self, prompts, params, use_tqdm):
+        outputs = []
+        for i, prompt in enumerate(prompts):
+            ids, options = prompt["prompt_token_ids"], params[i] if isinstance(params, list) else params
+            logprobs = {token: SimpleNamespace(logprob=value) for token, value in LOGPROBS}
+            rows = [[ids[-1], options["seed"], k] for k in range(options["n"])] if "n" in options else []
+            outputs.append(
+                SimpleNamespace(
+                    prompt_logprobs=[None] + [logprobs] * (len(ids) - 1),
+                    outputs=[SimpleNamespace(token_ids=tuple(row)) for row in rows],
+                )
+            )
+        return outputs
+
+
+def test_vllm_in_process_gets_prompts_and_seeds_and_answers_in_order(config, system1_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=FakeLLM, SamplingParams=dict))
+    engine = open_engine(replace(config, engine="vllm", top_k=3), load_tokenizer(system1_folder))
+    assert engine.llm.options["max_logprobs"] == 3 and engine.llm.options["dtype"] == "float32"
+    finished = {}
+    requests = [*REQUESTS[:2], REQUESTS[2]._replace(seeds=[-1])]
+    results = engine.generate(requests, finished.__setitem__)
+    assert results == [[[11, 1, 0], [11, 1, 1], [11, 1, 2]], [[12, 4, 0]], [[42, 2**31 - 1, 0]]]
+    assert list(finished.values()) == results
+    candidates = [(3, math.exp(-0.1)), (4, math.exp(-2.0))]
+    queries = [PositionQuery([5, 6, 7, 8], 1, 3), PositionQuery([5, 6], 1, 2)]
+    assert engine.plausible(queries) == [[candidates] * 2, [candidates]]
+
+
+class FalteringServer(BaseHTTPRequestHandler):
+    """A completions server that echoes a prompt's last token n times, and fails as `failures` says."""
+
+    failures: list[int] = []  # HTTP statuses of the next answers; 0 closes the connection without one
+    received: list[dict] = []
+
+    def do_GET(self):
+        self.answer({"data": [{"id": "the-model"}]})
+
+    def do_POST(self):
+        content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.received.append(content)
+        n = content.get("n", 1)
+        self.answer({"choices": [{"index": i, "token_ids": [content["prompt"][-1], i]} for i in reversed(range(n))]})
+
+    def answer(self, content: dict) -> None:
+        status = self.failures.pop(0) if self.failures else 200
+        if status == 0:
+            return
+        body = json.dumps(content).encode() if status == 200 else b'{"message": "too long a prompt"}'
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr("llm2.exploration.engines.vllm_server.time.sleep", lambda seconds: None)
+    FalteringServer.failures, FalteringServer.received = [], []
+    http = ThreadingHTTPServer(("127.0.0.1", 0), FalteringServer)
+    threading.Thread(target=http.serve_forever, args=[0.01], daemon=True).start()  # looks for a shutdown that often
+    yield f"http://127.0.0.1:{http.server_port}/v1"
+    http.shutdown()
+
+
+@pytest.fixture
+def client(config, system1_folder, server):
+    return open_engine(replace(config, engine="vllm", server=server, top_k=5), load_tokenizer(system1_folder))
+
+
+def test_a_server_gets_token_ids_and_answers_in_order(client):
+    assert client.generate(REQUESTS) == [[[11, 0], [11, 1], [11, 2]], [[12, 0]], [[42, 0], [42, 1]]]
+    received = {tuple(content["prompt"]): content for content in FalteringServer.received}
+    assert received[5, 6, 7, 8, 11]["n"] == 3 and received[5, 6, 7, 8, 11]["seed"] == 1
+    assert all(content["model"] == "the-model" and content["return_token_ids"] for content in FalteringServer.received)
+
+
+def test_a_request_that_fails_is_sent_again(client):
+    FalteringServer.failures = [503, 0, 429, 500]
+    assert client.generate(REQUESTS[:1]) == [[[11, 0], [11, 1], [11, 2]]]
+    assert len(FalteringServer.received) == 5
+
+
+def test_a_server_that_refuses_is_quoted_and_gets_no_retry(client):
+    FalteringServer.failures = [400]
+    with pytest.raises(UserError, match='refused a request: HTTP 400: .*"too long a prompt"'):
+        client.generate(REQUESTS[:1])
+    assert len(FalteringServer.received) == 1
+
+
+def test_a_server_that_keeps_failing_is_an_error(client):
+    FalteringServer.failures = [503] * 50
+    with pytest.raises(UserError, match="no answer from .* in 6 attempts, the last: HTTP 503"):
+        client.generate(REQUESTS[:1])
+
+
+def test_a_server_that_does_not_listen_is_an_error(config, system1_folder, monkeypatch):
+    monkeypatch.setattr("llm2.exploration.engines.vllm_server.time.sleep", lambda seconds: None)
+    with pytest.raises(UserError, match="no answer from http://127.0.0.1:9/v1/models .*is `vllm serve` up"):
+        open_engine(
+            replace(config, engine="vllm", server="http://127.0.0.1:9/v1", top_k=5), load_tokenizer(system1_folder)
+        )
+
+
+def test_a_missing_vllm_is_an_error(config, system1_folder):
+    with pytest.raises(UserError, match="engine: vllm wants vLLM in this Python"):
+        open_engine(replace(config, engine="vllm", top_k=5), load_tokenizer(system1_folder))
