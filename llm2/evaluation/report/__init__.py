@@ -11,7 +11,9 @@ from llm2.evaluation.report.table import markdown_table, table
 
 __all__ = ["markdown_table", "read_metrics", "table", "write_report"]
 
-WITHOUT_PLOTS = "(no plots and no report.html: they need matplotlib, `pip install 'llm2[report]'`; then `llm2 report {}`)"
+WITHOUT_PLOTS = (
+    "(no plots and no report.html: they need matplotlib: `pip install 'llm2[report]'`; then `llm2 report {}`)"
+)
 
 
 def write_report(folder: str | Path) -> str:
