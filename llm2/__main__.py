@@ -6,6 +6,7 @@ Exit status: 0 done, 2 a user's mistake (one sentence, no traceback), 130 interr
 import argparse
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from llm2.common.config_file import help_text, load_config
 from llm2.config import EvaluateConfig, ExploreConfig, PretrainConfig, SweepConfig, TrainConfig
@@ -171,7 +172,8 @@ def _report(metrics: dict | None, folder: str) -> None:
 
     if metrics is not None:  # the main process alone reports
         print(write_report(folder))
-        print(f"results in {folder}: open report.html")
+        page = ": open report.html" if Path(folder, "report.html").exists() else ""
+        print(f"results in {folder}{page}")
 
 
 def run_pretrain(config: PretrainConfig) -> None:

@@ -189,6 +189,10 @@ class TrainConfig(ModelConfig):
     """Share of the solutions held out if there is no eval_file."""
     max_length: Count = 2048
     """Solutions are truncated to this many tokens; pairs beyond are dropped and counted."""
+    prefix_head: Literal["bilinear", "mlp"] | None = None
+    """Train only a head on System 1's states, which reads no tokens of its own; null for a verifier that does."""
+    prefix_head_size: Count = 8
+    """Rank of a bilinear prefix head, width of an mlp."""
     lora_r: Count | None = None
     """Rank of LoRA adapters on System 1's frozen weights; null trains all weights."""
     lora_alpha: Positive = 32.0

@@ -35,7 +35,8 @@ class Decoder:
             lm = verifier = SharedRunner(system1, guidance.verifier, graph_runner())
         else:
             lm = LMRunner(system1, graph_runner())
-            verifier = None if guidance is None else VerifierRunner(guidance.verifier, graph_runner())
+            reads = guidance is not None and guidance.verifier.config.prefix_head is None
+            verifier = VerifierRunner(guidance.verifier, graph_runner()) if reads else None
         self.runners = ModelRunners(lm, verifier, guidance)
 
     @property

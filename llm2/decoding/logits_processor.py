@@ -22,6 +22,8 @@ class GuidedLogitsProcessor(LogitsProcessor):
     """
 
     def __init__(self, guidance: Guidance, pad_token_id: int | None = None) -> None:
+        if guidance.verifier.config.prefix_head is not None:
+            raise ValueError("a prefix head needs System 1's states, which a logits processor does not see")
         self.guidance, self.pad_token_id = guidance, pad_token_id
         self.runner = VerifierRunner(guidance.verifier)
         self.cache = SlotCache(0)

@@ -70,7 +70,8 @@ class ModelRunners:
     """Both systems, and what a decoder keeps from call to call."""
 
     lm: LMRunner
-    verifier: VerifierRunner | None  # None for System 1 alone; the same SharedRunner as `lm` where they share forwards
+    verifier: VerifierRunner | None  # the same SharedRunner as `lm` where they share forwards; None without a verifier
+    # and for a prefix head, which computes no tokens
     guidance: Guidance | None
     counts: Counter[str] = field(default_factory=Counter)
     saved_caches: tuple[SlotCache, SlotCache] | None = None
@@ -138,11 +139,12 @@ class Scheduler:
             prefix.ref_count += 1
             return
         self._forward(
-            self._prefix_chunks([prefix], SYSTEM1), self._prefix_chunks([prefix], SYSTEM2) if self.guidance else []
+            self._prefix_chunks([prefix], SYSTEM1),
+            self._prefix_chunks([prefix], SYSTEM2) if self.runners.verifier else [],
         )
         self._copy_slot(prefix.slot, sequence.slot, length, length)
         sequence.num_cached_lm = length
-        sequence.num_cached_verifier = length if self.guidance else 0
+        sequence.num_cached_verifier = length if self.runners.verifier else 0
 
     def retire(self) -> list[SequenceState]:
         """Remove and return finished sequences; the last ones move into their slots."""
@@ -158,7 +160,7 @@ class Scheduler:
 
     def _copy_slot(self, source: int, target: int, lm_length: int, verifier_length: int) -> None:
         self.lm_cache.copy_slot(source, target, lm_length)
-        if self.guidance is not None:
+        if self.runners.verifier is not None:
             offset = self.verifier_offset
             self.verifier_cache.copy_slot(source + offset, target + offset, verifier_length)
 
@@ -253,7 +255,8 @@ class Scheduler:
         """From System 1's hidden states at `indices`: each sequence's next token, or a proposal for the verifier."""
         for sequence in sequences:
             sequence.num_cached_lm = len(sequence.token_ids)
-        logits = self.runners.lm.logits(hidden[torch.tensor(indices, device=hidden.device)])  # (n, V)
+        states = hidden[torch.tensor(indices, device=hidden.device)]  # (n, D)
+        logits = self.runners.lm.logits(states)  # (n, V)
         if self.request.process_logits is not None:
             prompt_indices = [sequence.prompt_index for sequence in sequences]
             completions = [sequence.completion_ids for sequence in sequences]
@@ -273,6 +276,22 @@ class Scheduler:
                 sequence.proposal = proposal
             else:
                 self._append_token(sequence, proposal, 0)
+        if self.guidance is not None and self.runners.verifier is None:
+            self._choose_by_prefix_head(sequences, states, candidates)
+
+    def _choose_by_prefix_head(
+        self, sequences: list[SequenceState], states: torch.Tensor, candidates: torch.Tensor
+    ) -> None:
+        """Score the proposals from System 1's states (n, D) at the prefixes, and choose; nothing has to wait."""
+        rows = [row for row, sequence in enumerate(sequences) if sequence.proposal]
+        if rows:
+            verifier = self.guidance.verifier
+            embeddings = verifier.get_input_embeddings()(candidates[rows])  # (m, K, D)
+            scores = verifier.score(states[rows, None], embeddings).tolist()
+            pending = [sequences[row] for row in rows]
+            self._choose(
+                pending, [row[: len(seq.proposal.candidates)] for row, seq in zip(scores, pending, strict=True)]
+            )
 
     def _choose(self, sequences: list[SequenceState], scores: list[list[float]]) -> list[int]:
         """Append the best or the sampled candidate of each sequence; returns their indices among the candidates."""
@@ -288,11 +307,12 @@ class Scheduler:
             unguided = sample(guided_logits(logits, valid, None, 0.0), self.request.sampling, uniform).tolist()
         for row, sequence in enumerate(sequences):
             sequence.proposal = None
-            sequence.num_verifier_calls += 1
+            sequence.num_verifier_calls += self.runners.verifier is not None
             changed = chosen[row] != unguided[row]
             self._append_token(sequence, proposals[row], chosen[row], scores[row], changed)
             sequence.num_cached_verifier = len(sequence.token_ids)
-        self._commit_branch(self.runners.verifier, self.verifier_cache, sequences, chosen, self.verifier_offset)
+        if self.runners.verifier is not None:
+            self._commit_branch(self.runners.verifier, self.verifier_cache, sequences, chosen, self.verifier_offset)
         return chosen
 
     def _commit_branch(

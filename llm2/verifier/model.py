@@ -1,4 +1,4 @@
-"""ProcessVerifier, System 2: a decoder-only backbone and a scalar head that scores each token in its context."""
+"""ProcessVerifier, System 2: a decoder-only backbone and a head that scores each token in its context."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
+from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
 
 from llm2.common.loading import is_local, load_backbone, resolve_dtype
 from llm2.errors import UserError
 from llm2.verifier import lora
 from llm2.verifier.checkpoints import is_sharded, sharded_state
+from llm2.verifier.heads import PrefixHead, fingerprint
 from llm2.verifier.loss import IGNORE_INDEX, chunked_cross_entropy
 from llm2.verifier.masks import as_attention_mask, packed_block_mask, packed_mask
 
@@ -24,8 +26,11 @@ class ProcessVerifierConfig(PreTrainedConfig):
     """Contains the backbone's config.
 
     Args:
-        lora: rank, alpha, dropout and targets of the adapter; None for a full verifier.
+        lora: rank, alpha, dropout and targets of the adapter; None for a full verifier or a prefix head.
         base_model: folder or hub id of the System 1 that the verifier was made from.
+        prefix_head: kind and size of a head on System 1's frozen states (`heads.PrefixHead`); None for the paper's
+            verifier, whose backbone reads the scored token.
+        system1_fingerprint: of the weights that a prefix head was trained on (`heads.fingerprint`).
     """
 
     model_type = "llm2_process_verifier"
@@ -37,12 +42,15 @@ class ProcessVerifierConfig(PreTrainedConfig):
         backbone_config: PreTrainedConfig | dict | None = None,
         lora: dict[str, Any] | None = None,
         base_model: str | None = None,
+        prefix_head: dict[str, Any] | None = None,
+        system1_fingerprint: str | None = None,
         **kwargs,
     ) -> None:
         if isinstance(backbone_config, dict):
             backbone_config = AutoConfig.for_model(**backbone_config)
         self.backbone_config = backbone_config
         self.lora, self.base_model = lora, base_model
+        self.prefix_head, self.system1_fingerprint = prefix_head, system1_fingerprint
         super().__init__(**kwargs)
 
 
@@ -63,8 +71,9 @@ class VerifierOutput(ModelOutput):
 class ProcessVerifier(PreTrainedModel):
     """s(x_<t, v): the score of token v after the prefix x_<t (arXiv 2412.20372).
 
-    A linear head without bias maps the backbone's last hidden state at a token to the token's score. The language
-    model's vocabulary-sized head is never run.
+    A linear head without bias maps the backbone's last hidden state at a token to the token's score. With
+    `config.prefix_head` the score depends on the state at the token before it and on the token's embedding instead, and
+    the backbone is System 1's, frozen. The language model's vocabulary-sized head is never run.
     """
 
     config_class = ProcessVerifierConfig
@@ -79,38 +88,59 @@ class ProcessVerifier(PreTrainedModel):
         """Without a backbone, one with random weights is created."""
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
-        self.score = nn.Linear(config.backbone_config.get_text_config().hidden_size, 1, bias=False)
+        if config.prefix_head is None:
+            self.score = nn.Linear(config.backbone_config.get_text_config().hidden_size, 1, bias=False)
+        else:
+            self.score = PrefixHead(config.prefix_head, self.get_input_embeddings().weight)
         self.set_unembedding(None)
         self.post_init()
 
     @classmethod
-    def from_system1(cls, model: str, lora: Mapping[str, Any] | None = None, **options) -> "ProcessVerifier":
+    def from_system1(
+        cls,
+        model: str,
+        lora: Mapping[str, Any] | None = None,
+        prefix_head: Mapping[str, Any] | None = None,
+        **options,
+    ) -> "ProcessVerifier":
         """A new verifier: System 1's backbone, and a head drawn from N(0, initializer_range).
 
         Args:
             model: local folder or hub id of a decoder-only language model, or `testbed`.
             lora: settings of an adapter (`lora.DEFAULTS`) on System 1's frozen weights; None for a full copy.
+            prefix_head: kind and size of a head on System 1's frozen states, in place of both.
             options: passed to AutoModel.from_pretrained (dtype, local_files_only, attn_implementation, ...).
         """
-        verifier = cls.from_backbone(load_backbone(model, **options), model, lora)
-        nn.init.normal_(verifier.score.weight, std=verifier.backbone.config.get_text_config().initializer_range)
+        verifier = cls.from_backbone(load_backbone(model, **options), model, lora, prefix_head)
+        if prefix_head is None:
+            nn.init.normal_(verifier.score.weight, std=verifier.backbone.config.get_text_config().initializer_range)
         return verifier
 
     @classmethod
     def from_pretrained(
         cls, name: str | Path, *inputs, system1: PreTrainedModel | None = None, **options
     ) -> "ProcessVerifier":
-        """Load a full or LoRA verifier.
+        """Load a full verifier, a LoRA verifier or a prefix head.
 
         Args:
             name: local folder or hub id; a folder may hold the weights in DeepSpeed's shards alone.
-            system1: the loaded System 1 of a LoRA verifier, whose backbone then shares these Parameters, frozen.
+            system1: the loaded System 1 of a LoRA verifier or a prefix head, whose backbone then shares its Parameters.
                 Without it the base weights are loaded from the config's `base_model`.
             options: as for any transformers model.
         """
         hub_options = {key: options[key] for key in ("local_files_only", "revision", "token") if key in options}
         config = ProcessVerifierConfig.from_pretrained(name, **hub_options)
         sharded = is_sharded(Path(name))
+        if config.prefix_head is not None:
+            backbone = cls._base(config, system1, options)
+            if fingerprint(backbone) != config.system1_fingerprint:
+                raise UserError(
+                    f"it was trained on the states of {config.base_model}, found another System 1; a prefix head is of "
+                    "no use to any other model"
+                )
+            verifier = cls.from_backbone(backbone, config.base_model, None, config.prefix_head)
+            verifier.load_trained(str(name), **hub_options)
+            return verifier.eval()
         if config.lora is None and sharded:
             verifier = cls(config)
             verifier.load_state_dict(sharded_state(Path(name)))
@@ -118,20 +148,28 @@ class ProcessVerifier(PreTrainedModel):
             return verifier.eval().to(dtype if isinstance(dtype, torch.dtype) else torch.float32)
         if config.lora is None:
             return super().from_pretrained(name, *inputs, **options)
-        if system1 is None:
-            backbone = load_backbone(config.base_model, **{**options, "local_files_only": is_local(config.base_model)})
-        else:
-            backbone = lora.clone_sharing_weights(system1.base_model)
+        backbone = cls._base(config, system1, options)
         verifier = cls.from_backbone(backbone, config.base_model, config.lora)
         if sharded:
             lora.set_adapter(verifier, lora.adapter_state(backbone, sharded_state(Path(name))), str(name))
         else:
-            lora.load_adapter(str(name), verifier, **hub_options)
+            verifier.load_trained(str(name), **hub_options)
         return verifier.eval()
+
+    @staticmethod
+    def _base(config: ProcessVerifierConfig, system1: PreTrainedModel | None, options: dict) -> PreTrainedModel:
+        """System 1's backbone: over the Parameters of a loaded model, or loaded from `base_model`."""
+        if system1 is not None:
+            return lora.clone_sharing_weights(system1.base_model)
+        return load_backbone(config.base_model, **{**options, "local_files_only": is_local(config.base_model)})
 
     @classmethod
     def from_backbone(
-        cls, backbone: PreTrainedModel, base_model: str, lora_settings: Mapping[str, Any] | None
+        cls,
+        backbone: PreTrainedModel,
+        base_model: str,
+        lora_settings: Mapping[str, Any] | None,
+        prefix_head: Mapping[str, Any] | None = None,
     ) -> "ProcessVerifier":
         """A verifier on this backbone itself, not a copy. Its head is not initialised."""
         config = ProcessVerifierConfig(
@@ -139,9 +177,15 @@ class ProcessVerifier(PreTrainedModel):
             base_model=base_model,
             dtype=backbone.dtype,
             attn_implementation=backbone.config._attn_implementation,
+            prefix_head=prefix_head and dict(prefix_head),
+            system1_fingerprint=prefix_head and fingerprint(backbone),
         )
         with torch.device("meta"):  # keeps transformers from initialising the backbone's weights anew
             verifier = cls(config, backbone)
+        if prefix_head is not None:
+            backbone.requires_grad_(False)
+            verifier.score = PrefixHead(prefix_head, backbone.get_input_embeddings().weight).to(backbone.device)
+            return verifier
         verifier.score = nn.Linear(verifier.score.in_features, 1, bias=False, dtype=backbone.dtype)
         verifier.score.to(backbone.device)
         if lora_settings is not None:
@@ -156,15 +200,33 @@ class ProcessVerifier(PreTrainedModel):
         state_dict: Mapping[str, torch.Tensor] | None = None,
         **options,
     ) -> None:
-        """As for any transformers model; for a LoRA verifier only the adapter, the head and the config."""
-        if self.config.lora is None:
+        """As for any transformers model; of a LoRA verifier or a prefix head without the base weights."""
+        if self.has_own_backbone:
             super().save_pretrained(folder, is_main_process=is_main_process, state_dict=state_dict, **options)
         elif is_main_process:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.config.architectures = [type(self).__name__]
             self.config.save_pretrained(folder)
-            adapter = lora.adapter_state(self.backbone, self.state_dict() if state_dict is None else state_dict)
+            state = self.state_dict() if state_dict is None else state_dict
+            if self.config.prefix_head is not None:
+                head = {key: tensor.contiguous().cpu() for key, tensor in state.items() if key.startswith("score.")}
+                save_file(head, Path(folder, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
+                return
+            adapter = lora.adapter_state(self.backbone, state)
             lora.save_adapter(Path(folder), adapter, self.config.lora, self.config.base_model)
+
+    @property
+    def has_own_backbone(self) -> bool:
+        """False for a LoRA verifier and a prefix head, which are saved without System 1's weights."""
+        return self.config.lora is None and self.config.prefix_head is None
+
+    def load_trained(self, name: str, **options) -> None:
+        """Read the adapter or the prefix head of a folder or hub id."""
+        if self.config.lora is not None:
+            lora.load_adapter(name, self, **options)
+            return
+        state = load_file(cached_file(name, SAFE_WEIGHTS_NAME, **options))
+        self.score.load_state_dict({key.removeprefix("score."): tensor for key, tensor in state.items()})
 
     def merge(self) -> "ProcessVerifier":
         """Fold a LoRA adapter into new weights, which makes this a full verifier; System 1's weights do not change."""
@@ -216,7 +278,10 @@ class ProcessVerifier(PreTrainedModel):
             past_key_values=past_key_values,
             use_cache=use_cache,
         ).last_hidden_state
-        scores = self.score(hidden).squeeze(-1)  # (R, S)
+        if self.config.prefix_head is None:
+            scores = self.score(hidden).squeeze(-1)  # (R, S)
+        else:
+            scores = self.score(_states_before(hidden, start, prefix_len), self.get_input_embeddings()(input_ids))
         output = VerifierOutput(scores=scores, past_key_values=past_key_values)
         if pair_indices is not None:
             gold, negative = scores.flatten()[pair_indices].unbind(-1)  # (1, M)
@@ -232,6 +297,15 @@ class ProcessVerifier(PreTrainedModel):
         if self.backbone.config._attn_implementation == "flex_attention":
             return packed_block_mask(start, prefix_len)
         return as_attention_mask(self.backbone, packed_mask(start, prefix_len))
+
+
+def _states_before(hidden: torch.Tensor, start: torch.Tensor | None, prefix_len: torch.Tensor | None) -> torch.Tensor:
+    """(R, S, D) -> the state at the last token of each token's prefix; zeros for the first token, which has none."""
+    if prefix_len is None:
+        return nn.functional.pad(hidden, (0, 0, 1, -1))
+    columns = (start + prefix_len - 1).clamp(min=0)  # in packed rows a prefix begins at its solution's start
+    states = hidden.gather(1, columns[..., None].expand_as(hidden))
+    return states * (prefix_len > 0)[..., None]
 
 
 AutoConfig.register(ProcessVerifierConfig.model_type, ProcessVerifierConfig)

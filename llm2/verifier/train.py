@@ -134,7 +134,11 @@ def new_verifier(config: TrainConfig, device: torch.device) -> ProcessVerifier:
         raise UserError(
             "attn_implementation flex_attention: expected a CUDA GPU, since torch trains it nowhere else; use sdpa"
         )
-    return ProcessVerifier.from_system1(config.model, lora, dtype=torch.float32, attn_implementation=attention)
+    head = config.prefix_head and {"kind": config.prefix_head, "size": config.prefix_head_size}
+    if head and (lora or config.lm_loss_coef):
+        key = "lora_r" if lora else "lm_loss_coef"
+        raise UserError(f"prefix_head: a head on frozen states has no weights for {key}; leave one of the two out")
+    return ProcessVerifier.from_system1(config.model, lora, head, dtype=torch.float32, attn_implementation=attention)
 
 
 def refuse_unknown_tokens(verifier: ProcessVerifier, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -10,7 +10,6 @@ from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from llm2.verifier.collate import verifier_batch
-from llm2.verifier.lora import load_adapter
 from llm2.verifier.loss import IGNORE_INDEX, NO_PAIR, pairwise_loss
 from llm2.verifier.masks import BLOCK
 from llm2.verifier.model import ProcessVerifier
@@ -132,16 +131,16 @@ class VerifierTrainer(Trainer):
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return PaddedSampler(len(self.train_dataset), step_size, self.args.seed)
 
-    # The Trainer finds an adapter's weights only in a PeftModel, which a verifier is not.
+    # The Trainer looks for all weights, or for an adapter in a PeftModel, which a verifier is not.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if self.model.config.lora is None:
+        if self.model.has_own_backbone:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            load_adapter(resume_from_checkpoint, self.model)
+            self.model.load_trained(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if self.model.config.lora is None or self.is_deepspeed_enabled:
+        if self.model.has_own_backbone or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
-            load_adapter(self.state.best_model_checkpoint, self.model)
+            self.model.load_trained(self.state.best_model_checkpoint)

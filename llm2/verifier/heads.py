@@ -1,0 +1,65 @@
+"""Prefix heads: a System 2 that is only a head on System 1's states, without tokens of its own to read.
+
+The score of token v after the prefix x_<t is a function of two vectors that System 1 has anyway: its last hidden state
+h at the prefix's last token, and v's input embedding e. So no candidate is read, and there is no second cache.
+
+Letters: D width, K candidates.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+KINDS = ("bilinear", "mlp")
+SAMPLED = 16  # values per weight that a fingerprint is made of
+
+
+class PrefixHead(nn.Module):
+    """s = (A h) . (B e) + w . e, or a two-layer MLP of h and e.
+
+    Args:
+        settings: `kind`, one of KINDS, and `size`: the rank of A and B, or the width of the MLP.
+        embedding: (V, D) System 1's input embedding; e is scaled by its root mean square, so that a learning rate
+            suits models of any scale.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], embedding: torch.Tensor) -> None:
+        super().__init__()
+        width, size = embedding.shape[1], settings["size"]
+        self.kind = settings["kind"]
+        if self.kind == "bilinear":
+            self.state = nn.Linear(width, size, bias=False)
+            self.token = nn.Linear(width, size, bias=False)
+            self.bias = nn.Linear(width, 1, bias=False)
+        else:
+            self.layers = nn.Sequential(
+                nn.Linear(2 * width, size), nn.GELU(), nn.Linear(size, size), nn.GELU(), nn.Linear(size, 1, bias=False)
+            )
+        self.register_buffer("scale", embedding.detach().float().square().mean().rsqrt())
+
+    def forward(self, states: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """h (..., D), e (..., D), which broadcast -> (...) float32."""
+        states, embeddings = states.float(), embeddings.float() * self.scale
+        if self.kind == "bilinear":
+            return (self.state(states) * self.token(embeddings)).sum(-1) + self.bias(embeddings).squeeze(-1)
+        both = torch.cat([states.expand_as(embeddings), embeddings], dim=-1)
+        return self.layers(both).squeeze(-1)
+
+
+def fingerprint(backbone: PreTrainedModel) -> str:
+    """Tells one System 1's weights from another's, in whatever dtype they are loaded.
+
+    A hash of a few values of every weight, in bfloat16: a head is worth nothing on states of another model.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, weight in sorted(backbone.named_parameters()):
+        flat = weight.detach().flatten()
+        values = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].to(torch.bfloat16)
+        digest.update(
+            name.encode() + str(tuple(weight.shape)).encode() + values.view(torch.int16).cpu().numpy().tobytes()
+        )
+    return digest.hexdigest()
