@@ -180,7 +180,7 @@ class TrainConfig(ModelConfig):
     """Train the verifier on triplets."""
 
     train_file: str
-    """Triplets to train on, JSON lines."""
+    """What to train on, JSON lines: triplets, or an exploration's verdicts (OUTPUT.pairs.jsonl) as soft targets."""
     output_dir: str
     """Folder for the verifier and its checkpoints."""
     eval_file: str | None = None

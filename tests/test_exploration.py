@@ -78,6 +78,8 @@ def test_explored_triplets_fit_the_format_and_prefer_gold(config, loaded, limit)
     report = explore(replace(config, limit=limit))
     examples, summary = load_examples(config.output, loaded[1], LLAMA3_PLAIN)
     assert summary.triplets == report["triplets"] > 0 and summary.duplicates == 0
+    soft, _ = load_examples(config.output + ".pairs.jsonl", loaded[1], LLAMA3_PLAIN)
+    assert sum(len(example.triplets) for example in soft) > summary.triplets
     negatives = {}
     verdicts = []
     for line in Path(config.output + ".pairs.jsonl").read_text().splitlines():

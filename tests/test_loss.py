@@ -52,3 +52,18 @@ def test_the_chunked_cross_entropy_is_cross_entropy(monkeypatch):
 
 def test_pair_accuracy_counts_a_tie_half():
     assert pair_accuracy(torch.tensor([1.0, -1.0, 0.0, 2.0])) == pytest.approx(2.5 / 4)
+
+
+def test_a_soft_target_gives_the_cross_entropy_of_both_outcomes():
+    margins, targets = torch.tensor([0.5, -1.0]), torch.tensor([0.75, 0.5])
+    by_hand = [
+        -0.75 * math.log(1 / (1 + math.exp(-0.5))) - 0.25 * math.log(1 / (1 + math.exp(0.5))),
+        -0.5 * math.log(1 / (1 + math.exp(1.0))) - 0.5 * math.log(1 / (1 + math.exp(-1.0))),
+    ]
+    loss = pairwise_loss(margins, torch.ones(2), targets=targets)
+    assert loss.item() == pytest.approx(sum(by_hand) / 2, abs=1e-6)
+
+
+def test_a_target_of_one_changes_no_bit():
+    margins, weights = torch.randn(100), torch.rand(100)
+    assert torch.equal(pairwise_loss(margins, weights, targets=torch.ones(100)), pairwise_loss(margins, weights))

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
+from llm2.common.stats import probability_worse
 from llm2.exploration.quality import (
     Fork,
     RolloutCounts,
     SequentialTest,
     StoppingRule,
-    probability_worse,
     reused_rollouts,
 )
 

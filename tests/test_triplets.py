@@ -8,6 +8,7 @@ import pytest
 from llm2.common.chat import LLAMA3_PLAIN, encode_chats
 from llm2.errors import UserError
 from llm2.verifier import triplets
+from llm2.verifier.pair_metrics import pair_info
 from llm2.verifier.triplets import Example, Triplet, load_examples, read_records, record_line
 
 MESSAGES = [
@@ -126,8 +127,8 @@ def test_examples_come_back_from_disk_as_they_were(tokenizer, tmp_path):
     path.write_text(record_line(MESSAGES, solution, quality=quality) + record_line(MESSAGES, solution[:1]))
     examples, _ = load_examples(path, tokenizer, LLAMA3_PLAIN)
     assert list(examples) == [
-        Example(ids, solution, start, first_pair_id=0, quality_gaps=[0.75, 0.0, -0.125]),
-        Example(ids, solution[:1], start, first_pair_id=3, quality_gaps=[]),
+        Example(ids, solution, start, first_pair_id=0, quality_gaps=[0.75, 0.0, -0.125], gold_better=[]),
+        Example(ids, solution[:1], start, first_pair_id=3, quality_gaps=[], gold_better=[]),
     ]
 
 
@@ -182,3 +183,28 @@ def test_memory_does_not_grow_with_the_file(seed_record, tokenizer, tmp_path, mo
 
     peak_memory(200)  # imports and caches
     assert peak_memory(1_600) < 1.2 * peak_memory(400), "four times the lines"
+
+
+def verdict(triplet: Triplet, gold: list[int], token: list[int]) -> dict:
+    return {"triplet": list(triplet), "verdict": "undecided", "gold": gold, "token": token, "probability": 0.2}
+
+
+def test_an_explorations_verdicts_are_read_with_soft_targets(tokenizer, tmp_path):
+    """Ties and undecided tokens included; a token without rollouts says nothing."""
+    ids = encode_chats(tokenizer, [MESSAGES], LLAMA3_PLAIN)[0]
+    worse, tie, unknown = (Triplet(40 + i, ids[40 + i], ids[40 + i] ^ 1) for i in range(3))
+    pairs = [verdict(worse, [10, 10], [0, 6]), verdict(tie, [5, 10], [4, 8]), verdict(unknown, [0, 10], [0, 0])]
+    path = tmp_path / "triplets.jsonl.pairs.jsonl"
+    path.write_text(json.dumps({"id": "a", "messages": MESSAGES, "pairs": pairs}) + "\n")
+    examples, summary = load_examples(path, tokenizer, LLAMA3_PLAIN)
+    assert examples[0].triplets == [worse, tie] and summary.triplets == 2
+    assert examples[0].gold_better[0] > 0.999 and examples[0].gold_better[1] == pytest.approx(0.5, abs=0.01)
+    assert examples[0].quality_gaps == [1.0, 0.0]
+    assert list(pair_info(examples, tokenizer)) == [0]  # the tie is no held-out pair
+
+
+def test_an_ill_formed_verdict_is_named(tokenizer, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"messages": MESSAGES, "pairs": [{"triplet": [1, 2, 3], "gold": 1}]}) + "\n")
+    with pytest.raises(UserError, match="pairs.jsonl, line 1: key 'pairs'"):
+        load_examples(path, tokenizer, LLAMA3_PLAIN)

@@ -66,6 +66,14 @@ def build(
     return system1, separate, shared
 
 
+def prefix_head(system1: PreTrainedModel) -> ProcessVerifier:
+    """A bilinear head of rank 8 on System 1's own weights; its random scores are as good as any for speed."""
+    with system1.device:
+        return ProcessVerifier.from_backbone(
+            lora.clone_sharing_weights(system1.base_model), "", None, {"kind": "bilinear", "size": 8}
+        ).eval()
+
+
 def scale_logits(system1: PreTrainedModel, prompts: list[list[int]], config: DecodeBenchmark) -> None:
     """Scale the output head so that `choice_share` of System 1's greedy steps have more than one candidate.
 
@@ -93,6 +101,7 @@ def benchmark_cases(
         "LLM2, separate verifier at every token": Decoder(system1, Guidance(verifier=separate, **options, lazy=False)),
         SEPARATE: Decoder(system1, Guidance(verifier=separate, **options)),
         "LLM2, shared LoRA verifier": Decoder(system1, Guidance(verifier=shared, **options)),
+        "LLM2, prefix head": Decoder(system1, Guidance(verifier=prefix_head(system1), **options)),
     }
     runs: dict[str, Callable[[], float]] = {GENERATE: lambda: generate(system1, prompts, config)}
     if on_gpu:

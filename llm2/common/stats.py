@@ -8,15 +8,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import combinations
 
 import numpy as np
 from scipy import optimize, stats
+from scipy.special import betainc
 
 CONFIDENCE = 0.95
 RESAMPLES = 9_999
 BATCH = 500  # resamples in memory at a time
+JEFFREYS = 0.5  # both parameters of the prior of a share
+CELLS = 400  # of the integral over a share
 SUBSETS = 1_000  # limit of subsets for a weighted vote
 
 
@@ -271,3 +274,20 @@ def _check_paired(a: np.ndarray, b: np.ndarray, dimensions: int) -> None:
 def _check_k(n: int, k: int) -> None:
     if not 1 <= k <= n:
         raise ValueError(f"k must be 1 to {n}, the number of samples, found {k}")
+
+
+@cache
+def probability_worse(counts: tuple[int, int], other: tuple[int, int], margin: float = 0.0) -> float:
+    """P(other's share - this one's > margin), each share with its posterior under the Jeffreys prior Beta(1/2, 1/2).
+
+    Args:
+        counts, other: successes and trials.
+
+    The integral over the other's share of its posterior times the distribution function of this one's, `margin` below:
+    cell by cell, with the cell's exact mass and the distribution function at its middle.
+    """
+    (successes, trials), (other_successes, other_trials) = counts, other
+    edges = np.linspace(0, 1, CELLS + 1)
+    mass = np.diff(betainc(JEFFREYS + other_successes, JEFFREYS + other_trials - other_successes, edges))
+    below = np.clip((edges[:-1] + edges[1:]) / 2 - margin, 0, 1)
+    return float(mass @ betainc(JEFFREYS + successes, JEFFREYS + trials - successes, below))

@@ -22,16 +22,10 @@ first fork's rollouts pay for much of what follows. The price: errors about gold
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal, NamedTuple
 
-import numpy as np
-from scipy.special import betainc
-
+from llm2.common.stats import probability_worse
 from llm2.config import StoppingRule
-
-JEFFREYS = 0.5
-CELLS = 400  # of the integral over gold's quality
 
 Verdict = Literal["negative", "equal", "undecided"]
 
@@ -54,19 +48,6 @@ class RolloutCounts(NamedTuple):
     @property
     def quality(self) -> float:
         return self.right / self.rollouts if self.rollouts else float("nan")
-
-
-@cache
-def probability_worse(token: RolloutCounts, gold: RolloutCounts, margin: float) -> float:
-    """P(gold's quality - the token's > margin).
-
-    The integral over gold's quality of its posterior times the token's distribution function `margin` below: cell by
-    cell, with the cell's exact mass and the distribution function at its middle.
-    """
-    edges = np.linspace(0, 1, CELLS + 1)
-    mass = np.diff(betainc(JEFFREYS + gold.right, JEFFREYS + gold.rollouts - gold.right, edges))
-    below = np.clip((edges[:-1] + edges[1:]) / 2 - margin, 0, 1)
-    return float(mass @ betainc(JEFFREYS + token.right, JEFFREYS + token.rollouts - token.right, below))
 
 
 class SequentialTest:

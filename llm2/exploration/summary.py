@@ -34,7 +34,8 @@ def write_outputs(
             tokens_now += entry["counts"]["generated_tokens"] * (entry["id"] not in earlier)
             if entry["counts"]["triplets"]:
                 lines.write(entry["line"])
-            verdicts.write(json.dumps({"id": entry["id"], "pairs": entry["pairs"]}) + "\n")
+            messages = json.loads(entry["line"])["messages"]
+            verdicts.write(json.dumps({"id": entry["id"], "messages": messages, "pairs": entry["pairs"]}) + "\n")
     if not total["triplets"]:
         raise UserError(f"no triplets in {len(order)} problems: System 1 is never or always right at its forks")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

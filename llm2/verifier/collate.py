@@ -13,7 +13,7 @@ from llm2.verifier.triplets import Example
 
 
 class VerifierBatch(NamedTuple):
-    """The arguments of ProcessVerifier.forward, and pair_weights and pair_ids for the loss and the metrics."""
+    """The arguments of ProcessVerifier.forward, and pair_* for the loss and the metrics."""
 
     input_ids: torch.Tensor  # (R, S)
     start: torch.Tensor  # (R, S) first column of the token's solution
@@ -21,6 +21,7 @@ class VerifierBatch(NamedTuple):
     pair_indices: torch.Tensor  # (1, M, 2) of gold and negative in the flattened R * S tokens
     pair_weights: torch.Tensor  # (1, M) float32
     pair_ids: torch.Tensor  # (1, M) number of the triplet in its file
+    pair_targets: torch.Tensor  # (1, M) float32 probability that gold is better
     targets: torch.Tensor | None  # (R, S) the next token of the solution, or IGNORE_INDEX; for the LM loss
 
 
@@ -48,6 +49,7 @@ def verifier_batch(
     """
     layouts = [_lay_out(example, lm_targets) for example in examples]
     weights = [torch.tensor(e.quality_gaps if quality_weight else [1.0] * len(e.triplets)) for e in examples]
+    goals = [torch.tensor(e.gold_better or [1.0] * len(e.triplets)) for e in examples]
     widths = [len(layout.ids) for layout in layouts]
     rows = pack_rows(widths, max(capacity or 0, *widths, 1))
     R, S = len(rows), -(-max(sum(widths[i] for i in row) for row in rows) // multiple) * multiple
@@ -72,6 +74,7 @@ def verifier_batch(
         pair_indices=torch.cat(pair_indices)[None],
         pair_weights=torch.cat(weights).clamp(min=0)[None],
         pair_ids=torch.cat([torch.arange(len(e.triplets)) + e.first_pair_id for e in examples])[None],
+        pair_targets=torch.cat(goals)[None],
         targets=targets if lm_targets else None,
     )
 

@@ -13,9 +13,15 @@ CHUNK = 256  # tokens whose vocabulary-sized logits exist at a time
 
 
 def pairwise_loss(
-    margins: torch.Tensor, weights: torch.Tensor, total: torch.Tensor | None = None, margin: float = 0.0
+    margins: torch.Tensor,
+    weights: torch.Tensor,
+    total: torch.Tensor | None = None,
+    margin: float = 0.0,
+    targets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weighted mean over pairs of -log sigmoid(s(gold) - s(negative) - margin) (arXiv 2412.20372; Bradley-Terry).
+
+    With soft targets p, the cross-entropy -p log sigmoid(d) - (1 - p) log sigmoid(-d) of the same difference d.
 
     Args:
         margins: (..., M) score of gold less score of negative.
@@ -23,8 +29,12 @@ def pairwise_loss(
         total: sum of the weights of the whole optimizer step, over accumulation and ranks, so that the losses of its
             batches add up to the mean over its pairs; the sum of `weights` when None.
         margin: m in -log sigmoid(s+ - s- - m).
+        targets: (..., M) probability that gold is better; 1 when None.
     """
-    losses = F.softplus(margin - margins.float())
+    differences = margins.float() - margin
+    losses = F.softplus(-differences)
+    if targets is not None:
+        losses = losses + (1 - targets) * differences
     return (losses * weights).sum() / (weights.sum() if total is None else total).clamp(min=torch.finfo().tiny)
 
 

@@ -16,6 +16,7 @@ from llm2.verifier.loss import pair_accuracy, pairwise_loss
 from llm2.verifier.triplets import Example
 
 PARTS = range(1, 6)  # fifths of a solution
+DECIDED = 0.95  # probability that gold is better from which a pair with a soft target is held out as a pair
 KINDS = ("digit", "operator", "word", "other")
 OPERATOR = re.compile(r"[-+*/=<>%^×÷−]+")
 
@@ -28,11 +29,16 @@ class PairInfo(NamedTuple):
 
 
 def pair_info(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> dict[int, PairInfo]:
-    """Every pair of the examples by its id."""
+    """The pairs by their ids; with soft targets only those in which gold is better with DECIDED probability."""
     info = {}
     for example in examples:
         length = len(example.ids) - example.start
-        for pair_id, triplet in enumerate(example.triplets, start=example.first_pair_id):
+        gold_better = example.gold_better or [1.0] * len(example.triplets)
+        for pair_id, (triplet, probability) in enumerate(
+            zip(example.triplets, gold_better, strict=True), start=example.first_pair_id
+        ):
+            if probability < DECIDED:
+                continue
             part = 1 + max(triplet.position - example.start, 0) * len(PARTS) // length
             info[pair_id] = PairInfo(part, token_kind(tokenizer.decode([triplet.gold])))
     return info

@@ -16,6 +16,7 @@ from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.pair_metrics import PairInfo, compute_metrics
 from llm2.verifier.triplets import Example
 
+NOT_FOR_THE_MODEL = ("pair_ids", "pair_weights", "pair_targets")
 EMPTY_EXAMPLE = Example([0], [])  # has no pair: runs through the forward pass and adds nothing to the loss
 
 
@@ -113,9 +114,10 @@ class VerifierTrainer(Trainer):
         return {name: tensor for name, tensor in batch._asdict().items() if tensor is not None}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        output = model(**{name: tensor for name, tensor in inputs.items() if name not in ("pair_ids", "pair_weights")})
+        output = model(**{name: tensor for name, tensor in inputs.items() if name not in NOT_FOR_THE_MODEL})
         total_weight, num_targets = num_items_in_batch
-        loss = pairwise_loss(output.margins, inputs["pair_weights"], total_weight, self.loss.margin)
+        weights, targets = inputs["pair_weights"], inputs["pair_targets"]
+        loss = pairwise_loss(output.margins, weights, total_weight, self.loss.margin, targets)
         if self.loss.lm_loss_coef > 0:
             loss = loss + self.loss.lm_loss_coef * output.lm_loss.sum() / num_targets.clamp(min=1)
         loss = loss * self.accelerator.num_processes  # over which gradients are averaged

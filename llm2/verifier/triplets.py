@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm2.common.chat import Message, encode_chats
 from llm2.common.jsonl import read_jsonl
+from llm2.common.stats import probability_worse
 from llm2.errors import UserError
 
 CHUNK = 250  # lines tokenized at a time: fast, and memory does not grow with the file
@@ -40,6 +41,7 @@ class Record:
     triplets: list[Triplet]
     line: int  # of the file, from 1
     quality_gaps: list[float] | None = None  # (M,) gold's quality less the negative's, if the line has `quality`
+    gold_better: list[float] | None = None  # (M,) probability that gold's quality is the higher one; None: certain
 
 
 class Example(NamedTuple):
@@ -50,34 +52,45 @@ class Example(NamedTuple):
     start: int = 0  # position of the solution's first token
     first_pair_id: int = 0  # pairs are numbered through the whole file
     quality_gaps: Sequence[float] = ()  # (M,), or empty where the file has no quality
+    gold_better: Sequence[float] = ()  # (M,) soft targets, or empty where gold is better for sure
 
 
 class ExampleFile(Sequence[Example]):
     """Examples in an anonymous temporary file, so that memory does not grow with the data."""
 
-    ROW = 4  # int32 values of a triplet: position, gold, negative, and the bits of its float32 quality gap
+    ROW = 5  # int32 values of a triplet: position, gold, negative, the bits of two float32: quality gap, gold_better
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (it lives as long as this object)
-        self._index = array("q")  # six values an example: offset, tokens, triplets, start, first_pair_id, quality gaps
+        # seven values an example: offset, tokens, triplets, start, first_pair_id, quality gaps, soft targets
+        self._index = array("q")
         self._offset = self._num_pairs = 0  # offsets are counted in int32 values
 
-    def append(self, ids: Sequence[int], triplets: Sequence[Triplet], start: int, gaps: Sequence[float]) -> None:
+    def append(
+        self,
+        ids: Sequence[int],
+        triplets: Sequence[Triplet],
+        start: int,
+        gaps: Sequence[float],
+        gold_better: Sequence[float] = (),
+    ) -> None:
         table = np.zeros((len(triplets), self.ROW), dtype=np.int32)
         table[:, :3] = np.array(triplets, dtype=np.int32).reshape(-1, 3)
         table[: len(gaps), 3] = np.array(gaps, dtype=np.float32).view(np.int32)
+        table[: len(gold_better), 4] = np.array(gold_better, dtype=np.float32).view(np.int32)
         self._file.write(np.array(ids, dtype=np.int32).tobytes() + table.tobytes())
-        self._index.extend([self._offset, len(ids), len(triplets), start, self._num_pairs, len(gaps)])
+        numbers = [self._offset, len(ids), len(triplets), start, self._num_pairs, len(gaps), len(gold_better)]
+        self._index.extend(numbers)
         self._offset += len(ids) + self.ROW * len(triplets)
         self._num_pairs += len(triplets)
 
     def __len__(self) -> int:
-        return len(self._index) // 6
+        return len(self._index) // 7
 
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        offset, tokens, triplets, start, first_pair_id, gaps = self._index[6 * index : 6 * index + 6]
+        offset, tokens, triplets, start, first_pair_id, gaps, soft = self._index[7 * index : 7 * index + 7]
         length = 4 * (tokens + self.ROW * triplets)
         values = np.frombuffer(os.pread(self._file.fileno(), length, 4 * offset), dtype=np.int32)
         table = values[tokens:].reshape(-1, self.ROW)
@@ -87,6 +100,7 @@ class ExampleFile(Sequence[Example]):
             start=start,
             first_pair_id=first_pair_id,
             quality_gaps=table[:gaps, 3].copy().view(np.float32).tolist(),
+            gold_better=table[:soft, 4].copy().view(np.float32).tolist(),
         )
 
 
@@ -128,12 +142,13 @@ class Summary:
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
-    """Every line that is not blank, in order. Keys other than `messages`, `samples` and `quality` are ignored.
+    """Every line that is not blank, in order: `messages` with `samples`, or with an exploration's verdicts (`pairs`).
 
-    Raises UserError at the first line that does not have the format.
+    Other keys but `quality` are ignored. Raises UserError at the first line that does not have the format.
     """
     for line, record in read_jsonl(path, "triplets"):
-        yield _parse(record, line, f"{path}, line {line}")
+        where = f"{path}, line {line}"
+        yield _parse(_from_verdicts(record, where) if "pairs" in record else record, line, where)
 
 
 def load_examples(
@@ -170,7 +185,8 @@ def load_examples(
         summary.add(ids, record.triplets, len(kept))
         if kept:
             gaps = [record.quality_gaps[i] for i in kept] if record.quality_gaps is not None else []
-            examples.append(ids[:max_length], [record.triplets[i] for i in kept], start, gaps)
+            gold_better = [record.gold_better[i] for i in kept] if record.gold_better is not None else []
+            examples.append(ids[:max_length], [record.triplets[i] for i in kept], start, gaps, gold_better)
     if misfits:
         raise UserError(_explain(path, tokenizer, misfits))
     if not summary.triplets:
@@ -208,7 +224,27 @@ def _parse(record: dict, line: int, where: str) -> Record:
                 f"{where}: key 'samples': expected [position, gold_token_id, negative_token_id], found {sample!r}"
             )
     triplets = [Triplet(*sample) for sample in record["samples"]]
-    return Record(record["messages"], triplets, line, _quality_gaps(record.get("quality"), len(triplets)))
+    gaps = _quality_gaps(record.get("quality"), len(triplets))
+    return Record(record["messages"], triplets, line, gaps, record.get("gold_better"))
+
+
+def _from_verdicts(record: dict, where: str) -> dict:
+    """A line of OUTPUT.pairs.jsonl as one of triplets: all tokens that have rollouts, ties and undecided ones included.
+
+    The target of a pair is the probability, given the rollouts of both, that gold's quality is the higher one.
+    """
+    try:
+        pairs = [(p["triplet"], *p["gold"], *p["token"]) for p in record["pairs"] if p["token"][1]]
+        return {
+            "messages": record.get("messages"),
+            "samples": [triplet for triplet, *_ in pairs],
+            "quality": [[right / n, other / m] for _, right, n, other, m in pairs],
+            "gold_better": [probability_worse((other, m), (right, n)) for _, right, n, other, m in pairs],
+        }
+    except (TypeError, KeyError, ValueError, IndexError):
+        raise UserError(
+            f"{where}: key 'pairs': expected objects with 'triplet', and 'gold' and 'token' as [right, rollouts]"
+        ) from None
 
 
 def _quality_gaps(quality: Any, num_triplets: int) -> list[float] | None:
