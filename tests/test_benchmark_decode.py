@@ -32,7 +32,7 @@ def test_the_file_has_every_row_and_ratios_are_to_generate(config):
     with open(config.output) as file:
         rows = json.load(file)["rows"]
     names = [decode.GENERATE, "LLM2, no verifier", "LLM2, separate verifier at every token", decode.SEPARATE]
-    names += ["LLM2, shared LoRA verifier"]
+    names += ["LLM2, shared LoRA verifier", "LLM2, prefix head"]
     assert [row["name"] for row in rows] == [*names, "the method as published, no cache", *names]
     assert all(row["ratio_to"] == decode.GENERATE for row in rows if row["name"] != decode.GENERATE)
     assert all(row["name"] in table for row in rows)
@@ -51,7 +51,7 @@ def test_the_uncached_loop_writes_what_the_decoder_writes(config):
     guidance = Guidance(verifier=separate, alpha=config.alpha, beta=20.0)
     ((completion,),) = Decoder(system1, guidance).decode(prompts, max_new_tokens=40, eos=[], trace=True)
     assert decode.naive(system1, guidance, prompts[0], 40) == completion.token_ids
-    assert any(token.index for token in completion.trace)  # guidance changed a choice
+    assert any(token.changed for token in completion.trace)
 
 
 def test_the_bandwidth_share_counts_the_weights_read(config):
