@@ -343,8 +343,8 @@ def test_a_template_that_rewrites_the_prompt_is_an_error(config, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "chats"}, "task: chats wants data_file"),
-        ({"engine": "vllm"}, "engine: vllm wants top_k"),
+        ({"task": "chats"}, "task: chats needs data_file"),
+        ({"engine": "vllm"}, "engine: vllm needs top_k"),
         ({"server": "http://localhost:1/v1"}, "expected engine vllm"),
         ({"stop_pattern": "("}, "is no regular expression"),
         ({"stop_pattern": "x", "engine": "vllm", "top_k": 5}, "stop_pattern: found 'x' with engine vllm"),

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.rendezvous import rendezvous
 
-WAIT = timedelta(days=30)  # for the slowest process; the launcher notices a dead one and ends the others
+WAIT = timedelta(days=30)  # for the slowest process; if one dies, the launcher ends the others
 _calls = count()  # numbers the calls of iter_shared_work, alike in all processes
 
 
@@ -58,7 +58,7 @@ def barrier() -> None:
 
 
 def iter_shared_work(num_items: int) -> Iterator[int]:
-    """Indices below `num_items` for this rank; over all ranks each index comes up exactly once.
+    """Indices below `num_items` for this rank; each index is yielded on exactly one rank.
 
     A rank first takes its strided share (rank, rank + world_size, ...), then items that slower ranks have not started.
     All ranks must call this equally often.

@@ -51,7 +51,7 @@ def evaluate(config: EvaluateConfig) -> dict | None:
     task = load_task(config.task, config.data_file, config.grader)
     problems = task.problems(config.split, config.limit)
     if len({problem.id for problem in problems}) < len(problems):
-        raise UserError(f"{config.data_file or config.task}: expected problems with different ids, found some equal")
+        raise UserError(f"{config.data_file or config.task}: expected problems with different ids, found equal ones")
     examples = load_examples(config.few_shot, config.num_fewshot)
     predictions = Predictions(config)
     if any(predictions.missing(problems, mode) for mode in config.modes):

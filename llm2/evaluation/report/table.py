@@ -6,9 +6,9 @@ from itertools import groupby
 from operator import itemgetter
 from textwrap import wrap
 
-from llm2.config import Mode
+from llm2.config import Mode, Share
 from llm2.evaluation.metrics import FIGURES, GREEDY, SAMPLING
-from llm2.evaluation.report.read import Interval, Metrics, Share
+from llm2.evaluation.report.read import Interval, Metrics
 
 COLUMNS = 100  # of the terminal
 HEADER = ("", "plain, %", "guided, %", "difference", "error red.", "paired p", "n")

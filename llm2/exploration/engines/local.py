@@ -18,7 +18,7 @@ from llm2.decoding.sampling import SamplingParams
 from llm2.errors import UserError
 from llm2.exploration.engines import Candidate, Continuations, OnFinished, PositionQuery, Request
 
-STOP_EVERY = 8  # tokens between two looks for the stop pattern in a row
+STOP_EVERY = 8  # tokens between searches for the stop pattern
 
 
 class LocalEngine:
@@ -54,11 +54,11 @@ class LocalEngine:
     def generate(
         self, requests: Sequence[Request], on_finished: OnFinished = lambda index, continuations: None
     ) -> list[Continuations]:
-        # Requests with one prefix stand together, the longest first: the decoder reads what they share once.
+        # Requests with one prefix follow each other, the longest first: the decoder computes the shared tokens once.
         first = {id(request.prefix): i for i, request in reversed(list(enumerate(requests)))}
         order = sorted(range(len(requests)), key=lambda i: (first[id(requests[i].prefix)], -requests[i].prefix_len))
         results: list[Continuations] = [[] for _ in requests]
-        for place, completions in self.decoder.stream(
+        for index, completions in self.decoder.stream(
             [requests[i].prompt for i in order],
             max_new_tokens=self.config.max_new_tokens,
             eos=self.eos,
@@ -67,8 +67,8 @@ class LocalEngine:
             batch_size=self.config.batch_size,
             stop=self._stop_fn([requests[i].token_ids for i in order]),
         ):
-            results[order[place]] = [completion.token_ids for completion in completions]
-            on_finished(order[place], results[order[place]])
+            results[order[index]] = [completion.token_ids for completion in completions]
+            on_finished(order[index], results[order[index]])
         return results
 
     def _stop_fn(self, first_tokens: Sequence[Sequence[int]]) -> Callable[[int, int, Sequence[int]], bool] | None:
