@@ -1,4 +1,4 @@
-"""Engines: what a rollout depends on, what vLLM is sent, and a server that falters."""
+"""Engines: rollouts depend on prompt and seed alone; requests to vLLM; retries at a failing server."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What the READMEs say is there, is there."""
+"""Files, links and examples in the READMEs exist and run."""
 
 import json
 import re
@@ -15,7 +15,7 @@ DOCUMENTS = {
 }
 
 
-def test_the_readme_is_a_short_read():
+def test_the_readme_has_at_most_1500_words():
     assert len(README.split()) <= 1500
 
 
@@ -57,7 +57,7 @@ def test_scripts_are_strict_and_parse(script):
     subprocess.run(["bash", "-n", script], check=True)
 
 
-def test_the_explained_record_is_in_the_file():
+def test_the_record_explained_in_the_dataset_readme_is_in_the_file():
     block = re.search(r"```json\n(.*?)```", DOCUMENTS[ROOT / "dataset" / "README.md"], re.DOTALL).group(1)
     with open(ROOT / "dataset" / "testbed.jsonl") as file:
         assert json.loads(block) in map(json.loads, file)

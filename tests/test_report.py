@@ -101,7 +101,7 @@ def test_rows_come_in_order_of_k_and_the_table_fits_a_terminal():
     assert max(len(line) for line in lines) <= 100
 
 
-def test_without_an_error_there_is_none_to_reduce():
+def test_without_errors_the_error_reduction_is_a_dash():
     assert cells(table(METRICS), "pass@20") == ["100.0", "100.0", "+0.0", "-", "-", "300"]
 
 
@@ -111,7 +111,7 @@ def test_a_figure_that_got_worse_has_a_negative_error_reduction():
     assert cells(table(metrics), "greedy")[2:4] == ["-10.0", "-20 %"]
 
 
-def test_the_paired_tests_and_the_problems_that_changed_sides_are_named():
+def test_the_paired_tests_and_their_fixed_and_broken_problems_are_named():
     text = table(METRICS)
     assert "guided_greedy against plain_greedy, accuracy: exact McNemar, p = 2e-12; 100 fixed, 10 broken" in text
     assert "majority@20: sign flips, p = 0.012\n" in text + "\n"
@@ -137,7 +137,7 @@ def test_any_subset_of_modes_is_reported(metrics, tmp_path):
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_report_prints_nothing(tmp_path, capsys):
+def test_writing_the_report_prints_nothing(tmp_path, capsys):
     (tmp_path / "metrics.json").write_text(json.dumps(METRICS))
     write_report(tmp_path)
     assert capsys.readouterr() == ("", "")
