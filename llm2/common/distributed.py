@@ -36,6 +36,14 @@ def dist_info() -> DistInfo:
     return DistInfo(*(int(os.environ.get(name, value)) for name, value in single.items()))
 
 
+def process_device(device: torch.device) -> torch.device:
+    """This process's GPU if `device` is one; otherwise `device`, with the process pinned to its share of the cores."""
+    if device.type == "cuda":
+        return torch.device("cuda", dist_info().local_rank)
+    pin_to_cores()
+    return device
+
+
 def pin_to_cores() -> None:
     """Pin this process to its share of the machine's cores, on Linux: processes that migrate slow each other down."""
     info = dist_info()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from llm2.common.chat import Message, encode_chats, resolve_template
-from llm2.common.distributed import barrier, dist_info, pin_to_cores
+from llm2.common.distributed import barrier, dist_info, process_device
 from llm2.common.loading import resolve_device
 from llm2.common.seeds import row_seed
 from llm2.config import EvaluateConfig, Mode
@@ -115,11 +115,7 @@ class Evaluator:
     """Both systems and a task: decodes, scores and grades."""
 
     def __init__(self, config: EvaluateConfig, task: Task, examples: Sequence[Message]) -> None:
-        device = resolve_device(config.device).type
-        if device == "cuda":
-            device = f"cuda:{dist_info().local_rank}"
-        else:
-            pin_to_cores()
+        device = str(process_device(resolve_device(config.device)))
         self.llm2 = LLM2.from_pretrained(
             config.model, config.verifier, device=device, dtype=config.dtype, **config.guidance()
         )

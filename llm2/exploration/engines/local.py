@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llm2.common.distributed import dist_info, pin_to_cores
+from llm2.common.distributed import process_device
 from llm2.common.loading import eos_ids, load_system1, resolve_device
 from llm2.config import RolloutConfig
 from llm2.decoding.candidates import plausible
@@ -23,11 +23,7 @@ STOP_EVERY = 8  # tokens between searches for the stop pattern
 
 class LocalEngine:
     def __init__(self, config: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        device = resolve_device(config.device)
-        if device.type == "cuda":
-            device = torch.device("cuda", dist_info().local_rank)
-        else:
-            pin_to_cores()
+        device = process_device(resolve_device(config.device))
         self.config, self.tokenizer = config, tokenizer
         self.model = load_system1(config.model, device, config.dtype)
         self.decoder = Decoder(self.model)
