@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from llm2.__main__ import CONFIGS
+from llm2.benchmarks.configs import BENCHMARKS
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PACKAGES = sorted(path.parent for path in ROOT.glob("llm2/*/__init__.py"))
@@ -24,6 +27,15 @@ def test_the_readme_has_at_most_1500_words():
 )
 def test_named_scripts_and_configs_exist(path):
     assert (ROOT / path).is_file()
+
+
+def test_commands_use_existing_keys():
+    """In READMEs, script headers and YAML comments; lm_eval.sh takes other arguments."""
+    keys = {key for cls in (*CONFIGS.values(), *BENCHMARKS.values()) for key in cls.__dataclass_fields__} | {"key"}
+    others = [*ROOT.glob("scripts/*.sh"), *ROOT.glob("configs/*/*.yaml")]
+    for path, text in (DOCUMENTS | {path: path.read_text() for path in others}).items():
+        for command in re.findall(r"(?:bash scripts/(?!lm_eval)|python -m llm2 )[^`\n]*", text):
+            assert set(re.findall(r"\s\[?([a-z]\w*)=", command)) <= keys, f"{path}: {command}"
 
 
 def test_links_lead_to_files():
