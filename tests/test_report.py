@@ -10,7 +10,7 @@ import pytest
 
 from llm2.config import Mode
 from llm2.errors import UserError
-from llm2.evaluation.report import markdown_table, read_metrics, write_report
+from llm2.evaluation.report import read_metrics, write_report
 from llm2.evaluation.report import table as render_table
 from llm2.evaluation.report.page import fitting
 from llm2.evaluation.report.plots import figures
@@ -121,11 +121,6 @@ def test_a_figure_that_was_not_measured_is_a_dash():
     assert cells(table(subset("guided_greedy")), "greedy") == ["-", "80.0 [75.1, 84.1]", "-", "-", "-", "300"]
     assert "majority" not in table(subset(*GREEDY))
     assert "greedy" not in table(subset(*SAMPLING))
-
-
-def test_the_markdown_table_has_the_same_cells():
-    line = "| greedy | 50.0 [44.4, 55.6] | 80.0 [75.1, 84.1] | +30.0 | 60 % | < 0.001 | 300 |"
-    assert line in markdown_table(parse(METRICS, "the metrics")).splitlines()
 
 
 @pytest.mark.parametrize(

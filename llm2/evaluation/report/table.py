@@ -59,13 +59,6 @@ def table(metrics: Metrics) -> str:
     return "\n".join(text + [line for note in notes(metrics) for line in wrap(note, COLUMNS, subsequent_indent="  ")])
 
 
-def markdown_table(metrics: Metrics) -> str:
-    """The same rows as a Markdown table."""
-    lines = [HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *(row.cells(metrics.n) for row in rows(metrics))]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return "\n\n".join([title(metrics), text, *notes(metrics)])
-
-
 def rows(metrics: Metrics) -> list[Row]:
     greedy = [metrics.modes.get(mode) for mode in GREEDY]
     table_rows = []
