@@ -244,7 +244,7 @@ def unreachable(*_, **__):
 def patient(seconds):
     print("slept", seconds)
 socket.getaddrinfo = socket.socket.connect = unreachable
-time.sleep = patient  # what a client does before it tries again
+time.sleep = patient  # a client sleeps before it retries
 from llm2.tasks import load_task
 from llm2.errors import UserError
 try:
