@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent / "llm2"
-PLACES = {  # column and row of each package; imports go down
+POSITIONS = {  # column and row of each package; imports go down
     "benchmarks": (3.0, 4.0),
     "testbed.train": (1.0, 4.0),
     "exploration": (1.0, 3.0),
@@ -30,14 +30,14 @@ def package_of(module: str) -> str:
 
 def edges() -> Counter[tuple[str, str]]:
     """(importing package, imported package) -> imports between their modules."""
-    found = Counter()
+    counts = Counter()
     for path in ROOT.rglob("*.py"):
         package = package_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("llm2."):
-                found[package, package_of(node.module.removeprefix("llm2."))] += 1
+                counts[package, package_of(node.module.removeprefix("llm2."))] += 1
     return Counter(
-        {(a, b): n for (a, b), n in found.items() if a != b and a in PLACES and b in PLACES and b != "common"}
+        {(a, b): n for (a, b), n in counts.items() if a != b and a in POSITIONS and b in POSITIONS and b != "common"}
     )
 
 
@@ -49,7 +49,7 @@ def modules(package: str) -> int:
 def draw() -> plt.Figure:
     figure, axes = plt.subplots(figsize=(8, 5.5))
     for (a, b), count in edges().items():
-        (x1, y1), (x2, y2) = PLACES[a], PLACES[b]
+        (x1, y1), (x2, y2) = POSITIONS[a], POSITIONS[b]
         style = {
             "arrowstyle": "-|>",
             "color": "#8a94a6",
@@ -59,7 +59,7 @@ def draw() -> plt.Figure:
             "zorder": 0,
         }
         axes.annotate("", (x2, y2), (x1, y1), arrowprops=style)
-    for name, (x, y) in PLACES.items():
+    for name, (x, y) in POSITIONS.items():
         label = f"{name}\n{modules(name)} module{'s' if modules(name) > 1 else ''}"
         box = {"boxstyle": "round,pad=0.5", "fc": "#eef3fb", "ec": "#34507d"}
         axes.text(x, y, label, ha="center", va="center", fontsize=10, bbox=box)

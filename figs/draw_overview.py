@@ -1,7 +1,7 @@
 """Draws figs/overview.svg and figs/overview.png, the method at a glance: `python -m figs.draw_overview`.
 
-Knows the layout and one illustrative decoding step, whose guided probabilities follow from softmax(z + beta * s).
-Leaves measured figures to llm2.evaluation.report, from which the colours come.
+All numbers are illustrative; the guided probabilities are computed as softmax(z + beta * s). Plots of measured figures
+are in llm2.evaluation.report, from which the colours come.
 """
 
 import math
@@ -152,7 +152,7 @@ def draw_rollouts(axes: Axes, token: str, y: float) -> None:
 
 
 def guided_probabilities() -> dict[str, float]:
-    """softmax(z + beta * s) on the plausible set, where z = log p (paper, section 2)."""
+    """softmax(z + beta * s) on the plausible set, where z = log p (arXiv 2412.20372)."""
     weights = {token: p * math.exp(BETA * score) for token, p, score in CANDIDATES if score is not None}
     return {token: weight / sum(weights.values()) for token, weight in weights.items()}
 

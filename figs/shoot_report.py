@@ -1,7 +1,7 @@
 """Takes figs/report.png and figs/report_dark.png, the HTML report in Chromium: `python -m figs.shoot_report RESULTS`.
 
-Knows how to open the page headless, at a problem that guidance fixed, with the candidates of a changed token open.
-Wants `chromium` on the path (apt-get install chromium).
+The page is open at a problem that guidance fixed, with the candidates of a changed token.
+Needs `chromium` on the path (apt-get install chromium).
 """
 
 import re
@@ -14,7 +14,7 @@ from pathlib import Path
 from llm2.errors import UserError
 
 SIZE = (1500, 1600)  # pixels
-# What a person would do: show what was fixed, take the problem with the most changes among the first, click on one.
+# Show the fixed problems, select the one with the most changed tokens among the first 200, click on such a token.
 CLICKS = """
 document.querySelector('#filters [data-kind=fixed]').click();
 const changes = (problem) => problem.modes.guided_greedy[0][4][2].filter((choice) => choice[5]).length;
@@ -29,7 +29,7 @@ def main(results: str) -> None:
     page = Path(results, "report.html").read_text(encoding="utf-8")
     chromium = shutil.which("chromium")
     if chromium is None:
-        raise UserError("shoot_report wants chromium on the path, found none: apt-get install chromium")
+        raise UserError("shoot_report needs chromium on the path, found none: apt-get install chromium")
     with tempfile.TemporaryDirectory() as folder:
         for name, theme in (("report.png", "light"), ("report_dark.png", "dark")):
             themed = page.replace("<html ", f'<html data-theme="{theme}" ', 1)

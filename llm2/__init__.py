@@ -4,7 +4,7 @@ __all__ = ["LLM2", "ProcessVerifier"]
 
 
 def __getattr__(name: str):
-    """The public names, imported when they are first asked for: torch and transformers take seconds."""
+    """The public names, imported at their first use: importing torch and transformers takes seconds."""
     if name == "LLM2":
         from llm2.decoding.llm2 import LLM2
 

@@ -1,4 +1,4 @@
-"""The command line: python -m llm2 COMMAND [config.yaml] [key=value ...]. The only module that knows every command.
+"""The command line: python -m llm2 COMMAND [config.yaml] [key=value ...]. The only module that imports every command.
 
 Exit status: 0 done, 2 a user's mistake (one sentence, no traceback), 130 interrupted.
 """
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"llm2 {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nllm2 {options.command}: interrupted; what was finished is kept", file=sys.stderr)
+        print(f"\nllm2 {options.command}: interrupted; finished work is kept", file=sys.stderr)
         return 130
     return 0
 
@@ -49,10 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
     command = _add_command(commands, "benchmark", "Measure speed and memory on this machine.", run_benchmark)
     command.epilog = _benchmark_help()
     command.add_argument(
-        "arguments", nargs="*", metavar="[config.yaml] key=value", help="the key `benchmark` says which"
+        "arguments", nargs="*", metavar="[config.yaml] key=value", help="a file of keys (`benchmark` is one), overrides"
     )
     command = _add_command(
-        commands, "check", "Hold a triplets file against a tokenizer and a chat template.", run_check
+        commands, "check", "Check every position of a triplets file with a tokenizer and a chat template.", run_check
     )
     command.add_argument("triplets", help="JSON lines of messages and samples")
     command.add_argument("--tokenizer", required=True, help="local folder or hub id")
@@ -83,7 +83,7 @@ def _file_and_overrides(arguments: list[str]) -> tuple[str | None, list[str]]:
     return None, arguments
 
 
-# Imports are inside: torch and transformers take seconds, and a misspelt key should be told at once.
+# Imports are inside the functions: a misspelt key is reported at once, without seconds of importing torch.
 
 
 def run_command(options: argparse.Namespace) -> None:
@@ -123,7 +123,7 @@ def run_explore(config: ExploreConfig) -> None:
 
 
 def check_train(config: TrainConfig) -> None:
-    """Errors that need the whole file surface later."""
+    """Checks the first line of each file; errors that need the whole file surface later."""
     from llm2.verifier.triplets import read_records
 
     for path in filter(None, (config.train_file, config.eval_file)):
@@ -183,7 +183,7 @@ def run_pretrain(config: PretrainConfig) -> None:
     print(f"System 1 in {config.output_dir}")
 
 
-# What validates the inputs before workers are launched, and what runs.
+# Command -> (validates the inputs before workers are launched, runs the command).
 COMMANDS = {
     "explore": (check_explore, run_explore),
     "train": (check_train, run_train),

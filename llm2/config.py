@@ -83,13 +83,13 @@ class TaskConfig:
     """Which problems, and what counts as a right answer."""
 
     task: str
-    """gsm8k, math500, testbed, chats, or MODULE:CLASS of your own (llm2/tasks/README.md)."""
+    """gsm8k, math500, testbed, chats, or MODULE:CLASS of another task (llm2/tasks/README.md)."""
     data_file: str | None = None
-    """Local JSON lines in the task's format, read instead of its own source; chats needs one."""
+    """Local JSON Lines file in the task's format, read instead of its source; required for chats."""
     limit: Count | None = None
     """Number of problems, the first ones; all when null."""
     grader: str | None = None
-    """MODULE:FUNCTION of (text, gold) -> bool that says whether an answer is right; the task's own when null."""
+    """MODULE:FUNCTION of (text, gold) -> bool that says whether a solution is right; the task's grading when null."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -109,7 +109,7 @@ class RolloutConfig(ModelConfig, CandidateConfig):
     batch_size: Count = 64
     """Rollouts generated at the same time."""
     dtype: Dtype = "auto"
-    """Dtype of System 1; auto is the checkpoint's own on a GPU and float32 on a CPU."""
+    """Dtype of System 1; auto is that of the checkpoint on a GPU and float32 on a CPU."""
     tensor_parallel: Count = 1
     """GPUs per vLLM engine."""
     server: str | None = None
@@ -120,7 +120,7 @@ class RolloutConfig(ModelConfig, CandidateConfig):
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class StoppingRule:
-    """When the sequential test of a token asks for more rollouts, and when it stops (llm2/exploration/quality.py)."""
+    """When the sequential test of a token continues, and when it stops (llm2/exploration/quality.py)."""
 
     quality_margin: Share = 0.35
     """A negative's quality is below the gold token's by more than this margin."""
@@ -280,7 +280,7 @@ class EvaluateConfig(TaskConfig, ModelConfig, GuidanceConfig):
     resume: bool = True
     """Keep the predictions that the results folder already has."""
     dtype: Dtype = "auto"
-    """Dtype of both models; auto is the checkpoint's own on a GPU and float32 on a CPU."""
+    """Dtype of both models; auto is that of the checkpoint on a GPU and float32 on a CPU."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

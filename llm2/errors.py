@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """What was found and what was expected, in one sentence; the command line prints it and exits with status 2."""
+    """A user's mistake in one sentence: found and expected. The command line prints it and exits with status 2."""

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Decode GSM8K's test problems with and without System 2, grade, compare, write a results folder. Killed, it goes on.
+# Decode a task (GSM8K by default) with and without System 2, grade, compare, write a results folder. To resume a killed
+# run, run it again.
 #
 #   bash scripts/evaluate_gsm8k.sh [config.yaml] [key=value ...]
 #   bash scripts/evaluate_gsm8k.sh configs/qwen2.5-1.5b-instruct/evaluate.yaml data_file=test.jsonl limit=200

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Token quality exploration: gold solutions in, triplets out. Killed, it goes on where it stopped: run it again.
+# Token quality exploration: gold solutions in, triplets out. To resume a killed run, run it again.
 #
 #   bash scripts/explore_tokens.sh [config.yaml] [key=value ...]
 #   bash scripts/explore_tokens.sh configs/llama-3.2-1b-instruct/explore.yaml limit=100

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole method on the embedded testbed, on a CPU, in minutes: explore, train, evaluate, look.
+# The whole method on the embedded testbed, on a CPU, in minutes: explore, train, evaluate.
 # Nothing is precomputed but System 1, which scripts/pretrain_testbed.sh reproduces.
 #
 #   bash scripts/quickstart.sh

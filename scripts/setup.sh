@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Make .venv with everything in requirements.txt, once; do nothing where that is done already.
+# Make .venv with everything in requirements.txt, once; do nothing if that is done already.
 #
 #   bash scripts/setup.sh          set up
-#   source scripts/setup.sh        set up and enter: what the other scripts do
+#   source scripts/setup.sh        set up and activate; the other scripts do this
 #
 # PYTHON names the interpreter to make .venv with (3.11 or newer).
 set -euo pipefail
@@ -27,5 +27,5 @@ fi
 source .venv/bin/activate
 
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-true}
-# Without a GPU DeepSpeed says so at every start of Python, unless it is told beforehand.
+# Without a GPU DeepSpeed warns at every start of Python, unless DS_ACCELERATOR is set.
 command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}

@@ -3,7 +3,7 @@
 #
 #   bash scripts/test.sh [pytest arguments]
 #
-# In between, `pytest` alone runs the quick tests.
+# `pytest` alone runs the quick tests.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 export HF_HUB_OFFLINE=1

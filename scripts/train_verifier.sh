@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the verifier on triplets. Killed, it goes on from its last checkpoint: run it again.
+# Train the verifier on triplets. To resume a killed run from its last checkpoint, run it again.
 #
 #   bash scripts/train_verifier.sh [config.yaml] [key=value ...]
 #   bash scripts/train_verifier.sh configs/llama-3.1-8b-instruct/train_lora.yaml  # an adapter on frozen weights

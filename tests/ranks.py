@@ -1,4 +1,4 @@
-"""What each of several processes runs in test_distributed: one optimizer step, whose movement the first one saves.
+"""One optimizer step in each of several processes, for test_distributed; rank 0 saves the change of the weights.
 
 python -m torch.distributed.run --nproc_per_node 2 tests/ranks.py SYSTEM1 SOLUTIONS PER_DEVICE ACCUMULATION OUTPUT
 """

@@ -1,4 +1,4 @@
-"""The benchmarks of exploration: what they count and compare, on numbers derived by hand."""
+"""The benchmarks of exploration: their counts and comparisons, against numbers derived by hand."""
 
 import json
 

@@ -44,19 +44,19 @@ def test_a_command_without_arguments_says_which_key_it_needs(capsys):
 
 
 @pytest.mark.parametrize("command", ["explore", "train", "evaluate"])
-def test_the_llama_defaults_without_gpu_or_hub_end_with_the_way_out(capsys, command):
+def test_without_gpu_or_hub_the_llama_configs_point_to_the_quickstart(capsys, command):
     config = f"configs/llama-3.2-1b-instruct/{command}.yaml"
     for overrides in (["device=cuda"], ["device=cpu"]):
         text = refusal(capsys, command, config, *overrides)
         assert "bash scripts/quickstart.sh" in text and "model=<local folder>" in text and text.count("\n") == 1
 
 
-def test_a_folder_that_is_not_there_is_told(capsys):
+def test_a_missing_model_folder_is_refused(capsys):
     config = "configs/llama-3.2-1b-instruct/train.yaml"
     assert "expected a folder" in refusal(capsys, "train", config, "device=cpu", "model=./nowhere")
 
 
-def test_a_dry_run_tells_what_is_missing_and_passes_where_everything_is_there(system1_folder, capsys):
+def test_a_dry_run_refuses_missing_inputs_and_passes_otherwise(system1_folder, capsys):
     train = ("train", "configs/llama-3.2-1b-instruct/train.yaml", "device=cpu", f"model={system1_folder}")
     assert "cannot read the triplets nowhere.jsonl" in refusal(capsys, *train, "train_file=nowhere.jsonl", "--dry-run")
     assert main([*train, "train_file=dataset/testbed.jsonl", "--dry-run"]) == 0

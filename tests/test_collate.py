@@ -79,7 +79,7 @@ def test_targets_are_the_tokens_of_the_solution():
     assert batch.targets.tolist() == [[6, 7, 4, _, _, _], [2, _, _, _, _, _]]
 
 
-def test_a_pair_weighs_as_much_as_gold_is_better():
+def test_the_weight_of_a_pair_is_its_quality_gap():
     weighted = SMALL[0]._replace(quality_gaps=[1.0, 0.25, -0.5])
     assert verifier_batch([weighted], quality_weight=True).pair_weights.tolist() == [[1.0, 0.25, 0.0]]
     assert verifier_batch([weighted]).pair_weights.tolist() == [[1.0, 1.0, 1.0]]

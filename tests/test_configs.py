@@ -1,4 +1,4 @@
-"""Every YAML file in configs/ says what it claims to say, and llm2.config refuses the rest in one sentence."""
+"""Every YAML file in configs/ is valid and consistent with the others; mistakes are refused in one sentence."""
 
 from pathlib import Path
 
@@ -177,7 +177,7 @@ def test_an_override_wins_over_the_file_and_is_validated_like_it(write):
 
 
 @pytest.mark.parametrize("override", ["num_train_epochs", "=3", "num_train_epochs=[1"])
-def test_an_override_that_is_none_is_refused(override, write):
+def test_an_override_without_key_or_equals_sign_is_refused(override, write):
     assert repr(override) in refusal(write(TRAIN), override)
 
 

@@ -1,4 +1,4 @@
-"""Engines: what a rollout depends on, what vLLM is sent, and a server that falters."""
+"""Engines: rollouts depend on prompt and seed alone; requests to vLLM; retries at a failing server."""
 
 import json
 import math
@@ -201,5 +201,5 @@ def test_a_server_that_does_not_listen_is_an_error(config, system1_folder, monke
 
 
 def test_a_missing_vllm_is_an_error(config, system1_folder):
-    with pytest.raises(UserError, match="engine: vllm wants vLLM in this Python"):
+    with pytest.raises(UserError, match="engine: vllm needs vLLM in this Python"):
         open_engine(replace(config, engine="vllm", top_k=5), load_tokenizer(system1_folder))

@@ -1,4 +1,4 @@
-"""A results folder: what it holds, that it is resumed and never mixed."""
+"""A results folder: its contents, resuming, and refusing predictions of another config."""
 
 import json
 import multiprocessing

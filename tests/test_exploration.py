@@ -108,7 +108,7 @@ def test_explored_triplets_fit_the_format_and_prefer_gold(config, loaded, limit)
 
 
 @pytest.mark.parametrize("problems", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_every_rollout_counted_was_written_there_or_reused(config, loaded, problems):
+def test_every_counted_rollout_began_at_its_token_or_was_reused(config, loaded, problems):
     tokenizer = loaded[1]
     explorer = Explorer(config, open_engine(config, tokenizer), tokenizer, load_task("testbed"))
     states = explorer.start_problems(load_task("testbed").problems("train", problems))
@@ -123,7 +123,7 @@ def test_every_rollout_counted_was_written_there_or_reused(config, loaded, probl
     assert counted() - without_rollouts == written > 0
 
 
-def test_a_greedy_rollout_is_written_once_and_decides(config):
+def test_greedy_rollouts_are_generated_once_per_token(config):
     report = explore(replace(config, temperature=0.0, limit=3))
     assert 0 < report["rollouts"] <= 2 * report["candidates"]
     assert report["undecided"] == 0
@@ -321,7 +321,7 @@ def test_an_error_in_the_data_names_file_and_line_or_problem(chats, record, mess
         chats(chat(), record)
 
 
-def test_a_grader_of_ones_own_decides(chats, tmp_path, monkeypatch):
+def test_the_grader_key_replaces_the_tasks_grading(chats, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent.parent)
     (tmp_path / "my_grader.py").write_text("def ends_well(text, gold):\n    return text.endswith(gold)\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -345,8 +345,8 @@ def test_a_template_that_rewrites_the_prompt_is_an_error(config, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "chats"}, "task: chats wants data_file"),
-        ({"engine": "vllm"}, "engine: vllm wants top_k"),
+        ({"task": "chats"}, "task: chats needs data_file"),
+        ({"engine": "vllm"}, "engine: vllm needs top_k"),
         ({"server": "http://localhost:1/v1"}, "expected engine vllm"),
         ({"stop_pattern": "("}, "is no regular expression"),
         ({"stop_pattern": "x", "engine": "vllm", "top_k": 5}, "stop_pattern: found 'x' with engine vllm"),

@@ -76,7 +76,7 @@ def test_loaded_saved_and_loaded_again_scores_are_bit_equal(verifier, folder, tm
     assert all(torch.equal(a, b) for a, b in zip(verifier.parameters(), again.parameters(), strict=True))
 
 
-def test_on_a_loaded_system1_the_base_weights_are_its_own(folder, tmp_path):
+def test_a_lora_verifier_shares_the_weights_of_a_loaded_system1(folder, tmp_path):
     system1 = AutoModelForCausalLM.from_pretrained(tmp_path / "system1").eval()
     before = system1(IDS).logits
     verifier = load_verifier(folder, CPU, "auto", VOCABULARY, system1=system1)
@@ -147,7 +147,7 @@ def test_an_adapter_of_another_system1_is_refused(folder, changes):
         load_verifier(folder, CPU, "auto", VOCABULARY, system1=tiny_system1(**changes))
 
 
-def test_a_base_model_that_is_gone_is_one_sentence(folder, tmp_path):
+def test_a_missing_base_model_is_refused_in_one_sentence(folder, tmp_path):
     shutil.rmtree(tmp_path / "system1")
     with pytest.raises(UserError, match="verifier .*: model .*system1': expected a folder"):
         load_verifier(folder, CPU, "auto", VOCABULARY)

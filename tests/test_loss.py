@@ -16,7 +16,7 @@ def test_loss_by_hand():
     assert loss.item() == pytest.approx((math.log(2) + math.log(4 / 3)) / 2)
 
 
-def test_a_weight_counts_as_so_many_pairs():
+def test_a_pair_of_weight_k_counts_as_k_pairs():
     """A pair of weight 3 is three pairs; one of weight 0 is none."""
     loss = pairwise_loss(torch.tensor([[0.0, math.log(3), -9.0]]), torch.tensor([[3.0, 1.0, 0.0]]))
     assert loss.item() == pytest.approx((3 * math.log(2) + math.log(4 / 3)) / 4)

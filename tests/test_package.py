@@ -1,4 +1,4 @@
-"""What `pip install` gives: declared dependencies, and a wheel that works outside the checkout."""
+"""Packaging: dependencies are declared, and a wheel works outside the checkout."""
 
 import ast
 import re

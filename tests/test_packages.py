@@ -45,14 +45,14 @@ def package_of(module: str) -> str:
 
 def imports() -> dict[str, set[str]]:
     """Module of llm2 -> the modules of llm2 that it imports, wherever in the file."""
-    found = {}
+    imported = {}
     for path in LLM2.rglob("*.py"):
         nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
         names = {node.module for node in nodes} | {f"{node.module}.{a.name}" for node in nodes for a in node.names}
         files = {name for name in names if (LLM2.parent / name.replace(".", "/")).with_suffix(".py").exists()}
         packages = {n for n in names if n.startswith("llm2.") and (LLM2.parent / n.replace(".", "/")).is_dir()}
-        found[module_name(path)] = {n.removeprefix("llm2.") for n in files | packages if n.startswith("llm2.")}
-    return found
+        imported[module_name(path)] = {n.removeprefix("llm2.") for n in files | packages if n.startswith("llm2.")}
+    return imported
 
 
 IMPORTS = imports()
@@ -71,7 +71,7 @@ def test_every_package_has_its_rule():
     assert folders == {package for package in MAY_IMPORT if "." not in package}
 
 
-def test_only_the_command_line_is_above_all():
+def test_no_module_imports_the_command_line():
     assert not any("__main__" in used for used in IMPORTS.values())
 
 
@@ -80,7 +80,7 @@ def test_pure_modules_import_pure_ones_only():
         assert IMPORTS[module] <= PURE | {"errors", "config"}, module
 
 
-def test_no_two_modules_of_a_package_tree_hide_behind_utils():
+def test_no_module_is_named_utils_helpers_or_misc():
     assert not [path for path in LLM2.rglob("*.py") if path.stem in ("utils", "helpers", "misc")]
 
 

@@ -27,7 +27,7 @@ def test_prompts_that_begin_alike_share_what_they_have_in_common():
     assert cache.match(prompts, [1, 1, 1, 1], 3, lookahead=16) is None
 
 
-def test_little_in_common_and_single_rows_are_not_shared():
+def test_short_prefixes_and_single_sequences_are_not_shared():
     assert PrefixCache(8, 2).match([LONG], [1], 0, lookahead=16) is None
     assert PrefixCache(8, 2).match([LONG[: MIN_PREFIX_TOKENS - 1]], [9], 0, lookahead=16) is None
     assert PrefixCache(8, 2).match([LONG, [*LONG[: MIN_PREFIX_TOKENS // 2], 1, 2]], [1, 1], 0, lookahead=16) is None

@@ -73,13 +73,13 @@ def test_a_token_that_never_succeeds_is_a_negative_after_few_rollouts():
     assert test.verdicts == {(4, OTHER): "negative"} and test.counts[4, OTHER] == RolloutCounts(0, 2)
 
 
-def test_where_both_always_succeed_the_token_is_equal_before_the_cap():
+def test_where_both_always_succeed_the_token_is_equal_before_max_rollouts():
     test = SequentialTest([FORK], RULE)
     assert run(test, lambda token, index: True) < RULE.gold_rollouts + RULE.max_rollouts
     assert test.verdicts == {(4, OTHER): "equal"}
 
 
-def test_at_the_cap_a_token_is_undecided_and_not_equal():
+def test_an_undecided_token_stops_at_max_rollouts():
     test = SequentialTest([FORK], RULE)
     assert run(test, lambda token, index: token == GOLD or index % 3 < 2) == RULE.gold_rollouts + RULE.max_rollouts
     assert test.verdicts == {(4, OTHER): "undecided"}
@@ -98,7 +98,7 @@ def test_a_rollout_is_requested_once_whatever_is_reused():
     assert len(seen) == len(set(seen)) and {i for t, i in seen if t == GOLD} == set(range(RULE.gold_rollouts - 3))
 
 
-def test_of_the_forks_that_lack_gold_rollouts_only_the_first_requests_them():
+def test_only_the_first_fork_that_lacks_gold_rollouts_requests_them():
     test = SequentialTest([FORK, Fork(6, (1, 2), (0.5, 0.5))], RULE)
     assert test.next_rollouts() == {(4, GOLD): range(8)}
     for _ in range(8):

@@ -1,4 +1,4 @@
-"""What the READMEs say is there, is there."""
+"""Files, links and examples in the READMEs exist and run."""
 
 import json
 import re
@@ -6,6 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+from llm2.__main__ import CONFIGS
+from llm2.benchmarks.configs import BENCHMARKS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -15,7 +18,7 @@ DOCUMENTS = {
 }
 
 
-def test_the_readme_is_a_short_read():
+def test_the_readme_has_at_most_1500_words():
     assert len(README.split()) <= 1500
 
 
@@ -24,6 +27,15 @@ def test_the_readme_is_a_short_read():
 )
 def test_named_scripts_and_configs_exist(path):
     assert (ROOT / path).is_file()
+
+
+def test_commands_use_existing_keys():
+    """In READMEs, script headers and YAML comments; lm_eval.sh takes other arguments."""
+    keys = {key for cls in (*CONFIGS.values(), *BENCHMARKS.values()) for key in cls.__dataclass_fields__} | {"key"}
+    others = [*ROOT.glob("scripts/*.sh"), *ROOT.glob("configs/*/*.yaml")]
+    for path, text in (DOCUMENTS | {path: path.read_text() for path in others}).items():
+        for command in re.findall(r"(?:bash scripts/(?!lm_eval)|python -m llm2 )[^`\n]*", text):
+            assert set(re.findall(r"\s\[?([a-z]\w*)=", command)) <= keys, f"{path}: {command}"
 
 
 def test_links_lead_to_files():
@@ -57,7 +69,7 @@ def test_scripts_are_strict_and_parse(script):
     subprocess.run(["bash", "-n", script], check=True)
 
 
-def test_the_explained_record_is_in_the_file():
+def test_the_record_explained_in_the_dataset_readme_is_in_the_file():
     block = re.search(r"```json\n(.*?)```", DOCUMENTS[ROOT / "dataset" / "README.md"], re.DOTALL).group(1)
     with open(ROOT / "dataset" / "testbed.jsonl") as file:
         assert json.loads(block) in map(json.loads, file)

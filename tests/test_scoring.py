@@ -1,4 +1,4 @@
-"""Scores of finished solutions: batched equals one by one, and each token is scored in what stands before it."""
+"""Scores of finished solutions: batched equals one by one, and a score depends on earlier tokens only."""
 
 import pytest
 import torch

@@ -193,7 +193,7 @@ def column(*values) -> np.ndarray:
     return np.array(values, dtype=float)[:, None]
 
 
-def test_paired_bootstrap_of_few_problems_says_no_more_than_a_coin():
+def test_paired_bootstrap_of_few_changes_has_at_least_the_p_of_coin_tosses():
     (test,) = paired_bootstrap(column(0, 0, 0), column(1, 1, 1))
     assert test.p == pytest.approx(2 / 8)  # of 8 throws of three coins two are as extreme
     assert (test.difference, test.ci95, test.fixed, test.broken) == (1, (1, 1), 3, 0)

@@ -91,7 +91,7 @@ def test_the_published_examples_end_in_their_answers():
 MATH = {"problem": "What is 1/2 + 1/2?", "solution": "It is \\boxed{1}.", "answer": "1", "unique_id": "test/1.json"}
 
 
-def test_math500_asks_for_a_box(write):
+def test_the_math500_prompt_asks_for_a_boxed_answer(write):
     task = load_task("math500", write(MATH))
     [problem] = task.problems("test")
     assert (problem.id, problem.gold, problem.solution) == ("test/1.json", "1", "It is \\boxed{1}.")
@@ -122,13 +122,13 @@ def test_math_answers_are_compared_as_formulas(grader, text, gold, answer, corre
     assert grader([text], gold) == [Grade(answer, correct, strict)]
 
 
-def test_a_formula_without_end_costs_its_time_limit_off_the_main_thread_too(grader):
+def test_an_endless_comparison_ends_at_its_time_limit_in_any_thread(grader):
     endless = "\\boxed{9^{9^{9^{9}}}}"
-    found = []
-    thread = threading.Thread(target=lambda: found.extend(grader([endless, "\\boxed{5}"], "5")))
+    grades = []
+    thread = threading.Thread(target=lambda: grades.extend(grader([endless, "\\boxed{5}"], "5")))
     thread.start()
     thread.join()
-    assert found == [Grade(None, False, False), Grade("5", True, True)]
+    assert grades == [Grade(None, False, False), Grade("5", True, True)]
 
 
 def end_the_process(text: str, gold: str) -> Grade:
@@ -143,7 +143,7 @@ def test_a_solution_that_ends_its_process_is_wrong(grader, monkeypatch):
     assert grader(["\\boxed{5}", "fatal", "\\boxed{5}"], "5") == [right, wrong, right]
 
 
-def test_a_grader_without_processes_says_so():
+def test_a_grader_that_cannot_start_processes_raises():
     grader = MathGrader(workers=1)
     grader.pool = ProcessPool(1, initializer=sys.exit, initargs=[1], context=get_context("spawn"))
     with pytest.raises(BrokenProcessPool):
@@ -230,11 +230,11 @@ def test_all_of_gsm8k_loads_from_local_files(split, size):
 def test_the_hubs_rows_become_problems(monkeypatch):
     import datasets
 
-    asked = []
+    calls = []
     monkeypatch.setattr("llm2.tasks.hub.hub_answers", lambda dataset: True)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: asked.append((*names, split)) or [NATALIA] * 3)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: calls.append((*names, split)) or [NATALIA] * 3)
     assert [problem.id for problem in load_task("gsm8k").problems("test", limit=2)] == ["test-0", "test-1"]
-    assert asked == [("openai/gsm8k", "main", "test")]
+    assert calls == [("openai/gsm8k", "main", "test")]
 
 
 WITHOUT_NETWORK = """
@@ -244,7 +244,7 @@ def unreachable(*_, **__):
 def patient(seconds):
     print("slept", seconds)
 socket.getaddrinfo = socket.socket.connect = unreachable
-time.sleep = patient  # what a client does before it tries again
+time.sleep = patient  # a client sleeps before it retries
 from llm2.tasks import load_task
 from llm2.errors import UserError
 try:
@@ -255,7 +255,7 @@ except UserError as error:
 
 
 @pytest.mark.parametrize("offline", ["0", "1"])
-def test_an_unreachable_hub_is_one_quick_sentence(tmp_path, offline):
+def test_an_unreachable_hub_is_refused_quickly_in_one_sentence(tmp_path, offline):
     output = run_without_network(tmp_path, HF_HUB_OFFLINE=offline)
     assert output.count("\n") == 1
     assert "data_file=" in output

@@ -1,4 +1,4 @@
-"""The data format: what is accepted, what is refused, and in which words."""
+"""The data format: valid lines are accepted, others are refused with an error that names the cause."""
 
 import json
 import tracemalloc

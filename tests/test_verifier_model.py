@@ -79,7 +79,7 @@ def family_system1(family: str, folder) -> str:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
-def test_any_decoder_only_backbone_serves(family, lora, tmp_path):
+def test_any_decoder_only_backbone_can_be_a_verifier(family, lora, tmp_path):
     verifier = ProcessVerifier.from_system1(family_system1(family, tmp_path / "system1"), lora=lora).eval()
     for name, parameter in verifier.named_parameters():
         if "lora_B" in name:
@@ -112,7 +112,7 @@ def test_a_verifier_of_another_vocabulary_is_refused(verifier, tmp_path):
         load_verifier(str(tmp_path), torch.device("cpu"), "auto", VOCABULARY + 1)
 
 
-def test_a_missing_verifier_is_one_sentence(tmp_path):
+def test_a_missing_verifier_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(UserError, match="expected a folder with config.json"):
         load_verifier(str(tmp_path), torch.device("cpu"), "auto", VOCABULARY)
 

@@ -127,7 +127,7 @@ def test_a_vllm_server_judges_as_the_local_engine_does_and_explores(
     assert json.loads(Path(tmp_path / "triplets.jsonl.report.json").read_text())["problems"] == PROBLEMS
 
 
-def test_other_qualities_would_be_noticed(local):
+def test_the_comparison_detects_other_qualities(local):
     """The comparison is no formality: a tenth of the right answers gone is found."""
     _, right = local
     fewer = {key: max(0, count - round(0.15 * ROLLOUTS)) for key, count in right.items()}

@@ -114,7 +114,7 @@ class RolloutBenchmark(RolloutConfig):
     model: str = "testbed"
     """System 1: a local folder, a hub id, or `testbed` for the embedded one."""
     task: str = "testbed"
-    """Task whose gold solutions give the prefixes: gsm8k, math500, testbed, or MODULE:CLASS of your own."""
+    """Task whose gold solutions give the prefixes: gsm8k, math500, testbed, or MODULE:CLASS."""
     split: str = "train"
     """Split of the task."""
     problems: Count = 8

@@ -82,7 +82,7 @@ def scale_logits(system1: PreTrainedModel, prompts: list[list[int]], config: Dec
     completions = Decoder(system1).decode(
         prompts, max_new_tokens=config.new_tokens, eos=[], trace=True, keep_logits=True
     )
-    top = torch.stack([token.logits.topk(2).values for (one,) in completions for token in one.trace])
+    top = torch.stack([token.logits.topk(2).values for (completion,) in completions for token in completion.trace])
     gap = (top[:, 0] - top[:, 1]).quantile(config.choice_share).item()
     system1.lm_head.weight.data *= -math.log(config.alpha) / gap
 
@@ -143,7 +143,7 @@ def generate(system1: PreTrainedModel, prompts: list[list[int]], config: DecodeB
 
 def decode(decoder: Decoder, prompts: list[list[int]], config: DecodeBenchmark) -> float:
     completions = decoder.decode(prompts, max_new_tokens=config.new_tokens, eos=[], batch_size=len(prompts))
-    return sum(len(one.token_ids) for (one,) in completions)
+    return sum(len(completion.token_ids) for (completion,) in completions)
 
 
 def verifier_use(decoder: Decoder, prompts: list[list[int]], config: DecodeBenchmark) -> dict[str, float]:
@@ -153,7 +153,7 @@ def verifier_use(decoder: Decoder, prompts: list[list[int]], config: DecodeBench
     decoder.counts.clear()
     options = {"max_new_tokens": config.new_tokens, "eos": [], "batch_size": len(prompts)}
     completions = decoder.decode(prompts, **options, trace=True)
-    sizes = [len(token.candidates) for (one,) in completions for token in one.trace]
+    sizes = [len(token.candidates) for (completion,) in completions for token in completion.trace]
     return {
         "verifier_forwards": decoder.counts["system2_forwards"] / (len(sizes) / len(prompts)),
         "candidates": sum(sizes) / len(sizes),

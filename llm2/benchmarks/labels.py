@@ -30,7 +30,7 @@ CHUNK = 4  # problems of the reference that are generated together
 
 
 def measure(config: LabelsBenchmark) -> str:
-    """Explore (unless that was done), complete the reference, write `config.output`, return the table."""
+    """Explore, unless the output exists, complete the reference, write `config.output`, return the table."""
     folder = Path(config.output).with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     triplets = folder / "triplets.jsonl"
@@ -106,7 +106,7 @@ def compare(verdicts: dict[TokenKey, str], gaps: dict[TokenKey, float], margin: 
     decided = [pair for pair in clear if verdicts[pair] != "undecided"]
     agreed = sum((verdicts[pair] == "negative") == (gaps[pair] > margin) for pair in decided)
     worse = [pair for pair in clear if gaps[pair] > margin]
-    found = sum(verdicts[pair] == "negative" for pair in worse)
+    num_found = sum(verdicts[pair] == "negative" for pair in worse)
     negatives = [pair for pair in verdicts if verdicts[pair] == "negative"]
     true_negatives = sum(gaps[pair] > 0 for pair in negatives)
     return [
@@ -114,7 +114,7 @@ def compare(verdicts: dict[TokenKey, str], gaps: dict[TokenKey, float], margin: 
         for name, part, whole in (
             ("label agreement, decided pairs beyond the margin", agreed, len(decided)),
             ("decided, of the pairs beyond the margin", len(decided), len(clear)),
-            ("found, of the reference's negatives", found, len(worse)),
+            ("found, of the reference's negatives", num_found, len(worse)),
             ("worse than gold at all, of the negatives", true_negatives, len(negatives)),
         )
     ]

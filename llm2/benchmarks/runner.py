@@ -53,7 +53,7 @@ def run_interleaved(cases: Sequence[BenchmarkCase], rounds: int, description: st
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> float:
-    """Peak memory of a run in MiB: allocated on a GPU; elsewhere resident in this process, with all it has loaded."""
+    """Peak memory of a run in MiB: allocated on a GPU; elsewhere resident in this process, libraries included."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         run()

@@ -1,4 +1,4 @@
-"""YAML files and `key=value` overrides -> a config dataclass, and what is said where they do not fit."""
+"""YAML files and `key=value` overrides -> a config dataclass, with errors of one sentence, and the text of --help."""
 
 import difflib
 import json
@@ -16,7 +16,7 @@ Config = TypeVar("Config")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `2e-5` as a string and `yes` as a truth; here the first is a number, as everyone expects."""
+    """SafeLoader that reads `2e-5` as a number; YAML 1.1 reads it as a string."""
 
 
 _Loader.add_implicit_resolver(
@@ -27,7 +27,7 @@ _Loader.add_implicit_resolver(
 def load_config(cls: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file of `cls`'s fields (or none), apply `key=value` overrides (values are YAML too), validate.
 
-    Raises UserError that names the file, the line (or the override), the key, what was found and what was expected.
+    Raises UserError that names the file, the line (or the override), the key, and the values found and expected.
     """
     values, origin = ({}, {}) if path is None else read_file(path)
     for override in overrides:
@@ -51,7 +51,7 @@ def write_config(config: Any, path: str | Path) -> None:
 
 
 def difference(earlier: dict[str, Any], config: Any, may_differ: tuple[str, ...]) -> str | None:
-    """The first key, not among those that `may_differ`, in which a resumed run differs from how it was begun."""
+    """The first key, other than those in `may_differ`, with another value than in the earlier run, as a clause."""
     for key, value in as_dict(config).items():
         if key not in may_differ and earlier.get(key) != value:
             return f"{key} was {earlier.get(key)!r} and now is {value!r}"
@@ -64,7 +64,7 @@ def read_values(path: str | Path) -> dict[str, Any]:
 
 
 def read_file(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The file's values and, per key, where they stand."""
+    """The file's values and, for each key, its file and line."""
     try:
         text = Path(path).read_text()
     except OSError as error:
@@ -98,7 +98,7 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 def _explain(error: ValidationError, cls: type, path: str | Path | None, origin: dict[str, str]) -> str:
     """The first mistake, in one sentence."""
     unknown = ("unexpected_keyword_argument", "extra_forbidden")
-    first = min(error.errors(), key=lambda one: one["type"] not in unknown)  # a misspelt key, before what it left out
+    first = min(error.errors(), key=lambda detail: detail["type"] not in unknown)  # misspelt before missing
     key = str(first["loc"][0])
     where = origin.get(key, path)
     if first["type"] in unknown:
@@ -120,9 +120,9 @@ def help_text(cls: type) -> str:
 def _described(cls: type) -> Iterator[tuple[str, str]]:
     schema = TypeAdapter(cls).json_schema()
     for name, field in schema["properties"].items():
-        # A key's sentence stands in the class that declares it.
-        sentences = (base.__dict__.get("__pydantic_fields__", {}).get(name) for base in cls.__mro__)
-        text = next((found.description for found in sentences if found and found.description), "")
+        # Only the class that declares a key holds its sentence.
+        infos = (base.__dict__.get("__pydantic_fields__", {}).get(name) for base in cls.__mro__)
+        text = next((info.description for info in infos if info and info.description), "")
         default = "" if name in schema.get("required", ()) else f" (default {json.dumps(field['default'])})"
         yield f"{name}: {_type_name(field, schema)}{default}", text
 

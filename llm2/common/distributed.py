@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.rendezvous import rendezvous
 
-WAIT = timedelta(days=30)  # for the slowest process; the launcher notices a dead one and ends the others
+WAIT = timedelta(days=30)  # for the slowest process; if one dies, the launcher ends the others
 _calls = count()  # numbers the calls of iter_shared_work, alike in all processes
 
 
@@ -34,6 +34,14 @@ def dist_info() -> DistInfo:
     """What the launcher put into the environment; a single process without a launcher."""
     single = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     return DistInfo(*(int(os.environ.get(name, value)) for name, value in single.items()))
+
+
+def process_device(device: torch.device) -> torch.device:
+    """This process's GPU if `device` is one; otherwise `device`, with the process pinned to its share of the cores."""
+    if device.type == "cuda":
+        return torch.device("cuda", dist_info().local_rank)
+    pin_to_cores()
+    return device
 
 
 def pin_to_cores() -> None:
@@ -58,7 +66,7 @@ def barrier() -> None:
 
 
 def iter_shared_work(num_items: int) -> Iterator[int]:
-    """Indices below `num_items` for this rank; over all ranks each index comes up exactly once.
+    """Indices below `num_items` for this rank; each index is yielded on exactly one rank.
 
     A rank first takes its strided share (rank, rank + world_size, ...), then items that slower ranks have not started.
     All ranks must call this equally often.

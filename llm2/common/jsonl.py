@@ -1,4 +1,4 @@
-"""JSON Lines: one object a line, read by one function for every file of the project."""
+"""JSON Lines, one object per line; all files of this format are read here."""
 
 import json
 from collections.abc import Iterator

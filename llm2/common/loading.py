@@ -29,7 +29,7 @@ def resolve_device(name: str) -> torch.device:
     """`auto` is the GPU if there is one. Raises UserError for `cuda` without a GPU."""
     has_gpu = torch.cuda.is_available()
     if name == "cuda" and not has_gpu:
-        raise UserError(f"this config wants a CUDA GPU and torch sees none; {LOCAL_MODEL_HINT} device=cpu")
+        raise UserError(f"this config needs a CUDA GPU and torch sees none; {LOCAL_MODEL_HINT} device=cpu")
     return torch.device(("cuda" if has_gpu else "cpu") if name == "auto" else name)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from llm2.common.chat import Message, encode_chats, resolve_template
-from llm2.common.distributed import barrier, dist_info, pin_to_cores
+from llm2.common.distributed import barrier, dist_info, process_device
 from llm2.common.loading import resolve_device
 from llm2.common.seeds import row_seed
 from llm2.config import EvaluateConfig, Mode
@@ -51,7 +51,7 @@ def evaluate(config: EvaluateConfig) -> dict | None:
     task = load_task(config.task, config.data_file, config.grader)
     problems = task.problems(config.split, config.limit)
     if len({problem.id for problem in problems}) < len(problems):
-        raise UserError(f"{config.data_file or config.task}: expected problems with different ids, found some equal")
+        raise UserError(f"{config.data_file or config.task}: expected problems with different ids, found equal ones")
     examples = load_examples(config.few_shot, config.num_fewshot)
     predictions = Predictions(config)
     if any(predictions.missing(problems, mode) for mode in config.modes):
@@ -115,11 +115,7 @@ class Evaluator:
     """Both systems and a task: decodes, scores and grades."""
 
     def __init__(self, config: EvaluateConfig, task: Task, examples: Sequence[Message]) -> None:
-        device = resolve_device(config.device).type
-        if device == "cuda":
-            device = f"cuda:{dist_info().local_rank}"
-        else:
-            pin_to_cores()
+        device = str(process_device(resolve_device(config.device)))
         self.llm2 = LLM2.from_pretrained(
             config.model, config.verifier, device=device, dtype=config.dtype, **config.guidance()
         )

@@ -31,9 +31,10 @@ class HarnessModel(LM):
     Args:
         pretrained: System 1, a local folder or a hub id.
         verifier: System 2; without it System 1 decodes alone.
-        chat_template: name or file (llm2/common/chat.py) for --apply_chat_template; the tokenizer's own when None.
-        max_gen_toks: new tokens, unless the task says how many.
+        chat_template: name or file (llm2/common/chat.py) for --apply_chat_template; the tokenizer's when None.
+        max_gen_toks: limit of new tokens, unless the task sets one.
         batch_size: sequences in flight.
+        max_batch_size: unused; lm_eval passes it to every model.
         guidance: alpha, beta and top_k.
     """
 

@@ -31,7 +31,7 @@ def sweep(config: SweepConfig) -> dict | None:
         evaluate(point)
         metrics = json.loads(Path(point.output_dir, "metrics.json").read_text())  # in every process
         points.append({**settings, **_accuracy(metrics, config.choose_by)})
-    best = max(points, key=lambda point: point["accuracy"])  # of several the first in the order of the lists
+    best = max(points, key=lambda point: point["accuracy"])  # of equal ones the first in the order of the lists
     chosen = {key: best[key] for key in SWEPT}
     validation_n = metrics["n"]
     metrics = evaluate(replace(_evaluation(config), **chosen))

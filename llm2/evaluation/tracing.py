@@ -1,4 +1,4 @@
-"""Traces: how a completion came about, token by token, as plain JSON for the report."""
+"""Traces: how each token of a completion was chosen, as plain JSON for the report."""
 
 from collections.abc import Sequence
 

@@ -32,9 +32,9 @@ from llm2.exploration.summary import BINS, write_outputs
 from llm2.tasks import Problem, Task, load_task
 from llm2.verifier.triplets import Triplet, record_line
 
-CHUNK = 16  # problems started together
+CHUNK = 16  # problems that are started together
 WINDOW = 8  # batches of rollouts in one round: fewer would leave rows idle at its end
-# Keys that may change when a run goes on: none of them changes a triplet.
+# Keys that may change when a run is resumed: none of them changes a triplet.
 MAY_DIFFER = ("limit", "batch_size", "device", "output", "tensor_parallel", "server", "server_requests")
 
 
@@ -49,7 +49,7 @@ class ProblemState:
 
 
 def explore(config: ExploreConfig) -> dict | None:
-    """Write `config.output` and its side files; goes on where an interrupted run stopped.
+    """Write `config.output` and its side files; resumes an interrupted run.
 
     Returns the report in the main process; None in the others, once their share is done.
     """
@@ -70,7 +70,7 @@ def explore(config: ExploreConfig) -> dict | None:
     waiting = [problem for problem in problems if problem.id not in earlier]
 
     start = time.perf_counter()
-    share = math.ceil(len(waiting) / dist_info().world_size)  # it may become another one, see `iter_shared_work`
+    share = math.ceil(len(waiting) / dist_info().world_size)  # an estimate: see `iter_shared_work`
     progress = Progress(share, disable=not dist_info().is_main)
     explorer = Explorer(config, engine, tokenizer, task, progress)
     with progress.bar as bar:
@@ -88,7 +88,7 @@ def explore(config: ExploreConfig) -> dict | None:
 
 
 def prepare(config: ExploreConfig) -> tuple[Task, list[Problem], int]:
-    """The task, its problems, how many repetitions were dropped. Raises UserError for all that needs no model."""
+    """The task, its problems, and the number of repetitions dropped. Raises UserError before any model is loaded."""
     check_engine(config)
     if config.min_rollouts > config.max_rollouts:
         raise UserError(
@@ -103,7 +103,7 @@ def prepare(config: ExploreConfig) -> tuple[Task, list[Problem], int]:
 class Progress:
     """A bar, drawn at most once a second, with an ETA from the average speed.
 
-    Each problem counts by the share of its tokens that are decided: whole ones come in bursts, after many rounds.
+    Each problem counts by the share of its tokens that are decided: problems are completed in bursts.
     """
 
     def __init__(self, problems: int, **options) -> None:
@@ -135,7 +135,7 @@ class Explorer:
     def explore(self, problems: Iterable[Problem]) -> Iterator[ProblemState]:
         """Yields each problem once its last verdict is made.
 
-        A round writes the pending rollouts of all active problems; new problems join until it has WINDOW batches.
+        A round generates the pending rollouts of all active problems; new problems join until it has WINDOW batches.
         """
         waiting, active = iter(problems), []
         while True:
@@ -154,7 +154,7 @@ class Explorer:
         for solution, forks in zip(solutions, find_forks(self.engine, solutions), strict=True):
             state = ProblemState(solution, SequentialTest(forks, self.config))
             for position, token in state.test.counts:
-                if token in self.engine.eos:  # it ends the answer: there is nothing to roll out
+                if token in self.engine.eos:  # it ends the answer: no rollout is needed
                     enough = max(self.config.gold_rollouts, self.config.max_rollouts)
                     self.record_outcomes(state, position, token, [[]], weight=enough)
             state.pending = state.test.next_rollouts()
@@ -163,9 +163,9 @@ class Explorer:
         return states
 
     def run_round(self, states: Sequence[ProblemState]) -> None:
-        """Write the pending rollouts, count their outcomes, and set what is pending next."""
+        """Generate the pending rollouts, count their outcomes, and set the next pending ones."""
         branches = [(state, *key, indices) for state in states for key, indices in state.pending.items()]
-        greedy = self.config.temperature == 0  # all rollouts of a token are then equal: one is written
+        greedy = self.config.temperature == 0  # all rollouts of a token are then equal: one is generated
 
         def on_finished(index: int, continuations: list[list[int]]) -> None:
             state, position, token, indices = branches[index]
@@ -190,7 +190,7 @@ class Explorer:
     def record_outcomes(
         self, state: ProblemState, position: int, token: int, continuations: Sequence[Sequence[int]], weight: int
     ) -> None:
-        """Grade rollouts of a token, each counted `weight` times; gold's count for later forks on their path too."""
+        """Grade rollouts of a token, each counted `weight` times; those of gold count for later forks too."""
         solution = state.solution
         outcomes = solution.grade_rollouts(self.task, self.tokenizer, position, token, continuations)
         for right, continuation in zip(outcomes, continuations, strict=True):

@@ -1,4 +1,4 @@
-"""Is a token worse than gold? A sequential test on rollouts of both, which spends no more of them than it needs.
+"""Is a token worse than gold? A sequential test on rollouts of both that stops as soon as it can decide.
 
 A token's quality is the share of its continuations that end in the right answer. With the Jeffreys prior
 Beta(1/2, 1/2) its posterior after h right ones of n is Beta(1/2 + h, 1/2 + n - h). After every few rollouts
@@ -16,7 +16,7 @@ always or nearly never succeeds.
 
 Most tokens are as good as gold, so futility decides the cost. Gold goes first: where it never succeeds, no token can be
 worse, and none is rolled out. All tokens of a fork share gold's rollouts, and a rollout that follows the gold solution
-to a later fork also counts for the token it takes there (it is System 1's own continuation of that prefix), so the
+to a later fork also counts for the token it takes there (it is System 1's continuation of that prefix), so the
 first fork's rollouts pay for much of what follows. The price: errors about gold happen at neighbouring forks together.
 """
 

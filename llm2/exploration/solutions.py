@@ -1,4 +1,4 @@
-"""Gold solutions as token ids, checked against grading and chat template; their forks, and rollouts that branch off."""
+"""Gold solutions as token ids, checked against grading and chat template; their forks and rollouts."""
 
 import json
 from collections import Counter
@@ -22,11 +22,11 @@ class TokenizedSolution:
     problem: Problem
     messages: list[Message]  # the prompt and the gold solution
     ids: list[int]  # the whole conversation
-    start: int  # first token that the assistant chose
+    start: int  # position of the assistant's first token
     end: int  # one past the token that ends its turn
 
     def rollout_request(self, position: int, token: int, seed: int, indices: Iterable[int]) -> Request:
-        """Rollouts that take `token` at `position`, each with its own seed, whichever run or batch writes it."""
+        """Rollouts that take `token` at `position`; the seed of a rollout depends on its index, not on run or batch."""
         seeds = [row_seed(seed, self.problem.id, position, token, i) for i in indices]
         return Request(self.ids, position, (token,), seeds)
 
@@ -40,7 +40,7 @@ class TokenizedSolution:
 
 
 def load_problems(task: Task, split: str, limit: int | None) -> tuple[list[Problem], int]:
-    """The problems, each conversation once, and how many repetitions were dropped.
+    """The problems, each conversation once, and the number of repetitions dropped.
 
     Raises UserError where two problems share an id or the task's grading rejects a gold solution.
     """
@@ -90,10 +90,11 @@ def find_forks(engine: Engine, solutions: Sequence[TokenizedSolution]) -> list[l
     """The forks of each solution, by position. A fork's first token is gold, plausible or not."""
     queries = [PositionQuery(solution.ids, solution.start, solution.end) for solution in solutions]
     forks: list[list[Fork]] = [[] for _ in solutions]
-    for solution, positions, found in zip(solutions, engine.plausible(queries), forks, strict=True):
+    for solution, positions, solution_forks in zip(solutions, engine.plausible(queries), forks, strict=True):
         for position, candidates in enumerate(positions, start=solution.start):
             if len(candidates) > 1:
                 probability, gold = dict(candidates), solution.ids[position]
                 tokens = (gold, *(token for token, _ in candidates if token != gold))
-                found.append(Fork(position, tokens, tuple(probability.get(token, 0.0) for token in tokens)))
+                probabilities = tuple(probability.get(token, 0.0) for token in tokens)
+                solution_forks.append(Fork(position, tokens, probabilities))
     return forks

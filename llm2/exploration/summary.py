@@ -43,7 +43,7 @@ def write_outputs(
         **total,
         "repeated_problems": repeated,
         "tokens_per_triplet": total["generated_tokens"] / total["triplets"],
-        "seconds": seconds,  # of this run: a resumed one does not know how long it took before
+        "seconds": seconds,  # of this run, without the time before an interruption
         "tokens_per_second": tokens_now / seconds,
         "peak_rss_mib": peak / (2**20 if sys.platform == "darwin" else 2**10),  # of the main process
         "quality_histogram": histogram,  # of all tokens rolled out, in equal parts of [0, 1]

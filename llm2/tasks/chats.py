@@ -11,9 +11,9 @@ class Chats(NumberTask):
     """Answers are compared as numbers, unless `grader` names another comparison."""
 
     def problems(self, split: str, limit: int | None = None) -> list[Problem]:
-        """Lines have their own `id` or else line-NUMBER; without `answer` the gold solution is the gold answer."""
+        """An id is the line's `id`, else line-NUMBER; the gold answer is its `answer`, else the gold solution."""
         if self.data_file is None:
-            raise UserError("task: chats wants data_file=<JSON lines of messages>, found none")
+            raise UserError("task: chats needs data_file=<JSON lines of messages>, found none")
         lines = islice(read_jsonl(self.data_file, "chats"), limit)
         return [_problem(record, number, f"{self.data_file}, line {number}") for number, record in lines]
 

@@ -1,4 +1,4 @@
-"""Worked examples before each problem, as turns of the chat; zero-shot, as in the paper, is none."""
+"""Worked examples before each problem, as turns of the chat. None by default: zero-shot, as in the paper."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +18,7 @@ def load_examples(source: str | None, num_fewshot: int | None = None) -> list[Me
     Args:
         source: `gsm8k-cot`, the published 8-shot chain of thought (Wei et al., 2022) as lm-evaluation-harness ships it,
             or a JSON Lines file in GSM8K's format.
-        num_fewshot: the first so many examples; all when None.
+        num_fewshot: how many examples, the first ones; all when None.
     """
     if source is None:
         return []

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
-Mode = Literal["flexible", "strict"]
+MatchMode = Literal["flexible", "strict"]
 
-LONGEST_SOLUTION = 10_000  # characters that are read, from the end: no text, however long or odd, is slow
+LONGEST_SOLUTION = 10_000  # characters that are read, from the end: bounds the time for any text
 LONGEST_STATEMENT = 200
 LONGEST_NUMBER = 50  # a longer one is a model in a loop, not an answer
 
-STOP = re.compile(r"\nQ(?:uestion)?:|</s>|<\|im_end\|>")  # the harness's `until`: what follows is another question
+STOP = re.compile(r"\nQ(?:uestion)?:|</s>|<\|im_end\|>")  # the harness's `until`: another question follows
 THIN_SPACE = re.compile(r",?\\[,!]|\{,\}")  # LaTeX between thousands
 FRAC = re.compile(r"\\[dt]?frac\{(\d{1,9})\}\{(\d{1,9})\}")
 NUMBER = re.compile(
@@ -41,13 +41,13 @@ class Grade(NamedTuple):
     correct_strict: bool
 
 
-def extract_answer(text: str, mode: Mode = "flexible") -> str | None:
+def extract_answer(text: str, mode: MatchMode = "flexible") -> str | None:
     r"""The solution's final answer in canonical form (see `canonical`), or None.
 
     strict: the number right behind the last `####` or `answer is`, in upper or lower case. flexible: the number right
     behind the last of these and of `\boxed{`; the last number of the text where there is none.
     """
-    text = text.rpartition("</think>")[2]  # a reasoning model's thought is no answer
+    text = text.rpartition("</think>")[2]  # a reasoning model's thoughts hold no answer
     text = STOP.split(text, maxsplit=1)[0][-LONGEST_SOLUTION:].replace("\u2212", "-")  # the typographic minus
     text = FRAC.sub(r"\1/\2", THIN_SPACE.sub(",", text))
     for announcement in reversed(list(ANNOUNCEMENTS[mode].finditer(text))):
@@ -59,7 +59,7 @@ def extract_answer(text: str, mode: Mode = "flexible") -> str | None:
     return _read(numbers[-1]) if numbers else None
 
 
-def is_correct(text: str, gold: str, mode: Mode = "flexible") -> bool:
+def is_correct(text: str, gold: str, mode: MatchMode = "flexible") -> bool:
     """Whether the solution's answer is the gold one: a number (`1,000`) or a gold solution that ends in `#### 72`."""
     answer = extract_answer(text, mode)
     return answer is not None and answer == extract_answer(gold)
@@ -72,15 +72,15 @@ def grade_numbers(texts: Sequence[str], gold: str) -> list[Grade]:
 
 def canonical(value: Fraction) -> str:
     """One string per number: an integer, a decimal where it is finite, a fraction in lowest terms otherwise."""
-    places = next((n for n in range(LONGEST_NUMBER) if 10**n % value.denominator == 0), None)
-    if not places:
+    num_decimals = next((n for n in range(LONGEST_NUMBER) if 10**n % value.denominator == 0), None)
+    if not num_decimals:
         return str(value)
-    whole, decimals = divmod(abs(value.numerator) * 10**places // value.denominator, 10**places)
-    return f"{'-' * (value < 0)}{whole}.{decimals:0{places}}"
+    whole, decimals = divmod(abs(value.numerator) * 10**num_decimals // value.denominator, 10**num_decimals)
+    return f"{'-' * (value < 0)}{whole}.{decimals:0{num_decimals}}"
 
 
 def _stated(statement: str) -> re.Match | None:
-    """The number that a statement begins with, or what an equation comes to: 16 of `32 / 2 = 16`."""
+    """The first number of a statement, or the result of its equation: 16 of `32 / 2 = 16`."""
     return NUMBER.search(statement.rpartition("=")[2]) or NUMBER.search(statement)
 
 

@@ -36,7 +36,7 @@ class GSM8K(NumberTask):
 
 
 def read_problems(path: str, split: str, limit: int | None = None) -> list[Problem]:
-    """The problems of a JSON Lines file, with the ids that it gives or else SPLIT-INDEX."""
+    """The problems of a JSON Lines file; an id is the record's `id`, else SPLIT-INDEX."""
     problems = []
     for index, (line, record) in enumerate(islice(read_jsonl(path, "problems", ("question", "answer")), limit)):
         name = str(record.get("id", f"{split}-{index}"))
@@ -55,9 +55,9 @@ def to_problem(name: str, question: str, answer: str) -> Problem:
 
     Raises ValueError where the answer does not end in `#### number`.
     """
-    worked, marker, _ = answer.rpartition("####")
-    gold = extract_answer(answer[len(worked) :], "strict") if marker else None
+    steps_text, marker, _ = answer.rpartition("####")
+    gold = extract_answer(answer[len(steps_text) :], "strict") if marker else None
     if gold is None:
         raise ValueError("no `#### number`")
-    steps = (ANNOTATION.sub("", line).strip() for line in worked.splitlines())
+    steps = (ANNOTATION.sub("", line).strip() for line in steps_text.splitlines())
     return Problem(name, question, gold, " ".join([*filter(None, steps), f"So the answer is {gold}."]))

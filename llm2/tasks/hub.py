@@ -4,12 +4,12 @@ from collections.abc import Iterable
 
 from llm2.errors import UserError
 
-HUB_TIMEOUT = 5.0  # seconds; a hub that can be reached answers within one
+HUB_TIMEOUT = 5.0  # seconds; a reachable hub answers within one
 
 
 def hub_rows(dataset: str, split: str, subset: str | None = None) -> Iterable[dict]:
     """A split of a dataset. Raises UserError where neither hub nor cache has it."""
-    import datasets  # takes a second, and a local file needs none of it
+    import datasets  # takes a second, and local files do not need it
 
     if not hub_answers(dataset):  # straight to the cache: the library would retry for half a minute
         datasets.config.HF_HUB_OFFLINE = True

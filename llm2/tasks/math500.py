@@ -1,7 +1,7 @@
-r"""MATH-500: its records from the hub or a local file, and its grader, the library math-verify in processes of its own.
+r"""MATH-500: its records from the hub or a local file, and its grader: math-verify in worker processes.
 
-The format is {"problem", "solution", "answer", "unique_id"}, with the answer in LaTeX. A comparison of two formulas may
-run for ever, in sympy or below it, where no signal gets through: hence processes, which a time limit can end.
+The format is {"problem", "solution", "answer", "unique_id"}, with the answer in LaTeX. Comparing two formulas may
+never end, and signals do not interrupt native code; a worker process can be killed at a time limit.
 """
 
 import logging
@@ -25,8 +25,8 @@ from llm2.tasks.task import Problem, Task
 DATASET = "HuggingFaceH4/MATH-500"
 SPLITS = ("test",)
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-TIME_LIMIT = 30.0  # seconds by the clock, far above the milliseconds of a usual one: a busy machine changes no grade
-LONGEST = 20_000  # characters that are parsed, from the end
+TIME_LIMIT = 30.0  # seconds, far above the usual milliseconds, so that a busy machine changes no grade
+LONGEST = 20_000  # characters of a solution that are parsed, from the end
 
 
 class Math500(Task):
@@ -34,7 +34,7 @@ class Math500(Task):
 
     def __init__(self, data_file: str | None = None) -> None:
         super().__init__(data_file)
-        self.grader: MathGrader | None = None  # its processes start with the first grade
+        self.grader: MathGrader | None = None  # its processes start at the first call of `grade`
 
     def problems(self, split: str, limit: int | None = None) -> list[Problem]:
         if self.data_file is not None:
@@ -84,12 +84,12 @@ class MathGrader:
 
 
 def _warm_up() -> None:
-    logging.disable(logging.CRITICAL)  # math-verify says at length that it leaves the time limit to its caller
-    grade("\\boxed{1}", "1")  # its imports take seconds, which would be the first solution's
+    logging.disable(logging.CRITICAL)  # math-verify warns that it sets no time limit
+    grade("\\boxed{1}", "1")  # its imports take seconds, which would count against the first solution
 
 
 def _result(future: Future) -> Grade:
-    error = future.exception()  # too slow, ended by its memory, or what parsers and sympy raise on what models write
+    error = future.exception()  # too slow, out of memory, or an error of the parsers or sympy
     if isinstance(error, BrokenProcessPool):  # no process can be started
         raise error
     return Grade(None, False, False) if error else future.result()
@@ -98,7 +98,7 @@ def _result(future: Future) -> Grade:
 def grade(text: str, gold: str) -> Grade:
     r"""One solution's grade, without a time limit; strict: with a `\boxed`.
 
-    Right answers all read as gold's; wrong ones as sympy's form of them.
+    A correct answer is returned as gold's text, so that correct ones vote together; a wrong one as sympy writes it.
     """
     from math_verify import parse, verify
 

@@ -30,21 +30,21 @@ class Problem:
 
 
 class Task:
-    """Subclass it for a task of your own: `problems` and `extract_answer` are enough.
+    """Base class of all tasks. A subclass needs only `problems` and `extract_answer`.
 
     Args:
-        data_file: local JSON lines in the task's own format, read in place of its source; never a network.
+        data_file: local JSON lines in the task's format, read instead of its source and without network.
     """
 
     def __init__(self, data_file: str | None = None) -> None:
         self.data_file = data_file
 
     def problems(self, split: str, limit: int | None = None) -> list[Problem]:
-        """The first `limit` problems (all when None) of a split. Raises UserError for what the user can mend."""
+        """The first `limit` problems (all when None) of a split. Raises UserError for a user's mistake."""
         raise NotImplementedError
 
     def prompt(self, problem: Problem) -> list[Message]:
-        """What the model is asked: it ends with the user's turn."""
+        """The chat that the model continues; it ends with the user's turn."""
         return [*problem.history, {"role": "user", "content": problem.question}]
 
     def conversation(self, problem: Problem) -> list[Message]:
@@ -78,7 +78,7 @@ def load_task(name: str, data_file: str | None = None, grader: str | None = None
     """A task by its name or as MODULE:CLASS, installed or in the working directory.
 
     Args:
-        grader: MODULE:FUNCTION of (text, gold) -> bool that replaces the task's own grading.
+        grader: MODULE:FUNCTION of (text, gold) -> bool that replaces the task's grading.
     """
     task = _load("task", BUILT_IN.get(name, name), f"one of {', '.join(BUILT_IN)}, or MODULE:CLASS")(data_file)
     if grader is not None:
@@ -88,7 +88,7 @@ def load_task(name: str, data_file: str | None = None, grader: str | None = None
 
 
 def _graded(task: Task, text: str, gold: str, correct: bool) -> Grade:
-    """Right solutions vote for gold; wrong ones for their own answer, or for nothing in common where none is found."""
+    """Correct solutions vote for gold, wrong ones for their extracted answer, or for their text if there is none."""
     answer = gold if correct else task.extract_answer(text) or text
     return Grade(None if answer == gold and not correct else answer, bool(correct), bool(correct))
 

@@ -9,7 +9,7 @@ from llm2.testbed.generator import SIZES, problems
 class Testbed(GSM8K):
     """Generated problems, the same ones every time."""
 
-    __test__ = False  # no test class, whatever pytest thinks of its name
+    __test__ = False  # pytest must not collect it, whatever its name
 
     def source(self, split: str, limit: int | None) -> list[Problem]:
         if split not in SIZES:

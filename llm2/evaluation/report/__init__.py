@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from llm2.evaluation.report.read import read_metrics
-from llm2.evaluation.report.table import markdown_table, table
+from llm2.evaluation.report.table import table
 
-__all__ = ["markdown_table", "read_metrics", "table", "write_report"]
+__all__ = ["read_metrics", "table", "write_report"]
 
 WITHOUT_PLOTS = (
     "(no plots and no report.html: they need matplotlib: `pip install 'llm2[report]'`; then `llm2 report {}`)"

@@ -7,10 +7,9 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
 
-from llm2.config import Mode
+from llm2.config import Mode, Share
 from llm2.errors import UserError
 
-Share = Annotated[float, Field(ge=0, le=1)]
 Interval = tuple[Share, Share]
 K = Annotated[str, Field(pattern=r"^[1-9]\d*$")]  # the k of majority@k and pass@k, as a JSON key
 
@@ -73,7 +72,7 @@ class Sweep:
     mode: Mode
     chosen: dict[str, Any]
     points: list[Point]
-    file: str | None = None  # its problems, if not the task's own
+    file: str | None = None  # its problems, unless they are the task's validation split
 
 
 @validated(frozen=True)

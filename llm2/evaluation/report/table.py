@@ -6,9 +6,9 @@ from itertools import groupby
 from operator import itemgetter
 from textwrap import wrap
 
-from llm2.config import Mode
+from llm2.config import Mode, Share
 from llm2.evaluation.metrics import FIGURES, GREEDY, SAMPLING
-from llm2.evaluation.report.read import Interval, Metrics, Share
+from llm2.evaluation.report.read import Interval, Metrics
 
 COLUMNS = 100  # of the terminal
 HEADER = ("", "plain, %", "guided, %", "difference", "error red.", "paired p", "n")
@@ -57,13 +57,6 @@ def table(metrics: Metrics) -> str:
     if costs:
         text += ["", *(_aligned(line, _widths(costs)) for line in costs), ""]
     return "\n".join(text + [line for note in notes(metrics) for line in wrap(note, COLUMNS, subsequent_indent="  ")])
-
-
-def markdown_table(metrics: Metrics) -> str:
-    """The same rows as a Markdown table."""
-    lines = [HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *(row.cells(metrics.n) for row in rows(metrics))]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return "\n\n".join([title(metrics), text, *notes(metrics)])
 
 
 def rows(metrics: Metrics) -> list[Row]:

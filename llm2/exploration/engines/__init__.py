@@ -1,6 +1,6 @@
 """The interface of the engines that run System 1: plausible tokens of prefixes, sampled continuations of prefixes.
 
-Each engine is a module of its own, imported when it is chosen.
+Each engine is a separate module, imported only if it is chosen.
 """
 
 import re
@@ -37,7 +37,7 @@ class Request(NamedTuple):
 
 
 Continuations = list[list[int]]  # new token ids of one request, in the order of its seeds
-OnFinished = Callable[[int, Continuations], None]  # told the index of a finished request and its continuations
+OnFinished = Callable[[int, Continuations], None]  # (index of a finished request, its continuations)
 
 
 class Engine(Protocol):
@@ -64,7 +64,7 @@ def check_engine(config: RolloutConfig) -> None:
     """Raises UserError where the keys of the chosen engine do not fit together."""
     if config.engine == "vllm" and config.top_k is None:
         raise UserError(
-            "engine: vllm wants top_k (say 10; a server shows at most 20): it lists the likeliest tokens only"
+            "engine: vllm needs top_k (say 10; a server shows at most 20): it lists the likeliest tokens only"
         )
     if config.server is not None and config.engine != "vllm":
         raise UserError(f"server: found {config.server!r} with engine {config.engine}, expected engine vllm")

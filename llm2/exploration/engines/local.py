@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llm2.common.distributed import dist_info, pin_to_cores
+from llm2.common.distributed import process_device
 from llm2.common.loading import eos_ids, load_system1, resolve_device
 from llm2.config import RolloutConfig
 from llm2.decoding.candidates import plausible
@@ -18,16 +18,12 @@ from llm2.decoding.sampling import SamplingParams
 from llm2.errors import UserError
 from llm2.exploration.engines import Candidate, Continuations, OnFinished, PositionQuery, Request
 
-STOP_EVERY = 8  # tokens between two looks for the stop pattern in a row
+STOP_EVERY = 8  # tokens between searches for the stop pattern
 
 
 class LocalEngine:
     def __init__(self, config: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        device = resolve_device(config.device)
-        if device.type == "cuda":
-            device = torch.device("cuda", dist_info().local_rank)
-        else:
-            pin_to_cores()
+        device = process_device(resolve_device(config.device))
         self.config, self.tokenizer = config, tokenizer
         self.model = load_system1(config.model, device, config.dtype)
         self.decoder = Decoder(self.model)
@@ -54,11 +50,11 @@ class LocalEngine:
     def generate(
         self, requests: Sequence[Request], on_finished: OnFinished = lambda index, continuations: None
     ) -> list[Continuations]:
-        # Requests with one prefix stand together, the longest first: the decoder reads what they share once.
+        # Requests with one prefix follow each other, the longest first: the decoder computes the shared tokens once.
         first = {id(request.prefix): i for i, request in reversed(list(enumerate(requests)))}
         order = sorted(range(len(requests)), key=lambda i: (first[id(requests[i].prefix)], -requests[i].prefix_len))
         results: list[Continuations] = [[] for _ in requests]
-        for place, completions in self.decoder.stream(
+        for index, completions in self.decoder.stream(
             [requests[i].prompt for i in order],
             max_new_tokens=self.config.max_new_tokens,
             eos=self.eos,
@@ -67,8 +63,8 @@ class LocalEngine:
             batch_size=self.config.batch_size,
             stop=self._stop_fn([requests[i].token_ids for i in order]),
         ):
-            results[order[place]] = [completion.token_ids for completion in completions]
-            on_finished(order[place], results[order[place]])
+            results[order[index]] = [completion.token_ids for completion in completions]
+            on_finished(order[index], results[order[index]])
         return results
 
     def _stop_fn(self, first_tokens: Sequence[Sequence[int]]) -> Callable[[int, int, Sequence[int]], bool] | None:

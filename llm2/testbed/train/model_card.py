@@ -1,4 +1,4 @@
-"""Measure what the testbed's System 1 can do and write its model card."""
+"""Measure the testbed's System 1 and write its model card."""
 
 import math
 from collections.abc import Sequence
@@ -87,8 +87,8 @@ def solve(
         batch_size=BATCH_SIZE,
     )
     return [
-        task.grade(tokenizer.batch_decode([one.token_ids for one in written], skip_special_tokens=True), problem.gold)
-        for written, problem in zip(solutions, problems, strict=True)
+        task.grade(tokenizer.batch_decode([row.token_ids for row in rows], skip_special_tokens=True), problem.gold)
+        for rows, problem in zip(solutions, problems, strict=True)
     ]
 
 

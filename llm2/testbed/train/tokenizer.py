@@ -13,7 +13,7 @@ SPECIAL_TOKENS = [BOS, HEADER, HEADER_END, EOT, PAD]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most vocab_size tokens, in which every digit is a token of its own."""
+    """A byte-level BPE of at most vocab_size tokens, in which every digit is a separate token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
