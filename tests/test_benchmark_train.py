@@ -39,7 +39,7 @@ def test_packed_and_plain_have_the_same_gradients(config, monkeypatch):
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
         model.zero_grad()
 
-    monkeypatch.setattr(benchmark.Step, "finish", staticmethod(keep))
+    monkeypatch.setattr(benchmark.TrainStep, "finish", staticmethod(keep))
     step.run_packed()
     step.run_plain()
     for name, expected in gradients[1].items():

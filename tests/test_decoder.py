@@ -245,7 +245,7 @@ def test_a_model_without_pluggable_attention_is_refused(system1):
     class Old(type(system1.base_model)):
         _supports_attention_backend = False
 
-    with pytest.raises(UserError, match="Old does not take attention functions"):
+    with pytest.raises(UserError, match="Old does not let its attention be replaced"):
         ModelRunner(Old(system1.config))
 
 
@@ -332,7 +332,7 @@ def test_sampling_follows_the_distribution(system1):
 
 
 def test_sampling_without_seeds_is_refused(system1):
-    with pytest.raises(ValueError, match="sampling wants seeds"):
+    with pytest.raises(ValueError, match="sampling needs seeds"):
         decode(system1, [[3]], max_new_tokens=2, eos=EOS, sampling=SamplingParams())
 
 

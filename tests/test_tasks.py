@@ -13,7 +13,7 @@ from pebble import ProcessPool
 
 from llm2.errors import UserError
 from llm2.tasks import Problem, load_task, math500
-from llm2.tasks.few_shot import load_examples
+from llm2.tasks.few_shot import load_few_shot
 from llm2.tasks.grading import Grade, extract_answer
 from llm2.tasks.math500 import MathGrader
 
@@ -74,17 +74,17 @@ def test_gsm8ks_validation_split_is_the_end_of_its_training_problems(monkeypatch
 
 
 def test_few_shot_examples_are_turns_of_the_chat(write):
-    assert load_examples(None) == []
-    messages = load_examples(write(NATALIA, NATALIA), num_fewshot=1)
+    assert load_few_shot(None) == []
+    messages = load_few_shot(write(NATALIA, NATALIA), num_fewshot=1)
     assert [message["role"] for message in messages] == ["user", "assistant"]
     assert messages[1]["content"].endswith("So the answer is 1072.")
     with pytest.raises(UserError, match="holds 2 examples, expected at least num_fewshot=3"):
-        load_examples(write(NATALIA, NATALIA), num_fewshot=3)
+        load_few_shot(write(NATALIA, NATALIA), num_fewshot=3)
 
 
 def test_the_published_examples_end_in_their_answers():
     pytest.importorskip("lm_eval")
-    answers = [extract_answer(m["content"], "strict") for m in load_examples("gsm8k-cot") if m["role"] == "assistant"]
+    answers = [extract_answer(m["content"], "strict") for m in load_few_shot("gsm8k-cot") if m["role"] == "assistant"]
     assert answers == ["6", "5", "39", "8", "9", "29", "33", "8"]  # Wei et al. (2022), table 20
 
 

@@ -139,8 +139,8 @@ class LabelsBenchmark:
     """Which benchmark to run."""
     output: str = "results/benchmark/labels.json"
     """JSON file for the results; the exploration and the reference are kept in a folder beside it."""
-    explore: str = "configs/testbed/explore.yaml"
-    """Config of the exploration whose labels are compared with the reference."""
+    explore: str | None = None
+    """Config of the exploration whose labels are compared with the reference; null for the testbed's with defaults."""
     problems: Count = 200
     """Number of problems, the first ones of the exploration's."""
     reference_rollouts: Count = 64

@@ -7,7 +7,6 @@ has another seed. It is kept in a journal, so that another stopping rule can be 
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from llm2.exploration.solutions import load_problems
 from llm2.tasks import Problem, load_task
 
 TokenKey = tuple[str, int, int]  # problem, position, token
+TESTBED = ["model=testbed", "task=testbed", "max_new_tokens=200", "batch_size=256", "device=cpu"]
 CHUNK = 4  # problems of the reference that are generated together
 
 
@@ -34,7 +34,9 @@ def measure(config: LabelsBenchmark) -> str:
     folder = Path(config.output).with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     triplets = folder / "triplets.jsonl"
-    settings = replace(load_config(ExploreConfig, config.explore), limit=config.problems, output=str(triplets))
+    keys = TESTBED if config.explore is None else []
+    files = [f"output={triplets}", f"limit={config.problems}"]
+    settings = load_config(ExploreConfig, config.explore, [*keys, *files])
     if not triplets.exists():
         explore(settings)
     report = json.loads((folder / "triplets.jsonl.report.json").read_text())

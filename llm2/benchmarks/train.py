@@ -52,7 +52,7 @@ def measure(config: TrainBenchmark) -> str:
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainStep:
     """One training step in all variants."""
 
     examples: list[Example]
@@ -121,7 +121,7 @@ def step_cases(config: TrainBenchmark, solutions: int, device: torch.device) -> 
     return cases
 
 
-def make_step(config: TrainBenchmark, solutions: int, device: torch.device) -> Step:
+def make_step(config: TrainBenchmark, solutions: int, device: torch.device) -> TrainStep:
     """Random weights and random solutions; a solution's pairs are evenly spread, the last at its last token."""
     generator = torch.Generator().manual_seed(config.seed)
     positions = [config.tokens * (i + 1) // config.pairs - 1 for i in range(config.pairs)]
@@ -138,7 +138,7 @@ def make_step(config: TrainBenchmark, solutions: int, device: torch.device) -> S
         return verifier.to(getattr(torch, config.dtype)).train()
 
     causal = model("sdpa")
-    return Step(examples, model("flex_attention") if device.type == "cuda" else causal, causal)
+    return TrainStep(examples, model("flex_attention") if device.type == "cuda" else causal, causal)
 
 
 def make_triplets(ids: Sequence[int], positions: Sequence[int], vocab_size: int) -> list[Triplet]:

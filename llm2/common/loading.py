@@ -22,7 +22,7 @@ import llm2
 from llm2.errors import UserError
 
 TESTBED = Path(llm2.__file__).parent / "testbed" / "system1"
-LOCAL_MODEL_HINT = "run `bash scripts/quickstart.sh` for the embedded testbed, or pass model=<local folder>"
+LOCAL_MODEL_HINT = "pass model=<local folder>, or model=testbed for the embedded one (`bash scripts/quickstart.sh`)"
 
 
 def resolve_device(name: str) -> torch.device:

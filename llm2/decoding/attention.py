@@ -7,8 +7,8 @@ attention separates the sequences. `AttentionMetadata.reads` says how; together 
     PrefillRead   consecutive tokens of one sequence, and behind them its branches (candidates)
     PaddedRead    Q tokens each of R sequences, padded to a rectangle: fixed shapes, for a GPU
 
-Sequences can share a prefix that lies in a slot of its own; a DecodeRead attends to it once for all of them (Juravsky
-et al., arXiv 2402.05099).
+Sequences can share a prefix that lies in a separate slot; on a CPU a DecodeRead attends to it once for all of them
+(Juravsky et al., arXiv 2402.05099).
 
 `attend` is a transformers attention function, registered under `IMPLEMENTATION`. A model set to it takes the metadata
 as the keyword argument `attention_metadata`.

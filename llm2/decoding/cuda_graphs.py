@@ -81,7 +81,7 @@ class CUDAGraphRunner:
             try:
                 self.graphs[key] = self.capture(run, inputs)
             except RuntimeError as error:
-                warnings.warn(f"decoding goes on without CUDA graphs: capturing one failed ({error})", stacklevel=2)
+                warnings.warn(f"continuing without CUDA graphs: capturing one failed ({error})", stacklevel=2)
                 self.capture, self.graphs = None, {}
                 return run(inputs)
         return self.graphs[key](inputs)

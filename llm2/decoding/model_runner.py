@@ -176,7 +176,7 @@ def with_slot_attention(body: PreTrainedModel) -> PreTrainedModel:
     """The same Parameters in new modules that attend with `attention.attend`."""
     if not body._supports_attention_backend:
         raise UserError(
-            f"{type(body).__name__} does not take attention functions from outside (transformers' "
+            f"{type(body).__name__} does not let its attention be replaced (transformers' "
             "`_supports_attention_backend`), which decoding from slots needs; use another backbone"
         )
     clone = clone_sharing_weights(body)

@@ -96,7 +96,7 @@ class DecodeRequest:
     def __post_init__(self) -> None:
         if self.seeds is None:
             if self.sampling is not None:
-                raise ValueError("sampling wants seeds: a list for each prompt, found None")
+                raise ValueError("sampling needs seeds: a list for each prompt, found None")
             self.seeds = [[0]] * len(self.prompts)
 
 

@@ -67,7 +67,7 @@ class SequenceState:
 
 @dataclass(eq=False)
 class ModelRunners:
-    """Both systems, and what a decoder keeps from call to call."""
+    """Both systems, the counts over all calls, and caches to reuse."""
 
     lm: LMRunner
     verifier: VerifierRunner | None  # the same SharedRunner as `lm` where they share forwards; None without a verifier

@@ -23,7 +23,7 @@ from llm2.evaluation.metrics import summarise
 from llm2.evaluation.predictions import Predictions
 from llm2.evaluation.tracing import TokenText, trace_record
 from llm2.tasks import Problem, Task, load_task
-from llm2.tasks.few_shot import load_examples
+from llm2.tasks.few_shot import load_few_shot
 from llm2.verifier.model import require_verifier
 from llm2.verifier.scoring import score_tokens, solution_score
 
@@ -52,7 +52,7 @@ def evaluate(config: EvaluateConfig) -> dict | None:
     problems = task.problems(config.split, config.limit)
     if len({problem.id for problem in problems}) < len(problems):
         raise UserError(f"{config.data_file or config.task}: expected problems with different ids, found equal ones")
-    examples = load_examples(config.few_shot, config.num_fewshot)
+    examples = load_few_shot(config.few_shot, config.num_fewshot)
     predictions = Predictions(config)
     if any(predictions.missing(problems, mode) for mode in config.modes):
         evaluator = Evaluator(config, task, examples)

@@ -78,7 +78,7 @@ def _cost(mode: Mode, lines: Sequence[dict]) -> dict[str, float]:
         "tokens_per_problem": tokens / n,
         "verifier_forwards_per_token": verifier_forwards / max(tokens, 1),
         "system1_forwards_per_problem": 1 + (tokens - len(samples)) / n,
-        "system2_forwards_per_problem": 1 + verifier_forwards / n if mode.guided else 0.0,
+        "system2_forwards_per_problem": 1 + verifier_forwards / n if verifier_forwards else 0.0,
         "scoring_forwards_per_problem": sum(sample.get("score") is not None for sample in samples) / n,
     }
 

@@ -12,7 +12,7 @@ from llm2.tasks.gsm8k import read_problems
 PUBLISHED = "gsm8k-cot"
 
 
-def load_examples(source: str | None, num_fewshot: int | None = None) -> list[Message]:
+def load_few_shot(source: str | None, num_fewshot: int | None = None) -> list[Message]:
     """Messages of user and assistant in turn; none when the source is None.
 
     Args:

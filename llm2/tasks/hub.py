@@ -19,7 +19,7 @@ def hub_rows(dataset: str, split: str, subset: str | None = None) -> Iterable[di
         raise UserError(
             f"{dataset} is not in the local cache and the Hugging Face hub cannot be reached: "
             "set data_file=<local JSON lines in its format>, "
-            "or run `bash scripts/quickstart.sh`, which needs no download"
+            "or task=testbed, which needs no download (`bash scripts/quickstart.sh`)"
         ) from None
 
 

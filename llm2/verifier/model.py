@@ -317,7 +317,7 @@ def require_verifier(name: str) -> None:
     if is_local(name) and not (Path(name) / "config.json").is_file():
         raise UserError(
             f"verifier {name!r}: expected a folder with config.json, found none; "
-            "`bash scripts/train_verifier.sh` trains one"
+            "`llm2 train` makes one (`bash scripts/train_verifier.sh`)"
         )
 
 

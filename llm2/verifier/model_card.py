@@ -14,6 +14,7 @@ from llm2.verifier.pair_metrics import table
 from llm2.verifier.triplets import Summary
 
 NOT_SETTINGS = ("model", "train_file", "eval_file", "output_dir", "resume", "report_to", "logging_steps")
+ALWAYS = ("learning_rate", "num_train_epochs", "global_batch_size", "seed")  # listed where they are defaults too
 CARD = """---
 {header}---
 
@@ -51,7 +52,7 @@ def model_card(config: TrainConfig, metrics: Mapping[str, float], data: Sequence
     rows += [("solutions", f"{metrics['train_solutions']:,} in training, {metrics['eval_solutions']:,} held out")]
     rows += [("optimizer steps", f"{metrics['steps']:,}; the best on the held-out pairs: {metrics['best_step']:,}")]
     values = as_dict(config) | {"chat_template": config.chat_template and Path(config.chat_template).name}
-    changed = [key.name for key in fields(config) if values[key.name] != key.default]
+    changed = [key.name for key in fields(config) if key.name in ALWAYS or values[key.name] != key.default]
     rows += [(f"`{name}`", values[name]) for name in changed if name not in NOT_SETTINGS]
     rows += [(package, version(package)) for package in ("torch", "transformers", "peft")]
     accuracies = {}

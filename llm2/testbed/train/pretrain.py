@@ -37,7 +37,7 @@ def pretrain(config: PretrainConfig) -> None:
     model = new_model(config, tokenizer)
     trainer = Trainer(
         model,
-        training_arguments(config, checkpoints),
+        pretraining_arguments(config, checkpoints),
         train_dataset=examples(conversations, tokenizer),
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
     )
@@ -66,7 +66,7 @@ def new_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> Lla
     return model
 
 
-def training_arguments(config: PretrainConfig, checkpoints: Path) -> TrainingArguments:
+def pretraining_arguments(config: PretrainConfig, checkpoints: Path) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=config.max_steps,
