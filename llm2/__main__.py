@@ -144,6 +144,12 @@ def run_train(config: TrainConfig) -> None:
         f"[{metrics['eval_pair_accuracy_low']:.1%}, {metrics['eval_pair_accuracy_high']:.1%}], "
         f"System 1 in {metrics['system1_pair_accuracy']:.1%} (n = {metrics['eval_pairs']:.0f} pairs)"
     )
+    if "eval_choice_beta" in metrics:
+        print(
+            f"quality of the chosen token less gold's at {metrics['eval_forks']:.0f} held-out forks: "
+            f"{metrics['eval_choice_quality']:.4f} with beta={metrics['eval_choice_beta']:g}, "
+            f"{metrics['eval_choice_quality_plain']:.4f} without guidance"
+        )
     print(f"verifier in {config.output_dir}")
 
 

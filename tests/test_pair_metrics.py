@@ -4,7 +4,18 @@ import pytest
 import torch
 from test_collate import examples
 
-from llm2.verifier.pair_metrics import PairInfo, compute_metrics, pair_info, system1_margins, table, token_kind
+from llm2.verifier.pair_metrics import (
+    PairInfo,
+    Rival,
+    choice_metrics,
+    choice_quality,
+    compute_metrics,
+    fork_rivals,
+    pair_info,
+    system1_margins,
+    table,
+    token_kind,
+)
 from llm2.verifier.triplets import Example, Triplet
 
 
@@ -52,3 +63,22 @@ def test_the_table_shows_the_verifier_beside_system1():
     rows = [line.split() for line in table(metrics).splitlines()]
     assert rows[1] == ["all", "100.0%", "50.0%", "2"] and ["word", "100.0%", "0.0%", "1"] in rows
     assert len(rows) == 1 + 1 + 2 + 2
+
+
+def test_choice_quality_by_hand():
+    """System 1 takes a token that is worse than gold at one fork, and misses one that is better at the other."""
+    forks = [[Rival(1, 1.0, -0.5)], [Rival(2, -0.25, 0.2), Rival(3, 0.5, 3.0)]]
+    margins = {1: 2.0, 2: -1.0, 3: 0.0}
+    assert choice_quality(forks, margins, 0.0) == -0.5  # (-1.0 + 0) / 2
+    assert choice_quality(forks, margins, 0.5) == 0.125  # (0 + 0.25) / 2
+    found = choice_metrics(forks, margins)
+    # of equal qualities the smallest beta
+    assert (found["choice_quality"], found["choice_beta"], found["choice_quality_plain"]) == (0.125, 0.25, -0.5)
+
+
+def test_only_solutions_with_soft_targets_have_forks():
+    triplets = [Triplet(3, 7, 5), Triplet(3, 7, 6), Triplet(5, 8, 9)]
+    soft = Example([0] * 9, triplets, first_pair_id=2, quality_gaps=[0.5, 0.0, -0.5], gold_better=[0.9, 0.5, 0.1])
+    hard = soft._replace(gold_better=[], first_pair_id=5)
+    margins = dict.fromkeys(range(2, 8), 1.0)
+    assert fork_rivals([soft, hard], margins) == [[Rival(2, 0.5, 1.0), Rival(3, 0.0, 1.0)], [Rival(4, -0.5, 1.0)]]

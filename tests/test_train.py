@@ -299,7 +299,7 @@ def test_global_batch_must_divide(config):
     with pytest.raises(
         UserError, match="global_batch_size 8: expected a multiple of per_device_train_batch_size 3 x 1"
     ):
-        training_arguments(replace(config, per_device_train_batch_size=3), 40, torch.device("cpu"))
+        training_arguments(replace(config, per_device_train_batch_size=3), 40, torch.device("cpu"), "pair_accuracy")
 
 
 KILLED_AT_STEP_19 = """
@@ -391,3 +391,24 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(config):
 def test_flex_attention_without_a_gpu_is_refused(config):
     with pytest.raises(UserError, match="expected a CUDA GPU"):
         train(replace(config, attn_implementation="flex_attention"))
+
+
+def test_soft_targets_train_and_choose_checkpoint_and_beta_by_what_guidance_would_choose(config, tmp_path):
+    """The verdicts of an exploration: at each fork one token that is worse, one that is as good as gold."""
+    lines = []
+    for line in Path(config.train_file).read_text().splitlines():
+        record = json.loads(line)
+        ((position, gold, negative),) = record["samples"]
+        outcomes = [(negative, [0, 8]), (negative + 1, [10, 10])]
+        pairs = [{"triplet": [position, gold, token], "gold": [10, 10], "token": counts} for token, counts in outcomes]
+        lines.append(json.dumps({"messages": record["messages"], "pairs": pairs}))
+    (tmp_path / "verdicts.jsonl").write_text("\n".join(lines) + "\n")
+    metrics = train(replace(config, train_file=str(tmp_path / "verdicts.jsonl")))
+    assert metrics["eval_pair_accuracy"] == 1.0 and metrics["eval_pairs"] == metrics["eval_forks"] == 8
+    assert (
+        metrics["eval_choice_quality"] >= metrics["eval_choice_quality_plain"] and metrics["eval_choice_quality"] == 0
+    )
+    assert metrics["eval_choice_beta"] > 0
+    state = json.loads(next(Path(config.output_dir).glob("checkpoint-*/trainer_state.json")).read_text())
+    assert state["best_metric"] == pytest.approx(metrics["eval_choice_quality"])
+    assert "beta that chooses the best tokens" in Path(config.output_dir, "README.md").read_text()

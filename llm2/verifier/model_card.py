@@ -54,6 +54,8 @@ def model_card(config: TrainConfig, metrics: Mapping[str, float], data: Sequence
     values = as_dict(config) | {"chat_template": config.chat_template and Path(config.chat_template).name}
     changed = [key.name for key in fields(config) if key.name in ALWAYS or values[key.name] != key.default]
     rows += [(f"`{name}`", values[name]) for name in changed if name not in NOT_SETTINGS]
+    if "eval_choice_beta" in metrics:
+        rows += [("beta that chooses the best tokens at held-out forks", f"{metrics['eval_choice_beta']:g}")]
     rows += [(package, version(package)) for package in ("torch", "transformers", "peft")]
     accuracies = {}
     for name, prefix in (("verifier", "eval"), ("system1", "system1")):

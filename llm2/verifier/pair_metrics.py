@@ -17,6 +17,7 @@ from llm2.verifier.triplets import Example
 
 PARTS = range(1, 6)  # fifths of a solution
 DECIDED = 0.95  # probability that gold is better from which a pair with a soft target is held out as a pair
+BETAS = (0.25, 0.5, 1.0, 2.0)  # weights of the score that `choice_metrics` tries
 KINDS = ("digit", "operator", "word", "other")
 OPERATOR = re.compile(r"[-+*/=<>%^×÷−]+")
 
@@ -79,6 +80,58 @@ def compute_metrics(margins: Mapping[int, float], pairs: Mapping[int, PairInfo])
             metrics[f"pair_accuracy_{name}"] = pair_accuracy(values[torch.tensor(members)])
             metrics[f"pairs_{name}"] = sum(members)
     return metrics
+
+
+class Rival(NamedTuple):
+    """A plausible token beside the gold token of a fork."""
+
+    pair_id: int
+    quality_gap: float  # gold's quality less this token's, from rollouts
+    system1_margin: float  # log p(gold) - log p(token) in System 1
+
+
+def fork_rivals(examples: Iterable[Example], margins: Mapping[int, float]) -> list[list[Rival]]:
+    """The forks of solutions that have soft targets: the rivals of gold at each position.
+
+    Args:
+        margins: of `system1_margins`.
+    """
+    forks = []
+    for example in examples:
+        rivals: dict[int, list[Rival]] = {}
+        if example.gold_better:
+            for pair_id, (triplet, gap) in enumerate(
+                zip(example.triplets, example.quality_gaps, strict=True), start=example.first_pair_id
+            ):
+                rivals.setdefault(triplet.position, []).append(Rival(pair_id, gap, margins[pair_id]))
+        forks += rivals.values()
+    return forks
+
+
+def choice_quality(forks: Sequence[Sequence[Rival]], margins: Mapping[int, float], beta: float) -> float:
+    """Mean over forks of the quality of the token that guided greedy decoding would choose, less gold's.
+
+    Args:
+        margins: score of gold less score of the rival, by pair id.
+    """
+    total = 0.0
+    for rivals in forks:
+        # Guided logits relative to gold's: the lowest sum of margins wins if it is below 0.
+        lowest, gap = min((rival.system1_margin + beta * margins[rival.pair_id], rival.quality_gap) for rival in rivals)
+        total -= gap * (lowest < 0)
+    return total / len(forks)
+
+
+def choice_metrics(forks: Sequence[Sequence[Rival]], margins: Mapping[int, float]) -> dict[str, float]:
+    """The best `choice_quality` over BETAS and its beta, and System 1's alone. It predicts guided accuracy where pair
+    accuracy does not, since it counts what a wrong choice costs and what an overconfident score does to ties."""
+    quality, beta = max((choice_quality(forks, margins, beta), -beta) for beta in BETAS)
+    return {
+        "choice_quality": quality,
+        "choice_beta": -beta,
+        "choice_quality_plain": choice_quality(forks, margins, 0.0),
+        "forks": len(forks),
+    }
 
 
 def table(metrics: Mapping[str, float]) -> str:

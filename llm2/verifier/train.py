@@ -19,7 +19,7 @@ from llm2.errors import UserError
 from llm2.verifier.checkpoints import last_whole_checkpoint
 from llm2.verifier.model import ProcessVerifier, refuse_sliding_window
 from llm2.verifier.model_card import model_card
-from llm2.verifier.pair_metrics import PairInfo, compute_metrics, pair_info, system1_margins
+from llm2.verifier.pair_metrics import PairInfo, Rival, compute_metrics, fork_rivals, pair_info, system1_margins
 from llm2.verifier.trainer import LossConfig, VerifierTrainer
 from llm2.verifier.triplets import Example, Summary, load_examples
 
@@ -41,9 +41,11 @@ def train(config: TrainConfig) -> dict:
         print(f"{len(train_set)} solutions are trained on, {len(eval_set)} held out", flush=True)
     # System 1 comes before the TrainingArguments: under ZeRO-3 these shard every model that is loaded after them.
     eval_pairs = pair_info(eval_set, tokenizer)
-    baseline, unembedding = measure_system1(config, eval_set, eval_pairs, device)
+    if not eval_pairs:
+        raise UserError(f"{config.train_file}: no held-out pair has a clear winner; raise eval_share, or set eval_file")
+    baseline, eval_forks, unembedding = measure_system1(config, eval_set, eval_pairs, device)
 
-    arguments = training_arguments(config, len(train_set), device)
+    arguments = training_arguments(config, len(train_set), device, "choice_quality" if eval_forks else "pair_accuracy")
     set_seed(config.seed)  # the head is drawn before the Trainer sets the seed itself
     verifier = new_verifier(config, device)
     verifier.set_unembedding(unembedding)
@@ -57,6 +59,7 @@ def train(config: TrainConfig) -> dict:
         train_set,
         LossConfig(quality_weight=config.quality_weight, margin=config.margin, lm_loss_coef=config.lm_loss_coef),
         eval_pairs,
+        eval_forks,
         eval_dataset=eval_set,
         processing_class=tokenizer,
         callbacks=[EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else [],
@@ -151,7 +154,8 @@ def refuse_unknown_tokens(verifier: ProcessVerifier, tokenizer: PreTrainedTokeni
         )
 
 
-def training_arguments(config: TrainConfig, solutions: int, device: torch.device) -> TrainingArguments:
+def training_arguments(config: TrainConfig, solutions: int, device: torch.device, best_by: str) -> TrainingArguments:
+    """Args: best_by: the held-out metric that chooses the checkpoint."""
     world_size = dist_info().world_size
     forward_size = config.per_device_train_batch_size * world_size
     if config.global_batch_size % forward_size:
@@ -174,7 +178,8 @@ def training_arguments(config: TrainConfig, solutions: int, device: torch.device
         save_steps=eval_steps,
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model="pair_accuracy",
+        metric_for_best_model=best_by,
+        greater_is_better=True,
         label_names=["pair_ids"],
         remove_unused_columns=False,
         ddp_broadcast_buffers=False,  # every process loads the same unembedding, and it is large
@@ -185,17 +190,21 @@ def training_arguments(config: TrainConfig, solutions: int, device: torch.device
 
 def measure_system1(
     config: TrainConfig, examples: Sequence[Example], pairs: Mapping[int, PairInfo], device: torch.device
-) -> tuple[dict[str, float], torch.Tensor | None]:
-    """System 1's metrics on the held-out pairs (main rank only), and its output embedding for the LM loss.
+) -> tuple[dict[str, float], list[list[Rival]], torch.Tensor | None]:
+    """System 1's metrics on the held-out pairs (main rank only), their forks, and its output embedding.
 
-    The embedding (V, D) is None if there is no LM loss, or if it is tied to the input embedding.
+    Forks exist with soft targets only. The embedding (V, D) is None if there is no LM loss, or if it is tied to the
+    input embedding.
     """
     is_main, lm_loss = dist_info().is_main, config.lm_loss_coef > 0
-    if not is_main and not lm_loss:
-        return {}, None
+    soft = any(example.gold_better for example in examples)  # then every rank needs the forks, to choose a checkpoint
+    if not is_main and not lm_loss and not soft:
+        return {}, [], None
     system1 = load_system1(config.model, device)
     head = system1.get_output_embeddings().weight
     tied = head is system1.get_input_embeddings().weight
-    metrics = compute_metrics(system1_margins(system1, examples), pairs) if is_main else {}
+    margins = system1_margins(system1, examples) if is_main or soft else {}
+    metrics = compute_metrics(margins, pairs) if is_main else {}
     baseline = {f"system1_{name}": value for name, value in metrics.items() if not name.startswith("pairs")}
-    return baseline, head.detach().float().cpu() if lm_loss and not tied else None
+    unembedding = head.detach().float().cpu() if lm_loss and not tied else None
+    return baseline, fork_rivals(examples, margins) if soft else [], unembedding

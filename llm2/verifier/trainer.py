@@ -13,7 +13,7 @@ from llm2.verifier.collate import verifier_batch
 from llm2.verifier.loss import IGNORE_INDEX, NO_PAIR, pairwise_loss
 from llm2.verifier.masks import BLOCK
 from llm2.verifier.model import ProcessVerifier
-from llm2.verifier.pair_metrics import PairInfo, compute_metrics
+from llm2.verifier.pair_metrics import PairInfo, Rival, choice_metrics, compute_metrics
 from llm2.verifier.triplets import Example
 
 NOT_FOR_THE_MODEL = ("pair_ids", "pair_weights", "pair_targets")
@@ -71,6 +71,7 @@ class VerifierTrainer(Trainer):
     Args:
         loss: options of the loss.
         eval_pairs: the held-out pairs by id; an evaluation then reports `compute_metrics`.
+        eval_forks: their forks, if they have soft targets; it then reports `choice_metrics` too.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class VerifierTrainer(Trainer):
         train_dataset: Sequence[Example],
         loss: LossConfig | None = None,
         eval_pairs: Mapping[int, PairInfo] | None = None,
+        eval_forks: Sequence[Sequence[Rival]] = (),
         **options: Any,
     ) -> None:
         self.loss = loss or LossConfig()
@@ -88,7 +90,8 @@ class VerifierTrainer(Trainer):
             """Over all held-out pairs at once, so that batches and ranks have no weight."""
             real = prediction.label_ids != NO_PAIR
             ids, margins = (array[real].tolist() for array in (prediction.label_ids, prediction.predictions))
-            return compute_metrics(dict(zip(ids, margins, strict=True)), eval_pairs)
+            by_id = dict(zip(ids, margins, strict=True))
+            return compute_metrics(by_id, eval_pairs) | (choice_metrics(eval_forks, by_id) if eval_forks else {})
 
         super().__init__(
             model=model,
