@@ -121,8 +121,8 @@ def test_graphs_are_captured_anew_after_the_cache_grows(tmp_path):
 def test_graphs_on_a_gpu_write_what_its_eager_forwards_write(tmp_path, lora, batch_size, recwarn):
     model, verifier = systems(tmp_path, lora, "cuda")
     guidance, batch = Guidance(verifier=verifier, alpha=0.05, beta=2.0), prompts(40, seed=3)
-    recorded = Decoder(model, guidance)
-    expected = tokens(Decoder(model, guidance, graphs=False), batch, batch_size)
+    recorded = Decoder(model, guidance, graphs=True)
+    expected = tokens(Decoder(model, guidance), batch, batch_size)
     for _ in range(2):
         assert tokens(recorded, batch, batch_size) == expected
     assert any(recorded.runners.lm.graphs.graphs.values())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_system1
+from conftest import VOCABULARY, tiny_system1, tiny_verifier
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
@@ -159,3 +159,11 @@ def test_peft_itself_reads_the_adapter(verifier, folder, tmp_path):
     with torch.inference_mode():
         expected = verifier.backbone(IDS).last_hidden_state
         torch.testing.assert_close(theirs(IDS).last_hidden_state, expected, atol=1e-5, rtol=0)
+
+
+def test_a_verifier_takes_system1s_dtype_unless_another_is_named(tmp_path):
+    tiny_verifier(tmp_path / "system1").save_pretrained(tmp_path / "verifier")
+    system1 = tiny_system1().to(torch.bfloat16)
+    folder = str(tmp_path / "verifier")
+    assert load_verifier(folder, CPU, "auto", VOCABULARY, system1).dtype == torch.bfloat16
+    assert load_verifier(folder, CPU, "float32", VOCABULARY, system1).dtype == torch.float32

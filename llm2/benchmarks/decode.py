@@ -106,7 +106,7 @@ def benchmark_cases(
     runs: dict[str, Callable[[], float]] = {GENERATE: lambda: generate(system1, prompts, config)}
     if on_gpu:
         guidance = Guidance(verifier=shared, **options)
-        decoders["LLM2, shared LoRA verifier, no CUDA graphs"] = Decoder(system1, guidance, graphs=False)
+        decoders["LLM2, shared LoRA verifier, CUDA graphs"] = Decoder(system1, guidance, graphs=True)
         runs[COMPILED] = lambda: generate(system1, prompts, config, cache_implementation="static")
     for name, decoder in decoders.items():
         runs[name] = lambda decoder=decoder: decode(decoder, prompts, config)

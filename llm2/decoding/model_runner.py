@@ -98,7 +98,7 @@ class VerifierRunner(ModelRunner):
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """(n, width) -> (n,) float32."""
-        return self.score(hidden).squeeze(-1).float()
+        return nn.functional.linear(hidden.float(), self.score.weight.float()).squeeze(-1)
 
 
 class SharedRunner(LMRunner, VerifierRunner):

@@ -331,7 +331,9 @@ def load_verifier(
         system1: a LoRA verifier shares its weights; `device` and `dtype` must then be System 1's.
     """
     require_verifier(name)
-    options = {"local_files_only": is_local(name), "dtype": resolve_dtype(dtype, device)}
+    # `auto` follows System 1: a verifier is trained, and stored, in float32.
+    follow = dtype == "auto" and system1 is not None
+    options = {"local_files_only": is_local(name), "dtype": system1.dtype if follow else resolve_dtype(dtype, device)}
     try:
         verifier = ProcessVerifier.from_pretrained(name, system1=system1, **options)
     except UserError as error:
