@@ -81,8 +81,8 @@ def test_a_wheel_explores_trains_and_evaluates_in_an_empty_folder(tmp_path):
     install = [*pip, "--python", str(venv), "install", "--no-deps", "--no-index", str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
     (site,) = venv.glob("lib/python*/site-packages")
-    (site / "dependencies.pth").write_text(str(Path(yaml.__file__).parents[1]) + "\n")
-    (site / "sitecustomize.py").write_text(WITHOUT_EXTRAS)
+    (site / "without_extras.py").write_text(WITHOUT_EXTRAS)
+    (site / "dependencies.pth").write_text(f"import without_extras\n{Path(yaml.__file__).parents[1]}\n")
     empty = tmp_path / "empty"
     empty.mkdir()
 
