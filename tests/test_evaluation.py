@@ -22,7 +22,8 @@ from llm2.errors import UserError
 from llm2.evaluation.evaluate import evaluate
 from llm2.evaluation.predictions import Predictions
 from llm2.evaluation.sweep import sweep
-from llm2.verifier.model import ProcessVerifier, load_verifier
+from llm2.verifier.load import load_verifier
+from llm2.verifier.model import ProcessVerifier
 
 SYSTEM1 = "llm2/testbed/system1"
 

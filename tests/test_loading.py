@@ -5,8 +5,8 @@ import torch
 
 from llm2.common.loading import (
     TESTBED,
-    end_ids,
     eos_ids,
+    eos_ids_by_name,
     is_local,
     load_backbone,
     load_system1,
@@ -23,7 +23,7 @@ def test_testbed_names_the_embedded_system1_in_any_folder(tmp_path, monkeypatch)
     require_model("testbed")
     tokenizer, system1 = load_tokenizer("testbed"), load_system1("testbed", torch.device("cpu"))
     assert tokenizer.name_or_path == system1.name_or_path == str(TESTBED)
-    assert end_ids("testbed", tokenizer) == eos_ids(system1, tokenizer) == [tokenizer.eos_token_id]
+    assert eos_ids_by_name("testbed", tokenizer) == eos_ids(system1, tokenizer) == [tokenizer.eos_token_id]
     for backbone in (load_backbone("testbed"), ProcessVerifier.from_system1("testbed").backbone):
         for name, weight in system1.model.state_dict().items():
             assert torch.equal(backbone.state_dict()[name], weight), name

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from llm2.errors import UserError
-from llm2.verifier.model import ProcessVerifier, load_verifier
+from llm2.verifier.load import load_verifier
+from llm2.verifier.model import ProcessVerifier
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])

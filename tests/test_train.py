@@ -27,8 +27,9 @@ from llm2.config import TrainConfig
 from llm2.errors import UserError
 from llm2.verifier.checkpoints import last_whole_checkpoint
 from llm2.verifier.collate import verifier_batch
+from llm2.verifier.load import load_verifier
 from llm2.verifier.loss import pairwise_loss
-from llm2.verifier.model import ProcessVerifier, load_verifier
+from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.model_card import model_card
 from llm2.verifier.train import train, training_arguments
 from llm2.verifier.trainer import LossConfig, PaddedSampler, VerifierTrainer

@@ -78,7 +78,7 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     return _eos_ids(model.generation_config, tokenizer)
 
 
-def end_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def eos_ids_by_name(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """`eos_ids` of a model that runs elsewhere: reads its configs, not its weights."""
     try:
         generation = GenerationConfig.from_pretrained(model_path(name), local_files_only=is_local(name))

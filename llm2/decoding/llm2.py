@@ -34,7 +34,8 @@ from llm2.common.seeds import row_seed
 from llm2.decoding.candidates import guided_logits
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.sampling import Guidance, LogitsFn, SamplingParams, StopFn, TokenTrace
-from llm2.verifier.model import ProcessVerifier, load_verifier
+from llm2.verifier.load import load_verifier
+from llm2.verifier.model import ProcessVerifier
 
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 

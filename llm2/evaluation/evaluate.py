@@ -24,7 +24,7 @@ from llm2.evaluation.predictions import Predictions
 from llm2.evaluation.tracing import TokenText, trace_record
 from llm2.tasks import Problem, Task, load_task
 from llm2.tasks.few_shot import load_few_shot
-from llm2.verifier.model import require_verifier
+from llm2.verifier.load import require_verifier
 from llm2.verifier.scoring import score_tokens, solution_score
 
 SCORING_BATCH = 16  # solutions that the verifier scores in one forward

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import random_split
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from llm2.common.chat import resolve_template
 from llm2.common.config_file import difference, read_values, write_config
@@ -17,7 +17,7 @@ from llm2.common.loading import load_system1, load_tokenizer, resolve_device
 from llm2.config import TrainConfig
 from llm2.errors import UserError
 from llm2.verifier.checkpoints import last_whole_checkpoint
-from llm2.verifier.model import ProcessVerifier, refuse_sliding_window
+from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.model_card import model_card
 from llm2.verifier.pair_metrics import PairInfo, Rival, compute_metrics, fork_rivals, pair_info, system1_margins
 from llm2.verifier.trainer import LossConfig, VerifierTrainer
@@ -142,6 +142,18 @@ def new_verifier(config: TrainConfig, device: torch.device) -> ProcessVerifier:
         key = "lora_r" if lora else "lm_loss_coef"
         raise UserError(f"prefix_head: a head on frozen states has no weights for {key}; leave one of the two out")
     return ProcessVerifier.from_system1(config.model, lora, head, dtype=torch.float32, attn_implementation=attention)
+
+
+def refuse_sliding_window(config: PreTrainedConfig, length: int) -> None:
+    """Raise UserError if the backbone's window is shorter than `length`: with branch masks a token sees its whole
+    prefix, so its scores would not be those of the backbone's own attention."""
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    if window is not None and length > window:
+        raise UserError(
+            f"the backbone attends to a sliding window of {window} tokens, shorter than the {length} of prompt "
+            f"and solution; keep them within {window} tokens"
+        )
 
 
 def refuse_unknown_tokens(verifier: ProcessVerifier, tokenizer: PreTrainedTokenizerBase) -> None:

