@@ -18,6 +18,7 @@ from llm2.common.distributed import (
     resolve_parallelism,
 )
 from llm2.config import ExploreConfig
+from llm2.errors import UserError
 
 FORK = multiprocessing.get_context("fork")
 
@@ -101,3 +102,10 @@ def test_every_item_is_done_once_and_slow_processes_do_fewer():
     for total in (30, 12):
         assert sorted(sum((items for of, _, items in shares if of == total), [])) == list(range(total))
     assert all(len(items) < total // 3 for total, rank, items in shares if rank == 2)
+
+
+@pytest.mark.parametrize("number", ["two", "0", "-1", "1.5"])
+def test_a_number_of_processes_that_is_none_is_refused(monkeypatch, number):
+    monkeypatch.setenv("NUM_PROCESSES", number)
+    with pytest.raises(UserError, match=f"NUM_PROCESSES: found '{number}', expected a whole number"):
+        resolve_parallelism(config())

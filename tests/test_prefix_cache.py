@@ -1,6 +1,7 @@
 """Which prompts share a prefix."""
 
-from llm2.decoding.prefix_cache import MIN_PREFIX_TOKENS, PrefixCache, common_prefix
+from llm2.common.prefix import common_prefix
+from llm2.decoding.prefix_cache import MIN_PREFIX_TOKENS, PrefixCache
 
 LONG = list(range(100, 100 + 3 * MIN_PREFIX_TOKENS))
 

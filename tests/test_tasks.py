@@ -196,6 +196,7 @@ def test_unreadable_file_is_named(tmp_path):
     ("benchmark", "split", "message"),
     [
         ("gsm9k", "test", "key 'task': found 'gsm9k', expected one of gsm8k, math500, testbed, chats, or MODULE:CLASS"),
+        ("os:path", "test", "key 'task': 'os:path' is no subclass of llm2.tasks.Task"),
         ("gsm8k", "dev", "gsm8k has no split 'dev': expected one of train, validation, test"),
         ("testbed", "dev", "testbed has no split 'dev': expected one of pretrain, train, validation, test"),
     ],

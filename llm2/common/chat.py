@@ -6,6 +6,7 @@ with such a template; under a model's stock template their positions are wrong.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +29,13 @@ CHATML_PLAIN = (
 )
 TEMPLATES = {"llama3-plain": LLAMA3_PLAIN, "chatml-plain": CHATML_PLAIN}
 EXPECTED_TEMPLATE = f"one of {', '.join(TEMPLATES)}, or a readable Jinja file"
+
+
+def check_messages(messages: Sequence[Any], where: str) -> None:
+    """Raise UserError, which begins with `where`, at the first message that has no role or no content."""
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise UserError(f"{where}: key 'messages': expected objects with 'role' and 'content', found {message!r}")
 
 
 def resolve_template(name: str | None) -> str | None:

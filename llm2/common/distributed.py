@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.rendezvous import rendezvous
 
+from llm2.errors import UserError
+
 WAIT = timedelta(days=30)  # for the slowest process; if one dies, the launcher ends the others
 _calls = count()  # numbers the calls of iter_shared_work, alike in all processes
 
@@ -109,5 +111,8 @@ def resolve_parallelism(config: Any) -> tuple[int, int]:
     """
     on_cpu = getattr(config, "device", "auto") == "cpu" or getattr(config, "server", None) is not None
     num_gpus = 0 if on_cpu else torch.cuda.device_count()
-    processes = int(os.environ.get("NUM_PROCESSES") or max(1, num_gpus // getattr(config, "tensor_parallel", 1)))
+    number = os.environ.get("NUM_PROCESSES", "")
+    if number and not (number.isdecimal() and int(number)):
+        raise UserError(f"NUM_PROCESSES: found {number!r}, expected a whole number from 1 on")
+    processes = int(number or max(1, num_gpus // getattr(config, "tensor_parallel", 1)))
     return processes, max(1, torch.get_num_threads() // processes)

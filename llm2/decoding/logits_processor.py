@@ -3,11 +3,11 @@
 import torch
 from transformers import LogitsProcessor
 
+from llm2.common.prefix import common_prefix
 from llm2.decoding.candidates import guided_logits, plausible
 from llm2.decoding.forward_batch import Chunk
 from llm2.decoding.kv_cache import SlotCache
 from llm2.decoding.model_runner import VerifierRunner
-from llm2.decoding.prefix_cache import common_prefix
 from llm2.decoding.sampling import Guidance
 
 

@@ -7,6 +7,8 @@ tokens. This module decides which prompts share which prefix, and in which slot 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from llm2.common.prefix import common_prefix
+
 MIN_PREFIX_TOKENS = 16  # shorter prefixes are not shared
 
 
@@ -68,15 +70,3 @@ class PrefixCache:
                 self.free_slots.append(prefix.slot)
                 return True
         return False
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common prefix, by bisection: comparing slices is faster than comparing tokens."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if list(a[low:middle]) == list(b[low:middle]):
-            low = middle
-        else:
-            high = middle - 1
-    return low

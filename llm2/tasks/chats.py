@@ -2,6 +2,7 @@
 
 from itertools import islice
 
+from llm2.common.chat import check_messages
 from llm2.common.jsonl import read_jsonl
 from llm2.errors import UserError
 from llm2.tasks.task import NumberTask, Problem
@@ -22,9 +23,7 @@ def _problem(record: dict, number: int, where: str) -> Problem:
     messages = record.get("messages")
     if not isinstance(messages, list) or len(messages) < 2:
         raise UserError(f"{where}: expected the key 'messages' with a prompt and a gold solution")
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise UserError(f"{where}: key 'messages': expected objects with 'role' and 'content', found {message!r}")
+    check_messages(messages, where)
     roles = [message["role"] for message in messages[-2:]]
     if roles != ["user", "assistant"]:
         raise UserError(

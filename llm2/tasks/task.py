@@ -80,7 +80,10 @@ def load_task(name: str, data_file: str | None = None, grader: str | None = None
     Args:
         grader: MODULE:FUNCTION of (text, gold) -> bool that replaces the task's grading.
     """
-    task = _load("task", BUILT_IN.get(name, name), f"one of {', '.join(BUILT_IN)}, or MODULE:CLASS")(data_file)
+    cls = _load("task", BUILT_IN.get(name, name), f"one of {', '.join(BUILT_IN)}, or MODULE:CLASS")
+    if not (isinstance(cls, type) and issubclass(cls, Task)):
+        raise UserError(f"key 'task': {name!r} is no subclass of llm2.tasks.Task")
+    task = cls(data_file)
     if grader is not None:
         is_correct: Callable[[str, str], bool] = _load("grader", grader, "MODULE:FUNCTION")
         task.grade = lambda texts, gold: [_graded(task, text, gold, is_correct(text, gold)) for text in texts]

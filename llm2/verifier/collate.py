@@ -49,7 +49,7 @@ def verifier_batch(
     """
     layouts = [_lay_out(example, lm_targets) for example in examples]
     weights = [torch.tensor(e.quality_gaps if quality_weight else [1.0] * len(e.triplets)) for e in examples]
-    goals = [torch.tensor(e.gold_better or [1.0] * len(e.triplets)) for e in examples]
+    pair_targets = [torch.tensor(e.gold_better or [1.0] * len(e.triplets)) for e in examples]
     widths = [len(layout.ids) for layout in layouts]
     rows = pack_rows(widths, max(capacity or 0, *widths, 1))
     R, S = len(rows), -(-max(sum(widths[i] for i in row) for row in rows) // multiple) * multiple
@@ -74,7 +74,7 @@ def verifier_batch(
         pair_indices=torch.cat(pair_indices)[None],
         pair_weights=torch.cat(weights).clamp(min=0)[None],
         pair_ids=torch.cat([torch.arange(len(e.triplets)) + e.first_pair_id for e in examples])[None],
-        pair_targets=torch.cat(goals)[None],
+        pair_targets=torch.cat(pair_targets)[None],
         targets=targets if lm_targets else None,
     )
 

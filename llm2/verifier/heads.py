@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-KINDS = ("bilinear", "mlp")
 SAMPLED = 16  # values per weight that a fingerprint is made of
 
 
@@ -22,7 +21,7 @@ class PrefixHead(nn.Module):
     """s = (A h) . (B e) + w . e, or a two-layer MLP of h and e.
 
     Args:
-        settings: `kind`, one of KINDS, and `size`: the rank of A and B, or the width of the MLP.
+        settings: `kind`, bilinear or mlp, and `size`: the rank of A and B, or the width of the MLP.
         embedding: (V, D) System 1's input embedding; e is scaled by its root mean square, so that a learning rate
             suits models of any scale.
     """

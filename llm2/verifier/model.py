@@ -131,37 +131,29 @@ class ProcessVerifier(PreTrainedModel):
         hub_options = {key: options[key] for key in ("local_files_only", "revision", "token") if key in options}
         config = ProcessVerifierConfig.from_pretrained(name, **hub_options)
         sharded = is_sharded(Path(name))
-        if config.prefix_head is not None:
-            backbone = cls._base(config, system1, options)
-            if fingerprint(backbone) != config.system1_fingerprint:
-                raise UserError(
-                    f"it was trained on the states of {config.base_model}, found another System 1; a prefix head is of "
-                    "no use to any other model"
-                )
-            verifier = cls.from_backbone(backbone, config.base_model, None, config.prefix_head)
-            verifier.load_trained(str(name), **hub_options)
-            return verifier.eval()
-        if config.lora is None and sharded:
+        has_own_backbone = config.lora is None and config.prefix_head is None
+        if has_own_backbone and sharded:
             verifier = cls(config)
             verifier.load_state_dict(sharded_state(Path(name)))
             dtype = options.get("dtype")  # the shards hold float32
             return verifier.eval().to(dtype if isinstance(dtype, torch.dtype) else torch.float32)
-        if config.lora is None:
+        if has_own_backbone:
             return super().from_pretrained(name, *inputs, **options)
-        backbone = cls._base(config, system1, options)
-        verifier = cls.from_backbone(backbone, config.base_model, config.lora)
-        if sharded:
+        if system1 is None:
+            backbone = load_backbone(config.base_model, **{**options, "local_files_only": is_local(config.base_model)})
+        else:
+            backbone = lora.clone_sharing_weights(system1.base_model)
+        verifier = cls.from_backbone(backbone, config.base_model, config.lora, config.prefix_head)
+        if verifier.config.system1_fingerprint != config.system1_fingerprint:
+            raise UserError(
+                f"it was trained on the states of {config.base_model}, found another System 1; a prefix head is of "
+                "no use to any other model"
+            )
+        if sharded and config.lora is not None:
             lora.set_adapter(verifier, lora.adapter_state(backbone, sharded_state(Path(name))), str(name))
         else:
             verifier.load_trained(str(name), **hub_options)
         return verifier.eval()
-
-    @staticmethod
-    def _base(config: ProcessVerifierConfig, system1: PreTrainedModel | None, options: dict) -> PreTrainedModel:
-        """System 1's backbone: over the Parameters of a loaded model, or loaded from `base_model`."""
-        if system1 is not None:
-            return lora.clone_sharing_weights(system1.base_model)
-        return load_backbone(config.base_model, **{**options, "local_files_only": is_local(config.base_model)})
 
     @classmethod
     def from_backbone(

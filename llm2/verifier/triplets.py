@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from llm2.common.chat import Message, encode_chats
+from llm2.common.chat import Message, check_messages, encode_chats
 from llm2.common.jsonl import read_jsonl
+from llm2.common.prefix import common_prefix
 from llm2.common.stats import probability_worse
 from llm2.errors import UserError
 
@@ -215,9 +216,7 @@ def _parse(record: dict, line: int, where: str) -> Record:
     for key in ("messages", "samples"):
         if not isinstance(record.get(key), list):
             raise UserError(f"{where}: expected the key {key!r} with a list")
-    for message in record["messages"]:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise UserError(f"{where}: key 'messages': expected objects with 'role' and 'content', found {message!r}")
+    check_messages(record["messages"], where)
     for sample in record["samples"]:
         if not isinstance(sample, list) or len(sample) != 3 or any(type(value) is not int for value in sample):
             raise UserError(
@@ -267,12 +266,8 @@ def _tokenized(
         questions = [record.messages[:-1] for record in chunk]
         prompts = iter(encode_chats(tokenizer, [messages for messages in questions if messages], template, True))
         for record, ids, question in zip(chunk, conversations, questions, strict=True):
-            yield record, ids, _common_prefix_len(ids, next(prompts)) if question else 0
-
-
-def _common_prefix_len(ids: Sequence[int], prompt: Sequence[int]) -> int:
-    """Not always the whole prompt: a template may write more in a generation prompt than before a solution."""
-    return next((i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), min(len(ids), len(prompt)))
+            # not always the whole prompt: a template may write more in a generation prompt than before a solution
+            yield record, ids, common_prefix(ids, next(prompts)) if question else 0
 
 
 def _explain(
