@@ -56,8 +56,8 @@ class CandidateConfig:
 class GuidanceConfig(CandidateConfig):
     """Guided logits on the plausible set: z + beta * s (arXiv 2412.20372)."""
 
-    beta: NonNegative = 0.25
-    """Weight of the verifier's score in the guided logits."""
+    beta: NonNegative | None = 0.25
+    """Weight of the verifier's score in the guided logits; null: the one that its training chose (soft targets)."""
 
     def guidance(self) -> dict[str, Any]:
         """alpha, beta and top_k, as `Guidance` and `LLM2.from_pretrained` take them."""
@@ -189,10 +189,14 @@ class TrainConfig(ModelConfig):
     """Share of the solutions held out if there is no eval_file."""
     max_length: Count = 2048
     """Solutions are truncated to this many tokens; pairs beyond are dropped and counted."""
+    score: Literal["candidate", "prefix"] = "candidate"
+    """A candidate's score is read from its own state (the paper's), or from the state before it."""
     prefix_head: Literal["bilinear", "mlp"] | None = None
-    """Train only a head on System 1's states, which reads no tokens of its own; null for a verifier that does."""
+    """With score: prefix, train only a head on System 1's states, which reads no tokens; null trains all layers."""
     prefix_head_size: Count = 8
     """Rank of a bilinear prefix head, width of an mlp."""
+    trainable_layers: Annotated[int, Field(ge=0)] | None = None
+    """Train only the head and this many of the highest layers; everything when null."""
     lora_r: Count | None = None
     """Rank of LoRA adapters on System 1's frozen weights; null trains all weights."""
     lora_alpha: Positive = 32.0

@@ -40,7 +40,8 @@ def examples(count: int, seed: int = 0) -> list[Example]:
 
 def model_inputs(batch: VerifierBatch) -> dict[str, torch.Tensor]:
     """Those of its tensors that a forward without LM targets takes."""
-    return {name: getattr(batch, name) for name in ("input_ids", "start", "prefix_len", "pair_indices")}
+    names = ("input_ids", "start", "prefix_len", "pair_indices", "pair_tokens")
+    return {name: getattr(batch, name) for name in names}
 
 
 def scored(verifier: ProcessVerifier, batch: VerifierBatch) -> VerifierOutput:

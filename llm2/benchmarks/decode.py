@@ -56,7 +56,7 @@ def build(
     shape = LlamaConfig(**config.shape(), max_position_embeddings=config.prompt_tokens + config.new_tokens)
     with device:
         system1 = LlamaForCausalLM(shape).to(dtype).eval()
-        separate = ProcessVerifier.from_backbone(LlamaForCausalLM(shape).to(dtype).model, "", None).eval()
+        separate = ProcessVerifier.from_backbone(LlamaForCausalLM(shape).to(dtype).model, "").eval()
         backbone = lora.clone_sharing_weights(system1.model)
         shared = ProcessVerifier.from_backbone(backbone, "", {"rank": config.lora_r}).eval()
     for verifier in (separate, shared):
@@ -70,7 +70,7 @@ def prefix_head(system1: PreTrainedModel) -> ProcessVerifier:
     """A bilinear head of rank 8 on System 1's own weights; its random scores are as good as any for speed."""
     with system1.device:
         return ProcessVerifier.from_backbone(
-            lora.clone_sharing_weights(system1.base_model), "", None, {"kind": "bilinear", "size": 8}
+            lora.clone_sharing_weights(system1.base_model), "", None, "prefix", {"kind": "bilinear", "size": 8}
         ).eval()
 
 

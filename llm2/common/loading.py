@@ -64,8 +64,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def load_system1(name: str, device: torch.device, dtype: str = "auto") -> PreTrainedModel:
     """The language model, in evaluation mode; `dtype` as for `resolve_dtype`."""
-    model = _load(AutoModelForCausalLM, name, dtype=resolve_dtype(dtype, device))
-    return model.to(device).eval()
+    return load_language_model(name, dtype=resolve_dtype(dtype, device)).to(device).eval()
+
+
+def load_language_model(name: str, **options) -> PreTrainedModel:
+    """The language model; `options` go to AutoModelForCausalLM.from_pretrained."""
+    return _load(AutoModelForCausalLM, name, **options)
 
 
 def load_backbone(name: str, **options) -> PreTrainedModel:

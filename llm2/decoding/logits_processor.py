@@ -36,19 +36,26 @@ class GuidedLogitsProcessor(LogitsProcessor):
             self.cache, self.cached_ids = SlotCache(len(input_ids)), [[] for _ in input_ids]
         logits = scores.float()
         candidates, valid = plausible(logits, self.guidance.alpha, self.guidance.top_k)  # (B, K)
-        chunks = []
-        for slot, size in enumerate(valid.sum(dim=-1).tolist()):
+        chunks, sizes = [], valid.sum(dim=-1).tolist()
+        for slot, size in enumerate(sizes):
             if size > 1:
                 ids = self._without_padding(input_ids[slot].tolist())
-                start = common_prefix(self.cached_ids[slot], ids)
+                start = min(common_prefix(self.cached_ids[slot], ids), len(ids) - 1)
                 self.cached_ids[slot] = ids
-                chunks.append(Chunk(slot, start, [*ids[start:], *candidates[slot, :size].tolist()], size))
+                branches = candidates[slot, :size].tolist() if self.runner.reads_candidates else []
+                chunks.append(Chunk(slot, start, [*ids[start:], *branches], len(branches)))
         verifier_scores = torch.zeros_like(candidates, dtype=torch.float32)
         if chunks:
             hidden = self.runner.forward(self.cache, chunks)
             for chunk in chunks:
-                branches = hidden[chunk.branch_indices.start : chunk.branch_indices.stop]
-                verifier_scores[chunk.slot, : chunk.branches] = self.runner.scores(branches)
+                slot, size = chunk.slot, sizes[chunk.slot]
+                if self.runner.reads_candidates:
+                    branches = hidden[chunk.branch_indices.start : chunk.branch_indices.stop]
+                    verifier_scores[slot, :size] = self.runner.scores(branches)
+                else:
+                    verifier_scores[slot, :size] = self.runner.prefix_scores(
+                        hidden[chunk.last], candidates[slot, :size]
+                    )
         guided = guided_logits(logits.gather(-1, candidates), valid, verifier_scores, self.guidance.beta)
         # The candidates' padding repeats a token id with -inf: the maximum keeps the candidate's own value.
         return torch.full_like(scores, -torch.inf).scatter_reduce(-1, candidates, guided.to(scores.dtype), "amax")

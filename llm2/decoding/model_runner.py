@@ -94,10 +94,14 @@ class VerifierRunner(ModelRunner):
 
     def __init__(self, verifier: ProcessVerifier, graphs: CUDAGraphRunner | None = None) -> None:
         super().__init__(verifier.backbone, graphs)
-        self.score = verifier.score
+        self.use_head(verifier)
+
+    def use_head(self, verifier: ProcessVerifier) -> None:
+        self.score, self.prefix_scores = verifier.score, verifier.prefix_scores
+        self.reads_candidates = verifier.config.score == "candidate"
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(n, width) -> (n,) float32."""
+        """Of tokens that were read, (n, width) -> (n,) float32."""
         return nn.functional.linear(hidden.float(), self.score.weight.float()).squeeze(-1)
 
 
@@ -111,7 +115,8 @@ class SharedRunner(LMRunner, VerifierRunner):
         self, model: PreTrainedModel, verifier: ProcessVerifier, graphs: CUDAGraphRunner | None = None
     ) -> None:
         ModelRunner.__init__(self, verifier.backbone, graphs)
-        self.head, self.score, self.adapter = head_of(model), verifier.score, PartialLoRA()
+        self.use_head(verifier)
+        self.head, self.adapter = head_of(model), PartialLoRA()
         for name, layer in list(self.body.named_modules()):
             if isinstance(layer, LoraLayer):
                 self.body.set_submodule(name, PartialLoRALinear(layer, self.adapter))

@@ -27,7 +27,8 @@ LogitsFn = Callable[[list[int], list[list[int]], torch.Tensor], torch.Tensor]
 class Guidance(GuidanceConfig):
     """How the verifier takes part: its alpha, beta and top_k (`GuidanceConfig`), and when and how it runs.
 
-    The last three change the speed only. Raises ValueError for an alpha, beta or top_k outside its range.
+    The last three change the speed only. A beta of None becomes the verifier's own. Raises ValueError for an alpha,
+    beta or top_k outside its range, and for a beta of None where training has not chosen one.
     """
 
     verifier: ProcessVerifier
@@ -37,6 +38,10 @@ class Guidance(GuidanceConfig):
 
     def __post_init__(self) -> None:
         GuidanceConfig(**self.guidance())  # validates: pydantic does not check fields of a plain subclass
+        if self.beta is None and self.verifier is not None:
+            if self.verifier.config.beta is None:
+                raise ValueError("beta: null, and the verifier names none (only training on soft targets chooses one)")
+            object.__setattr__(self, "beta", self.verifier.config.beta)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -185,11 +185,9 @@ class Scheduler:
     def _step_separate(self, pending: list[SequenceState], ready: list[SequenceState]) -> None:
         """A forward of the verifier, then one of System 1."""
         if pending:
-            chunks = [
-                sequence.chunk(sequence.num_cached_verifier, sequence.proposal.candidates) for sequence in pending
-            ]
+            chunks = self._verifier_chunks(pending)
             hidden = self._forward([], self._prefix_chunks([sequence.prefix for sequence in pending], SYSTEM2) + chunks)
-            self._choose(pending, self._branch_scores(hidden, chunks))
+            self._choose(pending, self._scores(pending, hidden, chunks))
             ready = ready + [sequence for sequence in pending if not sequence.done]
             ready.sort(key=lambda sequence: sequence.slot)
         if ready:
@@ -201,17 +199,14 @@ class Scheduler:
         """One forward of both systems; System 1 computes the candidates too, and so the logits behind the winner."""
         chunks = [sequence.chunk(sequence.num_cached_lm) for sequence in ready]
         branches = [sequence.chunk(len(sequence.token_ids), sequence.proposal.candidates) for sequence in pending]
-        verifier_chunks = [
-            sequence.chunk(sequence.num_cached_verifier, sequence.proposal.candidates, self.verifier_offset)
-            for sequence in pending
-        ]
+        verifier_chunks = self._verifier_chunks(pending)
         hidden = self._forward(
             self._prefix_chunks([sequence.prefix for sequence in ready], SYSTEM1) + chunks + branches,
             self._prefix_chunks([sequence.prefix for sequence in pending], SYSTEM2) + verifier_chunks,
         )
         indices = [chunk.last for chunk in chunks]
         if pending:
-            chosen = self._choose(pending, self._branch_scores(hidden, verifier_chunks))
+            chosen = self._choose(pending, self._scores(pending, hidden, verifier_chunks))
             indices += [chunk.branch_indices[choice] for chunk, choice in zip(branches, chosen, strict=True)]
             self._commit_branch(self.runners.lm, self.lm_cache, pending, chosen)
         unfinished = [(seq, index) for seq, index in zip(ready + pending, indices, strict=True) if not seq.done]
@@ -242,12 +237,32 @@ class Scheduler:
             hidden = runners.verifier.forward(self.verifier_cache, verifier_chunks)
         return hidden
 
-    def _branch_scores(self, hidden: torch.Tensor, chunks: Sequence[Chunk]) -> list[list[float]]:
-        """The verifier's scores of each chunk's branches, in one transfer from the device."""
+    def _verifier_chunks(self, pending: list[SequenceState]) -> list[Chunk]:
+        """What the verifier has not read of each sequence, and the candidates unless it scores them unread."""
+        branches = self.runners.verifier.reads_candidates
+        return [
+            sequence.chunk(
+                sequence.num_cached_verifier, sequence.proposal.candidates if branches else (), self.verifier_offset
+            )
+            for sequence in pending
+        ]
+
+    def _scores(self, pending: list[SequenceState], hidden: torch.Tensor, chunks: list[Chunk]) -> list[list[float]]:
+        """The verifier's scores of each sequence's candidates, in one transfer from the device."""
+        verifier = self.runners.verifier
+        if not verifier.reads_candidates:
+            last = torch.tensor([chunk.last for chunk in chunks], device=hidden.device)
+            candidates = _pad([sequence.proposal.candidates for sequence in pending]).long().to(hidden.device)
+            return self._trim(verifier.prefix_scores(hidden[last], candidates), pending)
         indices = torch.tensor([index for chunk in chunks for index in chunk.branch_indices], device=hidden.device)
-        scores = self.runners.verifier.scores(hidden[indices]).tolist()
+        scores = verifier.scores(hidden[indices]).tolist()
         ends = accumulate(chunk.branches for chunk in chunks)
         return [scores[end - chunk.branches : end] for chunk, end in zip(chunks, ends, strict=True)]
+
+    def _trim(self, scores: torch.Tensor, pending: list[SequenceState]) -> list[list[float]]:
+        """(n, K) -> the scores of each sequence's candidates, without padding."""
+        sizes = [len(sequence.proposal.candidates) for sequence in pending]
+        return [row[:size] for row, size in zip(scores.tolist(), sizes, strict=True)]
 
     # Tokens are chosen.
 
@@ -285,13 +300,9 @@ class Scheduler:
         """Score the proposals from System 1's states (n, D) at the prefixes, and choose; nothing has to wait."""
         rows = [row for row, sequence in enumerate(sequences) if sequence.proposal]
         if rows:
-            verifier = self.guidance.verifier
-            embeddings = verifier.get_input_embeddings()(candidates[rows])  # (m, K, D)
-            scores = verifier.score(states[rows, None], embeddings).tolist()
             pending = [sequences[row] for row in rows]
-            self._choose(
-                pending, [row[: len(seq.proposal.candidates)] for row, seq in zip(scores, pending, strict=True)]
-            )
+            scores = self.guidance.verifier.prefix_scores(states[rows], candidates[rows])
+            self._choose(pending, self._trim(scores, pending))
 
     def _choose(self, sequences: list[SequenceState], scores: list[list[float]]) -> list[int]:
         """Append the best or the sampled candidate of each sequence; returns their indices among the candidates."""
@@ -305,14 +316,16 @@ class Scheduler:
         unguided = chosen
         if self.request.trace:
             unguided = sample(guided_logits(logits, valid, None, 0.0), self.request.sampling, uniform).tolist()
+        verifier = self.runners.verifier  # None for a prefix head, which reads no tokens
+        reads_candidates = verifier is not None and verifier.reads_candidates
         for row, sequence in enumerate(sequences):
             sequence.proposal = None
-            sequence.num_verifier_calls += self.runners.verifier is not None
+            sequence.num_verifier_calls += verifier is not None
             changed = chosen[row] != unguided[row]
             self._append_token(sequence, proposals[row], chosen[row], scores[row], changed)
-            sequence.num_cached_verifier = len(sequence.token_ids)
-        if self.runners.verifier is not None:
-            self._commit_branch(self.runners.verifier, self.verifier_cache, sequences, chosen, self.verifier_offset)
+            sequence.num_cached_verifier = len(sequence.token_ids) - (not reads_candidates)
+        if reads_candidates:
+            self._commit_branch(verifier, self.verifier_cache, sequences, chosen, self.verifier_offset)
         return chosen
 
     def _commit_branch(

@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from llm2.evaluation.predictions import Predictions
 from llm2.evaluation.tracing import TokenText, trace_record
 from llm2.tasks import Problem, Task, load_task
 from llm2.tasks.few_shot import load_few_shot
-from llm2.verifier.load import require_verifier
+from llm2.verifier.load import require_verifier, trained_beta
 from llm2.verifier.scoring import score_tokens, solution_score
 
 SCORING_BATCH = 16  # solutions that the verifier scores in one forward
@@ -48,6 +49,8 @@ def evaluate(config: EvaluateConfig) -> dict | None:
     Returns the metrics in the main process, None in the others.
     """
     check(config)
+    if config.beta is None and config.verifier is not None:
+        config = replace(config, beta=trained_beta(config.verifier))
     task = load_task(config.task, config.data_file, config.grader)
     problems = task.problems(config.split, config.limit)
     if len({problem.id for problem in problems}) < len(problems):

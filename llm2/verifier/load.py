@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from llm2.common.loading import is_local, resolve_dtype
 from llm2.errors import UserError
-from llm2.verifier.model import ProcessVerifier
+from llm2.verifier.model import ProcessVerifier, ProcessVerifierConfig
 
 
 def require_verifier(name: str) -> None:
@@ -17,6 +17,15 @@ def require_verifier(name: str) -> None:
             f"verifier {name!r}: expected a folder with config.json, found none; "
             "`llm2 train` makes one (`bash scripts/train_verifier.sh`)"
         )
+
+
+def trained_beta(name: str) -> float:
+    """The beta that a verifier's training chose. Raises UserError if it chose none."""
+    require_verifier(name)
+    beta = ProcessVerifierConfig.from_pretrained(name, local_files_only=is_local(name)).beta
+    if beta is None:
+        raise UserError(f"beta: null, and verifier {name!r} names none: only training on soft targets chooses one")
+    return beta
 
 
 def load_verifier(

@@ -65,11 +65,15 @@ def clone_sharing_weights(
     return copy.deepcopy(model, memo)
 
 
-def adapter_state(backbone: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The adapter and the head of a verifier's `state`, by the keys of peft's adapter files."""
+def adapter_state(verifier: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The adapter and the scalar head of a verifier's `state`, by the keys of peft's adapter files.
+
+    A verifier that scores by System 1's own output embedding has no head.
+    """
     of_backbone = {name.removeprefix("backbone."): tensor for name, tensor in state.items() if name != HEAD}
-    adapter = get_peft_model_state_dict(backbone, of_backbone, save_embedding_layers=False)
-    return {PREFIX + name: tensor for name, tensor in {**adapter, HEAD: state[HEAD]}.items()}
+    adapter = get_peft_model_state_dict(verifier.backbone, of_backbone, save_embedding_layers=False)
+    head = {HEAD: state[HEAD]} if verifier.config.score == "candidate" else {}
+    return {PREFIX + name: tensor for name, tensor in {**adapter, **head}.items()}
 
 
 def save_adapter(folder: Path, adapter: Mapping[str, torch.Tensor], settings: Mapping[str, Any], base: str) -> None:
@@ -94,7 +98,7 @@ def set_adapter(verifier: PreTrainedModel, adapter: Mapping[str, torch.Tensor], 
     Raises UserError where a key or a shape differs: the adapter was made from another System 1. peft's loading would
     ignore keys that are missing or unknown.
     """
-    expected = adapter_state(verifier.backbone, verifier.state_dict())
+    expected = adapter_state(verifier, verifier.state_dict())
     for key in sorted(adapter.keys() | expected.keys()):
         shapes = [tuple(state[key].shape) if key in state else "no such weight" for state in (adapter, expected)]
         if shapes[0] != shapes[1]:
@@ -103,7 +107,8 @@ def set_adapter(verifier: PreTrainedModel, adapter: Mapping[str, torch.Tensor], 
                 "the adapter was not made from this System 1"
             )
     set_peft_model_state_dict(verifier.backbone, dict(adapter))
-    verifier.load_state_dict({HEAD: adapter[PREFIX + HEAD]}, strict=False)
+    if PREFIX + HEAD in adapter:
+        verifier.load_state_dict({HEAD: adapter[PREFIX + HEAD]}, strict=False)
 
 
 def merge(backbone: PreTrainedModel) -> None:

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
 
-from llm2.common.loading import is_local, load_backbone
+from llm2.common.loading import is_local, load_backbone, load_language_model
 from llm2.errors import UserError
 from llm2.verifier import lora
 from llm2.verifier.checkpoints import is_sharded, sharded_state
@@ -28,9 +27,12 @@ class ProcessVerifierConfig(PreTrainedConfig):
     Args:
         lora: rank, alpha, dropout and targets of the adapter; None for a full verifier or a prefix head.
         base_model: folder or hub id of the System 1 that the verifier was made from.
-        prefix_head: kind and size of a head on System 1's frozen states (`heads.PrefixHead`); None for the paper's
-            verifier, whose backbone reads the scored token.
+        score: `candidate`: the score is read from the state at the scored token (the paper's); `prefix`: from the state
+            at the token before it, so that no candidate is read.
+        prefix_head: with `prefix`, kind and size of a head on System 1's frozen states (`heads.PrefixHead`); None for
+            all layers, whose output embedding gives the scores.
         system1_fingerprint: of the weights that a prefix head was trained on (`heads.fingerprint`).
+        beta: weight of the score that was best on held-out forks; None if training did not choose one.
     """
 
     model_type = "llm2_process_verifier"
@@ -42,15 +44,18 @@ class ProcessVerifierConfig(PreTrainedConfig):
         backbone_config: PreTrainedConfig | dict | None = None,
         lora: dict[str, Any] | None = None,
         base_model: str | None = None,
+        score: str = "candidate",
         prefix_head: dict[str, Any] | None = None,
         system1_fingerprint: str | None = None,
+        beta: float | None = None,
         **kwargs,
     ) -> None:
         if isinstance(backbone_config, dict):
             backbone_config = AutoConfig.for_model(**backbone_config)
         self.backbone_config = backbone_config
         self.lora, self.base_model = lora, base_model
-        self.prefix_head, self.system1_fingerprint = prefix_head, system1_fingerprint
+        self.score = "prefix" if prefix_head else score  # the first folders of prefix heads have no `score`
+        self.prefix_head, self.system1_fingerprint, self.beta = prefix_head, system1_fingerprint, beta
         super().__init__(**kwargs)
 
 
@@ -71,9 +76,14 @@ class VerifierOutput(ModelOutput):
 class ProcessVerifier(PreTrainedModel):
     """s(x_<t, v): the score of token v after the prefix x_<t (arXiv 2412.20372).
 
-    A linear head without bias maps the backbone's last hidden state at a token to the token's score. With
-    `config.prefix_head` the score depends on the state at the token before it and on the token's embedding instead, and
-    the backbone is System 1's, frozen. The language model's vocabulary-sized head is never run.
+    With `config.score` candidate, a linear head without bias maps the backbone's last hidden state at a token to the
+    token's score. With prefix, the score depends on the state h at the token before it:
+
+        all layers       s = o_v . h with an output embedding o that starts as System 1's and is trained; where System 1
+                         ties it to the input embedding, it stays tied (the form of GenARM, arXiv 2410.08193)
+        a prefix head    s = head(h, e_v) on the states of System 1 itself, which stays as it is
+
+    Only differences of scores after the same prefix have a meaning. System 1's vocabulary-sized head is never run.
     """
 
     config_class = ProcessVerifierConfig
@@ -88,10 +98,13 @@ class ProcessVerifier(PreTrainedModel):
         """Without a backbone, one with random weights is created."""
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
-        if config.prefix_head is None:
-            self.score = nn.Linear(config.backbone_config.get_text_config().hidden_size, 1, bias=False)
-        else:
+        text = config.backbone_config.get_text_config()
+        if config.score == "candidate":
+            self.score = nn.Linear(text.hidden_size, 1, bias=False)
+        elif config.prefix_head is not None:
             self.score = PrefixHead(config.prefix_head, self.get_input_embeddings().weight)
+        else:  # the output embedding; None where it is the input embedding
+            self.score = None if text.tie_word_embeddings else nn.Embedding(text.vocab_size, text.hidden_size)
         self.set_unembedding(None)
         self.post_init()
 
@@ -100,19 +113,23 @@ class ProcessVerifier(PreTrainedModel):
         cls,
         model: str,
         lora: Mapping[str, Any] | None = None,
+        score: str = "candidate",
         prefix_head: Mapping[str, Any] | None = None,
         **options,
     ) -> "ProcessVerifier":
-        """A new verifier: System 1's backbone, and a head drawn from N(0, initializer_range).
+        """A new verifier: System 1's backbone, and a head: drawn from N(0, initializer_range), or System 1's own.
 
         Args:
             model: local folder or hub id of a decoder-only language model, or `testbed`.
             lora: settings of an adapter (`lora.DEFAULTS`) on System 1's frozen weights; None for a full copy.
-            prefix_head: kind and size of a head on System 1's frozen states, in place of both.
-            options: passed to AutoModel.from_pretrained (dtype, local_files_only, attn_implementation, ...).
+            score, prefix_head: as in ProcessVerifierConfig.
+            options: passed to from_pretrained (dtype, local_files_only, attn_implementation, ...).
         """
-        verifier = cls.from_backbone(load_backbone(model, **options), model, lora, prefix_head)
-        if prefix_head is None:
+        settings = (model, lora, score, prefix_head)
+        if score == "prefix" and prefix_head is None:
+            return cls.from_language_model(load_language_model(model, **options), *settings)
+        verifier = cls.from_backbone(load_backbone(model, **options), *settings)
+        if score == "candidate":
             nn.init.normal_(verifier.score.weight, std=verifier.backbone.config.get_text_config().initializer_range)
         return verifier
 
@@ -140,27 +157,46 @@ class ProcessVerifier(PreTrainedModel):
         if has_own_backbone:
             return super().from_pretrained(name, *inputs, **options)
         if system1 is None:
-            backbone = load_backbone(config.base_model, **{**options, "local_files_only": is_local(config.base_model)})
+            options = {**options, "local_files_only": is_local(config.base_model)}
+            system1 = load_language_model(config.base_model, **options)
         else:
-            backbone = lora.clone_sharing_weights(system1.base_model)
-        verifier = cls.from_backbone(backbone, config.base_model, config.lora, config.prefix_head)
+            system1 = lora.clone_sharing_weights(system1)
+        verifier = cls.from_language_model(system1, config.base_model, config.lora, config.score, config.prefix_head)
         if verifier.config.system1_fingerprint != config.system1_fingerprint:
             raise UserError(
                 f"it was trained on the states of {config.base_model}, found another System 1; a prefix head is of "
                 "no use to any other model"
             )
+        verifier.config.beta = config.beta
         if sharded and config.lora is not None:
-            lora.set_adapter(verifier, lora.adapter_state(backbone, sharded_state(Path(name))), str(name))
+            lora.set_adapter(verifier, lora.adapter_state(verifier, sharded_state(Path(name))), str(name))
         else:
             verifier.load_trained(str(name), **hub_options)
         return verifier.eval()
+
+    @classmethod
+    def from_language_model(
+        cls,
+        system1: PreTrainedModel,
+        base_model: str,
+        lora_settings: Mapping[str, Any] | None = None,
+        score: str = "candidate",
+        prefix_head: Mapping[str, Any] | None = None,
+    ) -> "ProcessVerifier":
+        """A verifier on the weights of this language model, not a copy, its output embedding included."""
+        verifier = cls.from_backbone(system1.base_model, base_model, lora_settings, score, prefix_head)
+        if isinstance(verifier.score, nn.Embedding):
+            verifier.score.weight = system1.get_output_embeddings().weight
+            verifier.score.requires_grad_(lora_settings is None)
+        return verifier
 
     @classmethod
     def from_backbone(
         cls,
         backbone: PreTrainedModel,
         base_model: str,
-        lora_settings: Mapping[str, Any] | None,
+        lora_settings: Mapping[str, Any] | None = None,
+        score: str = "candidate",
         prefix_head: Mapping[str, Any] | None = None,
     ) -> "ProcessVerifier":
         """A verifier on this backbone itself, not a copy. Its head is not initialised."""
@@ -169,6 +205,7 @@ class ProcessVerifier(PreTrainedModel):
             base_model=base_model,
             dtype=backbone.dtype,
             attn_implementation=backbone.config._attn_implementation,
+            score=score,
             prefix_head=prefix_head and dict(prefix_head),
             system1_fingerprint=prefix_head and fingerprint(backbone),
         )
@@ -178,8 +215,9 @@ class ProcessVerifier(PreTrainedModel):
             backbone.requires_grad_(False)
             verifier.score = PrefixHead(prefix_head, backbone.get_input_embeddings().weight).to(backbone.device)
             return verifier
-        verifier.score = nn.Linear(verifier.score.in_features, 1, bias=False, dtype=backbone.dtype)
-        verifier.score.to(backbone.device)
+        if score == "candidate":
+            verifier.score = nn.Linear(verifier.score.in_features, 1, bias=False, dtype=backbone.dtype)
+            verifier.score.to(backbone.device)
         if lora_settings is not None:
             config.lora = lora.with_defaults(lora_settings)
             lora.inject(backbone, config.lora)
@@ -204,7 +242,7 @@ class ProcessVerifier(PreTrainedModel):
                 head = {key: tensor.contiguous().cpu() for key, tensor in state.items() if key.startswith("score.")}
                 save_file(head, Path(folder, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
                 return
-            adapter = lora.adapter_state(self.backbone, state)
+            adapter = lora.adapter_state(self, state)
             lora.save_adapter(Path(folder), adapter, self.config.lora, self.config.base_model)
 
     @property
@@ -241,7 +279,7 @@ class ProcessVerifier(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -249,55 +287,77 @@ class ProcessVerifier(PreTrainedModel):
         start: torch.Tensor | None = None,
         prefix_len: torch.Tensor | None = None,
         pair_indices: torch.Tensor | None = None,
+        pair_tokens: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
+        states: torch.Tensor | None = None,
     ) -> VerifierOutput:
-        """Score every token.
+        """Score every token, or the two tokens of each pair.
 
         Args:
             input_ids: (R, S).
             attention_mask: (R, S + cached), or (R, 1, S, S + cached) booleans as from `masks.tree_mask`.
             position_ids: (R, S).
             start, prefix_len: (R, S) of packed rows (see `masks`), in place of attention_mask and position_ids.
-            pair_indices: (1, M, 2) of gold and negative in the flattened R * S tokens; asks for `margins`.
+            pair_indices: (1, M, 2) or, where `score` is prefix, (1, M), as in VerifierBatch; asks for `margins`.
+            pair_tokens: (1, M, 2), where `score` is prefix.
             targets: (R, S) the next token, or IGNORE_INDEX; asks for `lm_loss`.
+            states: (N, D) of a prefix head's System 1, in place of input_ids; pair_indices count its rows.
         """
-        if prefix_len is not None:
-            attention_mask, position_ids = self._packed_mask(start, prefix_len), prefix_len
-        hidden = self.backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-        ).last_hidden_state
-        if self.config.prefix_head is None:
-            scores = self.score(hidden).squeeze(-1)  # (R, S)
+        if states is not None:
+            hidden = states
+        elif prefix_len is not None:
+            hidden = self.states(input_ids, start, prefix_len)
         else:
-            scores = self.score(_states_before(hidden, start, prefix_len), self.get_input_embeddings()(input_ids))
-        output = VerifierOutput(scores=scores, past_key_values=past_key_values)
+            hidden = self.backbone(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+            ).last_hidden_state
+        output = VerifierOutput(past_key_values=past_key_values)
+        if self.config.score == "candidate":
+            output.scores = self.score(hidden).squeeze(-1)  # (R, S)
+            pair_scores = None if pair_indices is None else output.scores.flatten()[pair_indices]  # (1, M, 2)
+        elif pair_indices is not None:
+            pair_scores = self.prefix_scores(hidden.flatten(end_dim=-2)[pair_indices], pair_tokens)
+        else:
+            before = nn.functional.pad(
+                hidden, (0, 0, 1, -1)
+            )  # the first token has no prefix, so its score means nothing
+            output.scores = self.prefix_scores(before, input_ids[..., None]).squeeze(-1)
         if pair_indices is not None:
-            gold, negative = scores.flatten()[pair_indices].unbind(-1)  # (1, M)
-            output.margins = gold - negative
+            output.margins = pair_scores[..., 0] - pair_scores[..., 1]
         if targets is not None:
             weight = self.get_input_embeddings().weight if self.unembedding is None else self.unembedding
             has_target = targets != IGNORE_INDEX
-            states = hidden[has_target]
-            output.lm_loss = chunked_cross_entropy(states, weight.to(states.dtype), targets[has_target])[None]
+            target_states = hidden[has_target]
+            output.lm_loss = chunked_cross_entropy(target_states, weight.to(target_states.dtype), targets[has_target])[
+                None
+            ]
         return output
 
-    def _packed_mask(self, start: torch.Tensor, prefix_len: torch.Tensor) -> torch.Tensor | BlockMask:
+    def prefix_scores(self, states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Scores of tokens (..., K) after prefixes whose last tokens have these states (..., D) -> (..., K) float32.
+
+        Only where `score` is prefix.
+        """
+        states = states[..., None, :]
+        if self.config.prefix_head is not None:
+            return self.score(states, self.get_input_embeddings()(tokens))
+        output_embedding = self.get_input_embeddings() if self.score is None else self.score
+        rows = nn.functional.embedding(tokens, output_embedding.weight)  # not its forward: some models scale that
+        return (states.float() * rows.float()).sum(-1)
+
+    def states(self, input_ids: torch.Tensor, start: torch.Tensor, prefix_len: torch.Tensor) -> torch.Tensor:
+        """The backbone's last hidden states (R, S, D) of packed rows."""
         if self.backbone.config._attn_implementation == "flex_attention":
-            return packed_block_mask(start, prefix_len)
-        return as_attention_mask(self.backbone, packed_mask(start, prefix_len))
-
-
-def _states_before(hidden: torch.Tensor, start: torch.Tensor | None, prefix_len: torch.Tensor | None) -> torch.Tensor:
-    """(R, S, D) -> the state at the last token of each token's prefix; zeros for the first token, which has none."""
-    if prefix_len is None:
-        return nn.functional.pad(hidden, (0, 0, 1, -1))
-    columns = (start + prefix_len - 1).clamp(min=0)  # in packed rows a prefix begins at its solution's start
-    states = hidden.gather(1, columns[..., None].expand_as(hidden))
-    return states * (prefix_len > 0)[..., None]
+            mask = packed_block_mask(start, prefix_len)
+        else:
+            mask = as_attention_mask(self.backbone, packed_mask(start, prefix_len))
+        return self.backbone(
+            input_ids=input_ids, attention_mask=mask, position_ids=prefix_len, use_cache=False
+        ).last_hidden_state
 
 
 AutoConfig.register(ProcessVerifierConfig.model_type, ProcessVerifierConfig)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.data import random_split
 from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
@@ -17,6 +18,7 @@ from llm2.common.loading import load_system1, load_tokenizer, resolve_device
 from llm2.config import TrainConfig
 from llm2.errors import UserError
 from llm2.verifier.checkpoints import last_whole_checkpoint
+from llm2.verifier.frozen_states import FrozenStates
 from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.model_card import model_card
 from llm2.verifier.pair_metrics import PairInfo, Rival, compute_metrics, fork_rivals, pair_info, system1_margins
@@ -26,6 +28,7 @@ from llm2.verifier.triplets import Example, Summary, load_examples
 MAY_DIFFER = ("output_dir", "resume", "report_to", "logging_steps")  # between a run and its continuation
 # Keys that TrainConfig and TrainingArguments share.
 PASSED_ON = ("output_dir", "num_train_epochs", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm")
+READ_BATCH = 16  # solutions of a forward that reads frozen states
 PASSED_ON += ("per_device_train_batch_size", "bf16", "logging_steps", "report_to", "seed")
 
 
@@ -53,14 +56,18 @@ def train(config: TrainConfig) -> dict:
     refuse_unknown_tokens(verifier, tokenizer)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(verifier.config, name, getattr(tokenizer, name))  # otherwise the Trainer does it, and warns
+    train_data, eval_data = train_set, eval_set
+    if config.prefix_head is not None:
+        verifier.to(device)
+        train_data, eval_data = (FrozenStates(verifier, data, READ_BATCH) for data in (train_set, eval_set))
     trainer = VerifierTrainer(
         verifier,
         arguments,
-        train_set,
+        train_data,
         LossConfig(quality_weight=config.quality_weight, margin=config.margin, lm_loss_coef=config.lm_loss_coef),
         eval_pairs,
         eval_forks,
-        eval_dataset=eval_set,
+        eval_dataset=eval_data,
         processing_class=tokenizer,
         callbacks=[EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else [],
     )
@@ -73,6 +80,7 @@ def train(config: TrainConfig) -> dict:
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
     }
+    verifier.config.beta = metrics.get("eval_choice_beta")
     trainer.save_model(config.output_dir)
     if dist_info().is_main:
         Path(config.output_dir, "training.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -138,10 +146,26 @@ def new_verifier(config: TrainConfig, device: torch.device) -> ProcessVerifier:
             "attn_implementation flex_attention: expected a CUDA GPU, since torch trains it nowhere else; use sdpa"
         )
     head = config.prefix_head and {"kind": config.prefix_head, "size": config.prefix_head_size}
-    if head and (lora or config.lm_loss_coef):
-        key = "lora_r" if lora else "lm_loss_coef"
-        raise UserError(f"prefix_head: a head on frozen states has no weights for {key}; leave one of the two out")
-    return ProcessVerifier.from_system1(config.model, lora, head, dtype=torch.float32, attn_implementation=attention)
+    if head and config.score == "candidate":
+        raise UserError("prefix_head: expected score: prefix, found score: candidate")
+    for key, value in (("lora_r", lora), ("lm_loss_coef", config.lm_loss_coef)):
+        if head and value:
+            raise UserError(f"prefix_head: a head on frozen states has no weights for {key}; leave one of the two out")
+    options = {"dtype": torch.float32, "attn_implementation": attention}
+    verifier = ProcessVerifier.from_system1(config.model, lora, config.score, head, **options)
+    if config.trainable_layers is not None:
+        freeze_layers(verifier, config.trainable_layers)
+    return verifier
+
+
+def freeze_layers(verifier: ProcessVerifier, trainable: int) -> None:
+    """Leave only the head and the `trainable` highest layers to be trained."""
+    backbone, count = verifier.backbone, verifier.backbone.config.get_text_config().num_hidden_layers
+    if trainable > count:
+        raise UserError(f"trainable_layers: found {trainable}, expected at most the {count} of {backbone.name_or_path}")
+    layers = next(m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    backbone.requires_grad_(False)
+    layers[count - trainable :].requires_grad_(True)
 
 
 def refuse_sliding_window(config: PreTrainedConfig, length: int) -> None:

@@ -10,14 +10,14 @@ from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from llm2.verifier.collate import verifier_batch
+from llm2.verifier.frozen_states import FrozenExample, FrozenStates, frozen_batch
 from llm2.verifier.loss import IGNORE_INDEX, NO_PAIR, pairwise_loss
 from llm2.verifier.masks import BLOCK
 from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.pair_metrics import PairInfo, Rival, choice_metrics, compute_metrics
-from llm2.verifier.triplets import Example
+from llm2.verifier.triplets import EMPTY_EXAMPLE, Example
 
 NOT_FOR_THE_MODEL = ("pair_ids", "pair_weights", "pair_targets")
-EMPTY_EXAMPLE = Example([0], [])  # has no pair: runs through the forward pass and adds nothing to the loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,20 +51,21 @@ class PaddedSampler(Sampler[int]):
 
 
 class PaddedDataset(Dataset):
-    """The examples, and EMPTY_EXAMPLE at every index beyond them."""
+    """The examples, and an empty one at every index beyond them."""
 
-    def __init__(self, examples: Sequence[Example]) -> None:
+    def __init__(self, examples: Sequence[Example] | FrozenStates) -> None:
         self.examples = examples
+        self.empty = examples.empty if isinstance(examples, FrozenStates) else EMPTY_EXAMPLE
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index] if index < len(self.examples) else EMPTY_EXAMPLE
+    def __getitem__(self, index: int) -> Example | FrozenExample:
+        return self.examples[index] if index < len(self.examples) else self.empty
 
 
 class VerifierTrainer(Trainer):
-    """Trains a ProcessVerifier on `Example`s.
+    """Trains a ProcessVerifier on `Example`s, a prefix head on `FrozenStates`.
 
     The TrainingArguments need label_names=["pair_ids"] and remove_unused_columns=False.
 
@@ -78,7 +79,7 @@ class VerifierTrainer(Trainer):
         self,
         model: ProcessVerifier,
         args: TrainingArguments,
-        train_dataset: Sequence[Example],
+        train_dataset: Sequence[Example] | FrozenStates,
         loss: LossConfig | None = None,
         eval_pairs: Mapping[int, PairInfo] | None = None,
         eval_forks: Sequence[Sequence[Rival]] = (),
@@ -104,16 +105,20 @@ class VerifierTrainer(Trainer):
         # compute_loss divides by the pairs of the whole step: the Trainer must not divide by accumulation steps again.
         self.model_accepts_loss_kwargs = True
 
-    def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    def collate(self, examples: Sequence[Example] | Sequence[FrozenExample]) -> dict[str, torch.Tensor]:
         """FlexAttention skips what a token cannot see, so one row holds all solutions; otherwise rows are short."""
-        flex = self.model.backbone.config._attn_implementation == "flex_attention"
-        batch = verifier_batch(
-            examples,
-            capacity=sys.maxsize if flex else None,
-            multiple=BLOCK if flex else 1,
-            quality_weight=self.loss.quality_weight,
-            lm_targets=self.loss.lm_loss_coef > 0,
-        )
+        if isinstance(examples[0], FrozenExample):
+            batch = frozen_batch(examples, self.loss.quality_weight)
+        else:
+            flex = self.model.backbone.config._attn_implementation == "flex_attention"
+            batch = verifier_batch(
+                examples,
+                branches=self.model.config.score == "candidate",
+                capacity=sys.maxsize if flex else None,
+                multiple=BLOCK if flex else 1,
+                quality_weight=self.loss.quality_weight,
+                lm_targets=self.loss.lm_loss_coef > 0,
+            )
         return {name: tensor for name, tensor in batch._asdict().items() if tensor is not None}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -56,6 +56,9 @@ class Example(NamedTuple):
     gold_better: Sequence[float] = ()  # (M,) soft targets, or empty where gold is better for sure
 
 
+EMPTY_EXAMPLE = Example([0], [])  # has no pair: runs through a forward and adds nothing to the loss
+
+
 class ExampleFile(Sequence[Example]):
     """Examples in an anonymous temporary file, so that memory does not grow with the data."""
 

@@ -1,0 +1,271 @@
+"""A System 2 that is only a head on System 1's states: exact to its slow twin, small on disk, of one System 1 alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VOCABULARY, tiny_system1
+from reference import decode_one
+from safetensors.torch import load_file
+from test_collate import examples, model_inputs
+from test_train import write_triplets
+
+from llm2.common.loading import load_system1, load_tokenizer
+from llm2.config import TrainConfig
+from llm2.decoding.decoder import Decoder
+from llm2.decoding.llm2 import LLM2
+from llm2.decoding.logits_processor import GuidedLogitsProcessor
+from llm2.decoding.sampling import Guidance, SamplingParams
+from llm2.errors import UserError
+from llm2.verifier.collate import verifier_batch
+from llm2.verifier.frozen_states import FrozenStates, frozen_batch
+from llm2.verifier.heads import fingerprint
+from llm2.verifier.model import ProcessVerifier
+from llm2.verifier.train import train
+from llm2.verifier.triplets import Example, Triplet
+
+HEADS = {"bilinear": {"kind": "bilinear", "size": 4}, "mlp": {"kind": "mlp", "size": 16}}
+KINDS = [*HEADS, "layers", "tied layers", "lora", "tied lora"]
+
+
+def prefix_verifier(folder: Path, system1, kind: str) -> ProcessVerifier:
+    """Of the weights of `system1`, with scores large enough to change choices."""
+    system1.save_pretrained(folder)
+    lora = {"rank": 4} if "lora" in kind else None
+    options = {"score": "prefix", "prefix_head": HEADS.get(kind), "local_files_only": True}
+    torch.manual_seed(3)
+    verifier = ProcessVerifier.from_system1(str(folder), lora, **options).eval()
+    with torch.no_grad():
+        for weight in verifier.parameters():
+            if weight.requires_grad:
+                weight.mul_(2.0).add_(torch.randn_like(weight), alpha=0.02)
+    return verifier
+
+
+@pytest.fixture(params=KINDS)
+def pair(request, tmp_path):
+    system1 = tiny_system1(tie_word_embeddings="tied" in request.param)
+    return system1, prefix_verifier(tmp_path / "system1", system1, request.param)
+
+
+@pytest.fixture(params=HEADS)
+def head_pair(request, tmp_path, system1):
+    return system1, prefix_verifier(tmp_path / "system1", system1, request.param)
+
+
+@torch.inference_mode()
+def test_a_score_is_the_heads_of_the_prefix_state_and_the_tokens_embedding(head_pair):
+    system1, verifier = head_pair
+    ids = torch.randint(3, VOCABULARY, (1, 9))
+    scores = verifier(ids).scores[0]
+    embedding = system1.get_input_embeddings()
+    for position in range(1, 9):
+        state = system1.model(ids[:, :position]).last_hidden_state[0, -1]
+        expected = verifier.score(state[None], embedding(ids[0, position])[None])
+        assert scores[position].item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["layers", "tied layers", "lora", "tied lora"])
+def test_the_scores_of_a_new_verifier_with_layers_are_system1s_own_logits(kind, tmp_path):
+    system1 = tiny_system1(tie_word_embeddings="tied" in kind)
+    system1.save_pretrained(tmp_path)
+    lora = {"rank": 4} if "lora" in kind else None
+    verifier = ProcessVerifier.from_system1(str(tmp_path), lora, score="prefix").eval()
+    ids = torch.randint(3, VOCABULARY, (1, 9))
+    expected = system1(ids).logits[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(verifier(ids).scores[0, 1:], expected)
+
+
+@torch.inference_mode()
+def test_packed_pairs_have_the_margins_of_each_pair_alone(pair):
+    _, verifier = pair
+    solutions = examples(4)
+    batch = verifier_batch(solutions, branches=False, capacity=200)
+    margins = verifier(**model_inputs(batch)).margins[0].tolist()
+    expected = []
+    for example in solutions:
+        for position, gold, negative in example.triplets:
+            prefix = example.ids[:position]
+            gold, negative = (verifier(torch.tensor([[*prefix, v]])).scores[0, -1].item() for v in (gold, negative))
+            expected.append(gold - negative)
+    assert margins == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_backbone_does_not_read_candidates(pair):
+    """Nor what stands behind the last pair's prefix."""
+    example = Example([5, 6, 7, 4, 8], [Triplet(2, 7, 9), Triplet(3, 4, 9)])
+    assert verifier_batch([example], branches=False).input_ids.tolist() == [[5, 6, 7]]
+
+
+@torch.inference_mode()
+def test_frozen_states_give_the_margins_of_a_forward(head_pair):
+    _, verifier = head_pair
+    solutions = examples(7)
+    frozen = FrozenStates(verifier, solutions, batch_size=3)
+    whole = verifier_batch(solutions, branches=False)
+    expected = verifier(**model_inputs(whole)).margins
+    batch = frozen_batch([frozen.empty, *frozen])
+    found = verifier(states=batch.states, pair_indices=batch.pair_indices, pair_tokens=batch.pair_tokens).margins
+    torch.testing.assert_close(found, expected)
+    for name in ("pair_tokens", "pair_ids", "pair_weights", "pair_targets"):
+        assert torch.equal(getattr(batch, name), getattr(whole, name))
+    assert len(batch.states) < batch.pair_tokens.shape[1], "a prefix is kept once"
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_guided_greedy_equals_the_uncached_reference(pair, batch_size, graphs):
+    system1, verifier = pair
+    prompts = [torch.randint(3, VOCABULARY, (length,)).tolist() for length in (5, 9, 2, 7, 5, 12)]
+    options = {"alpha": 0.05, "beta": 1.0}
+    decoder = Decoder(system1, Guidance(verifier=verifier, **options), graphs=graphs)
+    written = decoder.decode(prompts, max_new_tokens=10, eos=[1], batch_size=batch_size)
+    expected = [decode_one(system1, p, max_new_tokens=10, eos=[1], verifier=verifier, **options) for p in prompts]
+    assert [completion.token_ids for (completion,) in written] == expected
+    plain = Decoder(system1).decode(prompts, max_new_tokens=10, eos=[1])
+    assert [completion.token_ids for (completion,) in plain] != expected, "the head must change some choice"
+    calls = sum(completion.num_verifier_calls for (completion,) in written)
+    if verifier.config.prefix_head is not None:
+        assert decoder.counts["system2_forwards"] == calls == 0
+    else:  # every token is read at most once
+        length = sum(map(len, prompts)) + sum(len(completion.token_ids) for (completion,) in written)
+        assert calls > 0 and 0 < decoder.counts["system2_tokens"] < length
+
+
+def test_guided_sampling_equals_the_uncached_reference(pair):
+    system1, verifier = pair
+    prompts = [torch.randint(3, VOCABULARY, (length,)).tolist() for length in (5, 9, 7)]
+    seeds = [[prompt * 10 + sample for sample in range(4)] for prompt in range(3)]
+    decoder = Decoder(system1, Guidance(verifier=verifier, alpha=0.05, beta=1.0))
+    written = decoder.decode(prompts, max_new_tokens=8, eos=[1], sampling=SamplingParams(temperature=0.8), seeds=seeds)
+    options = {"max_new_tokens": 8, "eos": [1], "verifier": verifier, "alpha": 0.05, "beta": 1.0, "temperature": 0.8}
+    expected = [
+        [decode_one(system1, p, seed=seed, **options) for seed in s] for p, s in zip(prompts, seeds, strict=True)
+    ]
+    assert [[completion.token_ids for completion in samples] for samples in written] == expected
+
+
+def test_a_logits_processor_takes_layers_and_refuses_a_head(pair):
+    system1, verifier = pair
+    if verifier.config.prefix_head is not None:
+        with pytest.raises(ValueError, match="does not see"):
+            GuidedLogitsProcessor(Guidance(verifier=verifier))
+        return
+    guidance = Guidance(verifier=verifier, alpha=0.05, beta=1.0)
+    prompts = torch.randint(3, VOCABULARY, (3, 7))
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 1, "pad_token_id": 0}
+    generated = system1.generate(prompts, logits_processor=[GuidedLogitsProcessor(guidance)], **options)[:, 7:]
+    decoded = Decoder(system1, guidance).decode(prompts.tolist(), max_new_tokens=8, eos=[1])
+    for row, (completion,) in zip(generated.tolist(), decoded, strict=True):
+        assert row[: len(completion.token_ids)] == completion.token_ids
+
+
+def train_config(model: str, folder: Path, **changes) -> TrainConfig:
+    files = {"train_file": str(folder / "triplets.jsonl"), "output_dir": str(folder / "verifier")}
+    sizes = {"global_batch_size": 8, "per_device_train_batch_size": 4, "eval_share": 0.2}
+    return TrainConfig(**{"model": model, "device": "cpu", **files, **sizes, **changes})
+
+
+@pytest.fixture(scope="module")
+def trained(system1_folder, tmp_path_factory) -> tuple[TrainConfig, dict]:
+    folder = tmp_path_factory.mktemp("head")
+    write_triplets(folder / "triplets.jsonl", load_tokenizer(system1_folder), 24)
+    changes = {
+        "score": "prefix",
+        "prefix_head": "bilinear",
+        "prefix_head_size": 4,
+        "learning_rate": 1e-2,
+        "num_train_epochs": 6.0,
+    }
+    config = train_config(system1_folder, folder, **changes)
+    return config, train(config)
+
+
+def test_training_learns_and_saves_the_head_alone(trained):
+    config, metrics = trained
+    folder = Path(config.output_dir)
+    assert metrics["eval_pair_accuracy"] > 0.9
+    assert (folder / "model.safetensors").stat().st_size < 20_000
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["prefix_head"] == {"kind": "bilinear", "size": 4} and saved["system1_fingerprint"]
+
+
+def test_a_saved_head_loads_on_system1s_own_parameters_and_scores_the_same(trained, system1_folder):
+    config, _ = trained
+    llm2 = LLM2.from_pretrained(system1_folder, config.output_dir, device="cpu")
+    verifier = llm2.guidance.verifier
+    assert verifier.backbone.get_input_embeddings().weight is llm2.system1.get_input_embeddings().weight
+    alone = ProcessVerifier.from_pretrained(config.output_dir)
+    ids = torch.randint(3, 100, (1, 12))
+    with torch.inference_mode():
+        assert torch.equal(alone(ids).scores, verifier(ids).scores)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_r": 4, "learning_rate": 1e-2}], ids=["layers", "lora"])
+def test_training_with_all_layers_learns_and_loads(changes, system1_folder, tmp_path):
+    write_triplets(tmp_path / "triplets.jsonl", load_tokenizer(system1_folder), 24)
+    changes = {"score": "prefix", "learning_rate": 3e-3, "num_train_epochs": 6.0, **changes}
+    config = train_config(system1_folder, tmp_path, **changes)
+    metrics = train(config)
+    assert metrics["eval_pair_accuracy"] > 0.9
+    llm2 = LLM2.from_pretrained(system1_folder, config.output_dir, device="cpu")
+    alone = ProcessVerifier.from_pretrained(config.output_dir)
+    ids = torch.randint(3, 100, (1, 12))
+    with torch.inference_mode():
+        assert torch.equal(alone(ids).scores, llm2.guidance.verifier(ids).scores)
+        assert not torch.allclose(
+            alone(ids).scores, ProcessVerifier.from_system1(system1_folder, score="prefix")(ids).scores
+        )
+    saved = load_file(next(Path(config.output_dir).glob("*.safetensors")))
+    assert any("score" in name for name in saved) == (config.lora_r is None), "an adapter leaves the embedding as it is"
+
+
+def test_an_untied_output_embedding_is_trained_and_saved(tmp_path):
+    tiny_system1().save_pretrained(tmp_path / "system1")
+    verifier = ProcessVerifier.from_system1(str(tmp_path / "system1"), score="prefix").eval()
+    with torch.no_grad():
+        verifier.score.weight.mul_(2)
+    verifier.save_pretrained(tmp_path / "verifier")
+    ids = torch.randint(3, VOCABULARY, (1, 12))
+    with torch.inference_mode():
+        assert torch.equal(ProcessVerifier.from_pretrained(tmp_path / "verifier")(ids).scores, verifier(ids).scores)
+
+
+def test_only_the_highest_layers_are_trained(system1_folder, tmp_path):
+    write_triplets(tmp_path / "triplets.jsonl", load_tokenizer(system1_folder), 24)
+    config = train_config(system1_folder, tmp_path, trainable_layers=1, learning_rate=1e-2)
+    train(config)
+    before = load_system1(system1_folder, torch.device("cpu")).state_dict()
+    after = ProcessVerifier.from_pretrained(config.output_dir).backbone.state_dict()
+    changed = {name.split(".")[1] for name in after if not torch.equal(after[name], before[f"model.{name}"])}
+    assert changed == {str(len(load_system1(system1_folder, torch.device("cpu")).model.layers) - 1)}
+
+
+def test_a_head_of_another_system1_is_refused(trained, tmp_path):
+    config, _ = trained
+    other = load_system1(config.model, torch.device("cpu"))
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(1.1)
+    other.save_pretrained(tmp_path)
+    load_tokenizer(config.model).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="trained on the states of"):
+        LLM2.from_pretrained(str(tmp_path), config.output_dir, device="cpu")
+
+
+def test_a_fingerprint_does_not_depend_on_the_dtype_that_a_model_is_loaded_in():
+    stored = tiny_system1().to(torch.bfloat16)
+    assert fingerprint(stored.model) == fingerprint(tiny_system1().to(torch.bfloat16).float().model)
+    assert fingerprint(stored.model) != fingerprint(tiny_system1(seed=1).model)
+
+
+def test_a_head_takes_no_adapter_and_no_lm_loss(trained, tmp_path):
+    config, _ = trained
+    for changes in ({"lora_r": 4}, {"lm_loss_coef": 0.1}):
+        with pytest.raises(UserError, match="prefix_head: a head on frozen states"):
+            train(
+                train_config(
+                    config.model, tmp_path, **changes, score="prefix", prefix_head="mlp", train_file=config.train_file
+                )
+            )
