@@ -9,16 +9,16 @@ from importlib import import_module
 from pathlib import Path
 
 from llm2.common.config_file import help_text, load_config
-from llm2.config import EvaluateConfig, ExploreConfig, PretrainConfig, SweepConfig, TrainConfig
+from llm2.config import (
+    CONFIGS,
+    EvaluateConfig,
+    ExploreConfig,
+    PretrainConfig,
+    StudyConfig,
+    SweepConfig,
+    TrainConfig,
+)
 from llm2.errors import UserError
-
-CONFIGS = {
-    "explore": ExploreConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "sweep": SweepConfig,
-    "pretrain": PretrainConfig,
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,6 +57,10 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("triplets", help="JSON lines of messages and samples")
     command.add_argument("--tokenizer", required=True, help="local folder or hub id")
     command.add_argument("--chat-template", help="name or Jinja file; the tokenizer's own when left out")
+    command = _add_command(commands, "study", "Run the same steps for many settings, and compare.", run_study)
+    command.epilog = f"keys:\n{help_text(StudyConfig)}"
+    command.add_argument("config", help="a file of configs/studies")
+    command.add_argument("--summary", action="store_true", help="run nothing; summarise what is there")
     command = _add_command(commands, "report", "Rebuild table, plots and report.html of a results folder.", run_report)
     command.add_argument("folder", help="results folder with metrics.json")
     return parser
@@ -216,6 +220,17 @@ def run_check(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(options.tokenizer)
     _, summary = load_examples(options.triplets, tokenizer, resolve_template(options.chat_template))
     print(f"{options.triplets}: {summary}; every position fits\n{summary.table()}")
+
+
+def run_study(options: argparse.Namespace) -> None:
+    from llm2.study.run import run
+    from llm2.study.summary import write_summary
+
+    config = load_config(StudyConfig, options.config)
+    if not options.summary:
+        run(config)
+    print(write_summary(config))
+    print(f"table, data and plot in {config.report}.md, .json, .svg")
 
 
 def run_report(options: argparse.Namespace) -> None:

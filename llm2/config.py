@@ -4,6 +4,7 @@ The sentence under each key is what `python -m llm2 COMMAND --help` prints; llm2
 and overrides.
 """
 
+from dataclasses import field
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+NESTED = ConfigDict(extra="forbid", strict=False, use_attribute_docstrings=True)  # a YAML file holds mappings
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -183,6 +185,8 @@ class TrainConfig(ModelConfig):
     """What to train on, JSON lines: triplets, or an exploration's verdicts (OUTPUT.pairs.jsonl) as soft targets."""
     output_dir: str
     """Folder for the verifier and its checkpoints."""
+    limit: Count | None = None
+    """Number of solutions of train_file, the first ones; all when null."""
     eval_file: str | None = None
     """Held-out triplets; when null a share of train_file is held out."""
     eval_share: Share = 0.05
@@ -312,6 +316,64 @@ class SweepConfig(EvaluateConfig):
     """Mode whose accuracy decides; in a sampling mode majority@k of the largest k."""
 
 
+@dataclass(frozen=True, config=NESTED, kw_only=True)
+class StudyStep:
+    """One command of a study."""
+
+    name: str
+    """What axes and reports call it."""
+    command: str
+    """Command of `python -m llm2`."""
+    config: str | None = None
+    """Its config file."""
+    set: dict[str, Any] = field(default_factory=dict)
+    """Overrides of its keys; {study}, {run} and the axes' names in braces stand for folders and values."""
+    done: str
+    """File whose presence says that the step is done."""
+    only: dict[str, list[Any]] = field(default_factory=dict)
+    """Values of axes with which the step is run; all when empty."""
+
+
+@dataclass(frozen=True, config=NESTED, kw_only=True)
+class StudyPlot:
+    """What the plot of a study shows."""
+
+    x: str
+    """Figure of the table on the horizontal axis; {mode} stands for the panel's mode."""
+    label: str
+    """Text of that axis."""
+    colour: str
+    """Axis that the colours tell."""
+    marker: str
+    """Axis that the markers tell."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class StudyConfig:
+    """Run the same steps for every combination of some settings, and compare: one table, one plot."""
+
+    output_dir: str
+    """Folder of all runs; a study that was stopped goes on where it was."""
+    report: str
+    """Path, without its ending, of the table, the data and the plot."""
+    once: tuple[StudyStep, ...] = ()
+    """Steps before all runs."""
+    axes: dict[str, dict[str, dict[str, dict[str, Any]]]]
+    """Axis -> its values -> step -> overrides; every combination is a run, the last axis varies fastest."""
+    skip: tuple[dict[str, str], ...] = ()
+    """Combinations that are left out."""
+    steps: tuple[StudyStep, ...]
+    """Steps of a run."""
+    over: str = "seed"
+    """Axis whose values are averaged."""
+    baseline: dict[str, str]
+    """Axis -> value of the runs that the others are tested against."""
+    plot: StudyPlot
+    """What the plot shows."""
+    workers: Count = 1
+    """Runs side by side; each gets an equal share of the CPU's threads."""
+
+
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class PretrainConfig(LlamaShape):
     """Train the testbed's System 1 from scratch."""
@@ -346,3 +408,13 @@ class PretrainConfig(LlamaShape):
     """Validation problems for the figures of the model card."""
     seed: int = 0
     """Seed of the corpus, the weights and the order of the documents."""
+
+
+# Command of `python -m llm2` -> its config.
+CONFIGS = {
+    "explore": ExploreConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "sweep": SweepConfig,
+    "pretrain": PretrainConfig,
+}

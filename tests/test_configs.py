@@ -9,17 +9,11 @@ from accelerate.utils import DistributedType
 
 from llm2.benchmarks.configs import benchmark_class
 from llm2.common.config_file import as_dict, load_config, write_config
-from llm2.config import EvaluateConfig, ExploreConfig, PretrainConfig, SweepConfig, TrainConfig
+from llm2.config import CONFIGS as CLASSES
+from llm2.config import EvaluateConfig, ExploreConfig, StudyConfig, TrainConfig
 from llm2.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-CLASSES = {
-    "explore": ExploreConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "pretrain": PretrainConfig,
-    "sweep": SweepConfig,
-}
 COMMAND_FILES = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "accelerate")
 ACCELERATE_FILES = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 GSM8K_MODELS = ["llama-3.1-8b-instruct", "llama-3.2-1b-instruct", "llama-3.2-3b-instruct", "qwen2.5-1.5b-instruct"]
@@ -33,6 +27,8 @@ def config_class(path):
     """The class that a file's name says: train.yaml and train_small.yaml are a TrainConfig."""
     if path.parent.name == "benchmark":
         return benchmark_class(path)
+    if path.parent.name == "studies":
+        return StudyConfig
     return CLASSES[path.stem.replace("-", "_").split("_")[0]]
 
 

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "decoding": {"common", "verifier"},
     "exploration": {"common", "tasks", "verifier", "decoding"},
     "evaluation": {"common", "tasks", "verifier", "decoding"},
+    "study": {"common", "evaluation"},
     "testbed.train": {"common", "tasks", "verifier", "decoding", "exploration", "testbed"},
     "benchmarks": {"common", "tasks", "verifier", "decoding", "exploration", "testbed"},
 }

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, lru_cache
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 from scipy import optimize, stats
@@ -85,6 +86,34 @@ def bootstrap_means(values: np.ndarray, seed: int = 0):
         method="percentile",
         rng=seed,
     )
+
+
+class SeedsTest(NamedTuple):
+    """A mean over seeds and problems, its 95 % interval, and two-sided p against a mean of 0."""
+
+    mean: float
+    ci95: tuple[float, float]
+    p: float
+
+
+def seeds_bootstrap(values: np.ndarray, seed: int = 0) -> SeedsTest:
+    """Percentile bootstrap of the mean of values (S, N), of S training seeds on the same N problems.
+
+    Each resample draws seeds and, for all of them, problems, both with replacement: the interval covers another seed as
+    well as other problems. With m of R resampled means at or beyond 0, p is 2 (m + 1) / (R + 1).
+    """
+    generator = np.random.default_rng(seed)
+    num_seeds, n = values.shape
+    means = []
+    for start in range(0, RESAMPLES, BATCH):
+        count = min(BATCH, RESAMPLES - start)
+        problems = generator.multinomial(n, np.full(n, 1 / n), size=count)  # (count, N) how often each was drawn
+        seeds = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=count)  # (count, S)
+        means.append((problems @ values.T * seeds).sum(-1) / (n * num_seeds))
+    resampled = np.concatenate(means)
+    beyond = min((resampled <= 0).sum(), (resampled >= 0).sum())
+    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return SeedsTest(float(values.mean()), (float(low), float(high)), min(1.0, 2 * float(beyond + 1) / (RESAMPLES + 1)))
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

@@ -64,7 +64,10 @@ class Decoder:
             for sequence in scheduler.retire():
                 samples = finished[sequence.prompt_index]
                 samples[sequence.sample_index] = Completion(
-                    sequence.completion_ids, sequence.num_verifier_calls, sequence.trace if request.trace else None
+                    sequence.completion_ids,
+                    sequence.num_verifier_calls,
+                    sequence.num_verifier_tokens,
+                    sequence.trace if request.trace else None,
                 )
                 if len(samples) == len(request.seeds[sequence.prompt_index]):
                     yield sequence.prompt_index, [completion for _, completion in sorted(samples.items())]

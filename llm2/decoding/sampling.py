@@ -121,6 +121,7 @@ class Completion(NamedTuple):
 
     token_ids: list[int]  # the new tokens, an end-of-sequence token included
     num_verifier_calls: int  # verifier forwards that the sequence took part in
+    num_verifier_tokens: int  # that the verifier read in them
     trace: list[TokenTrace] | None = None  # one entry per token, with trace=True
 
 

@@ -51,6 +51,7 @@ class SequenceState:
     num_cached_lm: int = 0  # tokens whose keys and values System 1 has computed
     num_cached_verifier: int = 0
     num_verifier_calls: int = 0
+    num_verifier_tokens: int = 0  # read for this sequence alone, its candidates included
     trace: list[TokenTrace] = field(default_factory=list)
     proposal: Proposal | None = None  # waits for the verifier
     done: bool = False
@@ -239,13 +240,12 @@ class Scheduler:
 
     def _verifier_chunks(self, pending: list[SequenceState]) -> list[Chunk]:
         """What the verifier has not read of each sequence, and the candidates unless it scores them unread."""
-        branches = self.runners.verifier.reads_candidates
-        return [
-            sequence.chunk(
-                sequence.num_cached_verifier, sequence.proposal.candidates if branches else (), self.verifier_offset
-            )
-            for sequence in pending
-        ]
+        chunks = []
+        for sequence in pending:
+            branches = sequence.proposal.candidates if self.runners.verifier.reads_candidates else ()
+            chunks.append(sequence.chunk(sequence.num_cached_verifier, branches, self.verifier_offset))
+            sequence.num_verifier_tokens += len(chunks[-1].ids)
+        return chunks
 
     def _scores(self, pending: list[SequenceState], hidden: torch.Tensor, chunks: list[Chunk]) -> list[list[float]]:
         """The verifier's scores of each sequence's candidates, in one transfer from the device."""

@@ -190,6 +190,7 @@ class Evaluator:
                 **grade._asdict(),
                 "tokens": len(completion.token_ids),
                 "verifier_forwards": completion.num_verifier_calls,
+                "verifier_tokens": completion.num_verifier_tokens,
                 "score": None if scores is None else round(solution_score(scores, self.config.solution_score), 5),
             }
             for text, grade, (completion, scores) in zip(texts, grades, scored, strict=True)

@@ -72,11 +72,13 @@ def _cost(mode: Mode, lines: Sequence[dict]) -> dict[str, float]:
     System 2 one wherever there is a choice. Scoring finished solutions, for best of k, is counted apart.
     """
     samples = [sample for line in lines for sample in line["samples"]]
-    tokens, verifier_forwards = (sum(sample[key] for sample in samples) for key in ("tokens", "verifier_forwards"))
+    counted = ("tokens", "verifier_forwards", "verifier_tokens")
+    tokens, verifier_forwards, read = (sum(sample.get(key, 0) for sample in samples) for key in counted)
     n = len(lines)
     return {
         "tokens_per_problem": tokens / n,
         "verifier_forwards_per_token": verifier_forwards / max(tokens, 1),
+        "verifier_tokens_per_token": read / max(tokens, 1),
         "system1_forwards_per_problem": 1 + (tokens - len(samples)) / n,
         "system2_forwards_per_problem": 1 + verifier_forwards / n if verifier_forwards else 0.0,
         "scoring_forwards_per_problem": sum(sample.get("score") is not None for sample in samples) / n,
@@ -105,7 +107,7 @@ def _paired(modes: tuple[Mode, Mode], metric: str, test: PairedTest) -> dict:
 def _curves(lines: Sequence[dict], ks: Sequence[int], seed: int) -> Curves:
     """Weighted votes for `ks`, the other figures for every k from 1 to the number of samples."""
     all_ks = range(1, len(lines[0]["samples"]) + 1)
-    votes = [majority_curve(_values(line, "answer"), _right_answer(line)) for line in lines]
+    votes = [majority_curve(_values(line, "answer"), right_answer(line)) for line in lines]
     curves = {("majority", k): [curve[k - 1] for curve in votes] for k in all_ks}
     for k in all_ks:
         curves["pass", k] = [pass_at_k(len(all_ks), sum(_values(line, "correct")), k) for line in lines]
@@ -114,7 +116,7 @@ def _curves(lines: Sequence[dict], ks: Sequence[int], seed: int) -> Curves:
             curves["best_of", k] = [best_of_k(_values(line, "score"), _values(line, "correct"), k) for line in lines]
         for k in ks:
             curves["weighted", k] = [
-                weighted_majority_at_k(_values(line, "answer"), _weights(line), _right_answer(line), k, seed)
+                weighted_majority_at_k(_values(line, "answer"), _weights(line), right_answer(line), k, seed)
                 for line in lines
             ]
     return curves
@@ -128,7 +130,7 @@ def _share(line: dict, key: str) -> float:
     return sum(_values(line, key)) / len(line["samples"])
 
 
-def _right_answer(line: dict) -> str | None:
+def right_answer(line: dict) -> str | None:
     """The answer of the correct samples: equal answers are equal strings."""
     return next((sample["answer"] for sample in line["samples"] if sample["correct"]), None)
 

@@ -1,13 +1,12 @@
 """The output files of an exploration, and its report: counts, cost, the histogram of qualities."""
 
 import json
-import resource
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from llm2.common.journal import Journal
+from llm2.common.memory import peak_rss_mib
 from llm2.errors import UserError
 
 BINS = 10  # of the histogram of qualities
@@ -38,14 +37,13 @@ def write_outputs(
             verdicts.write(json.dumps({"id": entry["id"], "messages": messages, "pairs": entry["pairs"]}) + "\n")
     if not total["triplets"]:
         raise UserError(f"no triplets in {len(order)} problems: System 1 is never or always right at its forks")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     report = {
         **total,
         "repeated_problems": repeated,
         "tokens_per_triplet": total["generated_tokens"] / total["triplets"],
         "seconds": seconds,  # of this run, without the time before an interruption
         "tokens_per_second": tokens_now / seconds,
-        "peak_rss_mib": peak / (2**20 if sys.platform == "darwin" else 2**10),  # of the main process
+        "peak_rss_mib": peak_rss_mib(),  # of the main process
         "quality_histogram": histogram,  # of all tokens rolled out, in equal parts of [0, 1]
     }
     Path(f"{output}.report.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from llm2.common.chat import resolve_template
 from llm2.common.config_file import difference, read_values, write_config
 from llm2.common.distributed import dist_info
 from llm2.common.loading import load_system1, load_tokenizer, resolve_device
+from llm2.common.memory import peak_memory_mib
 from llm2.config import TrainConfig
 from llm2.errors import UserError
 from llm2.verifier.checkpoints import last_whole_checkpoint
@@ -56,6 +58,7 @@ def train(config: TrainConfig) -> dict:
     refuse_unknown_tokens(verifier, tokenizer)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(verifier.config, name, getattr(tokenizer, name))  # otherwise the Trainer does it, and warns
+    begun = time.perf_counter()
     train_data, eval_data = train_set, eval_set
     if config.prefix_head is not None:
         verifier.to(device)
@@ -77,6 +80,9 @@ def train(config: TrainConfig) -> dict:
         **baseline,
         "train_solutions": len(train_set),
         "eval_solutions": len(eval_set),
+        "train_seconds": time.perf_counter() - begun,  # of this run, without the time before an interruption
+        "peak_memory_mib": peak_memory_mib(device),  # of this process
+        "trainable_parameters": verifier.num_parameters(only_trainable=True),
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
     }
@@ -118,7 +124,7 @@ def load_data(
         max_length=config.max_length,
         quality=config.quality_weight,
     )
-    examples, summary = load(config.train_file)
+    examples, summary = load(config.train_file, limit=config.limit)
     data = [(config.train_file, summary)]
     if config.eval_file is not None:
         held_out, summary = load(config.eval_file)

@@ -160,6 +160,7 @@ def load_examples(
     tokenizer: PreTrainedTokenizerBase,
     template: str | None = None,
     *,
+    limit: int | None = None,
     max_length: int | None = None,
     quality: bool = False,
 ) -> tuple[ExampleFile, Summary]:
@@ -167,13 +168,14 @@ def load_examples(
 
     Args:
         template: Jinja text of the chat template; the tokenizer's own when None.
+        limit: lines that are read, the first ones.
         max_length: tokens that are kept of a line; triplets beyond are dropped, and lines left without triplets.
         quality: require the quality of each triplet's tokens.
 
     Raises UserError with the first misfits: line, position, expected and found token, and the likely cause.
     """
     examples, summary, misfits = ExampleFile(), Summary(), []
-    for record, ids, start in _tokenized(path, tokenizer, template):
+    for record, ids, start in _tokenized(islice(read_records(path), limit), tokenizer, template):
         misfit = find_misfit(ids, record.triplets, len(tokenizer))
         if misfit is not None:
             misfits.append((record, ids, misfit))
@@ -260,10 +262,9 @@ def _quality_gaps(quality: Any, num_triplets: int) -> list[float] | None:
 
 
 def _tokenized(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, template: str | None
+    records: Iterator[Record], tokenizer: PreTrainedTokenizerBase, template: str | None
 ) -> Iterator[tuple[Record, list[int], int]]:
     """Each record with its token ids and the position where its last message, the solution, begins."""
-    records = read_records(path)
     while chunk := list(islice(records, CHUNK)):
         conversations = encode_chats(tokenizer, [record.messages for record in chunk], template)
         questions = [record.messages[:-1] for record in chunk]

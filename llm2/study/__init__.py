@@ -1,0 +1,1 @@
+"""Studies: the same steps for every combination of some settings, then one table and one plot."""

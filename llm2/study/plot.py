@@ -1,0 +1,55 @@
+"""The plot of a study: accuracy against a cost, a panel for each mode, a colour for each value of one axis."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from llm2.config import StudyConfig
+from llm2.evaluation.report.palette import GRID, INK
+from llm2.study.summary import Row
+
+MARKERS = "osD^vPX*"
+COLOURS = ("#3A6EA5", "#E69F00", "#009E73", "#B5494E", "#CC79A7", "#56B4E9", "#8C6BB1", "#7F7F7F")
+
+
+def draw(config: StudyConfig, summary: Sequence[Row]) -> Figure:
+    """Points are means over seeds, bars 95 % intervals; the marker tells the other axis."""
+    plot = config.plot
+    colours = {value: COLOURS[i % len(COLOURS)] for i, value in enumerate(config.axes[plot.colour])}
+    markers = {value: MARKERS[i % len(MARKERS)] for i, value in enumerate(config.axes[plot.marker])}
+    modes = list(dict.fromkeys(mode for row in summary for mode in row.accuracies if plot.colour in row.values))
+    figure = Figure(figsize=(5.6 * len(modes) + 1.6, 4.4), layout="constrained")
+    for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
+        for row in summary:
+            value = row.figures.get(plot.x.format(mode=mode))
+            if mode not in row.accuracies or plot.colour not in row.values or value is None:
+                continue
+            test = row.accuracies[mode]
+            axes.errorbar(
+                value,
+                100 * test.mean,
+                yerr=[[100 * (test.mean - test.ci95[0])], [100 * (test.ci95[1] - test.mean)]],
+                color=colours[row.values[plot.colour]],
+                marker=markers[row.values[plot.marker]],
+                markersize=6,
+                elinewidth=1,
+                linestyle="none",
+            )
+        axes.set_title(mode.replace("_", " "), color=INK)
+        axes.set_xlabel(plot.label, color=INK)
+        axes.set_ylabel("accuracy, %", color=INK)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+    handles = [axes.plot([], [], "o", color=colour, label=value)[0] for value, colour in colours.items()]
+    handles += [axes.plot([], [], marker, color=INK, label=value)[0] for value, marker in markers.items()]
+    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """As SVG, the same bytes for the same figures."""
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llm2"}):
+        figure.savefig(path, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))

@@ -1,0 +1,126 @@
+"""A study runs every combination once, goes on where it stopped, and averages over seeds."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from llm2.common.config_file import load_config
+from llm2.common.stats import seeds_bootstrap
+from llm2.config import StudyConfig
+from llm2.errors import UserError
+from llm2.study import run as study
+from llm2.study.summary import results, rows, write_summary
+
+STEP = {"name": "greedy", "command": "evaluate", "done": "{run}/greedy/metrics.json"}
+SET = {"output_dir": "{run}/greedy", "seed": "{seed}", "modes": ["guided_greedy"]}
+
+
+@pytest.fixture
+def config(tmp_path) -> StudyConfig:
+    values = {
+        "output_dir": str(tmp_path / "runs"),
+        "report": str(tmp_path / "figs" / "small"),
+        "axes": {
+            "seed": {"0": {}, "1": {}},
+            "kind": {"old": {}, "new": {"greedy": {"beta": 1e-3, "verifier": "{study}/{kind}"}}},
+        },
+        "skip": [{"kind": "new", "seed": "1"}],
+        "steps": [
+            {
+                **STEP,
+                "config": "configs/testbed/evaluate.yaml",
+                "set": {"output_dir": "{run}/greedy", "seed": "{seed}", "modes": ["guided_greedy"]},
+            }
+        ],
+        "baseline": {"kind": "old"},
+        "plot": {"x": "{mode}_tokens_per_problem", "label": "tokens", "colour": "kind", "marker": "kind"},
+    }
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return load_config(StudyConfig, path)
+
+
+def write_evaluation(folder: Path, right: list[bool]) -> None:
+    folder.mkdir(parents=True)
+    samples = [[{"answer": "1" if ok else "2", "correct": ok}] for ok in right]
+    lines = [{"mode": "guided_greedy", "samples": one} for one in samples]
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "metrics.json").write_text(json.dumps({"modes": {"guided_greedy": {"tokens_per_problem": 3.0}}}))
+
+
+def test_axes_override_the_steps_keys_and_fill_names_in(config):
+    runs = study.runs(config)
+    assert [one.values for one in runs] == [
+        {"seed": "0", "kind": "old"},
+        {"seed": "0", "kind": "new"},
+        {"seed": "1", "kind": "old"},
+    ]
+    new = runs[1]
+    assert list(study.arguments(config, config.steps[0], study.names_of(config, new))) == [
+        *(f"output_dir={new.folder}/greedy", "seed=0", "modes=[guided_greedy]"),
+        *("beta=0.001", f"verifier={config.output_dir}/new"),
+    ]
+
+
+def test_done_steps_are_skipped_and_a_failure_is_told_after_the_others(config, monkeypatch):
+    started = []
+
+    def fake(command, env, **_):
+        started.append(command)
+        failed = any("new" in argument for argument in command)
+        if not failed:
+            folder = next(a.removeprefix("output_dir=") for a in command if a.startswith("output_dir="))
+            write_evaluation(Path(folder), [True])
+        return type("Done", (), {"returncode": 2 * failed})
+
+    monkeypatch.setattr(study.subprocess, "run", fake)
+    for expected in (3, 4):  # the second time only the failed run
+        with pytest.raises(UserError, match="1 of 3 runs failed; the first: evaluate ended with status 2; its log is"):
+            study.run(config)
+        assert len(started) == expected
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"axes": {"seed": {"0": {"greedi": {}}}, "kind": {"old": {}}}}, "no step is called 'greedi'"),
+        ({"over": "sed"}, "expected axes, found 'sed'"),
+        ({"steps": [{**STEP, "command": "evalu"}]}, "command: found 'evalu', expected one of explore"),
+        ({"steps": [{**STEP, "set": {"bata": 1}}]}, "unknown key 'bata'; did you mean 'beta'"),
+        ({"steps": [{**STEP, "only": {"kind": ["odd"]}}]}, "only: expected values of an axis, found kind"),
+    ],
+)
+def test_axes_and_steps_must_fit_together(config, tmp_path, change, message):
+    values = yaml.safe_load((tmp_path / "small.yaml").read_text()) | change
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    with pytest.raises(UserError, match=message):
+        study.run(load_config(StudyConfig, tmp_path / "other.yaml"))
+
+
+def test_the_summary_averages_over_seeds_and_pairs_equal_seeds(config):
+    for seed, right in (("0", [True, True, False, False]), ("1", [True, False, False, False])):
+        write_evaluation(Path(config.output_dir, f"{seed}-old", "greedy"), right)
+    write_evaluation(Path(config.output_dir, "0-new", "greedy"), [True, True, True, False])
+    old, new = rows(config, results(config))
+    assert old.values == {"kind": "old"} and old.seeds == 2 and not old.against_baseline
+    assert old.accuracies["guided_greedy"].mean == pytest.approx(3 / 8)
+    assert new.against_baseline["guided_greedy"].mean == pytest.approx(1 / 4), "against seed 0 alone"
+    text = write_summary(config)
+    assert "| new | 1 | 75.0" in text
+    assert {path.suffix for path in Path(config.report).parent.iterdir()} == {".md", ".json", ".svg"}
+
+
+def test_the_bootstrap_covers_seeds_and_problems():
+    generator = np.random.default_rng(0)
+    problems = generator.random((1, 400)) < 0.5
+    one = seeds_bootstrap(np.repeat(problems, 3, axis=0).astype(float))
+    low, high = one.ci95
+    assert one.mean == pytest.approx(problems.mean()) and low < one.mean < high
+    assert high - low == pytest.approx(4 * 0.5 / 20, rel=0.15), "equal seeds add nothing to the spread over problems"
+    shifted = seeds_bootstrap(np.repeat(problems, 3, axis=0) + np.array([[-0.3], [0.0], [0.3]]))
+    assert shifted.ci95[1] - shifted.ci95[0] > 2 * (high - low), "unequal seeds widen it"
+    assert seeds_bootstrap(np.full((2, 50), 0.1)).p == pytest.approx(2 / 10_000)
+    assert seeds_bootstrap(np.array([[1.0, -1.0] * 20])).p > 0.8
