@@ -368,8 +368,12 @@ class StudyConfig:
     """Axis whose values are averaged."""
     baseline: dict[str, str]
     """Axis -> value of the runs that the others are tested against."""
-    plot: StudyPlot
-    """What the plot shows."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Figures of training.json and metrics.json in the table, and their headings."""
+    correlate: tuple[str, ...] = ()
+    """Figures whose correlation with the accuracy of each mode is told, over all runs."""
+    plot: StudyPlot | None = None
+    """What the plot shows; none is drawn when null."""
     workers: Count = 1
     """Runs side by side; each gets an equal share of the CPU's threads."""
 

@@ -36,6 +36,8 @@ def config(tmp_path) -> StudyConfig:
             }
         ],
         "baseline": {"kind": "old"},
+        "columns": {"guided_greedy_tokens_per_problem": "tokens"},
+        "correlate": ["guided_greedy_tokens_per_problem"],
         "plot": {"x": "{mode}_tokens_per_problem", "label": "tokens", "colour": "kind", "marker": "kind"},
     }
     path = tmp_path / "small.yaml"
@@ -48,7 +50,9 @@ def write_evaluation(folder: Path, right: list[bool]) -> None:
     samples = [[{"answer": "1" if ok else "2", "correct": ok}] for ok in right]
     lines = [{"mode": "guided_greedy", "samples": one} for one in samples]
     (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "metrics.json").write_text(json.dumps({"modes": {"guided_greedy": {"tokens_per_problem": 3.0}}}))
+    (folder / "metrics.json").write_text(
+        json.dumps({"modes": {"guided_greedy": {"tokens_per_problem": 10 - 2 * sum(right)}}})
+    )
 
 
 def test_axes_override_the_steps_keys_and_fill_names_in(config):
@@ -109,7 +113,8 @@ def test_the_summary_averages_over_seeds_and_pairs_equal_seeds(config):
     assert old.accuracies["guided_greedy"].mean == pytest.approx(3 / 8)
     assert new.against_baseline["guided_greedy"].mean == pytest.approx(1 / 4), "against seed 0 alone"
     text = write_summary(config)
-    assert "| new | 1 | 75.0" in text
+    assert "| new  | 1     | 75.0" in text
+    assert "over 3 runs: Spearman -1.00, Pearson -1.00" in text
     assert {path.suffix for path in Path(config.report).parent.iterdir()} == {".md", ".json", ".svg"}
 
 

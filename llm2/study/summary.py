@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from llm2.common.jsonl import read_jsonl
 from llm2.common.stats import SeedsTest, majority_curve, seeds_bootstrap
@@ -117,15 +118,41 @@ def table(config: StudyConfig, summary: Sequence[Row]) -> str:
     """Markdown: a line for each row, accuracies in % with 95 % intervals, p against the baseline."""
     axes = [axis for axis in config.axes if axis != config.over]
     modes = list(dict.fromkeys(mode for row in summary for mode in row.accuracies))
-    figures = list(dict.fromkeys(name for row in summary for name in row.figures))
-    header = [*axes, config.over + "s", *(f"{mode}, %" for mode in modes), *figures]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines = [[*axes, config.over + "s", *(f"{mode.replace('_', ' ')}, %" for mode in modes), *config.columns.values()]]
     for row in summary:
-        labels = [row.values.get(axis, row.values.get("once", "") if axis == axes[0] else "") for axis in axes]
+        labels = [row.values.get(axis, row.values.get("once", "") if axis == axes[-1] else "") for axis in axes]
         cells = [_accuracy(row, mode) for mode in modes]
-        numbers = [f"{row.figures[name]:.4g}" if name in row.figures else "" for name in figures]
-        lines.append("| " + " | ".join([*labels, str(row.seeds), *cells, *numbers]) + " |")
-    return "\n".join(lines) + "\n"
+        numbers = [_number(row.figures.get(name)) for name in config.columns]
+        lines.append([*labels, str(row.seeds), *cells, *numbers])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = ([text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in padded) + "\n"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def correlations(config: StudyConfig, found: Sequence[Result]) -> list[str]:
+    """A sentence for each figure of `correlate` and each mode that at least three runs have."""
+    sentences = []
+    for name in config.correlate:
+        for mode in dict.fromkeys(mode for result in found for mode in result.problems):
+            pairs = [
+                (r.figures[name], r.problems[mode].mean()) for r in found if name in r.figures and mode in r.problems
+            ]
+            if len(pairs) >= 3:
+                spearman, pearson = (
+                    stats.spearmanr(pairs).statistic,
+                    stats.pearsonr(*zip(*pairs, strict=True)).statistic,
+                )
+                sentences.append(
+                    f"{name} and {mode} over {len(pairs)} runs: Spearman {spearman:.2f}, Pearson {pearson:.2f}"
+                )
+    return sentences
 
 
 def _accuracy(row: Row, mode: str) -> str:
@@ -153,15 +180,17 @@ def as_json(summary: Sequence[Row]) -> list[dict[str, Any]]:
 
 def write_summary(config: StudyConfig) -> str:
     """Write the table, the data and the plot; returns the table."""
-    from llm2.study.plot import draw, save
-
-    summary = rows(config, results(config))
+    found = results(config)
+    summary = rows(config, found)
     if not summary:
         raise UserError(f"{config.output_dir}: expected evaluations, found none that is done")
     path = Path(config.report)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = table(config, summary)
+    text = "\n\n".join([table(config, summary).strip(), *correlations(config, found)]) + "\n"
     path.with_suffix(".md").write_text(text)
     path.with_suffix(".json").write_text(json.dumps(as_json(summary), indent=1) + "\n")
-    save(draw(config, summary), path.with_suffix(".svg"))
+    if config.plot is not None:
+        from llm2.study.plot import draw, save  # matplotlib is an extra
+
+        save(draw(config, summary), path.with_suffix(".svg"))
     return text
