@@ -10,12 +10,14 @@ from reference import decode_one
 from safetensors.torch import load_file
 from test_collate import examples, model_inputs
 from test_train import write_triplets
+from transformers import LogitNormalization, LogitsProcessor, LogitsProcessorList
 
 from llm2.common.loading import load_system1, load_tokenizer
 from llm2.config import TrainConfig
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.llm2 import LLM2
 from llm2.decoding.logits_processor import GuidedLogitsProcessor
+from llm2.decoding.output_layer import guided_model
 from llm2.decoding.sampling import Guidance, SamplingParams
 from llm2.errors import UserError
 from llm2.verifier.collate import verifier_batch
@@ -160,6 +162,48 @@ def test_a_logits_processor_takes_layers_and_refuses_a_head(pair):
     decoded = Decoder(system1, guidance).decode(prompts.tolist(), max_new_tokens=8, eos=[1])
     for row, (completion,) in zip(generated.tolist(), decoded, strict=True):
         assert row[: len(completion.token_ids)] == completion.token_ids
+
+
+class RecomputedGuidance(LogitsProcessor):
+    """The slow twin: System 1 reads each row anew."""
+
+    def __init__(self, system1, guidance: Guidance) -> None:
+        self.system1, self.guidance = system1, guidance
+
+    def __call__(self, input_ids, scores):
+        guided = torch.full_like(scores, -torch.inf)
+        embedding = self.system1.get_input_embeddings()
+        for row, ids in enumerate(input_ids):
+            state = self.system1.model(ids[None]).last_hidden_state[0, -1]
+            logits = self.system1.lm_head(state)
+            kept = (logits.softmax(-1) >= self.guidance.alpha * logits.softmax(-1).max()).nonzero()[:, 0]
+            guided[row, kept] = logits[kept] + self.guidance.beta * self.guidance.verifier.score(state, embedding(kept))
+        return guided
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
+def test_generate_is_guided_through_the_output_layer_alone(head_pair, options):
+    system1, verifier = head_pair
+    guidance = Guidance(verifier=verifier, alpha=0.05, beta=1.0)
+    prompts = torch.randint(3, VOCABULARY, (3, 7))
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 1, "pad_token_id": 2, **options}
+    guided = guided_model(system1, guidance).generate(prompts, **options)
+    # Beam search takes the log-softmax before the processors, the output layer acts before it.
+    processors = [RecomputedGuidance(system1, guidance), LogitNormalization()]
+    twin = system1.generate(prompts, logits_processor=LogitsProcessorList(processors), **options)
+    assert torch.equal(guided, twin)
+    assert not torch.equal(guided, system1.generate(prompts, **options)), "the head must change some choice"
+
+
+def test_the_output_layer_takes_prefix_heads_of_plain_models_only(pair):
+    system1, verifier = pair
+    if verifier.config.prefix_head is None:
+        with pytest.raises(ValueError, match="expected a prefix head"):
+            guided_model(system1, Guidance(verifier=verifier))
+    else:
+        system1.config.final_logit_softcapping = 30.0
+        with pytest.raises(ValueError, match="final_logit_softcapping changes"):
+            guided_model(system1, Guidance(verifier=verifier))
 
 
 def train_config(model: str, folder: Path, **changes) -> TrainConfig:

@@ -1,0 +1,49 @@
+"""A prefix head as System 1's output layer: transformers' own `generate`, guided, in every mode that it has."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from llm2.decoding.candidates import guided_logits, plausible
+from llm2.decoding.sampling import Guidance
+from llm2.verifier.lora import clone_sharing_weights
+
+CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # config keys of models that go on
+
+
+class GuidedOutputLayer(nn.Module):
+    """System 1's output layer, then beta times the head's scores on the plausible tokens; all others are -inf."""
+
+    def __init__(self, output: nn.Module, guidance: Guidance) -> None:
+        super().__init__()
+        self.output, self.guidance = output, guidance
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.output.weight
+
+    @torch.no_grad()  # not inference_mode: `generate` changes logits in place
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., V) float32."""
+        guidance, logits = self.guidance, self.output(states).float().flatten(end_dim=-2)
+        candidates, valid = plausible(logits, guidance.alpha, guidance.top_k)  # (n, K)
+        scores = guidance.verifier.prefix_scores(states.flatten(end_dim=-2), candidates)
+        guided = guided_logits(logits.gather(-1, candidates), valid, scores, guidance.beta)
+        # The candidates' padding repeats a token id with -inf: the maximum keeps the candidate's own value.
+        result = torch.full_like(logits, -torch.inf).scatter_reduce(-1, candidates, guided, "amax")
+        return result.view(*states.shape[:-1], -1)
+
+
+def guided_model(system1: PreTrainedModel, guidance: Guidance) -> PreTrainedModel:
+    """System 1, guided by a prefix head: a model of its class over its Parameters, for `generate` with beams, assisted
+    decoding and whatever else transformers has. Its logits are the guided ones.
+
+    Raises ValueError for another kind of verifier, and for models that change the logits behind their output layer.
+    """
+    if guidance.verifier.config.prefix_head is None:
+        raise ValueError("expected a prefix head: any other verifier has to read tokens; use LLM2 or Decoder")
+    text = system1.config.get_text_config()
+    if changing := [key for key in CHANGES_LOGITS if getattr(text, key, None) is not None]:
+        raise ValueError(f"{changing[0]} changes the logits behind the output layer; use LLM2 or Decoder")
+    output = system1.get_output_embeddings()
+    return clone_sharing_weights(system1, {output: GuidedOutputLayer(output, guidance)}).eval()
