@@ -230,7 +230,7 @@ def run_study(options: argparse.Namespace) -> None:
     if not options.summary:
         run(config)
     print(write_summary(config))
-    print(f"table, data and plot in {config.report}.md, .json, .svg")
+    print(f"table and data in {config.report}.md and .json")
 
 
 def run_report(options: argparse.Namespace) -> None:

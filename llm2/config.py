@@ -364,8 +364,8 @@ class StudyConfig:
     """Combinations that are left out."""
     steps: tuple[StudyStep, ...]
     """Steps of a run."""
-    over: str = "seed"
-    """Axis whose values are averaged."""
+    over: str | None = "seed"
+    """Axis whose values are averaged; null where nothing is."""
     baseline: dict[str, str]
     """Axis -> value of the runs that the others are tested against."""
     columns: dict[str, str] = field(default_factory=dict)

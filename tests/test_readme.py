@@ -58,7 +58,7 @@ def test_the_python_example_runs(tmp_path, capsys):
 
     ProcessVerifier.from_system1(model_path("testbed"), local_files_only=True).save_pretrained(tmp_path)
     example = README.split("```python\n")[1].split("```")[0]
-    exec(example.replace("results/quickstart/verifier", str(tmp_path)).replace("beta=0.5", "beta=0.0"), {})
+    exec(example.replace("results/quickstart/candidate/verifier", str(tmp_path)).replace("beta=0.5", "beta=0.0"), {})
     assert "So the answer is" in capsys.readouterr().out
 
 

@@ -45,7 +45,7 @@ def check(config: StudyConfig) -> None:
             if not set(map(str, wanted)) <= config.axes.get(axis, {}).keys():
                 raise UserError(f"steps: {step.name}: only: expected values of an axis, found {axis}: {wanted}")
     for axis in (config.over, *config.baseline):
-        if axis not in config.axes:
+        if axis is not None and axis not in config.axes:
             raise UserError(f"over and baseline: expected axes, found {axis!r}; the axes are {', '.join(config.axes)}")
     alone = Run({}, Path(config.output_dir))
     for one, step in [(alone, step) for step in config.once] + [(r, s) for r in runs(config) for s in config.steps]:

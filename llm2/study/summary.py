@@ -118,12 +118,13 @@ def table(config: StudyConfig, summary: Sequence[Row]) -> str:
     """Markdown: a line for each row, accuracies in % with 95 % intervals, p against the baseline."""
     axes = [axis for axis in config.axes if axis != config.over]
     modes = list(dict.fromkeys(mode for row in summary for mode in row.accuracies))
-    lines = [[*axes, config.over + "s", *(f"{mode.replace('_', ' ')}, %" for mode in modes), *config.columns.values()]]
+    seeds = [] if config.over is None else [f"{config.over}s"]
+    lines = [[*axes, *seeds, *(f"{mode.replace('_', ' ')}, %" for mode in modes), *config.columns.values()]]
     for row in summary:
         labels = [row.values.get(axis, row.values.get("once", "") if axis == axes[-1] else "") for axis in axes]
         cells = [_accuracy(row, mode) for mode in modes]
         numbers = [_number(row.figures.get(name)) for name in config.columns]
-        lines.append([*labels, str(row.seeds), *cells, *numbers])
+        lines.append([*labels, *[str(row.seeds)] * len(seeds), *cells, *numbers])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     padded = ([text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines)
