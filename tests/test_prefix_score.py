@@ -1,6 +1,7 @@
 """A System 2 that is only a head on System 1's states: exact to its slow twin, small on disk, of one System 1 alone."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from llm2.errors import UserError
 from llm2.verifier.collate import verifier_batch
 from llm2.verifier.frozen_states import FrozenStates, frozen_batch
 from llm2.verifier.heads import fingerprint
+from llm2.verifier.load import trained_beta
 from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.train import train
 from llm2.verifier.triplets import Example, Triplet
@@ -285,6 +287,33 @@ def test_only_the_highest_layers_are_trained(system1_folder, tmp_path):
     after = ProcessVerifier.from_pretrained(config.output_dir).backbone.state_dict()
     changed = {name.split(".")[1] for name in after if not torch.equal(after[name], before[f"model.{name}"])}
     assert changed == {str(len(load_system1(system1_folder, torch.device("cpu")).model.layers) - 1)}
+
+
+def test_the_first_folders_of_prefix_heads_load_though_they_do_not_name_their_score(trained, tmp_path):
+    config, _ = trained
+    shutil.copytree(config.output_dir, tmp_path / "old", ignore=shutil.ignore_patterns("checkpoint-*"))
+    saved = json.loads((tmp_path / "old" / "config.json").read_text())
+    assert (saved.pop("score"), saved.pop("beta")) == ("prefix", None)
+    (tmp_path / "old" / "config.json").write_text(json.dumps(saved))
+    ids = torch.randint(3, 100, (1, 12))
+    with torch.inference_mode():
+        scores = [
+            ProcessVerifier.from_pretrained(folder)(ids).scores for folder in (tmp_path / "old", config.output_dir)
+        ]
+    assert torch.equal(*scores)
+
+
+def test_beta_null_is_the_one_that_training_chose(trained, tmp_path):
+    config, _ = trained
+    verifier = ProcessVerifier.from_pretrained(config.output_dir)
+    with pytest.raises(ValueError, match="beta: null, and the verifier names none"):
+        Guidance(verifier=verifier, beta=None)
+    with pytest.raises(UserError, match="beta: null, and verifier '.*' names none"):
+        trained_beta(config.output_dir)
+    verifier.config.beta = 2.0
+    verifier.save_pretrained(tmp_path)
+    assert trained_beta(str(tmp_path)) == 2.0
+    assert Guidance(verifier=ProcessVerifier.from_pretrained(tmp_path), beta=None).beta == 2.0
 
 
 def test_a_head_of_another_system1_is_refused(trained, tmp_path):
