@@ -355,7 +355,7 @@ class StudyConfig:
     output_dir: str
     """Folder of all runs; a study that was stopped goes on where it was."""
     report: str
-    """Path, without its ending, of the table, the data and the plot."""
+    """Path, without its ending, of the table, the data and the plots."""
     once: tuple[StudyStep, ...] = ()
     """Steps before all runs."""
     axes: dict[str, dict[str, dict[str, dict[str, Any]]]]
@@ -372,8 +372,10 @@ class StudyConfig:
     """Figures of training.json and metrics.json in the table, and their headings."""
     correlate: tuple[str, ...] = ()
     """Figures whose correlation with the accuracy of each mode is told, over all runs."""
-    plot: StudyPlot | None = None
-    """What the plot shows; none is drawn when null."""
+    given: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """Axis -> its values -> figures that were measured elsewhere."""
+    plots: dict[str, StudyPlot] = field(default_factory=dict)
+    """Name -> what REPORT_NAME.svg shows."""
     workers: Count = 1
     """Runs side by side; each gets an equal share of the CPU's threads."""
 

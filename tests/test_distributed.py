@@ -97,8 +97,13 @@ def scores(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_zero2_with_lora_trains_as_one_process_does(config, tmp_path):
-    changed = TrainConfig(**as_dict(config) | {"lora_r": 4, "lm_loss_coef": 0.1})
+@pytest.mark.parametrize(
+    "changes",
+    [{"lora_r": 4, "lm_loss_coef": 0.1}, {"score": "prefix", "prefix_head": "bilinear"}],
+    ids=["lora", "head"],
+)
+def test_zero2_trains_an_adapter_or_a_head_as_one_process_does(config, tmp_path, changes):
+    changed = TrainConfig(**as_dict(config) | changes)
     expected, found = train(changed), train_with_deepspeed(changed, 2, tmp_path)
     for key in ("eval_pair_loss", "eval_mean_margin", "eval_pairs", "system1_pair_accuracy"):
         assert found[key] == pytest.approx(expected[key], abs=1e-4), key
@@ -106,7 +111,9 @@ def test_zero2_with_lora_trains_as_one_process_does(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_zero3_trains_as_one_process_does_and_its_shards_make_the_same_verifier(config, tmp_path):
+@pytest.mark.parametrize("score", ["candidate", "prefix"])
+def test_zero3_trains_as_one_process_does_and_its_shards_make_the_same_verifier(config, tmp_path, score):
+    config = TrainConfig(**as_dict(config) | {"score": score})
     expected, found = train(config), train_with_deepspeed(config, 3, tmp_path)
     for key in ("eval_pair_loss", "eval_mean_margin", "eval_pairs"):
         assert found[key] == pytest.approx(expected[key], abs=1e-4), key

@@ -38,7 +38,8 @@ def config(tmp_path) -> StudyConfig:
         "baseline": {"kind": "old"},
         "columns": {"guided_greedy_tokens_per_problem": "tokens"},
         "correlate": ["guided_greedy_tokens_per_problem"],
-        "plot": {"x": "{mode}_tokens_per_problem", "label": "tokens", "colour": "kind", "marker": "kind"},
+        "given": {"kind": {"old": {"speed": 0.5}}},
+        "plots": {"cost": {"x": "{mode}_tokens_per_problem", "label": "tokens", "colour": "kind", "marker": "kind"}},
     }
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
@@ -115,7 +116,8 @@ def test_the_summary_averages_over_seeds_and_pairs_equal_seeds(config):
     text = write_summary(config)
     assert "| new  | 1     | 75.0" in text
     assert "over 3 runs: Spearman -1.00, Pearson -1.00" in text
-    assert {path.suffix for path in Path(config.report).parent.iterdir()} == {".md", ".json", ".svg"}
+    assert {path.name for path in Path(config.report).parent.iterdir()} == {"small.md", "small.json", "small_cost.svg"}
+    assert old.figures["speed"] == 0.5 and "speed" not in new.figures
 
 
 def test_the_bootstrap_covers_seeds_and_problems():

@@ -123,7 +123,7 @@ def _described(cls: type) -> Iterator[tuple[str, str]]:
         # Only the class that declares a key holds its sentence.
         infos = (base.__dict__.get("__pydantic_fields__", {}).get(name) for base in cls.__mro__)
         text = next((info.description for info in infos if info and info.description), "")
-        default = "" if name in schema.get("required", ()) else f" (default {json.dumps(field['default'])})"
+        default = "" if name in schema.get("required", ()) else f" (default {json.dumps(field.get('default', {}))})"
         yield f"{name}: {_type_name(field, schema)}{default}", text
 
 

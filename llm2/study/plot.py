@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from llm2.config import StudyConfig
+from llm2.config import StudyConfig, StudyPlot
 from llm2.evaluation.report.palette import GRID, INK
 from llm2.study.summary import Row
 
@@ -14,9 +14,8 @@ MARKERS = "osD^vPX*"
 COLOURS = ("#3A6EA5", "#E69F00", "#009E73", "#B5494E", "#CC79A7", "#56B4E9", "#8C6BB1", "#7F7F7F")
 
 
-def draw(config: StudyConfig, summary: Sequence[Row]) -> Figure:
-    """Points are means over seeds, bars 95 % intervals; the marker tells the other axis."""
-    plot = config.plot
+def draw(config: StudyConfig, plot: StudyPlot, summary: Sequence[Row]) -> Figure:
+    """Points are means over seeds, bars 95 % intervals."""
     colours = {value: COLOURS[i % len(COLOURS)] for i, value in enumerate(config.axes[plot.colour])}
     markers = {value: MARKERS[i % len(MARKERS)] for i, value in enumerate(config.axes[plot.marker])}
     modes = list(dict.fromkeys(mode for row in summary for mode in row.accuracies if plot.colour in row.values))

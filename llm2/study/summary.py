@@ -54,7 +54,9 @@ def results(config: StudyConfig) -> list[Result]:
 
 def read_result(config: StudyConfig, one: Run, steps: Sequence[StudyStep]) -> Result:
     """Empty where nothing is done yet."""
-    figures, problems = {}, {}
+    given = (config.given.get(axis, {}).get(value, {}) for axis, value in one.values.items())
+    figures: dict[str, float] = {name: number for figures in given for name, number in figures.items()}
+    problems: dict[str, np.ndarray] = {}
     for folder in step_folders(config, one, steps).values():
         if (folder / "training.json").exists():
             training = json.loads((folder / "training.json").read_text())
@@ -180,7 +182,7 @@ def as_json(summary: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def write_summary(config: StudyConfig) -> str:
-    """Write the table, the data and the plot; returns the table."""
+    """Write the table, the data and the plots; returns the table."""
     found = results(config)
     summary = rows(config, found)
     if not summary:
@@ -190,8 +192,9 @@ def write_summary(config: StudyConfig) -> str:
     text = "\n\n".join([table(config, summary).strip(), *correlations(config, found)]) + "\n"
     path.with_suffix(".md").write_text(text)
     path.with_suffix(".json").write_text(json.dumps(as_json(summary), indent=1) + "\n")
-    if config.plot is not None:
+    if config.plots:
         from llm2.study.plot import draw, save  # matplotlib is an extra
 
-        save(draw(config, summary), path.with_suffix(".svg"))
+        for name, plot in config.plots.items():
+            save(draw(config, plot, summary), path.with_name(f"{path.name}_{name}.svg"))
     return text
