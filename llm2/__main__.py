@@ -26,7 +26,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.run(options)
     except UserError as error:
+        if options.debug:
+            raise
         print(f"llm2 {options.command}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a folder that cannot be made, a full disk: the system's own words
+        if options.debug or error.filename is None:
+            raise
+        print(f"llm2 {options.command}: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nllm2 {options.command}: interrupted; finished work is kept", file=sys.stderr)
@@ -71,6 +78,7 @@ def _add_command(commands, name: str, text: str, run) -> argparse.ArgumentParser
         name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     command.set_defaults(run=run)
+    command.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     return command
 
 

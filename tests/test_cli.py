@@ -3,10 +3,17 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from llm2.__main__ import CONFIGS, main
+from llm2.common.loading import load_system1
+from llm2.errors import UserError
+from llm2.verifier.load import load_verifier
+from llm2.verifier.model import ProcessVerifier
 
 
 @pytest.mark.parametrize("command", [*CONFIGS, "check", "report"])
@@ -94,3 +101,48 @@ def test_check_accepts_and_refuses(system1_folder, tmp_path, capsys):
 def test_the_module_runs_as_a_program():
     finished = subprocess.run([sys.executable, "-m", "llm2"], capture_output=True, text=True)
     assert finished.returncode == 2 and "usage" in finished.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_named_and_debug_shows_the_traceback(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    command = ["evaluate", "model=testbed", "task=testbed", "modes=[plain_greedy]", "limit=1"]
+    command.append(f"output_dir={tmp_path}/file/sub")
+    assert main(command) == 2
+    assert capsys.readouterr().err == f"llm2 evaluate: {tmp_path}/file/sub/journal: Not a directory\n"
+    with pytest.raises(NotADirectoryError):
+        main([*command, "--debug"])
+
+
+HEAD = {"score": "prefix", "prefix_head": {"kind": "bilinear", "size": 2}}
+
+
+def _damaged(folder: Path, damage: str) -> None:
+    """A verifier whose folder has one fault."""
+    weights = folder / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+        return
+    state = load_file(weights)
+    weights.unlink()
+    if damage == "no head":
+        save_file({key: tensor for key, tensor in state.items() if "score" not in key}, weights, {"format": "pt"})
+    else:
+        torch.save(state, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        ("truncated", "could not be loaded: "),
+        ("no head", "do not hold 'score.weight'"),
+        ("pickle", "no file named model.safetensors"),
+    ],
+)
+@pytest.mark.parametrize("kind", [{}, HEAD], ids=["full", "head"])
+def test_a_damaged_verifier_is_refused(system1_folder, tmp_path, damage, message, kind):
+    ProcessVerifier.from_system1(system1_folder, **kind).save_pretrained(tmp_path)
+    _damaged(tmp_path, damage)
+    if kind:
+        message = {"no head": "not those of its head: Missing", "pickle": "model.safetensors"}.get(damage, message)
+    with pytest.raises(UserError, match=message):
+        load_verifier(str(tmp_path), torch.device("cpu"), "auto", 10, load_system1(system1_folder, torch.device("cpu")))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -22,6 +23,11 @@ import llm2
 from llm2.errors import UserError
 
 TESTBED = Path(llm2.__file__).parent / "testbed" / "system1"
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    SafetensorError,
+)  # of from_pretrained: no such file, no such model, broken weights
 LOCAL_MODEL_HINT = "pass model=<local folder>, or model=testbed for the embedded one (`bash scripts/quickstart.sh`)"
 
 
@@ -69,12 +75,12 @@ def load_system1(name: str, device: torch.device, dtype: str = "auto") -> PreTra
 
 def load_language_model(name: str, **options) -> PreTrainedModel:
     """The language model; `options` go to AutoModelForCausalLM.from_pretrained."""
-    return _load(AutoModelForCausalLM, name, **options)
+    return _load(AutoModelForCausalLM, name, use_safetensors=True, **options)
 
 
 def load_backbone(name: str, **options) -> PreTrainedModel:
     """The language model without its vocabulary-sized head; `options` go to AutoModel.from_pretrained."""
-    return _load(AutoModel, name, **options)
+    return _load(AutoModel, name, use_safetensors=True, **options)
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -106,9 +112,12 @@ def _load(auto_class, name: str, **options):
         _probe_hub(name)
     try:
         return auto_class.from_pretrained(name, **{"local_files_only": is_local(name), **options})
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model {name!r} could not be loaded: {reason}; {LOCAL_MODEL_HINT}") from None
+    except LOADING_ERRORS as error:
+        raise UserError(f"model {name!r} could not be loaded: {first_line(error)}; {LOCAL_MODEL_HINT}") from None
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _probe_hub(name: str) -> None:

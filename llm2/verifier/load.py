@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from llm2.common.loading import is_local, resolve_dtype
+from llm2.common.loading import LOADING_ERRORS, first_line, is_local, resolve_dtype
 from llm2.errors import UserError
 from llm2.verifier.model import ProcessVerifier, ProcessVerifierConfig
 
@@ -45,8 +45,8 @@ def load_verifier(
         verifier = ProcessVerifier.from_pretrained(name, system1=system1, **options)
     except UserError as error:
         raise UserError(f"verifier {name!r}: {error}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"verifier {name!r} could not be loaded: {str(error).strip().splitlines()[0]}") from None
+    except LOADING_ERRORS as error:
+        raise UserError(f"verifier {name!r} could not be loaded: {first_line(error)}") from None
     embedded = verifier.get_input_embeddings().num_embeddings
     if embedded < vocabulary:
         raise UserError(

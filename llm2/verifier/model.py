@@ -155,7 +155,11 @@ class ProcessVerifier(PreTrainedModel):
             dtype = options.get("dtype")  # the shards hold float32
             return verifier.eval().to(dtype if isinstance(dtype, torch.dtype) else torch.float32)
         if has_own_backbone:
-            return super().from_pretrained(name, *inputs, **options)
+            options = {"use_safetensors": True, **options}
+            verifier, found = super().from_pretrained(name, *inputs, output_loading_info=True, **options)
+            if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
+                raise UserError(f"its weights do not hold {missing[0]!r}, found {len(missing)} missing in all")
+            return verifier
         if system1 is None:
             options = {**options, "local_files_only": is_local(config.base_model)}
             system1 = load_language_model(config.base_model, **options)
@@ -256,7 +260,10 @@ class ProcessVerifier(PreTrainedModel):
             lora.load_adapter(name, self, **options)
             return
         state = load_file(cached_file(name, SAFE_WEIGHTS_NAME, **options))
-        self.score.load_state_dict({key.removeprefix("score."): tensor for key, tensor in state.items()})
+        try:
+            self.score.load_state_dict({key.removeprefix("score."): tensor for key, tensor in state.items()})
+        except RuntimeError as error:  # missing or unknown keys, other shapes
+            raise UserError(f"its weights are not those of its head: {str(error).splitlines()[1].strip()}") from None
 
     def merge(self) -> "ProcessVerifier":
         """Fold a LoRA adapter into new weights, which makes this a full verifier; System 1's weights do not change."""
