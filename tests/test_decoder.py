@@ -5,9 +5,10 @@ import torch
 from conftest import VOCABULARY, tiny_system1
 from reference import decode_one, score
 from scipy.stats import chisquare
+from torch.backends import cuda
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm2.decoding import scheduler
+from llm2.decoding import attention, scheduler
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.model_runner import ModelRunner
 from llm2.decoding.sampling import Completion, Guidance, SamplingParams
@@ -239,6 +240,19 @@ def test_stop_process_logits_and_on_token_act_on_each_sequence(system1):
     for prompt, (row,) in zip(batch, written, strict=True):
         ids = [*prompt, *row.token_ids]
         assert all(a != b for a, b in zip(ids[len(prompt) - 1 :], ids[len(prompt) :], strict=False))
+
+
+def test_attention_never_runs_in_cudnn(system1, monkeypatch):
+    """cuDNN, which torch prefers on Hopper, plans anew for each new shape."""
+    enabled, dot_product = [], attention.scaled_dot_product_attention
+
+    def watched(*arguments, **options):
+        enabled.append((cuda.cudnn_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.flash_sdp_enabled()))
+        return dot_product(*arguments, **options)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", watched)
+    decode(system1, prompts(3), max_new_tokens=3, eos=EOS)
+    assert set(enabled) == {(False, True, True)} and cuda.cudnn_sdp_enabled(), "restored behind the forward"
 
 
 def test_a_model_without_pluggable_attention_is_refused(system1):
