@@ -35,7 +35,7 @@ class ModelRunner:
         graphs: lay forwards out in few shapes and replay those of short chunks; None runs every forward eagerly.
 
     Attributes:
-        counts: over all forwards, `forwards` and `tokens`, padding included.
+        counts: `forwards`, `replayed` ones, and `tokens` of them all, padding included.
     """
 
     def __init__(self, body: PreTrainedModel, graphs: CUDAGraphs | None = None) -> None:
@@ -91,7 +91,12 @@ class ModelRunner:
         cache.reserve(batch.capacity)
         self.counts.update(forwards=1, tokens=len(batch.ids))
         run, indices = partial(self._run, cache, batch), torch.tensor(batch.indices, device=self.device)  # (4, N)
-        return run(indices) if batch.graph_key is None else self.graphs(cache, batch.graph_key, run, indices)
+        if batch.graph_key is None:
+            return run(indices)
+        replays = self.graphs.replays
+        hidden = self.graphs(cache, batch.graph_key, run, indices)
+        self.counts["replayed"] += self.graphs.replays - replays
+        return hidden
 
     def commit(self, cache: SlotCache, moves: Sequence[tuple[int, int, int]]) -> None:
         """Move chosen branches: each move is (slot, source position, target position)."""
