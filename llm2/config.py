@@ -288,7 +288,7 @@ class EvaluateConfig(TaskConfig, ModelConfig, GuidanceConfig):
     resume: bool = True
     """Keep the predictions that the results folder already has."""
     dtype: Dtype = "auto"
-    """Dtype of both models; auto is that of the checkpoint on a GPU and float32 on a CPU."""
+    """Dtype of both models; auto is the checkpoint's on a GPU, float32 on a CPU, where batch_size changes no text."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

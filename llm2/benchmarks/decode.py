@@ -24,7 +24,7 @@ from llm2.verifier.model import ProcessVerifier
 
 GENERATE = "transformers generate, System 1 alone"
 COMPILED = "transformers generate, static cache, compiled"
-SEPARATE = "LLM2, separate verifier"
+SEPARATE, SHARED = "LLM2, separate verifier", "LLM2, shared LoRA verifier"
 COLUMNS = ["verifier_forwards", "candidates", "choice_share", "bandwidth_share"]
 LAYOUT = (
     "In the layout for CUDA graphs, 32 prompts of mixed lengths, 16 at a time: calls of a step that wait for the "
@@ -54,16 +54,14 @@ def measure(config: DecodeBenchmark) -> str:
         measured += cases
     adapter = sum(tensor.numel() for name, tensor in shared.state_dict().items() if "lora_" in name or "score" in name)
     share = adapter / sum(parameter.numel() for parameter in system1.parameters())
-    counts = {
-        name: layout_counts(Decoder(system1, Guidance(verifier=verifier, **config.guidance()), graphs=True), config)
-        for name, verifier in ((SEPARATE, separate), ("LLM2, shared LoRA verifier", shared))
-    }
+    counts = {}
+    for name, verifier in ((SEPARATE, separate), (SHARED, shared)) if config.graphs else ():
+        guidance = Guidance(verifier=verifier, **config.guidance())
+        counts[name] = layout_counts(Decoder(system1, guidance, graphs=True), config)
     table = report(config, measured, COLUMNS, shared_verifier_weights=share, layout=counts)
-    lines = [
-        f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in of_case.items())
-        for name, of_case in counts.items()
-    ]
-    return f"{table}\n\nThe shared verifier adds {share:.2%} to System 1's weights.\n\n{LAYOUT}\n" + "\n".join(lines)
+    lines = [f"The shared verifier adds {share:.2%} to System 1's weights.", *[LAYOUT] * bool(counts)]
+    lines += [f"{name}: {', '.join(f'{key} {value:.3g}' for key, value in of.items())}" for name, of in counts.items()]
+    return "\n\n".join([table, *lines])
 
 
 def build(
@@ -117,13 +115,14 @@ def benchmark_cases(
         "LLM2, no verifier": Decoder(system1),
         "LLM2, separate verifier at every token": Decoder(system1, Guidance(verifier=separate, **options, lazy=False)),
         SEPARATE: Decoder(system1, Guidance(verifier=separate, **options)),
-        "LLM2, shared LoRA verifier": Decoder(system1, Guidance(verifier=shared, **options)),
+        SHARED: Decoder(system1, Guidance(verifier=shared, **options)),
         "LLM2, prefix head": Decoder(system1, Guidance(verifier=prefix_head(system1), **options)),
     }
     runs: dict[str, Callable[[], float]] = {GENERATE: lambda: generate(system1, prompts, config)}
-    if on_gpu:
+    if on_gpu and config.graphs:
         guidance = Guidance(verifier=shared, **options)
-        decoders["LLM2, shared LoRA verifier, CUDA graphs"] = Decoder(system1, guidance, graphs=True)
+        decoders[f"{SHARED}, CUDA graphs"] = Decoder(system1, guidance, graphs=True)
+    if on_gpu:
         runs[COMPILED] = lambda: generate(system1, prompts, config, cache_implementation="static")
     for name, decoder in decoders.items():
         runs[name] = lambda decoder=decoder: decode(decoder, prompts, config)

@@ -2,7 +2,8 @@
 
     python -m llm2.evaluation.lm_eval_model --model llm2 --tasks gsm8k --model_args pretrained=...,verifier=...
 
-The arguments are those of `lm_eval`, which is an optional extra: no other module imports it or this one.
+For several GPUs `accelerate launch -m` stands in place of `python -m`. The arguments are those of `lm_eval`, which is
+an optional extra: no other module imports it or this one.
 """
 
 import sys
