@@ -4,6 +4,7 @@ Exit status: 0 done, 2 a user's mistake (one sentence, no traceback), 130 interr
 """
 
 import argparse
+import logging
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +24,8 @@ from llm2.errors import UserError
 
 def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("llm2").setLevel(logging.INFO)
     try:
         options.run(options)
     except UserError as error:

@@ -275,8 +275,8 @@ class EvaluateConfig(TaskConfig, ModelConfig, GuidanceConfig):
     """Nucleus sampling: samples are drawn from the most likely tokens that together have this probability."""
     max_new_tokens: Count = 512
     """Limit of new tokens per solution."""
-    batch_size: Count = 16
-    """Sequences decoded at the same time."""
+    batch_size: Count | Literal["auto"] = 16
+    """Sequences decoded at the same time; auto is as many as fit a GPU's memory, 64 on a CPU."""
     score_samples: bool = True
     """Score every sample with the verifier: for best of k, weighted votes and the report's colours."""
     solution_score: Literal["mean", "min", "last"] = "mean"
@@ -288,7 +288,7 @@ class EvaluateConfig(TaskConfig, ModelConfig, GuidanceConfig):
     resume: bool = True
     """Keep the predictions that the results folder already has."""
     dtype: Dtype = "auto"
-    """Dtype of both models; auto is that of the checkpoint on a GPU and float32 on a CPU."""
+    """Dtype of both models; auto is the checkpoint's on a GPU, float32 on a CPU, where batch_size changes no text."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

@@ -30,7 +30,8 @@ def config(tmp_path_factory) -> DecodeBenchmark:
 def test_the_file_has_every_row_and_ratios_are_to_generate(config):
     table = decode.measure(config)
     with open(config.output) as file:
-        rows = json.load(file)["rows"]
+        written = json.load(file)
+    rows = written["rows"]
     names = [decode.GENERATE, "LLM2, no verifier", "LLM2, separate verifier at every token", decode.SEPARATE]
     names += ["LLM2, shared LoRA verifier", "LLM2, prefix head"]
     assert [row["name"] for row in rows] == [*names, "the method as published, no cache", *names]
@@ -42,6 +43,10 @@ def test_the_file_has_every_row_and_ratios_are_to_generate(config):
             assert 0.05 < row["choice_share"] < 0.5  # 0.2 is the target
         if "every token" in row["name"]:
             assert row["verifier_forwards"] == pytest.approx(1, abs=0.1)
+
+    for counts in written["layout"].values():
+        assert 0 <= counts["traced_host_reads"] - counts["host_reads"] <= 1 < counts["padding"] < 2
+        assert 0.7 < counts["replayed"] <= 1
 
 
 def test_the_uncached_loop_writes_what_the_decoder_writes(config):

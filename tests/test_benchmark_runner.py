@@ -1,21 +1,48 @@
 """How benchmarks measure: cases in turn, ratios within a round; and every key of theirs is explained."""
 
+import json
+
 import pytest
 
-from llm2.benchmarks.configs import BENCHMARKS
+from llm2.benchmarks.configs import BENCHMARKS, RolloutBenchmark
 from llm2.benchmarks.runner import BenchmarkCase, markdown_table, result_rows, run_interleaved
 from llm2.common.config_file import help_text
 
 
-def test_all_cases_run_in_turn_in_each_round_after_a_warm_up():
+def config(folder) -> RolloutBenchmark:
+    return RolloutBenchmark(benchmark="rollouts", output=str(folder / "rows.json"), rounds=2)
+
+
+def test_all_cases_run_in_turn_in_each_round_after_a_warm_up(tmp_path):
     order = []
 
     def case(name: str) -> BenchmarkCase:
         return BenchmarkCase(name, lambda: order.append(name) or 1.0, "runs/s", 1)
 
     cases = [case("a"), case("b")]
-    run_interleaved(cases, rounds=2, description="test")
+    run_interleaved(cases, config(tmp_path), "test")
     assert order == ["a", "b"] * 3 and [len(case.rates) for case in cases] == [2, 2]
+
+
+def test_each_row_is_written_and_printed_as_soon_as_it_is_measured(tmp_path, capsys):
+    """Where the second case ends the benchmark in its last round, the file has the first with two rounds."""
+    runs = []
+
+    def fails() -> float:
+        runs.append(1)
+        if len(runs) == 3:
+            raise RuntimeError("out of memory")
+        return 1.0
+
+    cases = [BenchmarkCase("a", lambda: 1.0, "runs/s", 1), BenchmarkCase("b", fails, "runs/s", 1, ratio_to="a")]
+    earlier = [BenchmarkCase("of batch 1", float, "runs/s", 4, rates=[5.0, 5.0])]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_interleaved(cases, config(tmp_path), "test", earlier)
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["of batch 1", "a", "b"]
+    assert rows[1]["value"]["min"] < rows[1]["value"]["max"] and rows[2]["value"]["min"] == rows[2]["value"]["max"]
+    (printed,) = capsys.readouterr().out.splitlines()
+    assert printed.startswith("| a | 1 |")
 
 
 def test_a_ratio_is_the_median_of_ratios_within_a_round():

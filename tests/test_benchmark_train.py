@@ -30,7 +30,9 @@ def config(tmp_path) -> TrainBenchmark:
     )
 
 
-def test_packed_and_plain_have_the_same_gradients(config, monkeypatch):
+@pytest.mark.parametrize("plain_tokens", [10_000, 130])  # 130: three pairs a forward, and the last two
+def test_packed_and_plain_have_the_same_gradients(config, monkeypatch, plain_tokens):
+    monkeypatch.setattr(benchmark, "PLAIN_TOKENS", plain_tokens)
     step = benchmark.make_step(config, 2, torch.device("cpu"))
     gradients = []
 

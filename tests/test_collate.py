@@ -173,16 +173,28 @@ def flex_twin(folder, **changes) -> tuple[ProcessVerifier, ProcessVerifier]:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_gives_the_same_scores(tmp_path, monkeypatch):
-    """On a CPU torch runs FlexAttention forward alone, and uncompiled: enough to show that the block mask is used."""
+@pytest.mark.parametrize("autocast", [False, True])
+def test_flex_attention_gives_the_same_scores(tmp_path, monkeypatch, autocast):
+    """On a CPU torch runs FlexAttention forward alone, and uncompiled: enough to show that the block mask is used.
+
+    Under autocast rotary embeddings return float32 beside values in bfloat16, which not every torch takes."""
     from torch.nn.attention.flex_attention import flex_attention
     from transformers.integrations.flex_attention import WrappedFlexAttention
 
-    monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: flex_attention)
+    dtypes = set()
+
+    def watched(query, key, value, **options):
+        dtypes.add((query.dtype, key.dtype, value.dtype))
+        return flex_attention(query, key, value, **options)
+
+    monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: watched)
     verifier, flex = flex_twin(tmp_path)
     batch = long_rows()
-    expected, found = scored(verifier, batch), scored(flex, batch)
-    torch.testing.assert_close(found.margins, expected.margins, atol=1e-4, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected, found = scored(verifier, batch), scored(flex, batch)
+    scale = expected.margins.abs().max().item()
+    torch.testing.assert_close(found.margins, expected.margins, atol=0.02 * scale if autocast else 1e-4, rtol=0)
+    assert dtypes == {(torch.bfloat16 if autocast else torch.float32,) * 3}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward pass wants a CUDA GPU")

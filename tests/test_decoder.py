@@ -5,9 +5,11 @@ import torch
 from conftest import VOCABULARY, tiny_system1
 from reference import decode_one, score
 from scipy.stats import chisquare
+from torch.backends import cuda
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm2.decoding import scheduler
+from llm2.benchmarks.decode import HostReads
+from llm2.decoding import attention, scheduler
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.model_runner import ModelRunner
 from llm2.decoding.sampling import Completion, Guidance, SamplingParams
@@ -218,6 +220,37 @@ def test_a_trace_records_how_each_token_was_chosen(system1, verifier):
         ids.append(choice.candidates[choice.chosen])
 
 
+def test_a_trace_takes_no_transfer_of_its_own_from_the_device(system1, verifier):
+    """But for one of a few numbers, on the CPU already, where the verifier is run: the choice without it."""
+    counts = {}
+    for trace in (False, True):
+        decoder = Decoder(system1, Guidance(verifier=verifier, alpha=0.02, beta=3.0))
+        with HostReads(torch.device("cpu")) as reads:
+            decoder.decode(prompts(9), max_new_tokens=16, eos=[], trace=trace)
+        counts[trace] = reads.count
+    assert counts[True] == counts[False] + decoder.counts["system2_forwards"] > 16
+
+
+def test_prompts_are_read_in_groups_where_batches_are_padded(system1, monkeypatch):
+    """A free slot waits until one in eight is free, or nothing is left that would fill it."""
+    use_padded_batches(monkeypatch)
+    admitted, admit = [], scheduler.Scheduler.admit
+
+    def watched(self):
+        before = len(self.running)
+        admit(self)
+        admitted.append(len(self.running) - before)
+
+    monkeypatch.setattr(scheduler.Scheduler, "admit", watched)
+    batch = prompts(60)
+    options = {"eos": range(0, VOCABULARY, 8), "max_new_tokens": 24, "batch_size": 24}
+    padded = greedy(system1, batch, **{key: value for key, value in options.items() if key != "eos"})
+    groups = [count for count in admitted if count]
+    assert groups[0] == 24 and all(count >= 3 for count in groups[1:-1]) and sum(groups) == 60
+    monkeypatch.undo()
+    assert padded == greedy(system1, batch, max_new_tokens=24, batch_size=24)
+
+
 def test_stop_process_logits_and_on_token_act_on_each_sequence(system1):
     batch, seen = prompts(3), []
 
@@ -239,6 +272,19 @@ def test_stop_process_logits_and_on_token_act_on_each_sequence(system1):
     for prompt, (row,) in zip(batch, written, strict=True):
         ids = [*prompt, *row.token_ids]
         assert all(a != b for a, b in zip(ids[len(prompt) - 1 :], ids[len(prompt) :], strict=False))
+
+
+def test_attention_never_runs_in_cudnn(system1, monkeypatch):
+    """cuDNN, which torch prefers on Hopper, plans anew for each new shape."""
+    enabled, dot_product = [], attention.scaled_dot_product_attention
+
+    def watched(*arguments, **options):
+        enabled.append((cuda.cudnn_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.flash_sdp_enabled()))
+        return dot_product(*arguments, **options)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", watched)
+    decode(system1, prompts(3), max_new_tokens=3, eos=EOS)
+    assert set(enabled) == {(False, True, True)} and cuda.cudnn_sdp_enabled(), "restored behind the forward"
 
 
 def test_a_model_without_pluggable_attention_is_refused(system1):

@@ -4,6 +4,7 @@ import psutil
 import pytest
 import torch
 from conftest import tiny_system1
+from test_decoder import use_padded_batches
 
 from llm2.decoding import kv_cache, scheduler
 from llm2.decoding.cuda_graphs import bucket
@@ -53,9 +54,12 @@ def test_a_cache_that_grows_keeps_what_it_holds():
     assert grown[:, :, : keys.shape[2]].equal(keys) and not grown[:, :, keys.shape[2] :].any() and not values.any()
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("guided", [False, True])
-def test_the_buffers_of_a_decoding_are_allocated_once(system1, guidance, guided, monkeypatch):
-    """A buffer that grows is held twice for a while and fragments the heap."""
+def test_the_buffers_of_a_decoding_are_allocated_once(system1, guidance, guided, padded, monkeypatch):
+    """A buffer that grows is held twice for a while, fragments the heap, and drops all CUDA graphs of its device."""
+    if padded:
+        use_padded_batches(monkeypatch)
     allocated = []
     zeros = kv_cache._zeros
     monkeypatch.setattr(kv_cache, "_zeros", lambda shape, like: allocated.append(shape) or zeros(shape, like))

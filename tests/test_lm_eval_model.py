@@ -1,7 +1,11 @@
 """The harness itself, run on a local task with the testbed's System 1."""
 
 import json
+import multiprocessing
+import os
 import re
+import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from llm2.common.chat import encode_chats
+from llm2.common.distributed import destroy_group
 from llm2.decoding.decoder import Decoder
 from llm2.evaluation.lm_eval_model import HarnessModel
 from llm2.tasks import load_task
@@ -54,13 +59,18 @@ def verifier(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory, verifier) -> list[dict]:
-    """The harness's log of each problem."""
+def folder(tmp_path_factory) -> Path:
+    """A task of the harness and its problems."""
     folder = tmp_path_factory.mktemp("harness")
     problems = load_task("testbed").problems("test", N)
     lines = [json.dumps({"question": p.question, "answer": f"{p.solution}\n#### {p.gold}"}) for p in problems]
     (folder / "problems.jsonl").write_text("\n".join(lines))
     (folder / "task.yaml").write_text(TASK.format(data=folder / "problems.jsonl"))
+    return folder
+
+
+def run_harness(folder: Path, verifier: str) -> list[dict] | None:
+    """The harness's log of each problem; None on all processes but the first."""
     results = lm_eval.simple_evaluate(
         model="llm2",
         model_args=f"pretrained={SYSTEM1},verifier={verifier},alpha=0.1,beta=4.0",
@@ -70,7 +80,57 @@ def samples(tmp_path_factory, verifier) -> list[dict]:
         device="cpu",
         batch_size=4,
     )
-    return results["samples"]["testbed_local"]
+    return results and results["samples"]["testbed_local"]
+
+
+@pytest.fixture(scope="module")
+def samples(folder, verifier) -> list[dict]:
+    return run_harness(folder, verifier)
+
+
+def run_as_rank(rank: int, port: int, folder: Path, verifier: str) -> None:
+    names = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    samples = run_harness(folder, verifier)
+    assert (samples is None) == (rank != 0)
+    if samples is not None:
+        (folder / "ranks.json").write_text(json.dumps(responses(samples)))
+    destroy_group()
+
+
+def responses(samples: list[dict]) -> list[list[str]]:
+    return sorted([sample["doc"]["question"], sample["filter"], sample["resps"][0][0]] for sample in samples)
+
+
+def test_two_processes_share_the_requests_and_give_the_responses_of_one(folder, samples, verifier):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=run_as_rank, args=(rank, port, folder, verifier)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert json.loads((folder / "ranks.json").read_text()) == responses(samples)
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(None, "cuda:1"), (3, "cuda:3")])
+def test_a_process_keeps_the_index_of_its_device_and_each_of_several_has_its_own(monkeypatch, rank, expected):
+    class Loaded(Exception):
+        pass
+
+    def from_pretrained(*names, device, **options):
+        raise Loaded(device)
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("llm2.evaluation.lm_eval_model.LLM2.from_pretrained", from_pretrained)
+    if rank is not None:
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 4}.items():
+            monkeypatch.setenv(name, str(value))
+    with pytest.raises(Loaded, match=expected):
+        HarnessModel(SYSTEM1, device="cuda:1" if rank is None else "cuda")
 
 
 def test_the_harness_gets_the_decoders_text(samples, verifier):

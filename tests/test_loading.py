@@ -12,6 +12,7 @@ from llm2.common.loading import (
     load_system1,
     load_tokenizer,
     require_model,
+    resolve_device,
 )
 from llm2.errors import UserError
 from llm2.verifier.model import ProcessVerifier
@@ -34,3 +35,19 @@ def test_a_missing_folder_is_refused_in_one_sentence(load):
     with pytest.raises(UserError, match="'./nowhere': expected a folder with config.json, found none") as refusal:
         load("./nowhere")
     assert "\n" not in str(refusal.value)
+
+
+def test_devices_are_resolved_without_starting_cuda(monkeypatch):
+    """Where it has started, vLLM's engine cannot be given other GPUs."""
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(UserError, match=f"device {name} needs a CUDA GPU and torch sees none"):
+            resolve_device(name)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: pytest.fail("initialises the driver"))
+    assert resolve_device("auto") == torch.device("cpu")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [str(resolve_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")] == [
+        "cuda",
+        "cuda",
+        "cuda:1",
+        "cpu",
+    ]

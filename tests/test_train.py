@@ -389,6 +389,27 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(config):
     load_verifier(config.output_dir, torch.device("cpu"), "auto", vocabulary=len(tokenizer))
 
 
+def test_one_process_that_sees_several_gpus_is_refused(config, monkeypatch):
+    """The Trainer would wrap the model in DataParallel, and multiply the batch in silence."""
+    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", 4)
+    with pytest.raises(UserError, match="one process sees 4 GPUs.*expected one process for each"):
+        train(config)
+
+
+def test_each_process_loads_system1_onto_its_own_gpu(config, monkeypatch):
+    class Loaded(Exception):
+        pass
+
+    def load_system1(name, device):
+        raise Loaded(device)
+
+    monkeypatch.setattr("llm2.verifier.train.resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("llm2.verifier.train.load_system1", load_system1)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(Loaded, match="cuda:3"):
+        train(config)
+
+
 def test_flex_attention_without_a_gpu_is_refused(config):
     with pytest.raises(UserError, match="expected a CUDA GPU"):
         train(replace(config, attn_implementation="flex_attention"))

@@ -39,6 +39,8 @@ class DecodeBenchmark(LlamaShape, GuidanceConfig):
     """Share of the steps with more than one candidate; System 1's logits are scaled to reach it."""
     lora_r: Count = 8
     """LoRA rank of the verifier that shares System 1's weights."""
+    graphs: bool = True
+    """Measure with CUDA graphs too: speed on a GPU; host reads, padding and replays anywhere."""
     rounds: Count = 5
     """Measured runs of each case."""
     seed: int = 0

@@ -6,9 +6,11 @@ a given share of the steps has more than one candidate, as with a trained one.
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llm2.benchmarks.configs import DecodeBenchmark
@@ -22,7 +24,15 @@ from llm2.verifier.model import ProcessVerifier
 
 GENERATE = "transformers generate, System 1 alone"
 COMPILED = "transformers generate, static cache, compiled"
-SEPARATE = "LLM2, separate verifier"
+SEPARATE, SHARED = "LLM2, separate verifier", "LLM2, shared LoRA verifier"
+COLUMNS = ["verifier_forwards", "candidates", "choice_share", "bandwidth_share"]
+LAYOUT = (
+    "In the layout for CUDA graphs, 32 prompts of mixed lengths, 16 at a time: calls of a step that wait for the "
+    "device (host_reads), the same with traces, tokens computed for each one that is read (padding), share of the "
+    "forwards that are replayed."
+)
+WAITING = ("tolist", "item", "cpu", "nonzero", "bincount", "__int__", "__float__", "__bool__")
+CALIBRATED = 32  # prompts that the scale of System 1's logits is found with: all logits of each are kept
 
 
 def measure(config: DecodeBenchmark) -> str:
@@ -36,7 +46,7 @@ def measure(config: DecodeBenchmark) -> str:
         prompts = torch.randint(config.vocab_size, (batch_size, config.prompt_tokens)).tolist()
         scale_logits(system1, prompts, config)
         cases = benchmark_cases(config, system1, separate, shared, prompts)
-        run_interleaved(cases, config.rounds, f"batch {batch_size}")
+        run_interleaved(cases, config, f"batch {batch_size}", measured, COLUMNS)
         for case in cases:
             case.peak_mib = peak_memory(case.run, device)
         if device.type == "cuda" and batch_size == 1:  # a CPU's caches hold a small model
@@ -44,9 +54,14 @@ def measure(config: DecodeBenchmark) -> str:
         measured += cases
     adapter = sum(tensor.numel() for name, tensor in shared.state_dict().items() if "lora_" in name or "score" in name)
     share = adapter / sum(parameter.numel() for parameter in system1.parameters())
-    columns = ["verifier_forwards", "candidates", "choice_share", "bandwidth_share"]
-    table = report(config, measured, columns, shared_verifier_weights=share)
-    return f"{table}\n\nThe shared verifier adds {share:.2%} to System 1's weights."
+    counts = {}
+    for name, verifier in ((SEPARATE, separate), (SHARED, shared)) if config.graphs else ():
+        guidance = Guidance(verifier=verifier, **config.guidance())
+        counts[name] = layout_counts(Decoder(system1, guidance, graphs=True), config)
+    table = report(config, measured, COLUMNS, shared_verifier_weights=share, layout=counts)
+    lines = [f"The shared verifier adds {share:.2%} to System 1's weights.", *[LAYOUT] * bool(counts)]
+    lines += [f"{name}: {', '.join(f'{key} {value:.3g}' for key, value in of.items())}" for name, of in counts.items()]
+    return "\n\n".join([table, *lines])
 
 
 def build(
@@ -80,7 +95,7 @@ def scale_logits(system1: PreTrainedModel, prompts: list[list[int]], config: Dec
     Scaling moves no argmax, so the greedy text stays the same and the scale follows from the logit gaps along it.
     """
     completions = Decoder(system1).decode(
-        prompts, max_new_tokens=config.new_tokens, eos=[], trace=True, keep_logits=True
+        prompts[:CALIBRATED], max_new_tokens=config.new_tokens, eos=[], trace=True, keep_logits=True
     )
     top = torch.stack([token.logits.topk(2).values for (completion,) in completions for token in completion.trace])
     gap = (top[:, 0] - top[:, 1]).quantile(config.choice_share).item()
@@ -100,13 +115,14 @@ def benchmark_cases(
         "LLM2, no verifier": Decoder(system1),
         "LLM2, separate verifier at every token": Decoder(system1, Guidance(verifier=separate, **options, lazy=False)),
         SEPARATE: Decoder(system1, Guidance(verifier=separate, **options)),
-        "LLM2, shared LoRA verifier": Decoder(system1, Guidance(verifier=shared, **options)),
+        SHARED: Decoder(system1, Guidance(verifier=shared, **options)),
         "LLM2, prefix head": Decoder(system1, Guidance(verifier=prefix_head(system1), **options)),
     }
     runs: dict[str, Callable[[], float]] = {GENERATE: lambda: generate(system1, prompts, config)}
-    if on_gpu:
+    if on_gpu and config.graphs:
         guidance = Guidance(verifier=shared, **options)
-        decoders["LLM2, shared LoRA verifier, CUDA graphs"] = Decoder(system1, guidance, graphs=True)
+        decoders[f"{SHARED}, CUDA graphs"] = Decoder(system1, guidance, graphs=True)
+    if on_gpu:
         runs[COMPILED] = lambda: generate(system1, prompts, config, cache_implementation="static")
     for name, decoder in decoders.items():
         runs[name] = lambda decoder=decoder: decode(decoder, prompts, config)
@@ -158,6 +174,59 @@ def verifier_use(decoder: Decoder, prompts: list[list[int]], config: DecodeBench
         "verifier_forwards": decoder.counts["system2_forwards"] / (len(sizes) / len(prompts)),
         "candidates": sum(sizes) / len(sizes),
         "choice_share": sum(size > 1 for size in sizes) / len(sizes),
+    }
+
+
+class HostReads(TorchFunctionMode):
+    """Counts calls that wait for the device: copies to the host, copies of lists to the device, and operators with an
+    output whose size depends on values. On a CPU the few calls on tensors that live there in any case count too.
+    """
+
+    CALLS = {torch.bincount, torch.nonzero, *(getattr(torch.Tensor, name) for name in WAITING)}
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device, self.count = device, 0
+
+    def __torch_function__(self, function: Callable, types, arguments=(), options=None):
+        options = options or {}
+        if function in self.CALLS:
+            self.count += arguments[0].device.type == self.device.type
+        elif function is torch.tensor:
+            self.count += torch.device(options.get("device", "cpu")).type == self.device.type
+        return function(*arguments, **options)
+
+
+def layout_counts(decoder: Decoder, config: DecodeBenchmark) -> dict[str, float]:
+    """See LAYOUT; on a CPU the layout for CUDA graphs is the one of a GPU."""
+    rows, base = 16, config.prompt_tokens
+    generator = torch.Generator().manual_seed(config.seed)
+    lengths = torch.randint(max(1, base // 2), 2 * base + 1, (2 * rows,), generator=generator).tolist()
+    lengths[rows // 2] = 8 * base  # one long prompt among the others
+    prompts = [torch.randint(config.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+    runners = {runner for runner in (decoder.runners.lm, decoder.runners.verifier) if runner is not None}
+    reads = {}
+    for traced in (False, True):
+        limits = [config.new_tokens // 2 + index % config.new_tokens for index in range(len(prompts))]
+        decoder.counts.clear()
+        for runner in runners:
+            runner.counts.clear()
+        with HostReads(decoder.runners.lm.device) as host:
+            decoder.decode(
+                prompts,
+                max_new_tokens=2 * config.new_tokens,
+                eos=[],
+                batch_size=rows,
+                stop=lambda prompt, sample, new, limits=limits: len(new) >= limits[prompt],
+                trace=traced,
+            )
+        reads[traced] = host.count / decoder.counts["system1_forwards"]
+    counts = sum((runner.counts for runner in runners), Counter())
+    return {
+        "host_reads": reads[False],
+        "traced_host_reads": reads[True],
+        "padding": counts["tokens"] / (decoder.counts["system1_tokens"] + decoder.counts["system2_tokens"]),
+        "replayed": counts["replayed"] / counts["forwards"],
     }
 
 

@@ -39,7 +39,7 @@ def measure(config: RolloutBenchmark) -> str:
         BenchmarkCase(name, run, "tokens/s", config.batch_size, ratio_to=None if name == GENERATE else GENERATE)
         for name, run in runs.items()
     ]
-    run_interleaved(cases, config.rounds, "rollouts")
+    run_interleaved(cases, config, "rollouts")
     for case in cases:
         if case.name != VLLM:  # it uses the memory of other processes
             case.peak_mib = peak_memory(case.run, engine.model.device)

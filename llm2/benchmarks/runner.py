@@ -7,6 +7,7 @@ a ratio compares two rates of one round, and a figure is the median over rounds 
 import json
 import platform
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -38,8 +39,22 @@ class BenchmarkCase:
     rates: list[float] = field(default_factory=list)  # units per second, one per round
 
 
-def run_interleaved(cases: Sequence[BenchmarkCase], rounds: int, description: str) -> None:
-    """Warm up each case once, then run all of them in turn, `rounds` times, and append to their rates."""
+def run_interleaved(
+    cases: Sequence[BenchmarkCase],
+    config: Any,
+    description: str,
+    earlier: Sequence[BenchmarkCase] = (),
+    columns: Sequence[str] = (),
+) -> None:
+    """Warm up each case once, then run all of them in turn, `config.rounds` times, and append to their rates.
+
+    After each run `config.output` holds what has been measured, so that little is lost where a run is cut short; a
+    row, with the keys `columns` of its `extra`, is printed once its rounds are complete.
+
+    Args:
+        earlier: cases that are complete, for the file.
+    """
+    rounds = config.rounds
     with tqdm(total=len(cases) * (rounds + 1), desc=description, unit="run") as bar:
         for measured in [False] + [True] * rounds:
             for case in cases:
@@ -48,6 +63,12 @@ def run_interleaved(cases: Sequence[BenchmarkCase], rounds: int, description: st
                 seconds = time.perf_counter() - start
                 if measured:
                     case.rates.append(units / seconds)
+                    rows = result_rows([*earlier, *(case for case in cases if case.rates)])
+                    write_results(Path(config.output), rounds, rows, config=as_dict(config))
+                if len(case.rates) == rounds:
+                    name = (case.name, case.batch_size)
+                    row = next(row for row in rows if (row["name"], row["batch_size"]) == name)
+                    bar.write(markdown_table([row], columns).splitlines()[-1], file=sys.stdout)
                 bar.set_postfix_str(case.name)
                 bar.update()
 
@@ -121,7 +142,7 @@ def result_row(
 
 def ratios(rates: Sequence[float], baseline: Sequence[float]) -> list[float]:
     """Rate over baseline, round by round."""
-    return [rate / base for rate, base in zip(rates, baseline, strict=True)]
+    return [rate / base for rate, base in zip(rates, baseline, strict=False)]  # one may be a round ahead
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -27,7 +27,7 @@ def measure(config: ThroughputBenchmark) -> str:
     for name, guidance in (("LLM2, no verifier", None), ("LLM2, guided", llm2.guidance)):
         runs[name, config.batch_size] = partial(decode, Decoder(llm2.system1, guidance), prompts, llm2.eos, config)
     cases = [BenchmarkCase(name, run, "problems/s", batch_size) for (name, batch_size), run in runs.items()]
-    run_interleaved(cases, config.rounds, "problems")
+    run_interleaved(cases, config, "problems")
     baselines = [case for case in cases if case.name.startswith("transformers")]
     batch_1 = next(case for case in baselines if case.batch_size == 1)
     best_batch = max(baselines, key=lambda case: spread(case.rates)["median"])

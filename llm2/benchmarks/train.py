@@ -30,6 +30,7 @@ from llm2.verifier.masks import BLOCK
 from llm2.verifier.model import ProcessVerifier, ProcessVerifierConfig
 from llm2.verifier.triplets import Example, Triplet, load_examples, record_line
 
+PLAIN_TOKENS = 16_384  # of a forward of the plain step: in the shape of a 1B model about 35 GB of activations
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bfloat16, from NVIDIA's data sheets
 
 
@@ -45,7 +46,7 @@ def measure(config: TrainBenchmark) -> str:
             case.run()  # loads what stays in memory
             before = resident_mib()
             case.peak_mib = peak_memory(case.run, torch.device("cpu")) - before
-        run_interleaved([*steps, *readers], config.rounds, "training")
+        run_interleaved([*steps, *readers], config, "training", columns=["tokens"])
     if device.type == "cuda":
         add_mfu(steps, config)
     return report(config, [*steps, *readers], ["tokens", "mfu"])
@@ -76,13 +77,19 @@ class TrainStep:
             for position, gold, negative in example.triplets:
                 sequences += [[*example.ids[:position], token] for token in (gold, negative)]
                 ends += [position, position]
-        longest = max(map(len, sequences))
-        ids = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in sequences], device=self.causal.device)
-        end = torch.tensor(ends, device=ids.device)
-        mask = torch.arange(longest, device=ids.device) <= end[:, None]
-        scores = self.causal(ids, mask.long()).scores.gather(1, end[:, None]).view(-1, 2)  # gold, negative
-        margins = scores[:, 0] - scores[:, 1]
-        self.finish(self.causal, pairwise_loss(margins, torch.ones_like(margins)))
+        longest, device = max(map(len, sequences)), self.causal.device
+        rows, total = max(1, PLAIN_TOKENS // (2 * longest)), torch.tensor(len(ends) / 2, device=device)
+        for first in range(0, len(ends), 2 * rows):
+            group = slice(first, first + 2 * rows)
+            ids = [tokens + [0] * (longest - len(tokens)) for tokens in sequences[group]]
+            end = torch.tensor(ends[group], device=device)
+            mask = torch.arange(longest, device=device) <= end[:, None]
+            scores = self.causal(torch.tensor(ids, device=device), mask.long()).scores.gather(1, end[:, None])
+            margins = scores[::2] - scores[1::2]  # gold, negative
+            loss = pairwise_loss(margins, torch.ones_like(margins), total)
+            if group.stop < len(ends):
+                loss.backward()
+        self.finish(self.causal, loss)
 
     def run_bare(self) -> None:
         ids = self.batch().input_ids.to(self.causal.device)

@@ -32,10 +32,10 @@ LOCAL_MODEL_HINT = "pass model=<local folder>, or model=testbed for the embedded
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one. Raises UserError for `cuda` without a GPU."""
-    has_gpu = torch.cuda.is_available()
-    if name == "cuda" and not has_gpu:
-        raise UserError(f"this config needs a CUDA GPU and torch sees none; {LOCAL_MODEL_HINT} device=cpu")
+    """`auto` is the GPU if there is one. Raises UserError for `cuda` or `cuda:1` without a GPU."""
+    has_gpu = torch.cuda.device_count() > 0  # unlike is_available it leaves CUDA alone: vLLM's GPUs are chosen later
+    if name.startswith("cuda") and not has_gpu:
+        raise UserError(f"device {name} needs a CUDA GPU and torch sees none; {LOCAL_MODEL_HINT} device=cpu")
     return torch.device(("cuda" if has_gpu else "cpu") if name == "auto" else name)
 
 

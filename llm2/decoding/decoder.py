@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from llm2.decoding.cuda_graphs import CUDAGraphRunner
+from llm2.decoding.cuda_graphs import CUDAGraphs
 from llm2.decoding.model_runner import LMRunner, SharedRunner, VerifierRunner
 from llm2.decoding.sampling import Completion, DecodeRequest, Guidance
 from llm2.decoding.scheduler import ModelRunners, Scheduler
+from llm2.errors import UserError
 
 
 class Decoder:
@@ -27,15 +28,13 @@ class Decoder:
     def __init__(self, system1: PreTrainedModel, guidance: Guidance | None = None, graphs: bool = False) -> None:
         self.guidance = guidance
 
-        def graph_runner() -> CUDAGraphRunner | None:
-            return CUDAGraphRunner(system1.device) if graphs else None
-
+        graph_store = CUDAGraphs.of(system1.device) if graphs else None
         if guidance is not None and guidance.shared and guidance.verifier.config.lora is not None:
-            lm = verifier = SharedRunner(system1, guidance.verifier, graph_runner())
+            lm = verifier = SharedRunner(system1, guidance.verifier, graph_store)
         else:
-            lm = LMRunner(system1, graph_runner())
+            lm = LMRunner(system1, graph_store)
             reads = guidance is not None and guidance.verifier.config.prefix_head is None
-            verifier = VerifierRunner(guidance.verifier, graph_runner()) if reads else None
+            verifier = VerifierRunner(guidance.verifier, graph_store) if reads else None
         self.runners = ModelRunners(lm, verifier, guidance)
 
     @property
@@ -55,12 +54,13 @@ class Decoder:
         Args:
             options: the other fields of `DecodeRequest`; max_new_tokens and eos are required.
         """
+        if self.runners.moved:
+            raise UserError("weights were moved or replaced after the Decoder was made; expected a new Decoder")
         request = DecodeRequest(prompts=prompts, **options)
         finished: list[dict[int, Completion]] = [{} for _ in prompts]
         scheduler = Scheduler(self.runners, request)
-        while scheduler.waiting or scheduler.running:
-            scheduler.admit()
-            scheduler.step()
+        while scheduler.unfinished:
+            scheduler.advance()
             for sequence in scheduler.retire():
                 samples = finished[sequence.prompt_index]
                 samples[sequence.sample_index] = Completion(

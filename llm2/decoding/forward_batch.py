@@ -1,9 +1,11 @@
 """The flat batch of one forward: chunks of many sequences, one behind the other, and how attention reads them.
 
-On a CPU nothing is padded (`VarlenBatch`). On a GPU chunks of similar length form padded rectangles, whose sizes can be
-rounded up to a few, so that forwards can be captured as CUDA graphs (`PaddedBatch`).
+On a CPU nothing is padded (`VarlenBatch`). On a GPU chunks of similar length form padded rectangles (`PaddedBatch`).
+For CUDA graphs the sizes of those with short chunks are rounded up to a few, and longer chunks, such as prompts, are
+read in forwards of their own (`split`).
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,8 +18,9 @@ from llm2.decoding.kv_cache import SlotCache
 
 LONG_CHUNK = 16  # longer chunks are not padded together with shorter ones
 MAX_GRAPH_CHUNK = 64  # forwards with longer chunks are not captured
+MAX_BATCHED_TOKENS = 8_192  # tokens of a forward without padding, give or take a chunk: bounds its memory
 WIDTH_STEP = 64  # bucketed widths are multiples of this
-ROW_STEPS = 2  # bucket sizes for rows, between powers of two
+WIDTH_STEPS = 2  # bucket sizes for widths, between powers of two
 
 
 @dataclass(eq=False)
@@ -112,7 +115,7 @@ class PaddedGroup(NamedTuple):
 
 
 class PaddedBatch(ForwardBatch):
-    """Padded rectangles: one each for single tokens, short chunks and longer ones.
+    """Padded rectangles: one each for single tokens, short chunks, and longer ones of similar length.
 
     Padding is written to the cache's last position, which no real token sees; it sees the first position only.
 
@@ -129,7 +132,7 @@ class PaddedBatch(ForwardBatch):
     def width(self) -> int:
         """Cache positions that are read."""
         width = max(self.kv_positions) + 1
-        return WIDTH_STEP * bucket(-(-width // WIDTH_STEP), 4) if self.few_shapes else width
+        return padded_width(width) if self.few_shapes else width
 
     @property
     def capacity(self) -> int:
@@ -137,16 +140,16 @@ class PaddedBatch(ForwardBatch):
 
     @property
     def graph_key(self) -> Hashable:
-        if any(group.length > MAX_GRAPH_CHUNK for group in self.groups):
-            return None
-        return tuple(self.groups), self.width, self.verifier_start
+        return (tuple(self.groups), self.width, self.verifier_start) if self.few_shapes else None
 
     def add(self, chunks: Sequence[Chunk]) -> None:
         """Append chunks of distinct slots; sets each chunk's offset."""
-        by_length = ([], [], [])
+        by_length = defaultdict(list)
         for chunk in chunks:
-            by_length[(len(chunk.ids) > 1) + (len(chunk.ids) > LONG_CHUNK)].append(chunk)
-        for similar in filter(None, by_length):
+            length = len(chunk.ids)
+            similar = LONG_CHUNK if 1 < length <= LONG_CHUNK else bucket(length, 1 if self.few_shapes else 2)
+            by_length[similar].append(chunk)
+        for _, similar in sorted(by_length.items()):
             self._add_group(similar)
 
     def reads(self, indices: torch.Tensor) -> list[PaddedRead]:
@@ -172,7 +175,7 @@ class PaddedBatch(ForwardBatch):
         in_place = span == len(chunks) or (length == 1 and span <= 2 * len(chunks))
         rows = span if in_place else len(chunks)
         if self.few_shapes:
-            length, rows = bucket(length, 1), bucket(rows, ROW_STEPS)
+            length, rows = bucket(length, 1), bucket(rows, 1)
         if in_place:
             rows = min(rows, self.cache.num_slots - first)
             by_slot = {chunk.slot: chunk for chunk in chunks}
@@ -189,6 +192,29 @@ class PaddedBatch(ForwardBatch):
             self.slots += [slot] * padding
             self.kv_positions += [-1] * padding
         self.groups.append(PaddedGroup(rows, length, first if in_place else None))
+
+
+def padded_width(width: int) -> int:
+    """One of the few widths that a captured forward reads."""
+    return WIDTH_STEP * bucket(-(-width // WIDTH_STEP), WIDTH_STEPS)
+
+
+def split(
+    chunks: Sequence[Chunk], verifier_chunks: Sequence[Chunk], few_shapes: bool
+) -> list[tuple[list[Chunk], list[Chunk]]]:
+    """The chunks of each padded forward, about MAX_BATCHED_TOKENS at most.
+
+    Args:
+        few_shapes: keep short chunks, middle ones and those that no graph is captured for apart.
+    """
+    parts, tokens = defaultdict(lambda: ([], [])), Counter()
+    for system, of_system in enumerate((chunks, verifier_chunks)):
+        for chunk in sorted(of_system, key=lambda chunk: len(chunk.ids)):
+            length = len(chunk.ids)
+            kind = few_shapes * ((length > LONG_CHUNK) + (length > MAX_GRAPH_CHUNK))
+            tokens[kind] += length
+            parts[kind, (tokens[kind] - 1) // MAX_BATCHED_TOKENS][system].append(chunk)
+    return [part for _, part in sorted(parts.items())]
 
 
 def _decode_read(single: Sequence[Chunk], tokens: slice) -> DecodeRead:

@@ -13,6 +13,10 @@ import torch
 HEADROOM = 64  # positions added when a cache grows, on top of a quarter of what is needed
 
 
+class Placement:
+    """Stands for the addresses of a cache's buffers: another one where they have moved, gone where they are."""
+
+
 class SlotCache:
     """Buffers (slots, heads, positions, head width) for the keys and the values of each layer.
 
@@ -24,6 +28,7 @@ class SlotCache:
     def __init__(self, num_slots: int, capacity: int = 0, group_starts: Sequence[int] = (0,)) -> None:
         self.num_slots, self.capacity, self.group_starts = num_slots, capacity, group_starts
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.placement = Placement()
 
     def group_start(self, slot: int) -> int:
         """First slot of the group that holds `slot`."""
@@ -34,6 +39,7 @@ class SlotCache:
         if capacity <= self.capacity:
             return
         self.capacity = capacity + capacity // 4 + HEADROOM
+        self.placement = Placement()
         for index, buffers in self.layers.items():
             self.layers[index] = tuple(_grow(buffer, self.capacity) for buffer in buffers)
 

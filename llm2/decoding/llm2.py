@@ -51,9 +51,9 @@ class GuidedGenerate:
     """A callable for `model.generate(..., custom_generate=GuidedGenerate(guidance))`, for any System 1.
 
     Takes three arguments more than `generate`: `seed` (with do_sample, sequence i depends on `seed`, i and its prompt
-    alone), `trace`, and `stream_to`, a streamer. Temperature, top_k, top_p and min_p act on the guided logits, all
-    other processors on System 1's, before the plausible set is taken. Raises ValueError for beam search. `generate`
-    passes neither `streamer` nor the tokenizer of `stop_strings` to a callable: use `stream_to` and a
+    alone, in float32), `trace`, and `stream_to`, a streamer. Temperature, top_k, top_p and min_p act on the guided
+    logits, all other processors on System 1's, before the plausible set is taken. Raises ValueError for beam search.
+    `generate` passes neither `streamer` nor the tokenizer of `stop_strings` to a callable: use `stream_to` and a
     StopStringCriteria, or `LLM2.generate`, which does so for you.
 
     Args:
@@ -83,7 +83,7 @@ class GuidedGenerate:
             raise ValueError("guided decoding does not search beams; expected num_beams=1")
         if stream_to is not None and len(input_ids) > 1:
             raise ValueError(f"a streamer shows one sequence, found a batch of {len(input_ids)}")
-        if self.system1 is not model:
+        if self.system1 is not model or self.decoder.runners.moved:
             self.system1, self.decoder = model, Decoder(model, self.guidance)
         mask = model_inputs.get("attention_mask")  # None where nothing is padded
         mask = torch.ones_like(input_ids) if mask is None else mask

@@ -3,6 +3,7 @@
 The given models are neither changed nor copied: a runner wraps the same Parameters in modules of its own.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,17 +11,20 @@ from functools import partial
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llm2.decoding.attention import IMPLEMENTATION, AttentionMetadata
-from llm2.decoding.cuda_graphs import CUDAGraphRunner, bucket
-from llm2.decoding.forward_batch import ROW_STEPS, Chunk, PaddedBatch, VarlenBatch
+from llm2.decoding.cuda_graphs import CUDAGraphs, bucket
+from llm2.decoding.forward_batch import MAX_GRAPH_CHUNK, Chunk, PaddedBatch, VarlenBatch, padded_width, split
 from llm2.decoding.kv_cache import SlotCache
 from llm2.errors import UserError
 from llm2.verifier.lora import clone_sharing_weights
 from llm2.verifier.model import ProcessVerifier
 
+# Not cuDNN's, which torch prefers on Hopper: it plans anew for each new shape, and ours change with every token.
+KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 MAX_ONEDNN_BYTES = 2**28  # larger vocabulary heads are not kept a second time in oneDNN's layout
 
 
@@ -29,10 +33,14 @@ class ModelRunner:
 
     Args:
         graphs: lay forwards out in few shapes and replay those of short chunks; None runs every forward eagerly.
+
+    Attributes:
+        counts: `forwards`, `replayed` ones, and `tokens` of them all, padding included.
     """
 
-    def __init__(self, body: PreTrainedModel, graphs: CUDAGraphRunner | None = None) -> None:
+    def __init__(self, body: PreTrainedModel, graphs: CUDAGraphs | None = None) -> None:
         self.body, self.device, self.graphs = with_slot_attention(body), body.device, graphs
+        self.counts: Counter[str] = Counter()
 
     @property
     def varlen(self) -> bool:
@@ -40,47 +48,81 @@ class ModelRunner:
         return self.graphs is None and self.device.type == "cpu"
 
     def forward(self, cache: SlotCache, chunks: Sequence[Chunk], verifier_chunks: Sequence[Chunk] = ()) -> torch.Tensor:
-        """One forward over chunks of distinct slots; sets each chunk's offset. -> hidden states (N, width).
+        """Read chunks of distinct slots; sets each chunk's offset. -> hidden states (N, width).
+
+        One forward, or several where padding would be wasted, memory is to be bounded or shapes are to recur (`split`).
 
         Args:
             verifier_chunks: with a SharedRunner, the chunks that the verifier's adapter acts on.
         """
-        batch = VarlenBatch() if self.varlen else PaddedBatch(cache, few_shapes=self.graphs is not None)
+        if self.varlen:
+            return self._forward(cache, VarlenBatch(), chunks, verifier_chunks)
+        hidden, offset = [], 0
+        for part in split(chunks, verifier_chunks, self.graphs is not None):
+            both = [*part[0], *part[1]]
+            few_shapes = self.graphs is not None and max(len(chunk.ids) for chunk in both) <= MAX_GRAPH_CHUNK
+            hidden.append(self._forward(cache, PaddedBatch(cache, few_shapes), *part))
+            for chunk in both:
+                chunk.offset += offset
+            offset += len(hidden[-1])
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+
+    def record(self, cache: SlotCache, rows: int) -> None:
+        """Capture steps of one token each for up to `rows` sequences, in all their shapes, before the cache is used."""
+        if self.graphs is None or self.graphs.knows(cache):
+            return
+        widths = {padded_width(position + 1) for position in range(cache.capacity)}
+        for width in sorted(width for width in widths if width < cache.capacity):
+            for count in (min(2**power, rows) for power in range(rows.bit_length() + 1)):
+                chunks = [Chunk(slot, width - 1, [0]) for slot in range(count)]
+                for _ in range(2):
+                    self.forward(cache, chunks)
+
+    def _forward(
+        self,
+        cache: SlotCache,
+        batch: VarlenBatch | PaddedBatch,
+        chunks: Sequence[Chunk],
+        verifier_chunks: Sequence[Chunk],
+    ) -> torch.Tensor:
         batch.add(chunks)
         batch.verifier_start = len(batch.ids)
         batch.add(verifier_chunks)
         cache.reserve(batch.capacity)
+        self.counts.update(forwards=1, tokens=len(batch.ids))
         run, indices = partial(self._run, cache, batch), torch.tensor(batch.indices, device=self.device)  # (4, N)
-        if self.graphs is None or batch.graph_key is None:
+        if batch.graph_key is None:
             return run(indices)
-        self.graphs.invalidate_if_moved((cache, cache.capacity))
-        return self.graphs(batch.graph_key, run, indices)
+        replays = self.graphs.replays
+        hidden = self.graphs(cache, batch.graph_key, run, indices)
+        self.counts["replayed"] += self.graphs.replays - replays
+        return hidden
 
     def commit(self, cache: SlotCache, moves: Sequence[tuple[int, int, int]]) -> None:
         """Move chosen branches: each move is (slot, source position, target position)."""
         if self.graphs is None:
             cache.move_positions(*torch.tensor(moves, device=self.device).T)
             return
-        padding = bucket(len(moves), ROW_STEPS) - len(moves)
+        padding = bucket(len(moves), 1) - len(moves)
         indices = torch.tensor([*moves, *[(0, -1, -1)] * padding], device=self.device).T.contiguous()  # (3, n)
-        self.graphs.invalidate_if_moved((cache, cache.capacity))
-        self.graphs(("commit", indices.shape[1]), partial(_move_positions, cache), indices)
+        self.graphs(cache, ("commit", indices.shape[1]), partial(_move_positions, cache), indices)
 
     def _run(self, cache: SlotCache, batch: VarlenBatch | PaddedBatch, indices: torch.Tensor) -> torch.Tensor:
         ids, position_ids, slots, kv_positions = indices
-        output = self.body(
-            input_ids=ids[None],
-            position_ids=position_ids[None],
-            use_cache=False,
-            attention_metadata=AttentionMetadata(cache, batch.reads(indices), slots, kv_positions),
-        )
+        with sdpa_kernel(KERNELS):
+            output = self.body(
+                input_ids=ids[None],
+                position_ids=position_ids[None],
+                use_cache=False,
+                attention_metadata=AttentionMetadata(cache, batch.reads(indices), slots, kv_positions),
+            )
         return output.last_hidden_state[0]
 
 
 class LMRunner(ModelRunner):
     """System 1."""
 
-    def __init__(self, model: PreTrainedModel, graphs: CUDAGraphRunner | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, graphs: CUDAGraphs | None = None) -> None:
         super().__init__(model.base_model, graphs)
         self.head = head_of(model)
 
@@ -92,7 +134,7 @@ class LMRunner(ModelRunner):
 class VerifierRunner(ModelRunner):
     """The verifier in forwards of its own."""
 
-    def __init__(self, verifier: ProcessVerifier, graphs: CUDAGraphRunner | None = None) -> None:
+    def __init__(self, verifier: ProcessVerifier, graphs: CUDAGraphs | None = None) -> None:
         super().__init__(verifier.backbone, graphs)
         self.use_head(verifier)
 
@@ -111,9 +153,7 @@ class SharedRunner(LMRunner, VerifierRunner):
     The verifier's tokens stand at the end of the batch, in slots of their own, and the adapter acts on them alone.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, verifier: ProcessVerifier, graphs: CUDAGraphRunner | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, verifier: ProcessVerifier, graphs: CUDAGraphs | None = None) -> None:
         ModelRunner.__init__(self, verifier.backbone, graphs)
         self.use_head(verifier)
         self.head, self.adapter = head_of(model), PartialLoRA()
@@ -199,6 +239,6 @@ def head_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _move_positions(cache: SlotCache, indices: torch.Tensor) -> torch.Tensor:
-    """`SlotCache.move_positions` in the form that CUDAGraphRunner captures."""
+    """`SlotCache.move_positions` in the form that CUDAGraphs captures."""
     cache.move_positions(*indices)
     return indices

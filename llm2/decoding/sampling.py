@@ -5,7 +5,7 @@ Letters: n sequences, K candidates, V vocabulary.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from transformers import (
@@ -76,9 +76,10 @@ class DecodeRequest:
         max_new_tokens: per sequence.
         eos: token ids that end a sequence.
         sampling: None for greedy decoding.
-        seeds: for each prompt one seed per sample; one sample per prompt when None. A sampled sequence depends on its
-            prompt and seed alone.
-        batch_size: sequences in flight.
+        seeds: for each prompt one seed per sample; one sample per prompt when None. In float32 a sampled sequence
+            depends on its prompt and seed alone; in 16 bits, on the batch too: a call repeats itself, and equal prompts
+            in another batch may get another text.
+        batch_size: sequences in flight; `auto` for as many as fit a GPU's memory. Where memory runs out, fewer.
         stop: called with prompt index, sample index and new tokens after each token; True ends the sequence.
         process_logits: maps prompt indices (n,), new tokens (n lists) and System 1's logits (n, V) to logits (n, V).
         on_token: called with prompt index, sample index and token for each new token.
@@ -91,7 +92,7 @@ class DecodeRequest:
     eos: Collection[int]
     sampling: SamplingParams | None = None
     seeds: Sequence[Sequence[int]] | None = None
-    batch_size: int = 64
+    batch_size: int | Literal["auto"] = 64
     stop: StopFn | None = None
     process_logits: LogitsFn | None = None
     on_token: Callable[[int, int, int], None] | None = None

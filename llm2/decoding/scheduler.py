@@ -1,12 +1,14 @@
 """Continuous batching of guided decoding: which sequences run, what each system computes, which tokens are chosen.
 
 Finished sequences leave and waiting prompts take their slots. The verifier runs only where there is a choice, and first
-catches up there on the tokens it has not seen. Prompts that begin alike share the prefix. A sequence depends on its
-prompt and seed alone, never on the schedule.
+catches up there on the tokens it has not seen. Prompts that begin alike share the prefix. In float32 a sequence depends
+on its prompt and seed alone, never on the schedule; in 16 bits kernels round differently for other batch shapes.
 
 Letters: n sequences, V vocabulary, K candidates.
 """
 
+import logging
+import warnings
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,15 +19,18 @@ import torch
 
 from llm2.common.seeds import uniforms
 from llm2.decoding.candidates import guided_logits, plausible
-from llm2.decoding.forward_batch import Chunk
+from llm2.decoding.forward_batch import MAX_BATCHED_TOKENS, Chunk, padded_width
 from llm2.decoding.kv_cache import HEADROOM, SlotCache
+from llm2.decoding.memory import GB, MemoryPlan, addresses, num_prefix_slots, plan_memory
 from llm2.decoding.model_runner import LMRunner, ModelRunner, VerifierRunner
 from llm2.decoding.prefix_cache import PrefixCache, SharedPrefix
 from llm2.decoding.sampling import DecodeRequest, Guidance, TokenTrace, sample
 
-MAX_BATCHED_TOKENS = 8_192  # prompt tokens admitted at once, which bounds the memory of a forward
+ADMIT_SHARE = 8  # in padded batches one in so many slots must be free before prompts are read: few forwards for all
 MIN_IN_PLACE_TOKENS = 2_000  # prefix length times sequences from which reading in place beats a copy for each sequence
 SYSTEM1, SYSTEM2 = "system1", "system2"
+
+logger = logging.getLogger(__name__)
 
 
 class Proposal(NamedTuple):
@@ -33,7 +38,8 @@ class Proposal(NamedTuple):
 
     candidates: list[int]
     values: list[float]  # their logits
-    logits: torch.Tensor | None  # (V,), for a trace
+    logprobs: list[float] | None  # for a trace
+    logits: torch.Tensor | None  # (V,), with keep_logits
 
 
 @dataclass(eq=False)
@@ -60,6 +66,14 @@ class SequenceState:
     def completion_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
 
+    def restart(self) -> None:
+        """Forget what is cached of this sequence, not what is written."""
+        if self.prefix is not None:
+            self.token_ids = [*self.prefix.token_ids[: self.prefix_len], *self.token_ids]
+            self.num_prompt_tokens += self.prefix_len
+        self.prefix, self.prefix_len, self.proposal = None, 0, None
+        self.num_cached_lm = self.num_cached_verifier = 0
+
     def chunk(self, start: int, candidates: Sequence[int] = (), slot_offset: int = 0) -> Chunk:
         """The tokens from cache position `start` on, and behind them the candidates as branches."""
         prefix = None if self.prefix is None else (self.prefix.slot + slot_offset, self.prefix_len)
@@ -75,23 +89,48 @@ class ModelRunners:
     # and for a prefix head, which computes no tokens
     guidance: Guidance | None
     counts: Counter[str] = field(default_factory=Counter)
-    saved_caches: tuple[SlotCache, SlotCache] | None = None
+    saved_caches: tuple[MemoryPlan, SlotCache, SlotCache] | None = None
+    stated: bool = False  # whether the memory has been stated
+    weights: dict[int, int] = field(init=False)  # addresses and bytes when the runners were made
+
+    def __post_init__(self) -> None:
+        self.weights = addresses(*self._modules())
+
+    def _modules(self) -> list[torch.nn.Module]:
+        verifier = [] if self.guidance is None else [self.guidance.verifier]
+        return [self.lm.body, self.lm.head, *verifier]
+
+    @property
+    def moved(self) -> bool:
+        """Whether weights have been moved or replaced since the runners were made, which hold copies and addresses."""
+        return addresses(*self._modules()) != self.weights
 
     @property
     def shared(self) -> bool:
         return self.lm is self.verifier
 
-    def take_caches(self, num_slots: int, capacity: int, verifier_offset: int) -> tuple[SlotCache, SlotCache]:
-        """The caches of System 1 and of the verifier, whose slots start at `verifier_offset`.
+    def take_caches(
+        self, batch_size: int | str, num_sequences: int, capacity: int
+    ) -> tuple[MemoryPlan, SlotCache, SlotCache]:
+        """Their sizes, and the caches of System 1 and of the verifier, the same one where they share forwards.
 
         Saved caches are handed out once, so that two calls under way never write to the same ones.
         """
         saved, self.saved_caches = self.saved_caches, None
-        if saved is not None and saved[0].num_slots == num_slots + verifier_offset:
+        rows = 1 if batch_size == "auto" else min(batch_size, num_sequences)
+        if saved is not None and saved[0].rows >= rows and saved[0].capacity >= capacity:
             return saved
-        group_starts = (0, verifier_offset) if verifier_offset else (0,)
-        lm_cache = SlotCache(num_slots + verifier_offset, capacity, group_starts)
-        return lm_cache, lm_cache if self.shared else SlotCache(num_slots, capacity)
+        del saved  # its memory is free for the new ones
+        bodies = [runner.body for runner in (self.lm, self.verifier) if runner is not None]
+        plan = plan_memory(bodies, self.lm.device, batch_size, num_sequences, capacity)
+        if plan.free_bytes and not self.stated:
+            logger.info("memory: %.2f GB of weights, %s", sum(self.weights.values()) / GB, plan)
+            self.stated = True
+        num_slots = plan.rows + num_prefix_slots(plan.rows)
+        if self.shared:  # the verifier has the second half
+            cache = SlotCache(2 * num_slots, plan.capacity, (0, num_slots))
+            return plan, cache, cache
+        return plan, SlotCache(num_slots, plan.capacity), SlotCache(num_slots, plan.capacity)
 
 
 class Scheduler:
@@ -100,36 +139,84 @@ class Scheduler:
     def __init__(self, runners: ModelRunners, request: DecodeRequest) -> None:
         self.runners, self.guidance, self.request = runners, runners.guidance, request
         self.num_samples = [len(seeds) for seeds in request.seeds]
-        self.max_running = min(request.batch_size, sum(self.num_samples))
-        num_prefixes = max(1, self.max_running // 8)
-        self.prefixes = PrefixCache(self.max_running, num_prefixes)
-        num_slots = self.max_running + num_prefixes
-        # In a shared forward both systems use one cache, the verifier its second half.
-        self.verifier_offset = num_slots if runners.shared else 0
-        capacity = 0
-        if runners.lm.device.type == "cpu":  # room for the longest sequence: unwritten pages are free
-            capacity = max(map(len, request.prompts), default=0) + request.max_new_tokens + HEADROOM
-        self.caches = runners.take_caches(num_slots, capacity, self.verifier_offset)
-        self.lm_cache, self.verifier_cache = self.caches
         self.running: list[SequenceState] = []  # the index is the slot
+        self.interrupted: list[SequenceState] = []  # to be admitted again
         self.waiting = deque((prompt, index) for prompt, count in enumerate(self.num_samples) for index in range(count))
+        self._allocate(request.batch_size)
+
+    def _allocate(self, batch_size: int | str) -> None:
+        """Caches with room for the longest sequence."""
+        request, runners, total = self.request, self.runners, sum(self.num_samples)
+        capacity = max(map(len, request.prompts), default=0) + request.max_new_tokens + HEADROOM
+        if not runners.lm.varlen:
+            capacity = padded_width(capacity) + 1
+        self.plan, self.lm_cache, self.verifier_cache = runners.take_caches(batch_size, total, capacity)
+        self.max_running = max(1, min(self.plan.rows if batch_size == "auto" else batch_size, total))
+        num_prefixes = num_prefix_slots(self.plan.rows)
+        self.prefixes = PrefixCache(self.plan.rows, num_prefixes)
+        self.verifier_offset = self.plan.rows + num_prefixes if runners.shared else 0
 
     # Sequences come and go.
 
+    @property
+    def unfinished(self) -> bool:
+        return bool(self.running or self.interrupted or self.waiting)
+
+    def advance(self) -> None:
+        """Admit and step; with fewer sequences in flight from then on where memory runs out."""
+        exhausted = False
+        try:
+            if not self.running:
+                self.runners.lm.record(self.lm_cache, self.max_running)
+            self.admit()
+            self.step()
+        except torch.OutOfMemoryError:
+            if self.plan.rows == 1:
+                raise
+            exhausted = True
+        if exhausted:  # outside the handler: the error holds the frames, and these hold tensors
+            self._halve()
+
+    def _halve(self) -> None:
+        """Go on with half the sequences in flight; those that are unfinished compute their tokens again."""
+        rows = max(1, min(len(self.running), self.plan.rows) // 2)
+        warnings.warn(
+            f"memory ran out with {len(self.running)} sequences in flight; decoding goes on with {rows} at a time, "
+            f"which read their tokens again: set batch_size to {rows} or less",
+            stacklevel=2,
+        )
+        self.interrupted += [sequence for sequence in self.running if not sequence.done]
+        self.running = [sequence for sequence in self.running if sequence.done]
+        for slot, sequence in enumerate(self.running):  # they only wait to be retired
+            sequence.slot = slot
+        for sequence in self.interrupted:
+            sequence.restart()
+        self.lm_cache = self.verifier_cache = None
+        torch.cuda.empty_cache()
+        self._allocate(rows)
+
     def admit(self) -> None:
         """Give free slots to waiting sequences; their prompts are computed in the next forward."""
-        num_tokens = 0
-        while self.waiting and len(self.running) < self.max_running and num_tokens < MAX_BATCHED_TOKENS:
-            prompt_index, sample_index = self.waiting.popleft()
-            prompt, seed = self.request.prompts[prompt_index], self.request.seeds[prompt_index][sample_index]
-            sequence = SequenceState(
-                prompt_index, sample_index, seed, len(self.running), list(prompt), num_prompt_tokens=len(prompt)
-            )
-            match = self.prefixes.match(self.request.prompts, self.num_samples, prompt_index, self.max_running)
+        num_tokens, num_waiting = 0, len(self.interrupted) + len(self.waiting)
+        free = self.max_running - len(self.running)
+        if self.running and not self.runners.lm.varlen and free < min(num_waiting, self.max_running // ADMIT_SHARE):
+            return
+        while (self.interrupted or self.waiting) and free and num_tokens < MAX_BATCHED_TOKENS:
+            sequence, match = self._next()
+            sequence.slot, free = len(self.running), free - 1
+            self.running.append(sequence)
             if match is not None:
                 self._share_prefix(sequence, *match)
             num_tokens += len(sequence.token_ids) - sequence.num_cached_lm
-            self.running.append(sequence)
+
+    def _next(self) -> tuple[SequenceState, tuple[SharedPrefix, int, int] | None]:
+        """The sequence to admit next, without a slot, and the prefix that it shares."""
+        if self.interrupted:
+            return self.interrupted.pop(0), None
+        prompt_index, sample_index = self.waiting.popleft()
+        prompt, seed = self.request.prompts[prompt_index], self.request.seeds[prompt_index][sample_index]
+        sequence = SequenceState(prompt_index, sample_index, seed, -1, list(prompt), num_prompt_tokens=len(prompt))
+        return sequence, self.prefixes.match(self.request.prompts, self.num_samples, prompt_index, self.max_running)
 
     def _share_prefix(self, sequence: SequenceState, prefix: SharedPrefix, length: int, num_sharing: int) -> None:
         """Take the sequence's first `length` tokens from a prefix: in place, or as a copy in its own slot."""
@@ -168,7 +255,7 @@ class Scheduler:
     def return_caches(self) -> None:
         """Save the caches for the next call: captured graphs hold their addresses."""
         if self.runners.lm.graphs is not None:
-            self.runners.saved_caches = self.caches
+            self.runners.saved_caches = self.plan, self.lm_cache, self.verifier_cache
 
     # Forwards.
 
@@ -283,10 +370,15 @@ class Scheduler:
             candidates, valid = plausible(logits, self.guidance.alpha, self.guidance.top_k)
         sizes = valid.sum(dim=-1).tolist()
         self.runners.counts["candidates"] += sum(sizes)
-        candidate_lists, values = candidates.tolist(), logits.gather(-1, candidates).tolist()
+        values = logits.gather(-1, candidates)  # (n, K)
+        if self.request.trace:
+            values = torch.cat([values, logits.logsumexp(dim=-1, keepdim=True)], dim=-1)  # (n, K + 1), in one transfer
+        candidate_lists, value_lists = candidates.tolist(), values.tolist()
         for row, (sequence, size) in enumerate(zip(sequences, sizes, strict=True)):
-            trace_logits = logits[row] if self.request.trace else None
-            proposal = Proposal(candidate_lists[row][:size], values[row][:size], trace_logits)
+            values, total = value_lists[row][:size], value_lists[row][-1]
+            logprobs = [value - total for value in values] if self.request.trace else None
+            kept = logits[row] if self.request.keep_logits else None
+            proposal = Proposal(candidate_lists[row][:size], values, logprobs, kept)
             if size > 1 or not (self.guidance is None or self.guidance.lazy):
                 sequence.proposal = proposal
             else:
@@ -358,9 +450,8 @@ class Scheduler:
         sequence.token_ids.append(token)
         self.runners.counts["tokens"] += 1
         if request.trace:
-            logprobs = proposal.logits.log_softmax(dim=-1)[proposal.candidates].tolist()
-            logits = proposal.logits if request.keep_logits else None
-            sequence.trace.append(TokenTrace(proposal.candidates, logprobs, scores, choice, changed, logits))
+            trace = TokenTrace(proposal.candidates, proposal.logprobs, scores, choice, changed, proposal.logits)
+            sequence.trace.append(trace)
         if request.on_token is not None:
             request.on_token(sequence.prompt_index, sequence.sample_index, token)
         num_new = len(sequence.token_ids) - sequence.num_prompt_tokens

@@ -2,12 +2,15 @@
 
     python -m llm2.evaluation.lm_eval_model --model llm2 --tasks gsm8k --model_args pretrained=...,verifier=...
 
-The arguments are those of `lm_eval`, which is an optional extra: no other module imports it or this one.
+For several GPUs `accelerate launch -m` stands in place of `python -m`. The arguments are those of `lm_eval`, which is
+an optional extra: no other module imports it or this one.
 """
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -15,6 +18,8 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from llm2.common.chat import resolve_template
+from llm2.common.distributed import barrier, destroy_group, dist_info, process_device
+from llm2.common.loading import resolve_device
 from llm2.common.seeds import row_seed
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.llm2 import LLM2
@@ -28,12 +33,14 @@ TAIL = 16  # last tokens that are searched for a stop string, besides those that
 class HarnessModel(LM):
     """Generates until a stop string. Tasks that rank given continuations are refused: see `loglikelihood`.
 
+    Under `accelerate launch` every process has a GPU of its own and a share of the requests.
+
     Args:
         pretrained: System 1, a local folder or a hub id.
         verifier: System 2; without it System 1 decodes alone.
         chat_template: name or file (llm2/common/chat.py) for --apply_chat_template; the tokenizer's when None.
         max_gen_toks: limit of new tokens, unless the task sets one.
-        batch_size: sequences in flight.
+        batch_size: sequences in flight; `auto` for as many as fit a GPU's memory.
         max_batch_size: unused; lm_eval passes it to every model.
         guidance: alpha, beta and top_k.
     """
@@ -52,11 +59,15 @@ class HarnessModel(LM):
         **guidance: float | int | None,
     ) -> None:
         super().__init__()
-        self.llm2 = LLM2.from_pretrained(pretrained, verifier, device=device or "auto", dtype=dtype, **guidance)
+        self._rank, self._world_size = dist_info().rank, dist_info().world_size
+        self._device = torch.device("cpu")  # of the counts that processes exchange, over gloo
+        own = resolve_device(device or "auto")
+        own = process_device(own) if self.world_size > 1 else own  # one process keeps the index of `cuda:1`
+        self.llm2 = LLM2.from_pretrained(pretrained, verifier, device=str(own), dtype=dtype, **guidance)
         self.decoder = Decoder(self.llm2.system1, self.llm2.guidance)
         self.template = resolve_template(chat_template)
         self.max_gen_toks, self.seed = max_gen_toks, seed
-        self.batch_size = 16 if batch_size == "auto" else int(batch_size)
+        self.batch_size = batch_size if batch_size == "auto" else int(batch_size)
         self.pretrained = pretrained
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -129,6 +140,23 @@ class HarnessModel(LM):
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return self.template or self.llm2.tokenizer.chat_template
 
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """() of each process -> (processes,)."""
+        self.barrier()
+        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        torch.distributed.all_gather(gathered, tensor)
+        return torch.stack(gathered)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """The objects of all processes on process `dst`, None on the others."""
+        self.barrier()
+        gathered = [None] * self.world_size if self.rank == dst else None
+        torch.distributed.gather_object(obj, gathered, dst)
+        return gathered
+
+    def barrier(self) -> None:
+        barrier()
+
     @property
     def tokenizer_name(self) -> str:
         return self.pretrained.replace("/", "__")
@@ -137,5 +165,6 @@ class HarnessModel(LM):
 if __name__ == "__main__":
     try:
         cli_evaluate()
+        destroy_group()
     except UserError as error:
         sys.exit(f"llm2: {error}")

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
 
 from llm2.common.loading import is_local, load_backbone, load_language_model
@@ -367,5 +368,14 @@ class ProcessVerifier(PreTrainedModel):
         ).last_hidden_state
 
 
+def flex_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *mask, **options
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' FlexAttention, in the dtype of the values: under autocast rotary embeddings return queries and keys
+    in float32, and not every torch takes them beside values in 16 bits."""
+    return flex_attention_forward(module, query.to(value.dtype), key.to(value.dtype), value, *mask, **options)
+
+
+AttentionInterface.register("flex_attention", flex_attention)
 AutoConfig.register(ProcessVerifierConfig.model_type, ProcessVerifierConfig)
 AutoModel.register(ProcessVerifierConfig, ProcessVerifier)

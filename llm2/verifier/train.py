@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedToke
 
 from llm2.common.chat import resolve_template
 from llm2.common.config_file import difference, read_values, write_config
-from llm2.common.distributed import dist_info
+from llm2.common.distributed import dist_info, process_device
 from llm2.common.loading import load_system1, load_tokenizer, resolve_device
 from llm2.common.memory import peak_memory_mib
 from llm2.config import TrainConfig
@@ -36,7 +36,7 @@ PASSED_ON += ("per_device_train_batch_size", "bf16", "logging_steps", "report_to
 
 def train(config: TrainConfig) -> dict:
     """Train a verifier and save it, its metrics (training.json) and its model card; returns the metrics."""
-    device = resolve_device(config.device)
+    device = process_device(resolve_device(config.device))  # every process loads System 1 onto its own GPU
     tokenizer = load_tokenizer(config.model)
     train_set, eval_set, data = load_data(config, tokenizer)
     checkpoint = prepare_output_dir(config)
@@ -207,7 +207,7 @@ def training_arguments(config: TrainConfig, solutions: int, device: torch.device
         )
     steps = math.ceil(math.ceil(solutions / config.global_batch_size) * config.num_train_epochs)
     eval_steps = max(1, steps // config.evaluations)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         **{name: getattr(config, name) for name in PASSED_ON},
         warmup_steps=config.warmup_ratio,  # below 1 it is a ratio
         per_device_eval_batch_size=config.per_device_train_batch_size,
@@ -228,6 +228,12 @@ def training_arguments(config: TrainConfig, solutions: int, device: torch.device
         use_cpu=device.type == "cpu",
         data_seed=config.seed,
     )
+    if arguments.n_gpu > 1:  # the Trainer would wrap the model in DataParallel
+        raise UserError(
+            f"one process sees {arguments.n_gpu} GPUs, and the batch would be multiplied by them; expected one process "
+            "for each (bash scripts/train_verifier.sh), or one GPU in CUDA_VISIBLE_DEVICES"
+        )
+    return arguments
 
 
 def measure_system1(

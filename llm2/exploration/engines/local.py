@@ -1,6 +1,6 @@
 """Rollouts by this project's decoder: rows leave and join a batch that stays full.
 
-A continuation depends on its prompt and its seed alone, never on what else is in the batch.
+In float32 a continuation depends on its prompt and its seed alone, never on what else is in the batch.
 """
 
 import re

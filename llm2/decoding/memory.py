@@ -1,0 +1,91 @@
+"""How much of a GPU's memory decoding takes, and how many sequences fit.
+
+A cache on a GPU gets its final size at once: growing copies it and drops the CUDA graphs that read it. On a CPU, pages
+that are not written take no memory, so nothing is planned there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+CACHE_SHARE = 0.8  # of the free memory; the rest is for a forward's activations and for the logits of prompts
+LOGITS_COPIES = 4  # float32 logits of every sequence that exist at the same time
+AUTO_ROWS = 64  # sequences in flight for batch_size `auto` on a CPU
+MAX_AUTO_ROWS = 256  # and at most so many on a GPU
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Sizes of the caches. Bytes are zero where nothing is planned."""
+
+    rows: int  # sequences in flight
+    capacity: int  # positions of each slot
+    cache_bytes: int = 0
+    free_bytes: int = 0  # before the caches are allocated
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cache_bytes / GB:.2f} GB of caches for {self.rows} sequences of {self.capacity} tokens, "
+            f"{self.free_bytes / GB:.2f} GB free before"
+        )
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free memory of a GPU, with what torch holds without using it; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def position_bytes(body: PreTrainedModel) -> int:
+    """Bytes of the keys and values of one token."""
+    config = body.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * body.dtype.itemsize
+
+
+def addresses(*modules: nn.Module) -> dict[int, int]:
+    """Address and bytes of all weights, shared ones once."""
+    return {parameter.data_ptr(): parameter.nbytes for module in modules for parameter in module.parameters()}
+
+
+def num_prefix_slots(rows: int) -> int:
+    """Slots for prefixes that sequences share."""
+    return max(1, rows // 8)
+
+
+def plan_memory(
+    bodies: Sequence[PreTrainedModel], device: torch.device, batch_size: int | str, num_sequences: int, capacity: int
+) -> MemoryPlan:
+    """Sizes of the caches on a device.
+
+    Args:
+        bodies: the models that keep a cache, one entry each.
+        batch_size: sequences in flight, or `auto`: as many as fit.
+        num_sequences: of the whole request.
+        capacity: positions of the longest sequence. Fewer are planned where a given batch_size does not fit otherwise;
+            a sequence that needs more makes its cache grow.
+    """
+    free = available_bytes(device)
+    limit = (AUTO_ROWS if free is None else MAX_AUTO_ROWS) if batch_size == "auto" else batch_size
+    rows = max(1, min(limit, num_sequences))
+    if free is None:
+        return MemoryPlan(rows, capacity)
+    per_position = sum(map(position_bytes, bodies))
+    per_row = LOGITS_COPIES * 4 * bodies[0].config.get_text_config().vocab_size
+
+    def fits(rows: int) -> int:
+        """Positions that each slot can have."""
+        return int((CACHE_SHARE * free - rows * per_row) / ((rows + num_prefix_slots(rows)) * per_position))
+
+    if batch_size == "auto":
+        while rows > 1 and fits(rows) < capacity:
+            rows -= 1
+    capacity = max(1, min(capacity, fits(rows)))
+    return MemoryPlan(rows, capacity, (rows + num_prefix_slots(rows)) * capacity * per_position, free)
