@@ -29,7 +29,7 @@ class DecodeBenchmark(LlamaShape, GuidanceConfig):
     """Which benchmark to run."""
     output: str = "results/benchmark/decode.json"
     """JSON file for the results."""
-    batch_sizes: tuple[Count, ...] = (1, 32)
+    batch_sizes: tuple[Count, ...] = (1, 32, 64)
     """Batch sizes to measure: sequences per call."""
     prompt_tokens: Count = 64
     """Tokens per prompt."""

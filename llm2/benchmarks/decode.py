@@ -81,6 +81,13 @@ def build(
     return system1, separate, shared
 
 
+def prefix_verifier(separate: ProcessVerifier) -> ProcessVerifier:
+    """One that reads no candidates, on the weights of `separate`; its input embedding is as good as any for speed."""
+    verifier = ProcessVerifier.from_backbone(lora.clone_sharing_weights(separate.backbone), "", score="prefix").eval()
+    verifier.score.weight = separate.get_input_embeddings().weight
+    return verifier
+
+
 def prefix_head(system1: PreTrainedModel) -> ProcessVerifier:
     """A bilinear head of rank 8 on System 1's own weights; its random scores are as good as any for speed."""
     with system1.device:
@@ -116,6 +123,9 @@ def benchmark_cases(
         "LLM2, separate verifier at every token": Decoder(system1, Guidance(verifier=separate, **options, lazy=False)),
         SEPARATE: Decoder(system1, Guidance(verifier=separate, **options)),
         SHARED: Decoder(system1, Guidance(verifier=shared, **options)),
+        "LLM2, separate verifier of prefixes": Decoder(
+            system1, Guidance(verifier=prefix_verifier(separate), **options)
+        ),
         "LLM2, prefix head": Decoder(system1, Guidance(verifier=prefix_head(system1), **options)),
     }
     runs: dict[str, Callable[[], float]] = {GENERATE: lambda: generate(system1, prompts, config)}
