@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +73,7 @@ def gold_loss(folder: str, problems: list[Problem]) -> float:
 def test_fine_tuning_makes_gold_solutions_likelier_and_the_result_is_a_system1(finetune_config):
     counts = finetune(finetune_config)
     problems = load_task("testbed").problems("train", 8)
+    assert counts == json.loads(Path(finetune_config.output_dir, "training.json").read_text())
     assert counts["solutions"] == 8
     before, after = (gold_loss(name, problems) for name in (finetune_config.model, finetune_config.output_dir))
     assert after < before - 0.3

@@ -41,8 +41,8 @@ def finetune(config: FinetuneConfig) -> dict:
         processing_class=tokenizer,
     )
     loss = trainer.train().training_loss
-    save(model, tokenizer, config, "finetune")
-    return {**counts, "solutions": len(solutions), "training_loss": loss}
+    counts |= {"solutions": len(solutions), "training_loss": loss}
+    return save(model, tokenizer, config, "finetune", counts)
 
 
 def right_solutions(

@@ -60,9 +60,9 @@ def train_outcome(config: OutcomeConfig) -> dict:
         processing_class=tokenizer,
     )
     loss = trainer.train().training_loss
-    save(as_verifier(model, config.model), tokenizer, config, "outcome")
     tokens = sum(sample.tokens for _, samples in sampled for sample in samples)
-    return {"problems": len(problems), "pairs": len(pairs), "sampled_tokens": tokens, "training_loss": loss}
+    counts = {"problems": len(problems), "pairs": len(pairs), "sampled_tokens": tokens, "training_loss": loss}
+    return save(as_verifier(model, config.model), tokenizer, config, "outcome", counts)
 
 
 def sampled_solutions(

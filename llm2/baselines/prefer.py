@@ -32,8 +32,8 @@ def prefer(config: PreferConfig) -> dict:
     model = load_system1(config.model, device, "float32")
     trainer = PreferenceTrainer(model, arguments, examples, config.preference_beta)
     loss = trainer.train().training_loss
-    save(model, tokenizer, config, "prefer")
-    return {"solutions": len(examples), "triplets": summary.triplets, "training_loss": loss}
+    counts = {"solutions": len(examples), "triplets": summary.triplets, "training_loss": loss}
+    return save(model, tokenizer, config, "prefer", counts)
 
 
 class PreferenceTrainer(Trainer):

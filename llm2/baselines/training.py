@@ -1,5 +1,6 @@
 """What the trainers of all rivals have in common: arguments of a transformers Trainer, and the folder they write."""
 
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -55,9 +56,15 @@ def refuse_existing(config: OptimizerConfig, command: str) -> None:
         raise UserError(f"{config.output_dir} holds a model already; choose another output_dir, or delete it")
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: OptimizerConfig, command: str) -> None:
-    """Write the model, its tokenizer and, last, the config as COMMAND.yaml, in the main process."""
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: OptimizerConfig, command: str, counts: dict
+) -> dict:
+    """Write the model, its tokenizer, the counts (training.json) and, last, the config as COMMAND.yaml, in the main
+    process; returns the counts."""
     if dist_info().is_main:
-        model.eval().save_pretrained(config.output_dir)
-        tokenizer.save_pretrained(config.output_dir)
-        write_config(config, Path(config.output_dir, f"{command}.yaml"))
+        folder = Path(config.output_dir)
+        model.eval().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        Path(folder, "training.json").write_text(json.dumps(counts, indent=2) + "\n")
+        write_config(config, Path(folder, f"{command}.yaml"))
+    return counts
