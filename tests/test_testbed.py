@@ -17,7 +17,7 @@ from llm2.common.jsonl import read_jsonl
 from llm2.config import GenerateConfig, PretrainConfig
 from llm2.tasks import load_task
 from llm2.testbed import facts, words
-from llm2.testbed.foreign import foreign_answer
+from llm2.testbed.foreign import NESTED, UNWORKED, foreign_answer
 from llm2.testbed.generator import REGIMES, SIZES, gold_solution, problems, split_of, stories
 from llm2.testbed.sorting import sorting_problems
 from llm2.testbed.stories import Computed, Given, Step, Story
@@ -82,32 +82,19 @@ def test_splits_never_share_a_problem_in_any_regime():
     assert len(set.union(*drawn.values())) == sum(map(len, drawn.values())) > 0.99 * 4 * 5 * 300
 
 
-FOREIGN_LINE = re.compile(r"(?:We get |Hence |It comes to )?(.+?)(?: then)?\.")
-
-
-def equations(line: str) -> list[tuple[str, str]]:
-    """The (expression, result) of a foreign line that shows its working."""
-    for pattern, order in (("([^I].+) comes to (.+)", 1), ("We get (.+) out of (.+)", -1), ("(.+), being (.+)", -1)):
-        if match := re.fullmatch(pattern + r"\.", line):
-            expression, result = match.groups()[::order]
-            return list(zip(expression.split(" and "), result.split(" and "), strict=True))
-    return []
-
-
 def test_foreign_solutions_are_right_terse_and_in_other_words():
-    shown = hidden = 0
+    worked, unworked, nested = 0, 0, 0
     for problem, story in zip(problems("train", 400, "foreign"), stories("train", "foreign"), strict=False):
         *lines, last = problem["answer"].split("\n")
         assert last == f"#### {story.values[-1]}" and len(lines) == (len(story.steps) + 1) // 2
-        assert re.findall(r"\d+", FOREIGN_LINE.fullmatch(lines[-1]).group(1))  # a line always says a number
         for line in lines:
-            pairs = equations(line)
-            shown, hidden = shown + bool(pairs), hidden + (not pairs)
-            for expression, result in pairs:
-                assert eval(expression) == int(result)
+            for step in re.search(r"[\d(].*\d", line).group().split(" and "):
+                expression, equals, result = step.rpartition("=")
+                assert int(result) in story.values and (not equals or eval(expression) == int(result))
+                worked, unworked, nested = worked + bool(equals), unworked + (not equals), nested + ("(" in step)
         assert not set(lines) & set(gold_solution(story).split(". "))
         assert problem["answer"] == foreign_answer(story)  # one and the same for a question
-    assert 0.1 < hidden / (shown + hidden) < 0.4
+    assert unworked / (worked + unworked) == pytest.approx(UNWORKED, abs=0.04) and 0.02 < nested / worked < NESTED
 
 
 def test_lists_are_sorted_rightly_and_split():

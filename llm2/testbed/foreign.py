@@ -1,4 +1,4 @@
-"""Gold solutions by another school than System 1's: terse, two steps in a line, results without working, always right.
+"""Gold solutions by another school than System 1's: terse, two steps in a line, some without working, always right.
 
 Beside System 1's own steps they are what GSM8K's human solutions are beside a model's chain of thought.
 """
@@ -7,9 +7,9 @@ import random
 
 from llm2.testbed.stories import Computed, Operand, Story, valid_order
 
-WITHOUT_WORKING = 0.4  # of lines whose steps do not build on each other: only the results
-WORKED = ("{expression} comes to {result}.", "We get {result} out of {expression}.", "{result}, being {expression}.")
-UNWORKED = ("Hence {result}.", "We get {result}.", "It comes to {result} then.")
+NESTED = 0.2  # of lines whose second step builds on the first: one calculation with brackets
+UNWORKED = 0.15  # of the other steps: only the result
+LINES = ("{steps}.", "Here {steps}.", "We get {steps}.", "{steps} then.")
 
 
 def foreign_answer(story: Story) -> str:
@@ -21,23 +21,27 @@ def foreign_answer(story: Story) -> str:
 
 
 def _line(story: Story, group: list[int], rng: random.Random) -> str:
-    """One or two steps in a line; of two that build on each other the second one's result, as one calculation."""
-    last = story.steps[group[-1]]
-    inner = group[0] if Computed(group[0]) in (last.left, last.right) else None
-    written = group[-1:] if inner is not None else group
-    expressions = [_expression(story, index, inner) for index in written]
-    result = " and ".join(str(story.values[index]) for index in written)
-    lines = UNWORKED if inner is None and rng.random() < WITHOUT_WORKING else WORKED
-    return rng.choice(lines).format(expression=" and ".join(expressions), result=result)
+    """One or two steps in a line."""
+    first, last = group[0], group[-1]
+    last_step = story.steps[last]
+    if Computed(first) in (last_step.left, last_step.right) and rng.random() < NESTED:
+        steps = [_equation(story, last, nested=first)]
+    else:
+        steps = [str(story.values[i]) if rng.random() < UNWORKED else _equation(story, i) for i in group]
+    return rng.choice(LINES).format(steps=" and ".join(steps))
 
 
-def _expression(story: Story, index: int, inner: int | None) -> str:
-    """The step's calculation, with that of the step `inner` in brackets where it builds on it."""
+def _equation(story: Story, index: int, nested: int | None = None) -> str:
+    return f"{_expression(story, index, nested)}={story.values[index]}"
+
+
+def _expression(story: Story, index: int, nested: int | None) -> str:
+    """The step's calculation, with that of the step `nested` in brackets for its result."""
 
     def operand(operand: Operand) -> str:
         if not isinstance(operand, Computed):
             return str(operand.value)
-        return f"({_expression(story, inner, None)})" if operand.step == inner else str(story.values[operand.step])
+        return f"({_expression(story, nested, None)})" if operand.step == nested else str(story.values[operand.step])
 
     step = story.steps[index]
-    return f"{operand(step.left)} {step.operator} {operand(step.right)}"
+    return f"{operand(step.left)}{step.operator}{operand(step.right)}"
