@@ -14,7 +14,12 @@ from llm2.config import (
     CONFIGS,
     EvaluateConfig,
     ExploreConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    OutcomeConfig,
+    PreferConfig,
     PretrainConfig,
+    SelfConsistencyConfig,
     StudyConfig,
     SweepConfig,
     TrainConfig,
@@ -103,7 +108,7 @@ def _file_and_overrides(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 def run_command(options: argparse.Namespace) -> None:
     config = load_config(CONFIGS[options.command], *_file_and_overrides(options.arguments))
-    if options.command != "pretrain":
+    if hasattr(config, "model"):
         from llm2.common.loading import require_model, resolve_device
 
         resolve_device(config.device)
@@ -137,11 +142,11 @@ def run_explore(config: ExploreConfig) -> None:
         print(f"triplets in {config.output}")
 
 
-def check_train(config: TrainConfig) -> None:
+def check_train(config: TrainConfig | PreferConfig) -> None:
     """Checks the first line of each file; errors that need the whole file surface later."""
     from llm2.verifier.triplets import read_records
 
-    for path in filter(None, (config.train_file, config.eval_file)):
+    for path in filter(None, (config.train_file, getattr(config, "eval_file", None))):
         next(read_records(path), None)
 
 
@@ -204,12 +209,66 @@ def run_pretrain(config: PretrainConfig) -> None:
     print(f"System 1 in {config.output_dir}")
 
 
+def check_problems(config: FinetuneConfig | OutcomeConfig) -> None:
+    from llm2.tasks import load_task
+
+    load_task(config.task, config.data_file, config.grader).problems(config.split, 1)
+
+
+def run_finetune(config: FinetuneConfig) -> None:
+    from llm2.baselines.finetune import finetune
+
+    _print_counts(finetune(config), f"System 1 in {config.output_dir}")
+
+
+def run_prefer(config: PreferConfig) -> None:
+    from llm2.baselines.prefer import prefer
+
+    _print_counts(prefer(config), f"System 1 in {config.output_dir}")
+
+
+def run_outcome(config: OutcomeConfig) -> None:
+    from llm2.baselines.outcome import train_outcome
+
+    _print_counts(train_outcome(config), f"verifier in {config.output_dir}")
+
+
+def _print_counts(counts: dict, end: str) -> None:
+    print(*(f"{key} {value:,.6g}" for key, value in counts.items()), sep=", ")
+    print(end)
+
+
+def run_self_consistency(config: SelfConsistencyConfig) -> None:
+    from llm2.baselines.self_consistency import compare
+
+    result = compare(config)
+    for name in ("self_consistency", "against"):
+        side = result[name]
+        low, high = side["ci95"]
+        print(
+            f"{name}: {side['accuracy']:.1%} [{low:.1%}, {high:.1%}], majority@{side['majority_at']}, "
+            f"{side['tokens_per_problem']:,.1f} tokens a problem"
+        )
+    print(f"difference {result['paired']['difference']:+.1%}, p = {result['paired']['p']:.2g}, n = {result['n']}")
+
+
+def run_generate(config: GenerateConfig) -> None:
+    from llm2.testbed.train.generate import generate
+
+    print(f"{generate(config):,} lines in {config.output}")
+
+
 # Command -> (validates the inputs before workers are launched, runs the command).
 COMMANDS = {
     "explore": (check_explore, run_explore),
     "train": (check_train, run_train),
     "evaluate": (check_evaluate, run_evaluate),
     "sweep": (check_evaluate, run_sweep),
+    "finetune": (check_problems, run_finetune),
+    "prefer": (check_train, run_prefer),
+    "outcome": (check_problems, run_outcome),
+    "self-consistency": (lambda config: None, run_self_consistency),
+    "generate": (lambda config: None, run_generate),
     "pretrain": (lambda config: None, run_pretrain),
 }
 

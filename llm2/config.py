@@ -95,11 +95,13 @@ class TaskConfig:
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
-class RolloutConfig(ModelConfig, CandidateConfig):
-    """How System 1 continues prefixes, and the engine that runs it."""
+class RolloutConfig(ModelConfig, GuidanceConfig):
+    """How System 1, guided or not, continues prefixes, and the engine that runs it."""
 
     engine: Literal["llm2", "vllm"] = "llm2"
     """Engine that generates the rollouts; vllm is installed separately and needs top_k."""
+    verifier: str | None = None
+    """Verifier that guides rollouts and own solutions, with weight beta; System 1 alone when null. Engine llm2 only."""
     temperature: NonNegative = 1.0
     """Sampling temperature of rollouts; 0 is greedy."""
     top_p: Share = 1.0
@@ -118,6 +120,20 @@ class RolloutConfig(ModelConfig, CandidateConfig):
     """With engine vllm: URL of a vLLM server (http://HOST:8000/v1) to use instead of an engine in this process."""
     server_requests: Count = 64
     """Concurrent requests to the vLLM server."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class SolutionsConfig(TaskConfig, RolloutConfig):
+    """The right solutions of which problems: the task's gold ones, or own ones, for which a grader is enough."""
+
+    split: str = "train"
+    """Split of the task whose solutions are used."""
+    solutions: Literal["gold", "own"] = "gold"
+    """The task's gold solutions, or right ones sampled from System 1, guided if there is a verifier."""
+    solution_samples: Count = 8
+    """Solutions sampled per problem with solutions=own."""
+    max_solutions: Count = 1
+    """Distinct right solutions kept per problem with solutions=own, the first ones."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -162,23 +178,55 @@ class LlamaShape:
         return {name: getattr(self, name) for name in LlamaShape.__dataclass_fields__}
 
 
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class OptimizerConfig:
+    """How a model is trained."""
+
+    num_train_epochs: Positive = 2.0
+    """Passes over the training data."""
+    learning_rate: Positive = 2e-5
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"] = "cosine"
+    """Learning rate schedule after warm-up."""
+    warmup_ratio: Share = 0.1
+    """Share of the optimizer steps in which the learning rate rises from 0 to its peak."""
+    weight_decay: NonNegative = 0.0
+    """Weight decay of AdamW."""
+    max_grad_norm: NonNegative = 1.0
+    """Gradients are clipped to this norm."""
+    global_batch_size: Count = 128
+    """Solutions, or pairs of them, per optimizer step, over all processes and accumulation steps."""
+    per_device_train_batch_size: Count = 4
+    """Solutions, or pairs of them, per forward on each device."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    bf16: bool = False
+    """Train in bfloat16 mixed precision."""
+
+
 # --- The commands ---
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
-class ExploreConfig(TaskConfig, RolloutConfig, StoppingRule):
-    """Token quality exploration: gold solutions in, triplets out."""
+class ExploreConfig(SolutionsConfig, StoppingRule):
+    """Token quality exploration: right solutions in, triplets out."""
 
     output: str
     """Triplets file to write, JSON lines; every verdict goes to OUTPUT.pairs.jsonl, counts to OUTPUT.report.json."""
-    split: str = "train"
-    """Split of the task whose gold solutions are explored."""
     max_triplets: Count | None = None
     """Limit of triplets per solution, the most informative ones; all when null."""
+    negatives: Literal["explored", "plausible", "sampled", "contrast", "random"] = "explored"
+    """Tokens that become negatives: by rollouts, or without them (llm2/exploration/negatives.py)."""
+    negatives_per_fork: Count = 4
+    """Draws per fork, with replacement, for negatives sampled, contrast and random."""
+    contrast_model: str | None = None
+    """For negatives=contrast, a better model with System 1's tokenizer, such as System 1 fine-tuned."""
+    contrast_weight: NonNegative = 1.0
+    """For negatives=contrast, w in the logits z1 + w * (z1 - z2) of System 1 and the contrast model."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
-class TrainConfig(ModelConfig):
+class TrainConfig(ModelConfig, OptimizerConfig):
     """Train the verifier on triplets."""
 
     train_file: str
@@ -215,26 +263,6 @@ class TrainConfig(ModelConfig):
     """Margin m in the loss -log sigmoid(s(gold) - s(negative) - m)."""
     lm_loss_coef: NonNegative = 0.0
     """Weight of an auxiliary language-model loss on the solutions' tokens."""
-    num_train_epochs: Positive = 2.0
-    """Passes over the training triplets."""
-    learning_rate: Positive = 2e-5
-    """Peak learning rate."""
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"] = "cosine"
-    """Learning rate schedule after warm-up."""
-    warmup_ratio: Share = 0.1
-    """Share of the optimizer steps in which the learning rate rises from 0 to its peak."""
-    weight_decay: NonNegative = 0.0
-    """Weight decay of AdamW."""
-    max_grad_norm: NonNegative = 1.0
-    """Gradients are clipped to this norm."""
-    global_batch_size: Count = 128
-    """Solutions per optimizer step, over all processes and accumulation steps."""
-    per_device_train_batch_size: Count = 4
-    """Solutions per forward on each device."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass to save memory."""
-    bf16: bool = False
-    """Train in bfloat16 mixed precision."""
     attn_implementation: Literal["auto", "sdpa", "flex_attention", "eager"] = "auto"
     """Attention implementation; auto is flex_attention on a GPU and sdpa elsewhere."""
     evaluations: Count = 4
@@ -257,6 +285,8 @@ class EvaluateConfig(TaskConfig, ModelConfig, GuidanceConfig):
     """Results folder to write."""
     verifier: str | None = None
     """Trained verifier, a local folder or a hub id; the guided modes need one."""
+    contrast: str | None = None
+    """In a verifier's place, a model whose logits less System 1's are the score, such as System 1 fine-tuned."""
     modes: tuple[ModeKey, ...] = (Mode.PLAIN_GREEDY, Mode.GUIDED_GREEDY)
     """Ways of decoding: plain_greedy, guided_greedy, plain_sampling, guided_sampling."""
     split: str = "test"
@@ -416,11 +446,86 @@ class PretrainConfig(LlamaShape):
     """Seed of the corpus, the weights and the order of the documents."""
 
 
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class GenerateConfig:
+    """Write problems of the testbed, or what a System 1 with two skills is trained on, as JSON lines."""
+
+    output: str
+    """File to write."""
+    regime: Literal["same", "foreign", "answers", "careful", "two_skills", "sorting"] = "same"
+    """What the gold solutions are like (llm2/testbed/README.md)."""
+    split: Literal["pretrain", "train", "validation", "test"] = "train"
+    """Split of the regime."""
+    limit: Count | None = None
+    """Number of problems, the first ones; all when null."""
+    corpus: bool = False
+    """Write limit conversations of the corpus of two skills instead, for task=chats."""
+    seed: int = 0
+    """Seed of the corpus."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class FinetuneConfig(SolutionsConfig, OptimizerConfig):
+    """Fine-tune System 1 on gold solutions, or by rejection sampling on its own right ones (solutions=own)."""
+
+    output_dir: str
+    """Folder for the fine-tuned System 1."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class PreferConfig(ModelConfig, OptimizerConfig):
+    """Fine-tune System 1 to prefer gold tokens to negatives: DPO's loss on the triplets of a verifier."""
+
+    train_file: str
+    """What to train on, JSON lines: triplets, or an exploration's verdicts (OUTPUT.pairs.jsonl) as soft targets."""
+    output_dir: str
+    """Folder for the fine-tuned System 1."""
+    preference_beta: Positive = 0.1
+    """Weight b of the log-ratios to System 1 in -log sigmoid(b * (log-ratio of gold - log-ratio of the negative))."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class OutcomeConfig(TaskConfig, RolloutConfig, OptimizerConfig):
+    """Train a verifier of finished solutions on right and wrong samples of System 1: an outcome score."""
+
+    output_dir: str
+    """Folder for the verifier; evaluate it with modes=[plain_sampling] solution_score=last."""
+    split: str = "train"
+    """Split of the task whose problems are solved."""
+    solution_samples: Count = 8
+    """Solutions sampled per problem."""
+    max_pairs: Count = 4
+    """Pairs of a right and a wrong solution per problem, at most."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class SelfConsistencyConfig:
+    """Compare a majority of plain samples with a mode of another evaluation at equal generated tokens."""
+
+    samples: str
+    """Results folder with the mode plain_sampling."""
+    against: str
+    """Results folder of the same problems to compare with."""
+    mode: ModeKey = Mode.GUIDED_GREEDY
+    """Its mode."""
+    majority_at: Count = 1
+    """Samples of that mode, if it samples, that vote."""
+    output: str
+    """JSON file to write."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+
+
 # Command of `python -m llm2` -> its config.
 CONFIGS = {
     "explore": ExploreConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "sweep": SweepConfig,
+    "finetune": FinetuneConfig,
+    "prefer": PreferConfig,
+    "outcome": OutcomeConfig,
+    "self-consistency": SelfConsistencyConfig,
+    "generate": GenerateConfig,
     "pretrain": PretrainConfig,
 }

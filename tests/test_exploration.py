@@ -14,14 +14,20 @@ from string import ascii_lowercase
 
 import pytest
 import torch
+from conftest import tiny_verifier
 
 from llm2.common.chat import LLAMA3_PLAIN
 from llm2.common.journal import Journal
 from llm2.common.loading import eos_ids, load_system1, load_tokenizer
 from llm2.config import ExploreConfig
+from llm2.decoding.decoder import Decoder
+from llm2.decoding.llm2 import LLM2
+from llm2.decoding.sampling import SamplingParams
 from llm2.errors import UserError
-from llm2.exploration.engines import open_engine
+from llm2.exploration.engines import PositionQuery, Request, open_engine
 from llm2.exploration.explore import Explorer, Progress, explore, most_informative
+from llm2.exploration.negatives import NegativeSampler
+from llm2.exploration.own_solutions import own_solutions
 from llm2.exploration.quality import RolloutCounts
 from llm2.exploration.solutions import find_forks, tokenize_solutions
 from llm2.tasks import load_task
@@ -127,6 +133,155 @@ def test_greedy_rollouts_are_generated_once_per_token(config):
     report = explore(replace(config, temperature=0.0, limit=3))
     assert 0 < report["rollouts"] <= 2 * report["candidates"]
     assert report["undecided"] == 0
+
+
+# --- Own solutions ---
+
+
+def is_even(text: str, gold: str) -> bool:
+    """A grader that about half of a random model's solutions pass."""
+    return len(text) % 2 == 0
+
+
+def own(quick: ExploreConfig, **changes) -> ExploreConfig:
+    changes = {"solution_samples": 6, "max_solutions": 2, "max_rollouts": 2, "confidence": 0.6, **changes}
+    return replace(quick, solutions="own", grader="test_exploration:is_even", **changes)
+
+
+def test_own_solutions_are_right_and_distinct_and_seeded_by_their_problem(quick):
+    config, tokenizer = own(quick), load_tokenizer(quick.model)
+    task = load_task("chats", quick.data_file, config.grader)
+    problems, engine = task.problems("train"), open_engine(config, tokenizer)
+    found, counts = own_solutions(config, engine, tokenizer, task, problems, Path(quick.output + ".a"))
+    by_question = {}
+    for problem in found:
+        by_question.setdefault(problem.question, []).append(problem)
+    assert counts["solutions"] == len(found) > counts["solved_problems"] == len(by_question) > 5
+    for same in by_question.values():
+        assert [problem.id for problem in same] == [f"{same[0].question[:-1]}/{i}" for i in range(len(same))]
+        assert len({problem.solution for problem in same}) == len(same) <= 2
+    assert all(is_even(problem.solution, "") for problem in found)
+    some = next(problem for problem in problems if problem.question in by_question)
+    alone, _ = own_solutions(config, engine, tokenizer, task, [some], Path(quick.output + ".b"))
+    assert alone == by_question[some.question]
+
+
+def test_exploration_along_own_solutions_needs_no_gold_and_resumes_to_the_byte(quick, monkeypatch):
+    monkeypatch.setattr("llm2.exploration.explore.CHUNK", 2)
+    config = own(quick)
+    report = explore(config)
+    assert report["triplets"] > 0 and report["sampled_problems"] == 20
+    assert report["solutions"] == report["problems"] > report["solved_problems"]
+    killed = replace(config, output=config.output + ".killed")
+    assert -signal.SIGKILL in run(killed, 2, 3) and run(killed, 2) == [0, 0]
+    for ending in ("", ".pairs.jsonl"):
+        assert Path(killed.output + ending).read_bytes() == Path(config.output + ending).read_bytes()
+
+
+def test_a_fork_that_two_own_solutions_share_is_explored_once(quick):
+    config = own(quick, max_solutions=6, solution_samples=20, limit=8)
+    explore(config)
+    seen, tokenizer = [], load_tokenizer(config.model)
+    for line in Path(config.output + ".pairs.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        ids = tokenizer.apply_chat_template(record["messages"], return_dict=False)
+        seen += [(*ids[:position], gold, token) for position, gold, token in (p["triplet"] for p in record["pairs"])]
+    assert len(set(seen)) == len(seen) > 50
+
+
+def test_without_a_right_sample_the_task_is_named_hopeless(quick):
+    config = replace(own(quick), grader="test_exploration:never")
+    with pytest.raises(UserError, match="none of 6 samples is right on any of 20 problems"):
+        explore(config)
+
+
+def never(text: str, gold: str) -> bool:
+    return False
+
+
+def test_answers_without_solutions_are_explored_along_own_ones_only(config):
+    with pytest.raises(UserError, match="problem train-0 has no gold solution; expected one, or solutions=own"):
+        explore(replace(config, task="testbed_answers"))
+    report = explore(replace(config, task="testbed_answers", solutions="own", limit=4))
+    assert report["triplets"] > 0
+
+
+# --- Guided exploration ---
+
+
+def test_a_verifier_guides_rollouts_and_leaves_the_plausible_tokens_alone(quick, tmp_path):
+    tiny_verifier(tmp_path / "base", vocab_size=len(load_tokenizer(quick.model))).save_pretrained(tmp_path / "verifier")
+    guided = replace(quick, verifier=str(tmp_path / "verifier"), beta=3.0, alpha=0.01)
+    tokenizer = load_tokenizer(quick.model)
+    engines = [open_engine(config, tokenizer) for config in (replace(guided, verifier=None), guided)]
+    requests = [Request([5, 6, 7], 3, (token,), [1, 2, 3]) for token in (8, 9)]
+    plain, found = (engine.generate(requests) for engine in engines)
+    llm2 = LLM2.from_pretrained(quick.model, guided.verifier, device="cpu", **guided.guidance())
+    expected = Decoder(llm2.system1, llm2.guidance).decode(
+        [request.prompt for request in requests],
+        max_new_tokens=guided.max_new_tokens,
+        eos=llm2.eos,
+        sampling=SamplingParams(),
+        seeds=[request.seeds for request in requests],
+    )
+    assert found == [[row.token_ids for row in rows] for rows in expected] != plain
+    query = [PositionQuery([5, 6, 7, 8, 9], 1, 5)]
+    assert engines[0].plausible(query) == engines[1].plausible(query)
+
+
+# --- Negatives without rollouts ---
+
+
+def cheap(config: ExploreConfig, negatives: str, **changes) -> list[dict]:
+    """The records of an exploration without rollouts."""
+    config = replace(config, negatives=negatives, output=f"{config.output}.{negatives}", **changes)
+    report = explore(config)
+    assert report["rollouts"] == report["generated_tokens"] == 0
+    records = [json.loads(line) for line in Path(config.output).read_text().splitlines()]
+    assert sum(len(record["samples"]) for record in records) == report["triplets"]
+    assert all("quality" not in record for record in records)
+    load_examples(config.output, load_tokenizer(config.model), LLAMA3_PLAIN)  # every position fits
+    return records
+
+
+def test_cheap_negatives_come_from_where_their_kind_says(config):
+    config = replace(config, limit=3)
+    every = {tuple(sample) for record in cheap(config, "plausible") for sample in record["samples"]}
+    assert len(every) > 10
+    sampled = {
+        tuple(sample) for record in cheap(config, "sampled", negatives_per_fork=1) for sample in record["samples"]
+    }
+    assert {sample[:2] for sample in sampled} == {sample[:2] for sample in every} and sampled < every
+    uniform = {tuple(sample) for record in cheap(config, "random") for sample in record["samples"]}
+    assert len(uniform & every) < 0.1 * len(uniform) and all(gold != negative for _, gold, negative in uniform)
+
+
+def test_a_contrast_of_weight_0_is_system1_and_a_large_one_avoids_what_the_better_model_likes(loaded):
+    """By hand: weights of p1^(1+w) / p2^w, with p2 from one forward of the second model."""
+    model, tokenizer = loaded
+    task = load_task("testbed")
+    (solution,) = tokenize_solutions(task, task.problems("train", 1), tokenizer, LLAMA3_PLAIN, [2])
+    config = ExploreConfig(
+        model=SYSTEM1, output="o", task="testbed", device="cpu", negatives="contrast", contrast_model=SYSTEM1
+    )
+    forks = find_forks(open_engine(config, tokenizer), [solution])[0]
+    for w in (0.0, 2.0):
+        sampler = NegativeSampler(replace(config, contrast_weight=w), tokenizer)
+        with torch.no_grad():
+            sampler.contrast_model.lm_head.weight.mul_(0.5)  # another model, with flatter probabilities
+        weights = sampler._contrast_weights(solution, forks)
+        for fork, found in zip(forks, weights, strict=True):
+            with torch.inference_mode():
+                logits = sampler.contrast_model(torch.tensor([solution.ids[: fork.position]])).logits[0, -1]
+            others = logits.softmax(-1)[list(fork.tokens[1:])].tolist()
+            expected = [p ** (1 + w) / q**w for p, q in zip(fork.probabilities[1:], others, strict=True)]
+            assert [x / sum(found) for x in found] == pytest.approx([x / sum(expected) for x in expected], rel=1e-3)
+
+
+def test_a_contrast_needs_its_model_and_no_other_kind_takes_one(config):
+    for changes in ({"negatives": "contrast"}, {"contrast_model": SYSTEM1}):
+        with pytest.raises(UserError, match="expected a model with negatives=contrast and none without"):
+            explore(replace(config, **changes))
 
 
 def test_max_triplets_keeps_those_that_cost_most():
@@ -348,6 +503,7 @@ def test_a_template_that_rewrites_the_prompt_is_an_error(config, tmp_path):
         ({"task": "chats"}, "task: chats needs data_file"),
         ({"engine": "vllm"}, "engine: vllm needs top_k"),
         ({"server": "http://localhost:1/v1"}, "expected engine vllm"),
+        ({"verifier": "v", "engine": "vllm", "top_k": 5}, "verifier: found 'v' with engine vllm, expected engine llm2"),
         ({"stop_pattern": "("}, "is no regular expression"),
         ({"stop_pattern": "x", "engine": "vllm", "top_k": 5}, "stop_pattern: found 'x' with engine vllm"),
         ({"min_rollouts": 9}, "expected at most max_rollouts=8"),

@@ -25,7 +25,7 @@ from importlib.machinery import PathFinder
 class Finder(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        extras = ("matplotlib", "tensorboard", "deepspeed", "lm_eval", "math_verify", "pebble", "psutil")
+        extras = ("matplotlib", "tensorboard", "deepspeed", "lm_eval", "math_verify", "pebble", "psutil", "trl")
         return None if name.partition(".")[0] in extras else super().find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Finder

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "exploration": {"common", "tasks", "verifier", "decoding"},
     "evaluation": {"common", "tasks", "verifier", "decoding"},
     "study": {"common", "evaluation"},
+    "baselines": {"common", "tasks", "verifier", "exploration"},
     "testbed.train": {"common", "tasks", "verifier", "decoding", "exploration", "testbed"},
     "benchmarks": {"common", "tasks", "verifier", "decoding", "exploration", "testbed"},
 }

@@ -16,6 +16,7 @@ from llm2.tasks import Problem, load_task, math500
 from llm2.tasks.few_shot import load_few_shot
 from llm2.tasks.grading import Grade, extract_answer
 from llm2.tasks.math500 import MathGrader
+from llm2.tasks.task import BUILT_IN
 
 GSM8K = Path(__file__).parents[2] / "shared" / "gsm8k"
 NATALIA = {
@@ -195,7 +196,11 @@ def test_unreadable_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("benchmark", "split", "message"),
     [
-        ("gsm9k", "test", "key 'task': found 'gsm9k', expected one of gsm8k, math500, testbed, chats, or MODULE:CLASS"),
+        (
+            "gsm9k",
+            "test",
+            "key 'task': found 'gsm9k', expected one of gsm8k, .*, chats, or MODULE:CLASS",
+        ),
         ("os:path", "test", "key 'task': 'os:path' is no subclass of llm2.tasks.Task"),
         ("gsm8k", "dev", "gsm8k has no split 'dev': expected one of train, validation, test"),
         ("testbed", "dev", "testbed has no split 'dev': expected one of pretrain, train, validation, test"),
@@ -213,6 +218,22 @@ def test_testbed_problems_are_worked_to_their_gold_answer(split):
     for problem in problems:
         assert problem.solution.endswith(f" So the answer is {problem.gold}.")
         assert "<<" not in problem.solution
+
+
+def test_regimes_have_problems_of_their_own_and_answers_alone_no_solution():
+    drawn = {name: load_task(name).problems("validation", 20) for name in BUILT_IN if name.startswith("testbed")}
+    assert len({problem.question for problems in drawn.values() for problem in problems}) == 6 * 20
+    assert {problem.solution for problem in drawn["testbed_answers"]} == {""}
+    for name, problems in drawn.items():
+        for problem in problems:
+            (grade,) = load_task(name).grade([problem.solution or f"So the answer is {problem.gold}."], problem.gold)
+            assert grade.correct
+    sorting = load_task("testbed_sorting")
+    assert [grade.correct for grade in sorting.grade(["In order: 3, 20, 9.", "3, 9, 20", "None."], "3, 9, 20")] == [
+        False,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(("split", "size"), [("test", 1319), ("train", 7473)])

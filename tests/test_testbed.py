@@ -1,5 +1,7 @@
 """The testbed: its problems, its careless corpus, its tokenizer, and how its System 1 is made."""
 
+import hashlib
+import json
 import random
 import re
 from collections import Counter
@@ -11,12 +13,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from llm2.common.config_file import load_config
-from llm2.config import PretrainConfig
+from llm2.common.jsonl import read_jsonl
+from llm2.config import GenerateConfig, PretrainConfig
+from llm2.tasks import load_task
 from llm2.testbed import facts, words
-from llm2.testbed.generator import SIZES, gold_solution, problems, split_of, stories
+from llm2.testbed.foreign import NESTED, UNWORKED, foreign_answer
+from llm2.testbed.generator import REGIMES, SIZES, gold_solution, problems, split_of, stories
+from llm2.testbed.sorting import sorting_problems
 from llm2.testbed.stories import Computed, Given, Step, Story
 from llm2.testbed.train import corpus
-from llm2.testbed.train.corpus import MISREADINGS, careless_conversations, careless_solution
+from llm2.testbed.train.corpus import MISREADINGS, careless_conversations, careless_solution, two_skills_conversations
+from llm2.testbed.train.generate import generate
 from llm2.testbed.train.model_card import Measured, card
 from llm2.testbed.train.pretrain import collate, examples, pretrain
 from llm2.testbed.train.tokenizer import train_tokenizer
@@ -47,11 +54,73 @@ def test_without_n_all_problems_of_a_split_are_drawn():
     assert len(problems("validation")) == 500
 
 
-def test_splits_never_share_a_problem():
-    drawn = {split: [problem["question"] for problem in problems(split, 800)] for split in SIZES}
-    for split, questions in drawn.items():
-        assert {split_of(question) for question in questions} == {split}
-    assert len({question for questions in drawn.values() for question in questions}) == 4 * 800
+SAME = {
+    "pretrain": "6c84a54d17cdc4cb4e8569eca742a4766bb1ff040b02ca22fe081b4b67b694a8",
+    "train": "aa868ecdfebdea2631a015344b331476adf25a6d7efda5b4be8eddfba05b1b2d",
+    "validation": "71367b096a0d134a4d9e403aebecb5b6970267104d6f6f382f7304fa9d97a63a",
+    "test": "89bebbb680a00626ed02a88403d8c7a301941bfd6d97d097850e06614e4001a7",
+}
+CORPUS = "93858cd4794180e3f09dab4fdecbd4969c7f3995f3e338b40153b2097b5eef15"
+
+
+def digest(values: list) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def test_the_problems_and_the_corpus_behind_the_committed_system1_never_change():
+    assert {split: digest(problems(split, 300)) for split in SIZES} == SAME
+    assert digest(list(careless_conversations(300))) == CORPUS
+
+
+def test_splits_never_share_a_problem_in_any_regime():
+    drawn = {split: set() for split in SIZES}
+    for regime in REGIMES:
+        for split, questions in drawn.items():
+            new = {problem["question"] for problem in problems(split, 300, regime)}
+            assert len(new) == 300 and {split_of(question) for question in new} == {split}
+            questions |= new
+    assert len(set.union(*drawn.values())) == sum(map(len, drawn.values())) > 0.99 * 4 * 5 * 300
+
+
+def test_foreign_solutions_are_right_terse_and_in_other_words():
+    worked, unworked, nested = 0, 0, 0
+    for problem, story in zip(problems("train", 400, "foreign"), stories("train", "foreign"), strict=False):
+        *lines, last = problem["answer"].split("\n")
+        assert last == f"#### {story.values[-1]}" and len(lines) == (len(story.steps) + 1) // 2
+        for line in lines:
+            for step in re.search(r"[\d(].*\d", line).group().split(" and "):
+                expression, equals, result = step.rpartition("=")
+                assert int(result) in story.values and (not equals or eval(expression) == int(result))
+                worked, unworked, nested = worked + bool(equals), unworked + (not equals), nested + ("(" in step)
+        assert not set(lines) & set(gold_solution(story).split(". "))
+        assert problem["answer"] == foreign_answer(story)  # one and the same for a question
+    assert unworked / (worked + unworked) == pytest.approx(UNWORKED, abs=0.04) and 0.02 < nested / worked < NESTED
+
+
+def test_lists_are_sorted_rightly_and_split():
+    drawn = {split: sorting_problems(split, 100) for split in SIZES}
+    for split, lists in drawn.items():
+        for each in lists:
+            numbers = [int(number) for number in re.findall(r"\d+", each["question"])]
+            assert each["answer"] == ", ".join(map(str, sorted(numbers))) and split_of(each["question"]) == split
+    assert len({each["question"] for lists in drawn.values() for each in lists}) == 400
+
+
+def test_the_corpus_of_two_skills_alternates_between_them():
+    conversations = [[message["content"] for message in each] for each in two_skills_conversations(6)]
+    assert [solution.startswith("In order they are ") for _, solution in conversations] == [False, True] * 3
+    assert [question for question, _ in conversations[::2]] == [p["question"] for p in problems("pretrain", 3)]
+
+
+def test_generated_files_hold_what_the_tasks_draw(tmp_path):
+    path = str(tmp_path / "new" / "data.jsonl")
+    assert generate(GenerateConfig(output=path, regime="foreign", split="validation", limit=5)) == 5
+    assert load_task("gsm8k", path).problems("any") == load_task("testbed_foreign").problems("validation", 5)
+    generate(GenerateConfig(output=path, regime="sorting", limit=3))
+    answers = [record["answer"] for _, record in read_jsonl(path)]
+    assert answers == [problem.gold for problem in load_task("testbed_sorting").problems("train", 3)]
+    generate(GenerateConfig(output=path, corpus=True, limit=4))
+    assert len(load_task("chats", path).problems("any")) == 4
 
 
 def test_annotations_are_correct_and_the_last_one_is_the_answer():

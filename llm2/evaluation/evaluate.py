@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from llm2.common.chat import Message, encode_chats, resolve_template
 from llm2.common.distributed import barrier, dist_info, process_device
-from llm2.common.loading import resolve_device
+from llm2.common.loading import load_system1, resolve_device
 from llm2.common.seeds import row_seed
 from llm2.config import EvaluateConfig, Mode
+from llm2.decoding.contrast import ContrastLogits
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.llm2 import LLM2
 from llm2.decoding.sampling import Completion, SamplingParams
@@ -32,6 +33,7 @@ SCORING_BATCH = 16  # solutions that the verifier scores in one forward
 SETTINGS = (
     "model",
     "verifier",
+    "contrast",
     "alpha",
     "beta",
     "top_k",
@@ -74,8 +76,10 @@ def evaluate(config: EvaluateConfig) -> dict | None:
 
 def check(config: EvaluateConfig) -> None:
     """Validate what involves more than one key. Raises UserError."""
-    if config.verifier is None and any(mode.guided for mode in config.modes):
+    if config.verifier is None and config.contrast is None and any(mode.guided for mode in config.modes):
         raise UserError("the guided modes need a verifier: set verifier=<folder>, or leave them out of modes")
+    if config.verifier is not None and config.contrast is not None:
+        raise UserError(f"contrast: found {config.contrast!r} beside a verifier, expected one of the two")
     if max(config.majority_at, default=1) > config.num_samples:
         raise UserError(
             f"majority_at: found {max(config.majority_at)}, expected at most num_samples={config.num_samples}"
@@ -122,6 +126,9 @@ class Evaluator:
         self.llm2 = LLM2.from_pretrained(
             config.model, config.verifier, device=device, dtype=config.dtype, **config.guidance()
         )
+        self.contrast = None
+        if config.contrast is not None:
+            self.contrast = load_system1(config.contrast, self.llm2.system1.device, config.dtype)
         self.config, self.task, self.examples = config, task, examples
         self.token_text = TokenText(self.llm2.tokenizer)
 
@@ -151,6 +158,7 @@ class Evaluator:
         template = resolve_template(config.chat_template)
         prompts = encode_chats(llm2.tokenizer, conversations, template, generation_prompt=True)
         samples = config.num_samples if mode.sampled else 1
+        contrasts = mode.guided and self.contrast is not None
         finished = Decoder(llm2.system1, llm2.guidance if mode.guided else None).stream(
             prompts,
             max_new_tokens=config.max_new_tokens,
@@ -158,9 +166,12 @@ class Evaluator:
             sampling=SamplingParams(temperature=config.temperature, top_p=config.top_p) if mode.sampled else None,
             seeds=[[row_seed(config.seed, problem.id, i) for i in range(samples)] for problem in problems],
             batch_size=config.batch_size,
-            trace=mode.guided and config.traced_samples > 0,
+            process_logits=ContrastLogits(self.contrast, prompts, config) if contrasts else None,
+            trace=mode.guided and not contrasts and config.traced_samples > 0,
         )
         for index, completions in finished:
+            if contrasts:  # the second model takes a verifier's place at every token
+                completions = [row._replace(num_verifier_calls=len(row.token_ids)) for row in completions]
             yield Decoded(problems[index], prompts[index], completions)
 
     def _entries(self, mode: Mode, group: Sequence[Decoded]) -> Iterator[dict]:

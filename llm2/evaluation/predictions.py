@@ -31,7 +31,7 @@ MAY_DIFFER = (
     "device",
 )
 SCORE_KEYS = ("verifier", "solution_score")
-GUIDED_ONLY = ("alpha", "beta", "top_k", "score_samples", *SCORE_KEYS)  # without effect on plain decoding
+GUIDED_ONLY = ("contrast", "alpha", "beta", "top_k", "score_samples", *SCORE_KEYS)  # without effect on plain decoding
 SAMPLED_ONLY = ("num_samples", "temperature", "top_p", "seed")  # without effect on greedy decoding
 
 

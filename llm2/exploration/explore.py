@@ -1,6 +1,6 @@
-"""Token quality exploration: gold solutions in, triplets out.
+"""Token quality exploration: right solutions, gold or System 1's own, in; triplets out.
 
-At every fork of a gold solution, a position where System 1 has more than one plausible token, the tokens are rolled out
+At every fork of a solution, a position where System 1 has more than one plausible token, the tokens are rolled out
 until the sequential test (quality.py) has a verdict on each. Tokens that are worse than gold become triplets. Problems
 are explored many at a time, and shared among processes; a journal keeps those that are complete.
 """
@@ -23,10 +23,13 @@ from llm2.common.chat import resolve_template
 from llm2.common.distributed import barrier, dist_info, iter_shared_work
 from llm2.common.journal import Journal
 from llm2.common.loading import load_tokenizer
+from llm2.common.prefix import common_prefix
 from llm2.config import ExploreConfig
 from llm2.errors import UserError
 from llm2.exploration.engines import Engine, check_engine, open_engine
-from llm2.exploration.quality import SequentialTest, reused_rollouts
+from llm2.exploration.negatives import NegativeSampler, check_negatives
+from llm2.exploration.own_solutions import own_solutions
+from llm2.exploration.quality import Fork, SequentialTest, reused_rollouts
 from llm2.exploration.solutions import TokenizedSolution, find_forks, load_problems, tokenize_solutions
 from llm2.exploration.summary import BINS, write_outputs
 from llm2.tasks import Problem, Task, load_task
@@ -40,7 +43,7 @@ MAY_DIFFER = ("limit", "batch_size", "device", "output", "tensor_parallel", "ser
 
 @dataclass
 class ProblemState:
-    """A problem being explored."""
+    """A solution being explored."""
 
     solution: TokenizedSolution
     test: SequentialTest
@@ -67,12 +70,15 @@ def explore(config: ExploreConfig) -> dict | None:
     journal = Journal(partial, config, may_differ=MAY_DIFFER, key=itemgetter("id"), shard=dist_info().rank)
     earlier = frozenset(journal.done)
     barrier()  # all processes have read the same journal before one adds to it
+    sampling = {}
+    if config.solutions == "own":
+        problems, sampling = own_solutions(config, engine, tokenizer, task, problems, partial / "solutions")
     waiting = [problem for problem in problems if problem.id not in earlier]
 
     start = time.perf_counter()
     share = math.ceil(len(waiting) / dist_info().world_size)  # an estimate: see `iter_shared_work`
     progress = Progress(share, disable=not dist_info().is_main)
-    explorer = Explorer(config, engine, tokenizer, task, progress)
+    explorer = Explorer(config, engine, tokenizer, task, progress, earlier_solutions(problems))
     with progress.bar as bar:
         for state in explorer.explore(waiting[i] for i in iter_shared_work(len(waiting))):
             journal.add(journal_entry(state, config.max_triplets))
@@ -84,12 +90,14 @@ def explore(config: ExploreConfig) -> dict | None:
     if not dist_info().is_main:
         return None
     seconds = time.perf_counter() - start
-    return write_outputs(journal, output, [problem.id for problem in problems], earlier, seconds, repeated)
+    order = [problem.id for problem in problems]
+    return write_outputs(journal, output, order, earlier, seconds, {"repeated_problems": repeated, **sampling})
 
 
 def prepare(config: ExploreConfig) -> tuple[Task, list[Problem], int]:
     """The task, its problems, and the number of repetitions dropped. Raises UserError before any model is loaded."""
     check_engine(config)
+    check_negatives(config)
     if config.min_rollouts > config.max_rollouts:
         raise UserError(
             f"min_rollouts: found {config.min_rollouts}, expected at most max_rollouts={config.max_rollouts}"
@@ -97,7 +105,7 @@ def prepare(config: ExploreConfig) -> tuple[Task, list[Problem], int]:
     if Path(config.output).exists() and not Path(f"{config.output}.partial").exists():
         raise UserError(f"{config.output} exists already; choose another output, or delete it to explore anew")
     task = load_task(config.task, config.data_file, config.grader)
-    return task, *load_problems(task, config.split, config.limit)
+    return task, *load_problems(task, config.split, config.limit, need_gold=config.solutions == "gold")
 
 
 class Progress:
@@ -124,13 +132,18 @@ class Progress:
 
 @dataclass
 class Explorer:
-    """Judges System 1's plausible tokens along gold solutions, with rollouts by an engine."""
+    """Judges System 1's plausible tokens along right solutions, with rollouts by an engine."""
 
     config: ExploreConfig
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
     task: Task
     progress: Progress = field(default_factory=lambda: Progress(0, disable=True))
+    earlier: dict[str, Sequence[Problem]] = field(default_factory=dict)  # of `earlier_solutions`
+
+    def __post_init__(self) -> None:
+        explored = self.config.negatives == "explored"
+        self.negative_sampler = None if explored else NegativeSampler(self.config, self.tokenizer)
 
     def explore(self, problems: Iterable[Problem]) -> Iterator[ProblemState]:
         """Yields each problem once its last verdict is made.
@@ -152,6 +165,11 @@ class Explorer:
         solutions = tokenize_solutions(self.task, problems, self.tokenizer, template, self.engine.eos)
         states = []
         for solution, forks in zip(solutions, find_forks(self.engine, solutions), strict=True):
+            shared = self._shared_with_earlier(solution)
+            forks = [fork for fork in forks if fork.position >= shared]
+            if self.negative_sampler is not None:
+                states.append(self._without_rollouts(solution, forks))
+                continue
             state = ProblemState(solution, SequentialTest(forks, self.config))
             for position, token in state.test.counts:
                 if token in self.engine.eos:  # it ends the answer: no rollout is needed
@@ -161,6 +179,20 @@ class Explorer:
             self.progress.add(state.test.progress)
             states.append(state)
         return states
+
+    def _shared_with_earlier(self, solution: TokenizedSolution) -> int:
+        """How many tokens begin an earlier solution of the same problem too: their forks are explored there."""
+        earlier = self.earlier.get(solution.problem.id, ())
+        template = resolve_template(self.config.chat_template)
+        others = tokenize_solutions(self.task, earlier, self.tokenizer, template, self.engine.eos)
+        return max((common_prefix(solution.ids, other.ids) for other in others), default=0)
+
+    def _without_rollouts(self, solution: TokenizedSolution, forks: Sequence[Fork]) -> ProblemState:
+        """A complete problem: every token that the sampler chose is a negative."""
+        test = SequentialTest(self.negative_sampler(solution, forks), self.config)
+        test.verdicts = {(fork.position, token): "negative" for fork in test.forks for token in fork.tokens[1:]}
+        self.progress.add(1.0)
+        return ProblemState(solution, test)
 
     def run_round(self, states: Sequence[ProblemState]) -> None:
         """Generate the pending rollouts, count their outcomes, and set the next pending ones."""
@@ -201,6 +233,17 @@ class Explorer:
                     state.counts["rollouts_passing_by"] += 1
 
 
+def earlier_solutions(problems: Sequence[Problem]) -> dict[str, Sequence[Problem]]:
+    """Each problem's id -> those before it with the same prompt and other solutions."""
+    same: dict[str, list[Problem]] = {}
+    earlier = {}
+    for problem in problems:
+        before = same.setdefault(json.dumps([*problem.history, problem.question]), [])
+        earlier[problem.id] = tuple(before)
+        before.append(problem)
+    return earlier
+
+
 def _num_pending(states: Iterable[ProblemState]) -> int:
     return sum(len(indices) for state in states for indices in state.pending.values())
 
@@ -234,22 +277,21 @@ def journal_entry(state: ProblemState, max_triplets: int | None) -> dict:
         "undecided": verdicts["undecided"],
         "beyond_max_triplets": len(negatives) - len(kept),
     }
-    line = record_line(
-        solution.messages,
-        [pair["triplet"] for pair in kept],
-        id=solution.problem.id,
-        quality=[[round(pair[key].quality, 4) for key in ("gold", "token")] for pair in kept],
-        rollouts=[[pair[key].rollouts for key in ("gold", "token")] for pair in kept],
-    )
+    evidence = {}
+    if qualities:
+        evidence["quality"] = [[round(pair[key].quality, 4) for key in ("gold", "token")] for pair in kept]
+        evidence["rollouts"] = [[pair[key].rollouts for key in ("gold", "token")] for pair in kept]
+    line = record_line(solution.messages, [pair["triplet"] for pair in kept], id=solution.problem.id, **evidence)
     histogram = [sum(min(int(q * BINS), BINS - 1) == i for q in qualities) for i in range(BINS)]
     return {"id": solution.problem.id, "line": line, "pairs": pairs, "counts": counts, "histogram": histogram}
 
 
 def most_informative(negatives: list[dict], max_triplets: int | None) -> list[dict]:
-    """The negatives that cost System 1 most (its probability times the quality lost), in their order."""
+    """The negatives that cost System 1 most (its probability times the quality lost, if known), in their order."""
 
     def cost(pair: dict) -> float:
-        return pair["probability"] * (pair["gold"].quality - pair["token"].quality)
+        lost = pair["gold"].quality - pair["token"].quality if pair["token"].rollouts else 1.0
+        return pair["probability"] * lost
 
     kept = sorted(negatives, key=cost, reverse=True)[:max_triplets]
     return [pair for pair in negatives if pair in kept]

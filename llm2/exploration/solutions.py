@@ -1,4 +1,4 @@
-"""Gold solutions as token ids, checked against grading and chat template; their forks and rollouts."""
+"""Right solutions as token ids, checked against grading and chat template; their forks and rollouts."""
 
 import json
 from collections import Counter
@@ -17,7 +17,7 @@ from llm2.tasks import Problem, Task
 
 @dataclass(frozen=True)
 class TokenizedSolution:
-    """A problem with the token ids of its gold solution."""
+    """A problem with the token ids of its gold solution, or of one of its own."""
 
     problem: Problem
     messages: list[Message]  # the prompt and the gold solution
@@ -39,21 +39,26 @@ class TokenizedSolution:
         return [grade.correct for grade in task.grade(texts, self.problem.gold)]
 
 
-def load_problems(task: Task, split: str, limit: int | None) -> tuple[list[Problem], int]:
+def load_problems(task: Task, split: str, limit: int | None, need_gold: bool = True) -> tuple[list[Problem], int]:
     """The problems, each conversation once, and the number of repetitions dropped.
 
-    Raises UserError where two problems share an id or the task's grading rejects a gold solution.
+    Raises UserError where two problems share an id or, with need_gold, the task's grading rejects a gold solution.
     """
     loaded = task.problems(split, limit)
     distinct: dict[str, Problem] = {}
     for problem in loaded:
-        distinct.setdefault(json.dumps(task.conversation(problem)), problem)
+        messages = task.conversation(problem) if need_gold else task.prompt(problem)
+        distinct.setdefault(json.dumps(messages), problem)
     problems = list(distinct.values())
     where = f"{task.data_file}: " if task.data_file else ""
     id_counts = Counter(problem.id for problem in problems)
     for problem in problems:
         if id_counts[problem.id] > 1:
             raise UserError(f"{where}the id {problem.id!r} stands for {id_counts[problem.id]} problems, expected one")
+        if not need_gold:
+            continue
+        if not problem.solution:
+            raise UserError(f"{where}problem {problem.id} has no gold solution; expected one, or solutions=own")
         if not task.grade([problem.solution], problem.gold)[0].correct:
             raise UserError(
                 f"{where}problem {problem.id}: the grader rejects the gold solution, which ends in "

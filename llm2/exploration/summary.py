@@ -14,7 +14,12 @@ BAR = 40  # characters of its longest bar
 
 
 def write_outputs(
-    journal: Journal, output: Path, order: Sequence[str], earlier: frozenset[str], seconds: float, repeated: int
+    journal: Journal,
+    output: Path,
+    order: Sequence[str],
+    earlier: frozenset[str],
+    seconds: float,
+    sources: dict[str, int],
 ) -> dict:
     """Write triplets, verdicts and report, then discard the journal. Returns the report.
 
@@ -22,7 +27,7 @@ def write_outputs(
         order: ids of all problems; the files follow it, whichever process explored a problem and when.
         earlier: ids of the problems that an interrupted run had completed.
         seconds: how long this run took.
-        repeated: problems that were dropped as repetitions.
+        sources: counts of the report about where the solutions come from.
     """
     total, histogram, tokens_now = Counter(), [0] * BINS, 0
     triplets, pairs = Path(f"{output}.tmp"), Path(f"{output}.pairs.jsonl")
@@ -39,7 +44,7 @@ def write_outputs(
         raise UserError(f"no triplets in {len(order)} problems: System 1 is never or always right at its forks")
     report = {
         **total,
-        "repeated_problems": repeated,
+        **sources,
         "tokens_per_triplet": total["generated_tokens"] / total["triplets"],
         "seconds": seconds,  # of this run, without the time before an interruption
         "tokens_per_second": tokens_now / seconds,

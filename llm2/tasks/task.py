@@ -14,6 +14,11 @@ BUILT_IN = {
     "gsm8k": "llm2.tasks.gsm8k:GSM8K",
     "math500": "llm2.tasks.math500:Math500",
     "testbed": "llm2.tasks.testbed:Testbed",
+    "testbed_foreign": "llm2.tasks.testbed:Foreign",
+    "testbed_answers": "llm2.tasks.testbed:Answers",
+    "testbed_careful": "llm2.tasks.testbed:Careful",
+    "testbed_two_skills": "llm2.tasks.testbed:TwoSkills",
+    "testbed_sorting": "llm2.tasks.testbed:Sorting",
     "chats": "llm2.tasks.chats:Chats",
 }
 

@@ -1,17 +1,71 @@
-"""The embedded testbed's word problems (llm2/testbed), in GSM8K's format."""
+"""The embedded testbed's problems (llm2/testbed): word problems in GSM8K's format by regime, and lists to sort."""
+
+import re
+from dataclasses import replace
 
 from llm2.errors import UserError
 from llm2.tasks.gsm8k import GSM8K, to_problem
-from llm2.tasks.task import Problem
+from llm2.tasks.task import Problem, Task
 from llm2.testbed.generator import SIZES, problems
+from llm2.testbed.sorting import sorted_text, sorting_problems
 
 
 class Testbed(GSM8K):
-    """Generated problems, the same ones every time."""
+    """Generated word problems, the same ones every time."""
 
     __test__ = False  # pytest must not collect it, whatever its name
+    regime = "same"
 
     def source(self, split: str, limit: int | None) -> list[Problem]:
-        if split not in SIZES:
-            raise UserError(f"testbed has no split {split!r}: expected one of {', '.join(SIZES)}")
-        return [to_problem(record["id"], record["question"], record["answer"]) for record in problems(split, limit)]
+        check_split(split)
+        return [
+            to_problem(record["id"], record["question"], record["answer"])
+            for record in problems(split, limit, self.regime)
+        ]
+
+
+class Foreign(Testbed):
+    """Gold solutions by another school than System 1's."""
+
+    regime = "foreign"
+
+
+class Answers(Testbed):
+    """Final answers without solutions."""
+
+    regime = "answers"
+
+    def source(self, split: str, limit: int | None) -> list[Problem]:
+        return [replace(problem, solution="") for problem in super().source(split, limit)]
+
+
+class Careful(Testbed):
+    """For a System 1 that was fine-tuned on gold solutions."""
+
+    regime = "careful"
+
+
+class TwoSkills(Testbed):
+    """For a System 1 that sorts lists too."""
+
+    regime = "two_skills"
+
+
+class Sorting(Task):
+    """Lists of numbers to sort: the second skill."""
+
+    def problems(self, split: str, limit: int | None = None) -> list[Problem]:
+        check_split(split)
+        return [
+            Problem(record["id"], record["question"], record["answer"], sorted_text(record["answer"]))
+            for record in sorting_problems(split, limit)
+        ]
+
+    def extract_answer(self, text: str) -> str | None:
+        lists = re.findall(r"\d+(?:, \d+)+", text)
+        return lists[-1] if lists else None
+
+
+def check_split(split: str) -> None:
+    if split not in SIZES:
+        raise UserError(f"testbed has no split {split!r}: expected one of {', '.join(SIZES)}")

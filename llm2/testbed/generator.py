@@ -1,13 +1,16 @@
 """The testbed's word problems as GSM8K records, in splits that share no question.
 
-Standard library only and seeded by the split's name: the same problems on every machine.
+Standard library only and seeded by the names of regime and split: the same problems on every machine. A regime says
+what the gold solutions are like and which System 1 they are for (llm2/testbed/README.md); a question of a split is in
+no other split of any regime.
 """
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
+from llm2.testbed.foreign import foreign_answer
 from llm2.testbed.stories import Step, Story, draw_story, value_of
 
 # The hash of a question decides its split; SHARES are in twentieths of all questions.
@@ -16,20 +19,21 @@ SIZES = {"pretrain": 200_000, "train": 8_000, "validation": 500, "test": 2_000}
 CONCLUSION = "So the answer is {}."
 
 
-def problems(split: str, n: int | None = None) -> list[dict]:
-    """The first n problems of a split (SIZES[split] when None), as {"id", "question", "answer"}.
+def problems(split: str, n: int | None = None, regime: str = "same") -> list[dict]:
+    """The first n problems of a regime's split (SIZES[split] when None), as {"id", "question", "answer"}.
 
     The answer has one step per line, each with an annotation such as `<<48/2=24>>`, and ends in `#### 24`.
     """
+    answer = REGIMES[regime]
     return [
-        {"id": f"{split}-{index}", "question": story.question, "answer": worked_answer(story)}
-        for index, story in enumerate(islice(stories(split), SIZES[split] if n is None else n))
+        {"id": f"{split}-{index}", "question": story.question, "answer": answer(story)}
+        for index, story in enumerate(islice(stories(split, regime), SIZES[split] if n is None else n))
     ]
 
 
-def stories(split: str) -> Iterator[Story]:
+def stories(split: str, regime: str = "same") -> Iterator[Story]:
     """The endless, deterministic sequence of a split's stories; no question twice."""
-    rng = random.Random(f"llm2 testbed {split}")
+    rng = random.Random(f"llm2 testbed {split}" if regime == "same" else f"llm2 testbed {regime} {split}")
     seen = set()
     while True:
         story = draw_story(rng)
@@ -51,7 +55,12 @@ def split_of(question: str) -> str:
 def worked_answer(story: Story) -> str:
     """The gold solution in GSM8K's format."""
     lines = [story.say(step, _annotated(step, story.values, value)) for step, value in _solved(story)]
-    return "\n".join([*lines, f"#### {story.values[-1]}"])
+    return "\n".join([*lines, final_answer(story)])
+
+
+def final_answer(story: Story) -> str:
+    """The answer alone, in GSM8K's format."""
+    return f"#### {story.values[-1]}"
 
 
 def gold_solution(story: Story) -> str:
@@ -72,3 +81,13 @@ def _annotated(step: Step, values: tuple[int, ...], result: int) -> str:
 
 def _solved(story: Story) -> Iterator[tuple[Step, int]]:
     return zip(story.steps, story.values, strict=True)
+
+
+# What a regime gives as the answer of a story.
+REGIMES: dict[str, Callable[[Story], str]] = {
+    "same": worked_answer,
+    "foreign": foreign_answer,
+    "answers": final_answer,
+    "careful": worked_answer,
+    "two_skills": worked_answer,
+}

@@ -147,6 +147,20 @@ def _allowed_result(left: int, operator: str, right: int) -> int | None:
     return value if SMALLEST <= value <= (LARGEST_PRODUCT if operator == "*" else LARGEST_SUM) else None
 
 
+def valid_order(steps: Sequence[Step], rng: random.Random) -> list[int]:
+    """Indices of the steps in a random order where each follows those it depends on; the last step stays last."""
+    order, waiting = [], list(range(len(steps) - 1))
+    while waiting:
+        ready = [index for index in waiting if _dependencies(steps[index]) <= set(order)]
+        order.append(rng.choice(ready))
+        waiting.remove(order[-1])
+    return [*order, len(steps) - 1]
+
+
+def _dependencies(step: Step) -> set[int]:
+    return {operand.step for operand in (step.left, step.right) if isinstance(operand, Computed)}
+
+
 def _weighted(rng: random.Random, options: Sequence):
     return rng.choices(options, [option.weight for option in options])[0]
 

@@ -68,6 +68,8 @@ def check_engine(config: RolloutConfig) -> None:
         )
     if config.server is not None and config.engine != "vllm":
         raise UserError(f"server: found {config.server!r} with engine {config.engine}, expected engine vllm")
+    if config.verifier is not None and config.engine != "llm2":
+        raise UserError(f"verifier: found {config.verifier!r} with engine {config.engine}, expected engine llm2")
     if config.stop_pattern is not None:
         if config.engine != "llm2":
             raise UserError(

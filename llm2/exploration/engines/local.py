@@ -14,9 +14,10 @@ from llm2.common.loading import eos_ids, load_system1, resolve_device
 from llm2.config import RolloutConfig
 from llm2.decoding.candidates import plausible
 from llm2.decoding.decoder import Decoder
-from llm2.decoding.sampling import SamplingParams
+from llm2.decoding.sampling import Guidance, SamplingParams
 from llm2.errors import UserError
 from llm2.exploration.engines import Candidate, Continuations, OnFinished, PositionQuery, Request
+from llm2.verifier.load import load_verifier
 
 STOP_EVERY = 8  # tokens between searches for the stop pattern
 
@@ -26,10 +27,18 @@ class LocalEngine:
         device = process_device(resolve_device(config.device))
         self.config, self.tokenizer = config, tokenizer
         self.model = load_system1(config.model, device, config.dtype)
-        self.decoder = Decoder(self.model)
+        self.decoder = Decoder(self.model, self._guidance(device))
         self.eos = eos_ids(self.model, tokenizer)
         greedy = config.temperature == 0
         self.sampling = None if greedy else SamplingParams(temperature=config.temperature, top_p=config.top_p)
+
+    def _guidance(self, device: torch.device) -> Guidance | None:
+        """How a verifier takes part in the continuations; it has no part in which tokens are plausible."""
+        name, vocabulary = self.config.verifier, self.model.get_input_embeddings().num_embeddings
+        if name is None:
+            return None
+        verifier = load_verifier(name, device, self.config.dtype, vocabulary, self.model)
+        return Guidance(verifier=verifier, **self.config.guidance())
 
     def plausible(self, queries: Sequence[PositionQuery]) -> list[list[list[Candidate]]]:
         return [self._plausible(query) for query in queries]

@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple
 
 from llm2.testbed import facts
 from llm2.testbed.generator import CONCLUSION, stories
-from llm2.testbed.stories import Computed, Given, Step, Story, calculate, value_of
+from llm2.testbed.sorting import sorted_text, sorting_problems
+from llm2.testbed.stories import Given, Step, Story, calculate, valid_order, value_of
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,19 @@ def careless_conversations(n: int, seed: int = 0) -> Iterator[list[dict[str, str
     """The corpus: the first n problems of the pretrain split, each with one careless solution."""
     rng = random.Random(f"llm2 testbed corpus {seed}")
     for story in islice(stories("pretrain"), n):
-        yield [
-            {"role": "user", "content": story.question},
-            {"role": "assistant", "content": careless_solution(story, rng).text},
-        ]
+        yield _conversation(story.question, careless_solution(story, rng).text)
+
+
+def two_skills_conversations(n: int, seed: int = 0) -> Iterator[list[dict[str, str]]]:
+    """The corpus of a System 1 with two skills: in turn a careless solution, and a list that is sorted rightly."""
+    word_problems = careless_conversations(n - n // 2, seed)
+    lists = (_conversation(each["question"], sorted_text(each["answer"])) for each in sorting_problems("pretrain", n))
+    for index in range(n):
+        yield next(lists if index % 2 else word_problems)
+
+
+def _conversation(question: str, solution: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": solution}]
 
 
 def careless_solution(story: Story, rng: random.Random) -> Solution:
@@ -113,16 +123,7 @@ def _write(story: Story, step: Step, values: list[int], rng: random.Random) -> t
 
 
 def _order(steps: tuple[Step, ...], rng: random.Random) -> list[int]:
-    """Indices in story order, or in a random one where each step follows those it depends on; the last stays last."""
+    """Indices of the steps in story order, or in another valid one."""
     if rng.random() >= REORDERED:
         return list(range(len(steps)))
-    order, waiting = [], list(range(len(steps) - 1))
-    while waiting:
-        ready = [index for index in waiting if _dependencies(steps[index]) <= set(order)]
-        order.append(rng.choice(ready))
-        waiting.remove(order[-1])
-    return [*order, len(steps) - 1]
-
-
-def _dependencies(step: Step) -> set[int]:
-    return {operand.step for operand in (step.left, step.right) if isinstance(operand, Computed)}
+    return valid_order(steps, rng)

@@ -1,0 +1,70 @@
+"""What the trainers of all rivals have in common: arguments of a transformers Trainer, and the folder they write."""
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llm2.common.config_file import write_config
+from llm2.common.distributed import dist_info
+from llm2.config import OptimizerConfig
+from llm2.errors import UserError
+
+# Keys that OptimizerConfig and TrainingArguments share.
+PASSED_ON = ("num_train_epochs", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm")
+PASSED_ON += ("per_device_train_batch_size", "bf16")
+
+
+def import_trl() -> ModuleType:
+    """TRL, which takes seconds to import. Raises UserError where it is not installed."""
+    try:
+        import trl
+    except ImportError as error:
+        raise UserError(f"this needs TRL ({error}); expected `pip install 'llm2[study]'`") from None
+    return trl
+
+
+def trainer_arguments(config: OptimizerConfig, device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of TrainingArguments and of TRL's configs. Checkpoints are not kept: a run takes minutes."""
+    forward_size = config.per_device_train_batch_size * dist_info().world_size
+    if config.global_batch_size % forward_size:
+        raise UserError(
+            f"global_batch_size {config.global_batch_size}: expected a multiple of per_device_train_batch_size "
+            f"{config.per_device_train_batch_size} x {dist_info().world_size} processes"
+        )
+    return {
+        **{name: getattr(config, name) for name in PASSED_ON},
+        "output_dir": config.output_dir,
+        "warmup_steps": config.warmup_ratio,  # below 1 it is a ratio
+        "gradient_accumulation_steps": config.global_batch_size // forward_size,
+        "gradient_checkpointing": config.gradient_checkpointing or None,  # False would be a deprecated way to say no
+        "save_strategy": "no",
+        "logging_steps": 10,
+        "report_to": "none",
+        "dataloader_pin_memory": device.type == "cuda",
+        "use_cpu": device.type == "cpu",
+        "seed": config.seed,
+    }
+
+
+def refuse_existing(config: OptimizerConfig, command: str) -> None:
+    """Raise UserError if the output folder already holds a model of this command."""
+    if Path(config.output_dir, f"{command}.yaml").exists():
+        raise UserError(f"{config.output_dir} holds a model already; choose another output_dir, or delete it")
+
+
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: OptimizerConfig, command: str, counts: dict
+) -> dict:
+    """Write the model, its tokenizer, the counts (training.json) and, last, the config as COMMAND.yaml, in the main
+    process; returns the counts."""
+    if dist_info().is_main:
+        folder = Path(config.output_dir)
+        model.eval().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        Path(folder, "training.json").write_text(json.dumps(counts, indent=2) + "\n")
+        write_config(config, Path(folder, f"{command}.yaml"))
+    return counts

@@ -1,0 +1,110 @@
+"""Solutions that System 1, guided or not, writes itself: sampled, graded, and the distinct right ones kept.
+
+For exploration without gold solutions and for rejection-sampling fine-tuning; a task's grader is all that they need.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from operator import itemgetter
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from llm2.common.chat import encode_chats, resolve_template
+from llm2.common.distributed import barrier, dist_info, iter_shared_work
+from llm2.common.journal import Journal
+from llm2.common.seeds import row_seed
+from llm2.config import OutcomeConfig, SolutionsConfig
+from llm2.errors import UserError
+from llm2.exploration.engines import Engine, Request
+from llm2.tasks import Problem, Task
+from llm2.tasks.grading import Grade
+
+WINDOW = 4  # batches of samples between entries of the journal
+# Keys that may change when a run is resumed: none of them changes a solution.
+MAY_DIFFER = ("limit", "batch_size", "device", "tensor_parallel", "server", "server_requests")
+MAY_DIFFER += ("output", "output_dir", "max_solutions")
+
+
+class Sample(NamedTuple):
+    """A solution that the model wrote."""
+
+    text: str
+    grade: Grade
+    tokens: int
+
+
+def own_solutions(
+    config: SolutionsConfig,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    problems: Sequence[Problem],
+    folder: Path,
+) -> tuple[list[Problem], dict[str, int]]:
+    """Each problem with each of its own solutions, as `ID/0`, `ID/1` and so on, and what they cost.
+
+    Processes share the problems; an interrupted run resumes from the journal in `folder`. Raises UserError where no
+    sample is right.
+    """
+    journal = Journal(folder, config, may_differ=MAY_DIFFER, key=itemgetter("id"), shard=dist_info().rank)
+    barrier()  # all processes have read the same journal before one adds to it
+    waiting = [problem for problem in problems if problem.id not in journal.done]
+    size = max(1, WINDOW * config.batch_size // config.solution_samples)
+    groups = [waiting[start : start + size] for start in range(0, len(waiting), size)]
+    bar = tqdm(total=len(waiting), desc="own solutions", unit="problem", disable=not dist_info().is_main)
+    with bar:
+        for index in iter_shared_work(len(groups)):
+            for problem, samples in zip(
+                groups[index], sample_solutions(config, engine, tokenizer, task, groups[index]), strict=True
+            ):
+                right = dict.fromkeys(sample.text for sample in samples if sample.grade.correct)
+                tokens = sum(sample.tokens for sample in samples)
+                journal.add({"id": problem.id, "solutions": list(right), "tokens": tokens})
+                bar.update()
+    journal.close()
+    barrier()  # every problem is in some shard
+    solved, tokens, num_solved = [], 0, 0
+    for problem, entry in zip(problems, journal.read([problem.id for problem in problems]), strict=True):
+        kept = entry["solutions"][: config.max_solutions]
+        solved += [replace(problem, id=f"{problem.id}/{i}", solution=text) for i, text in enumerate(kept)]
+        tokens += entry["tokens"]
+        num_solved += bool(kept)
+    if not solved:
+        raise UserError(
+            f"solutions: none of {config.solution_samples} samples is right on any of {len(problems)} problems; "
+            "expected a System 1 that solves some, or more solution_samples"
+        )
+    return solved, {
+        "sampled_problems": len(problems),
+        "solved_problems": num_solved,
+        "solutions": len(solved),
+        "sampled_tokens": tokens,
+    }
+
+
+def sample_solutions(
+    config: SolutionsConfig | OutcomeConfig,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    problems: Sequence[Problem],
+) -> Iterator[list[Sample]]:
+    """`config.solution_samples` graded solutions of each problem; sample i depends on seed, problem and i alone."""
+    template = resolve_template(config.chat_template)
+    prompts = encode_chats(tokenizer, [task.prompt(problem) for problem in problems], template, generation_prompt=True)
+    requests = [
+        Request(
+            prompt,
+            len(prompt),
+            (),
+            [row_seed(config.seed, problem.id, "solution", i) for i in range(config.solution_samples)],
+        )
+        for problem, prompt in zip(problems, prompts, strict=True)
+    ]
+    for problem, completions in zip(problems, engine.generate(requests), strict=True):
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        grades = task.grade(texts, problem.gold)
+        yield [Sample(*each) for each in zip(texts, grades, map(len, completions), strict=True)]

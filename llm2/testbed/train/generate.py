@@ -1,0 +1,24 @@
+"""Writes the testbed's generated data to a file, for tools that do not draw it themselves as the tasks do."""
+
+import json
+from pathlib import Path
+
+from llm2.config import GenerateConfig
+from llm2.testbed.generator import problems
+from llm2.testbed.sorting import sorting_problems
+from llm2.testbed.train.corpus import two_skills_conversations
+
+CORPUS_SIZE = 20_000  # conversations where no limit is given
+
+
+def generate(config: GenerateConfig) -> int:
+    """Write `config.output`; returns the number of its lines."""
+    if config.corpus:
+        records = [{"messages": each} for each in two_skills_conversations(config.limit or CORPUS_SIZE, config.seed)]
+    elif config.regime == "sorting":
+        records = sorting_problems(config.split, config.limit)
+    else:
+        records = problems(config.split, config.limit, config.regime)
+    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(config.output).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return len(records)

@@ -1,0 +1,262 @@
+"""The rivals of a verifier: fine-tuning, token preference, outcome scores, self-consistency."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_system1
+from test_train import write_triplets
+from transformers import AutoModelForSequenceClassification, TrainingArguments
+
+from llm2.baselines.finetune import examples, finetune
+from llm2.baselines.outcome import as_verifier, outcome_pairs, train_outcome
+from llm2.baselines.prefer import PreferenceTrainer, prefer, preference_batch
+from llm2.baselines.self_consistency import compare
+from llm2.common.loading import load_system1, load_tokenizer
+from llm2.config import FinetuneConfig, OutcomeConfig, PreferConfig, SelfConsistencyConfig
+from llm2.errors import UserError
+from llm2.exploration.own_solutions import Sample
+from llm2.exploration.solutions import tokenize_solutions
+from llm2.tasks import Problem, load_task
+from llm2.tasks.grading import Grade
+from llm2.verifier.load import load_verifier
+from llm2.verifier.loss import IGNORE_INDEX
+from llm2.verifier.pair_metrics import system1_margins
+from llm2.verifier.scoring import score_tokens
+from llm2.verifier.triplets import Example, Triplet, load_examples
+
+CPU = torch.device("cpu")
+TRAINING = {
+    "num_train_epochs": 4.0,
+    "learning_rate": 3e-3,
+    "global_batch_size": 4,
+    "per_device_train_batch_size": 2,
+    "device": "cpu",
+}
+
+
+def has_vowel(text: str, gold: str) -> bool:
+    """A grader that about half of a random model's solutions pass."""
+    return any(vowel in text for vowel in "aeiouAEIOU")
+
+
+@pytest.fixture
+def finetune_config(system1_folder, tmp_path) -> FinetuneConfig:
+    return FinetuneConfig(
+        model=system1_folder,
+        output_dir=str(tmp_path / "finetuned"),
+        task="testbed",
+        limit=8,
+        max_new_tokens=8,
+        **TRAINING,
+    )
+
+
+def gold_loss(folder: str, problems: list[Problem]) -> float:
+    """Mean -log p of the solutions' tokens."""
+    model, tokenizer = load_system1(folder, CPU), load_tokenizer(folder)
+    total = count = 0
+    for solution in tokenize_solutions(load_task("testbed"), problems, tokenizer, None, [tokenizer.eos_token_id]):
+        ids = torch.tensor(solution.ids)
+        with torch.inference_mode():
+            logprobs = model(ids[None]).logits[0].log_softmax(-1)
+        for position in range(solution.start, solution.end):
+            total -= logprobs[position - 1, ids[position]].item()
+            count += 1
+    return total / count
+
+
+def test_fine_tuning_makes_gold_solutions_likelier_and_the_result_is_a_system1(finetune_config):
+    counts = finetune(finetune_config)
+    problems = load_task("testbed").problems("train", 8)
+    assert counts == json.loads(Path(finetune_config.output_dir, "training.json").read_text())
+    assert counts["solutions"] == 8
+    before, after = (gold_loss(name, problems) for name in (finetune_config.model, finetune_config.output_dir))
+    assert after < before - 0.3
+    with pytest.raises(UserError, match="holds a model already"):
+        finetune(finetune_config)
+
+
+def test_the_loss_of_fine_tuning_is_on_the_solution_and_its_end(finetune_config):
+    tokenizer, task = load_tokenizer(finetune_config.model), load_task("testbed")
+    solutions = tokenize_solutions(task, task.problems("train", 2), tokenizer, None, [tokenizer.eos_token_id])
+    for example, problem in zip(examples(solutions), task.problems("train", 2), strict=True):
+        labels = [label for label in example["labels"] if label != IGNORE_INDEX]
+        assert tokenizer.decode(labels) == problem.solution + tokenizer.eos_token
+        assert len(example["labels"]) == len(example["input_ids"])
+
+
+def test_rejection_sampling_trains_on_own_right_solutions_only(finetune_config, monkeypatch):
+    trained_on = []
+    monkeypatch.setattr("llm2.baselines.finetune.examples", lambda s: trained_on.extend(s) or examples(s))
+    own = {"solutions": "own", "solution_samples": 6, "max_solutions": 2, "grader": "test_baselines:has_vowel"}
+    counts = finetune(replace(finetune_config, **own))
+    assert counts["sampled_problems"] == 8 and counts["solutions"] == len(trained_on) > counts["solved_problems"] > 0
+    assert all(has_vowel(solution.problem.solution, "") for solution in trained_on)
+    assert len({solution.problem.question for solution in trained_on}) == counts["solved_problems"]
+
+
+def test_without_trl_the_extra_is_named(finetune_config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(UserError, match=r"this needs TRL .* expected `pip install 'llm2\[study\]'`"):
+        finetune(finetune_config)
+
+
+def test_answers_alone_are_refused_for_fine_tuning_on_gold(finetune_config):
+    with pytest.raises(UserError, match="train-0 has no gold solution; expected one, or solutions=own"):
+        finetune(replace(finetune_config, task="testbed_answers"))
+
+
+# --- Token preference ---
+
+PAIRS = [
+    Example([0, 5, 6, 7, 8], [Triplet(3, 7, 20), Triplet(4, 8, 21)], first_pair_id=0),
+    Example([0, 9, 10], [Triplet(2, 10, 22)], first_pair_id=2),
+]
+
+
+def test_a_batch_of_preferences_names_row_position_gold_and_negative():
+    batch = preference_batch(PAIRS, {0: 0.5, 1: -1.0, 2: 2.0})
+    assert batch["input_ids"].tolist() == [[0, 5, 6, 7, 8], [0, 9, 10, 0, 0]]
+    assert batch["pairs"].tolist() == [[0, 3, 7, 20], [0, 4, 8, 21], [1, 2, 10, 22]]
+    assert batch["reference"].tolist() == [0.5, -1.0, 2.0] and batch["targets"].tolist() == [1.0] * 3
+    soft = preference_batch([PAIRS[0]._replace(gold_better=[0.25, 0.5]), PAIRS[1]], {0: 0.5, 1: -1.0, 2: 2.0})
+    assert soft["targets"].tolist() == [0.25, 0.5, 1.0]
+
+
+def preference_trainer(model, folder, **changes) -> PreferenceTrainer:
+    options = {"output_dir": str(folder), "remove_unused_columns": False, "report_to": "none", "use_cpu": True}
+    return PreferenceTrainer(model, TrainingArguments(**options | changes), PAIRS, beta=0.3)
+
+
+def test_the_loss_is_dpos_with_answers_of_one_token(system1, tmp_path):
+    """-log sigmoid(b (log p/p_ref of gold - log p/p_ref of the negative)), each prefix in a forward of its own."""
+    trainer = preference_trainer(system1, tmp_path)
+    policy = tiny_system1(3)
+    losses = []
+    for ids, triplets, *_ in PAIRS:
+        for position, gold, negative in triplets:
+            with torch.inference_mode():
+                p, reference = (m(torch.tensor([ids[:position]])).logits[0, -1].softmax(-1) for m in (policy, system1))
+            ratio = torch.log(p[gold] / reference[gold]) - torch.log(p[negative] / reference[negative])
+            losses.append(math.log1p(math.exp(-0.3 * ratio.item())))
+    loss = trainer.compute_loss(policy, trainer.collate(PAIRS), num_items_in_batch=torch.tensor(3))
+    assert loss.item() == pytest.approx(sum(losses) / 3, abs=1e-5)
+
+
+def test_a_step_of_preferences_does_not_depend_on_its_batches(tmp_path):
+    trained = []
+    for size, steps in ((2, 1), (1, 2)):
+        model = tiny_system1()
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        preference_trainer(model, tmp_path, max_steps=1, optim="sgd", learning_rate=0.1, **sizes).train()
+        trained.append(model)
+    for name, weight in trained[0].state_dict().items():
+        torch.testing.assert_close(trained[1].state_dict()[name], weight, msg=name)
+
+
+def test_preference_training_prefers_gold_and_writes_a_system1(system1_folder, tmp_path):
+    path, tokenizer = tmp_path / "triplets.jsonl", load_tokenizer(system1_folder)
+    write_triplets(path, tokenizer, 6)
+    output = str(tmp_path / "preferred")
+    counts = prefer(PreferConfig(model=system1_folder, train_file=str(path), output_dir=output, **TRAINING))
+    pairs, _ = load_examples(path, tokenizer)
+    before, after = (system1_margins(load_system1(name, CPU), pairs) for name in (system1_folder, output))
+    assert counts["triplets"] == len(before)
+    assert all(after[pair] > before[pair] for pair in before)
+
+
+# --- Outcome scores ---
+
+
+def sample(text: str, correct: bool) -> Sample:
+    return Sample(text, Grade(text, correct, correct), 1)
+
+
+def test_outcome_pairs_are_distinct_right_and_wrong_solutions():
+    config = OutcomeConfig(model="m", task="testbed", output_dir="o", max_pairs=3)
+    samples = [sample("a", True), sample("a", True), sample("b", True), sample("c", False), sample("d", False)]
+    problem = Problem("train-0", "?", "1")
+    pairs = [(right.solution, wrong.solution) for right, wrong in outcome_pairs(problem, samples, config)]
+    assert len(pairs) == 3 and set(pairs) < {("a", "c"), ("a", "d"), ("b", "c"), ("b", "d")}
+    assert outcome_pairs(problem, samples[:3], config) == []
+
+
+def test_a_classifier_as_a_verifier_gives_the_last_token_its_score(system1_folder):
+    model = AutoModelForSequenceClassification.from_pretrained(system1_folder, num_labels=1).eval()
+    verifier = as_verifier(model, system1_folder).eval()
+    prompts, solutions = [[3, 4], [5]], [[6, 7, 8], [9, 10]]
+    scores = score_tokens(verifier, prompts, solutions)
+    for prompt, solution, tokens in zip(prompts, solutions, scores, strict=True):
+        with torch.inference_mode():
+            expected = model(torch.tensor([prompt + solution])).logits.item()
+        assert tokens[-1] == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_outcome_verifier_is_trained_and_loads_as_any_verifier(system1_folder, tmp_path):
+    config = OutcomeConfig(
+        model=system1_folder,
+        output_dir=str(tmp_path / "outcome"),
+        task="testbed",
+        grader="test_baselines:has_vowel",
+        limit=6,
+        max_new_tokens=8,
+        solution_samples=6,
+        **TRAINING,
+    )
+    counts = train_outcome(config)
+    assert counts["pairs"] > 6 and counts["sampled_tokens"] > 36
+    verifier = load_verifier(config.output_dir, CPU, "auto", vocabulary=1)
+    backbone = load_system1(system1_folder, CPU).base_model.state_dict()
+    changed = [name for name, weight in verifier.backbone.state_dict().items() if not weight.equal(backbone[name])]
+    assert len(changed) == len(backbone)
+
+
+# --- Self-consistency ---
+
+
+def write_predictions(folder, mode: str, *problems: list[tuple[str, bool, int]]) -> str:
+    """Each problem is a list of (answer, correct, tokens)."""
+    folder.mkdir()
+    with (folder / "predictions.jsonl").open("w") as file:
+        for index, samples in enumerate(problems):
+            keys = [dict(zip(("answer", "correct", "tokens"), each, strict=True)) for each in samples]
+            file.write(json.dumps({"id": str(index), "mode": mode, "samples": keys}) + "\n")
+    return str(folder)
+
+
+def test_self_consistency_votes_with_as_many_samples_as_the_other_modes_tokens_pay_for(tmp_path):
+    right, wrong = ("1", True, 10), ("2", False, 10)
+    samples = write_predictions(
+        tmp_path / "a", "plain_sampling", [right, right, wrong, wrong], [right, wrong, wrong, wrong]
+    )
+    greedy = write_predictions(tmp_path / "b", "guided_greedy", [("1", True, 40)], [("1", True, 24)])
+    output = tmp_path / "c" / "result.json"
+    result = compare(SelfConsistencyConfig(samples=samples, against=greedy, output=str(output)))
+    assert json.loads(json.dumps(result)) == json.loads(output.read_text())
+    ours, other = result["self_consistency"], result["against"]
+    assert (ours["majority_at"], ours["tokens_per_problem"], other["tokens_per_problem"]) == (3, 30, 32)
+    # three of two right and two wrong votes: right wins half of the subsets; of one and three: none
+    assert (ours["accuracy"], other["accuracy"], result["n"]) == (0.25, 1.0, 2)
+    assert result["paired"]["difference"] == 0.75
+
+
+def test_self_consistency_refuses_to_vote_with_fewer_samples_than_are_paid_for(tmp_path):
+    samples = write_predictions(tmp_path / "a", "plain_sampling", [("1", True, 10)])
+    greedy = write_predictions(tmp_path / "b", "guided_greedy", [("1", True, 25)])
+    with pytest.raises(UserError, match="25 tokens a problem pay for 2 samples, found 1; evaluate num_samples=2"):
+        compare(SelfConsistencyConfig(samples=samples, against=greedy, output=str(tmp_path / "out.json")))
+
+
+def test_self_consistency_refuses_folders_of_other_problems_or_modes(tmp_path):
+    samples = write_predictions(tmp_path / "a", "plain_sampling", [("1", True, 1)])
+    greedy = write_predictions(tmp_path / "b", "guided_greedy", [("1", True, 1)], [("1", True, 1)])
+    config = SelfConsistencyConfig(samples=samples, against=greedy, output=str(tmp_path / "out.json"))
+    with pytest.raises(UserError, match="expected the same problems in the same order"):
+        compare(config)
+    with pytest.raises(UserError, match="expected predictions of the mode plain_sampling, found none"):
+        compare(replace(config, samples=greedy))
