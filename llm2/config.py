@@ -470,6 +470,8 @@ class FinetuneConfig(SolutionsConfig, OptimizerConfig):
 
     output_dir: str
     """Folder for the fine-tuned System 1."""
+    output_rank: Count | None = None
+    """Train only a low-rank edit of the output layer, of this rank; everything when null."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

@@ -81,6 +81,23 @@ def test_fine_tuning_makes_gold_solutions_likelier_and_the_result_is_a_system1(f
         finetune(finetune_config)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_low_rank_edit_changes_the_output_layer_alone(finetune_config, tmp_path, tied):
+    system1 = load_system1(finetune_config.model, CPU)
+    if tied:
+        system1.lm_head.weight = system1.model.embed_tokens.weight
+    system1.config.tie_word_embeddings = tied
+    system1.save_pretrained(tmp_path / "system1")
+    load_tokenizer(finetune_config.model).save_pretrained(tmp_path / "system1")
+    finetune(replace(finetune_config, model=str(tmp_path / "system1"), output_rank=2, learning_rate=3e-2))
+    before, after = (
+        load_system1(str(folder), CPU).state_dict() for folder in (tmp_path / "system1", finetune_config.output_dir)
+    )
+    changed = {name: after[name] - before[name] for name in after if not torch.equal(after[name], before[name])}
+    assert list(changed) == ["lm_head.weight"]
+    assert torch.linalg.matrix_rank(changed["lm_head.weight"], rtol=1e-4) == 2
+
+
 def test_the_loss_of_fine_tuning_is_on_the_solution_and_its_end(finetune_config):
     tokenizer, task = load_tokenizer(finetune_config.model), load_task("testbed")
     solutions = tokenize_solutions(task, task.problems("train", 2), tokenizer, None, [tokenizer.eos_token_id])

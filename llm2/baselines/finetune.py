@@ -7,8 +7,11 @@ al., arXiv 2308.01825). The result is a System 1 like any other: evaluate it, or
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from llm2.baselines.training import import_trl, refuse_existing, save, trainer_arguments
 from llm2.common.chat import resolve_template
@@ -34,6 +37,8 @@ def finetune(config: FinetuneConfig) -> dict:
     template, eos = resolve_template(config.chat_template), eos_ids(model, tokenizer)
     solutions = tokenize_solutions(task, problems, tokenizer, template, eos)
     task.close()
+    set_seed(config.seed)  # the edit is drawn before the trainer sets the seed itself
+    edited = config.output_rank and edit_output_layer(model, config.output_rank)
     trainer = trl.SFTTrainer(
         model,
         trl.SFTConfig(**arguments, max_length=None),
@@ -41,8 +46,37 @@ def finetune(config: FinetuneConfig) -> dict:
         processing_class=tokenizer,
     )
     loss = trainer.train().training_loss
+    counts["trainable_parameters"] = model.num_parameters(only_trainable=True)
+    if edited:
+        parametrize.remove_parametrizations(edited, "weight")
     counts |= {"solutions": len(solutions), "training_loss": loss}
     return save(model, tokenizer, config, "finetune", counts)
+
+
+class LowRankEdit(nn.Module):
+    """W -> W + B A, with B at zero to begin with."""
+
+    def __init__(self, weight: torch.Tensor, rank: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(rank, weight.shape[1]) / weight.shape[1] ** 0.5)
+        self.b = nn.Parameter(torch.zeros(weight.shape[0], rank))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.b @ self.a
+
+
+def edit_output_layer(model: PreTrainedModel, rank: int) -> nn.Module:
+    """Leave only a low-rank edit of the output layer to be trained: what a bilinear prefix head of this rank is on the
+    plausible set, by the likelihood of solutions. Returns the layer, whose weight no embedding shares any more.
+
+    No adapter of peft: TRL refuses those of an output layer, since its loss reads the layer's weight.
+    """
+    output = model.get_output_embeddings()
+    model.requires_grad_(False)
+    output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
+    parametrize.register_parametrization(output, "weight", LowRankEdit(output.weight, rank).to(output.weight.device))
+    return output
 
 
 def right_solutions(
