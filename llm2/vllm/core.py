@@ -1,0 +1,189 @@
+"""System 2 for an engine that runs System 1: guided logits for the rows of a batch. Knows no vLLM.
+
+The engine owns the batch. Its rows come in any order; sequences join, leave, come back after a preemption, or are still
+within their prompt. `VerifierBatch` keeps what System 2 has read of each sequence in a slot of a cache of fixed size.
+A step reads what is unread, with the candidates behind it as branches. The chosen token is read again with the next
+unread ones: moving its branch into place would save nothing, since the forward has to be run anyway.
+
+Letters: R rows of a step, n of them guided, K candidates, V vocabulary.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from llm2.common.prefix import common_prefix
+from llm2.config import GuidanceConfig
+from llm2.decoding.candidates import guided_logits, plausible
+from llm2.decoding.forward_batch import Chunk
+from llm2.decoding.kv_cache import SlotCache
+from llm2.decoding.model_runner import VerifierRunner
+from llm2.decoding.prefix_cache import MIN_PREFIX_TOKENS
+from llm2.verifier.model import ProcessVerifier
+
+MAX_BRANCHES = 64  # candidates of a sequence in one forward; more take several
+
+
+@dataclass(eq=False)
+class GuidedSequence:
+    """A sequence in flight, or the last one of a free slot."""
+
+    slot: int
+    guidance: GuidanceConfig
+    token_ids: list[int] = field(default_factory=list)  # as far as the engine has told; grows at the end
+    num_read: int = 0  # of token_ids, whose keys and values the slot holds
+
+
+class VerifierBatch:
+    """System 2 and its cache. All memory is allocated here.
+
+    Args:
+        num_slots: guided sequences in flight.
+        max_len: tokens of a sequence.
+        max_tokens: tokens of a forward.
+    """
+
+    def __init__(self, verifier: ProcessVerifier, num_slots: int, max_len: int, max_tokens: int = 8_192) -> None:
+        self.runner, self.max_tokens = VerifierRunner(verifier), max(max_tokens, 2 * MAX_BRANCHES)
+        self.cache = SlotCache(num_slots, max_len + MAX_BRANCHES + 1)  # the last position is for padding
+        self.free_slots = deque(range(num_slots))  # the one that was freed first is taken first
+        self.occupants: list[GuidedSequence | None] = [None] * num_slots  # whose tokens a slot holds
+        self.tokens_read = 0
+        self.runner.forward(self.cache, [Chunk(0, 0, [0])])  # allocates the layers of the cache
+
+    def join(self, guidance: GuidanceConfig, token_ids: Sequence[int] = ()) -> GuidedSequence:
+        return GuidedSequence(self.free_slots.popleft(), guidance, list(token_ids))
+
+    def leave(self, sequence: GuidedSequence) -> None:
+        """Free the slot. What was read stays until another sequence takes the slot: a later one may begin alike."""
+        self.free_slots.append(sequence.slot)
+
+    @torch.inference_mode()
+    def guide(self, logits: torch.Tensor, rows: Sequence[tuple[int, GuidedSequence]]) -> None:
+        """Replace System 1's logits (R, V) float32, in the given rows, by guided ones, -inf where not plausible."""
+        groups: dict[tuple[float, int | None], list[tuple[int, GuidedSequence]]] = {}
+        for row, sequence in rows:
+            groups.setdefault((sequence.guidance.alpha, sequence.guidance.top_k), []).append((row, sequence))
+        proposals = []
+        for (alpha, top_k), members in groups.items():
+            index = torch.tensor([row for row, _ in members], device=logits.device)  # (n,)
+            candidates, valid = plausible(logits[index], alpha, top_k)  # (n, K)
+            proposals.append((index, [sequence for _, sequence in members], candidates, valid))
+        scores = self._score([proposal[1:] for proposal in proposals])
+        for (index, sequences, candidates, valid), group_scores in zip(proposals, scores, strict=True):
+            beta = torch.tensor([[sequence.guidance.beta] for sequence in sequences], device=logits.device)  # (n, 1)
+            write_guided(logits, index, candidates, valid, group_scores, beta)
+
+    def _score(
+        self, groups: Sequence[tuple[Sequence[GuidedSequence], torch.Tensor, torch.Tensor]]
+    ) -> list[torch.Tensor]:
+        """For each group's sequences, candidates and valid (n, K): scores (n, K), 0 where there is no choice."""
+        sizes = [candidates.numel() for _, candidates, _ in groups]
+        flat = torch.zeros(sum(sizes), device=self.runner.device)  # of all groups, so that a forward writes once
+        pending, offset = [], 0
+        for sequences, candidates, valid in groups:
+            rows = zip(sequences, candidates.tolist(), valid.sum(dim=-1).tolist(), strict=True)
+            for row, (sequence, tokens, size) in enumerate(rows):
+                if size > 1 and sequence.guidance.beta:
+                    pending.append((sequence, tokens[:size], offset + row * candidates.shape[1]))
+            offset += candidates.numel()
+        self._share_prefixes([sequence for sequence, _, _ in pending])
+        self._run([self._chunks(sequence, len(sequence.token_ids), *rest) for sequence, *rest in pending], flat)
+        return [part.view_as(group[1]) for part, group in zip(flat.split(sizes), groups, strict=True)]
+
+    def _share_prefixes(self, sequences: Sequence[GuidedSequence]) -> None:
+        """Copy to sequences of which nothing was read yet their longest common prefix with any other, read once."""
+        leaders: dict[GuidedSequence, int] = {}  # new ones, with how much of them others wait for
+        followers = []
+        for sequence in sequences:
+            if self.occupants[sequence.slot] is sequence:
+                continue
+            shared, donor = 0, None
+            for other in self.occupants:
+                if other is not None:
+                    length = _shared(sequence, other, len(other.token_ids) if other in leaders else other.num_read)
+                    if length > shared:
+                        shared, donor = length, other
+            self.occupants[sequence.slot] = sequence
+            if donor is not None and shared > donor.num_read:
+                leaders[donor] = max(leaders[donor], shared)
+                followers.append((donor, sequence, shared))
+                continue
+            if donor is not None:
+                self._copy(donor, sequence, shared)
+            leaders[sequence] = 0
+        self._run([self._chunks(sequence, length) for sequence, length in leaders.items() if length])
+        for follower in followers:
+            self._copy(*follower)
+
+    def _copy(self, donor: GuidedSequence, sequence: GuidedSequence, length: int) -> None:
+        if donor.slot != sequence.slot:
+            self.cache.copy_slot(donor.slot, sequence.slot, length)
+        sequence.num_read = length
+
+    def _chunks(
+        self, sequence: GuidedSequence, end: int, candidates: Sequence[int] = (), offset: int = 0
+    ) -> Iterator[tuple[Chunk, GuidedSequence, int]]:
+        """What is unread before `end`, then the candidates, in chunks of which each fits into a forward.
+
+        With each chunk the index of its first candidate in the scores, `offset` for the first of all.
+        """
+        step = self.max_tokens - MAX_BRANCHES
+        while end - sequence.num_read > step:
+            yield Chunk(sequence.slot, sequence.num_read, sequence.token_ids[sequence.num_read :][:step]), sequence, 0
+        for first in range(0, max(1, len(candidates)), MAX_BRANCHES):
+            branches = candidates[first : first + MAX_BRANCHES]
+            ids = [*sequence.token_ids[sequence.num_read : end], *branches]
+            yield Chunk(sequence.slot, sequence.num_read, ids, len(branches)), sequence, offset + first
+
+    def _run(
+        self, jobs: Iterable[Iterator[tuple[Chunk, GuidedSequence, int]]], scores: torch.Tensor | None = None
+    ) -> None:
+        """Forwards over the chunks of each job, one chunk of a job at a time, until all are read."""
+        waiting = [(job, chunk) for job in jobs if (chunk := next(job, None))]
+        while waiting:
+            batch, rest, budget = [], [], self.max_tokens
+            for job, chunk in waiting:
+                size = len(chunk[0].ids)
+                (batch if size <= budget else rest).append((job, chunk))
+                budget -= size if size <= budget else 0
+            self._forward([chunk for _, chunk in batch], scores)
+            waiting = rest + [(job, chunk) for job, _ in batch if (chunk := next(job, None))]
+
+    def _forward(self, batch: Sequence[tuple[Chunk, GuidedSequence, int]], scores: torch.Tensor | None) -> None:
+        chunks = [chunk for chunk, _, _ in batch]
+        hidden = self.runner.forward(self.cache, chunks)
+        for chunk, sequence, _ in batch:
+            sequence.num_read = chunk.start + len(chunk.ids) - chunk.branches
+            self.tokens_read += len(chunk.ids)
+        sources = [index for chunk in chunks for index in chunk.branch_indices]
+        if sources:
+            targets = [index for chunk, _, first in batch for index in range(first, first + chunk.branches)]
+            index = torch.tensor([sources, targets], device=hidden.device)
+            scores[index[1]] = self.runner.scores(hidden[index[0]])
+
+
+def write_guided(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    candidates: torch.Tensor,
+    valid: torch.Tensor,
+    scores: torch.Tensor,
+    beta: torch.Tensor,
+) -> None:
+    """In the given rows (n,) of logits (R, V): z + beta * s on the candidates (n, K), -inf elsewhere."""
+    guided = guided_logits(logits[rows[:, None], candidates], valid, scores, beta)  # (n, K)
+    logits.index_fill_(0, rows, -torch.inf)
+    row, column = valid.nonzero(as_tuple=True)
+    logits[rows[row], candidates[row, column]] = guided[row, column]
+
+
+def _shared(sequence: GuidedSequence, other: GuidedSequence, length: int) -> int:
+    """Tokens of the common prefix, at most the first `length` of the other's and all but the last; 0 if too few."""
+    start = sequence.token_ids[:MIN_PREFIX_TOKENS]
+    if length < MIN_PREFIX_TOKENS or start != other.token_ids[:MIN_PREFIX_TOKENS]:
+        return 0
+    shared = min(common_prefix(sequence.token_ids, other.token_ids), length, len(sequence.token_ids) - 1)
+    return shared if shared >= MIN_PREFIX_TOKENS else 0
