@@ -13,7 +13,11 @@ from llm2.vllm import core
 from llm2.vllm.core import VerifierBatch
 
 EOS, NEW = [1], 12
-GUIDANCE = [GuidanceConfig(alpha=0.02, beta=3.0), GuidanceConfig(alpha=0.1, beta=1.5), GuidanceConfig(alpha=0.001, top_k=3)]
+GUIDANCE = [
+    GuidanceConfig(alpha=0.02, beta=3.0),
+    GuidanceConfig(alpha=0.1, beta=1.5),
+    GuidanceConfig(alpha=0.001, top_k=3),
+]
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -70,7 +74,7 @@ class FakeEngine:
         self.batch.guide(logits, rows)
         guided = {row for row, _ in rows}
         left = []
-        for row, ((prompt, guidance, written), sequence) in enumerate(self.running):
+        for row, ((prompt, guidance, written), _) in enumerate(self.running):
             if row not in guided:
                 assert torch.equal(logits[row], before[row])
             if row not in in_prompt:

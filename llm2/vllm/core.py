@@ -8,9 +8,11 @@ unread ones: moving its branch into place would save nothing, since the forward 
 Letters: R rows of a step, n of them guided, K candidates, V vocabulary.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -36,29 +38,19 @@ class GuidedSequence:
     num_read: int = 0  # of token_ids, whose keys and values the slot holds
 
 
-class VerifierBatch:
-    """System 2 and its cache. All memory is allocated here.
+class Proposals(NamedTuple):
+    """Rows of one step with equal alpha and top_k."""
 
-    Args:
-        num_slots: guided sequences in flight.
-        max_len: tokens of a sequence.
-        max_tokens: tokens of a forward.
-    """
+    rows: torch.Tensor  # (n,) of the logits
+    sequences: Sequence[GuidedSequence]
+    candidates: torch.Tensor  # (n, K)
+    valid: torch.Tensor  # (n, K)
 
-    def __init__(self, verifier: ProcessVerifier, num_slots: int, max_len: int, max_tokens: int = 8_192) -> None:
-        self.runner, self.max_tokens = VerifierRunner(verifier), max(max_tokens, 2 * MAX_BRANCHES)
-        self.cache = SlotCache(num_slots, max_len + MAX_BRANCHES + 1)  # the last position is for padding
-        self.free_slots = deque(range(num_slots))  # the one that was freed first is taken first
-        self.occupants: list[GuidedSequence | None] = [None] * num_slots  # whose tokens a slot holds
-        self.tokens_read = 0
-        self.runner.forward(self.cache, [Chunk(0, 0, [0])])  # allocates the layers of the cache
 
-    def join(self, guidance: GuidanceConfig, token_ids: Sequence[int] = ()) -> GuidedSequence:
-        return GuidedSequence(self.free_slots.popleft(), guidance, list(token_ids))
+class GuidedBatch(ABC):
+    """Guides rows of logits; a subclass says how candidates are scored."""
 
-    def leave(self, sequence: GuidedSequence) -> None:
-        """Free the slot. What was read stays until another sequence takes the slot: a later one may begin alike."""
-        self.free_slots.append(sequence.slot)
+    reads_tokens: bool  # whether sequences need their token_ids
 
     @torch.inference_mode()
     def guide(self, logits: torch.Tensor, rows: Sequence[tuple[int, GuidedSequence]]) -> None:
@@ -69,29 +61,71 @@ class VerifierBatch:
         proposals = []
         for (alpha, top_k), members in groups.items():
             index = torch.tensor([row for row, _ in members], device=logits.device)  # (n,)
-            candidates, valid = plausible(logits[index], alpha, top_k)  # (n, K)
-            proposals.append((index, [sequence for _, sequence in members], candidates, valid))
-        scores = self._score([proposal[1:] for proposal in proposals])
-        for (index, sequences, candidates, valid), group_scores in zip(proposals, scores, strict=True):
-            beta = torch.tensor([[sequence.guidance.beta] for sequence in sequences], device=logits.device)  # (n, 1)
-            write_guided(logits, index, candidates, valid, group_scores, beta)
+            candidates = plausible(logits[index], alpha, top_k)  # (n, K), (n, K)
+            proposals.append(Proposals(index, [sequence for _, sequence in members], *candidates))
+        for proposal, scores in zip(proposals, self.score(proposals), strict=True):
+            beta = torch.tensor([[sequence.guidance.beta] for sequence in proposal.sequences], device=logits.device)
+            _write(logits, proposal, scores, beta)
 
-    def _score(
-        self, groups: Sequence[tuple[Sequence[GuidedSequence], torch.Tensor, torch.Tensor]]
-    ) -> list[torch.Tensor]:
-        """For each group's sequences, candidates and valid (n, K): scores (n, K), 0 where there is no choice."""
-        sizes = [candidates.numel() for _, candidates, _ in groups]
+    @abstractmethod
+    def score(self, proposals: Sequence[Proposals]) -> Sequence[torch.Tensor]:
+        """Scores (n, K) float32 of each group's candidates; any finite ones where there is no choice."""
+
+    @abstractmethod
+    def join(self, guidance: GuidanceConfig, token_ids: Sequence[int]) -> GuidedSequence:
+        """A new sequence, or one that comes back."""
+
+    @abstractmethod
+    def leave(self, sequence: GuidedSequence) -> None:
+        """The sequence is finished, aborted or preempted."""
+
+    @abstractmethod
+    def stats(self) -> dict[str, int]:
+        """For the engine's log."""
+
+
+class VerifierBatch(GuidedBatch):
+    """System 2 and its cache. All memory is allocated here.
+
+    Args:
+        num_slots: guided sequences in flight.
+        max_len: tokens of a sequence.
+        max_tokens: tokens of a forward.
+    """
+
+    reads_tokens = True
+
+    def __init__(self, verifier: ProcessVerifier, num_slots: int, max_len: int, max_tokens: int = 8_192) -> None:
+        self.runner, self.max_tokens = VerifierRunner(verifier), max(max_tokens, 2 * MAX_BRANCHES)
+        self.cache = SlotCache(num_slots, max_len + MAX_BRANCHES + 1)  # the last position is for padding
+        self.free_slots = deque(range(num_slots))  # the one that was freed first is taken first
+        self.occupants: list[GuidedSequence | None] = [None] * num_slots  # whose tokens a slot holds
+        self.tokens_read = -1  # the first one allocates the layers of the cache
+        self._forward([(Chunk(0, 0, [0]), GuidedSequence(0, GuidanceConfig()), 0)])
+
+    def join(self, guidance: GuidanceConfig, token_ids: Sequence[int]) -> GuidedSequence:
+        return GuidedSequence(self.free_slots.popleft(), guidance, list(token_ids))
+
+    def leave(self, sequence: GuidedSequence) -> None:
+        """Free the slot. What was read stays until another sequence takes the slot: a later one may begin alike."""
+        self.free_slots.append(sequence.slot)
+
+    def stats(self) -> dict[str, int]:
+        return {"free_slots": len(self.free_slots), "tokens_read": self.tokens_read}
+
+    def score(self, proposals: Sequence[Proposals]) -> Sequence[torch.Tensor]:
+        sizes = [proposal.candidates.numel() for proposal in proposals]
         flat = torch.zeros(sum(sizes), device=self.runner.device)  # of all groups, so that a forward writes once
         pending, offset = [], 0
-        for sequences, candidates, valid in groups:
-            rows = zip(sequences, candidates.tolist(), valid.sum(dim=-1).tolist(), strict=True)
-            for row, (sequence, tokens, size) in enumerate(rows):
+        for _, sequences, candidates, valid in proposals:
+            counts = zip(sequences, candidates.tolist(), valid.sum(dim=-1).tolist(), strict=True)
+            for row, (sequence, tokens, size) in enumerate(counts):
                 if size > 1 and sequence.guidance.beta:
                     pending.append((sequence, tokens[:size], offset + row * candidates.shape[1]))
             offset += candidates.numel()
         self._share_prefixes([sequence for sequence, _, _ in pending])
         self._run([self._chunks(sequence, len(sequence.token_ids), *rest) for sequence, *rest in pending], flat)
-        return [part.view_as(group[1]) for part, group in zip(flat.split(sizes), groups, strict=True)]
+        return [part.view_as(proposal.candidates) for part, proposal in zip(flat.split(sizes), proposals, strict=True)]
 
     def _share_prefixes(self, sequences: Sequence[GuidedSequence]) -> None:
         """Copy to sequences of which nothing was read yet their longest common prefix with any other, read once."""
@@ -152,7 +186,7 @@ class VerifierBatch:
             self._forward([chunk for _, chunk in batch], scores)
             waiting = rest + [(job, chunk) for job, _ in batch if (chunk := next(job, None))]
 
-    def _forward(self, batch: Sequence[tuple[Chunk, GuidedSequence, int]], scores: torch.Tensor | None) -> None:
+    def _forward(self, batch: Sequence[tuple[Chunk, GuidedSequence, int]], scores: torch.Tensor | None = None) -> None:
         chunks = [chunk for chunk, _, _ in batch]
         hidden = self.runner.forward(self.cache, chunks)
         for chunk, sequence, _ in batch:
@@ -165,15 +199,9 @@ class VerifierBatch:
             scores[index[1]] = self.runner.scores(hidden[index[0]])
 
 
-def write_guided(
-    logits: torch.Tensor,
-    rows: torch.Tensor,
-    candidates: torch.Tensor,
-    valid: torch.Tensor,
-    scores: torch.Tensor,
-    beta: torch.Tensor,
-) -> None:
-    """In the given rows (n,) of logits (R, V): z + beta * s on the candidates (n, K), -inf elsewhere."""
+def _write(logits: torch.Tensor, proposal: Proposals, scores: torch.Tensor, beta: torch.Tensor) -> None:
+    """z + beta * s on the candidates, -inf elsewhere, in the proposal's rows of logits (R, V); beta (n, 1)."""
+    rows, _, candidates, valid = proposal
     guided = guided_logits(logits[rows[:, None], candidates], valid, scores, beta)  # (n, K)
     logits.index_fill_(0, rows, -torch.inf)
     row, column = valid.nonzero(as_tuple=True)
