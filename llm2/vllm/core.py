@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from llm2.common.prefix import common_prefix
 from llm2.config import GuidanceConfig
 from llm2.decoding.candidates import guided_logits, plausible
 from llm2.decoding.forward_batch import Chunk
 from llm2.decoding.kv_cache import SlotCache
-from llm2.decoding.model_runner import VerifierRunner
+from llm2.decoding.model_runner import OneDNNLinear, VerifierRunner
 from llm2.decoding.prefix_cache import MIN_PREFIX_TOKENS
 from llm2.verifier.model import ProcessVerifier
 
@@ -97,6 +98,7 @@ class VerifierBatch(GuidedBatch):
 
     def __init__(self, verifier: ProcessVerifier, num_slots: int, max_len: int, max_tokens: int = 8_192) -> None:
         self.runner, self.max_tokens = VerifierRunner(verifier), max(max_tokens, 2 * MAX_BRANCHES)
+        _prepack(self.runner.body)
         self.cache = SlotCache(num_slots, max_len + MAX_BRANCHES + 1)  # the last position is for padding
         self.free_slots = deque(range(num_slots))  # the one that was freed first is taken first
         self.occupants: list[GuidedSequence | None] = [None] * num_slots  # whose tokens a slot holds
@@ -206,6 +208,14 @@ def _write(logits: torch.Tensor, proposal: Proposals, scores: torch.Tensor, beta
     logits.index_fill_(0, rows, -torch.inf)
     row, column = valid.nonzero(as_tuple=True)
     logits[rows[row], candidates[row, column]] = guided[row, column]
+
+
+def _prepack(body: nn.Module) -> None:
+    """On a CPU in float32, keep the weights of linear layers in oneDNN's layout, which takes half the time."""
+    for name, layer in list(body.named_modules()):
+        if isinstance(layer, nn.Linear) and layer.bias is None and layer.weight.device.type == "cpu":
+            if layer.weight.dtype == torch.float32:
+                body.set_submodule(name, OneDNNLinear(layer.weight))
 
 
 def _shared(sequence: GuidedSequence, other: GuidedSequence, length: int) -> int:

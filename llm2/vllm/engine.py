@@ -43,6 +43,8 @@ def engine_options(
         "dtype": "float32" if on_cpu and dtype == "auto" else dtype,
         "enforce_eager": on_cpu,  # compiling takes minutes on a CPU
     }
+    if on_cpu:
+        arguments["gpu_memory_utilization"] = 0.3  # on a CPU, of the memory: vLLM does not start where less is free
     if verifier is not None:
         from llm2.vllm.checks import verifier_config
         from llm2.vllm.prefix_head import plugin_overrides
