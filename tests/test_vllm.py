@@ -4,11 +4,12 @@ import random
 
 import pytest
 import torch
-from conftest import VOCABULARY
+from conftest import VOCABULARY, tiny_system1
 
 from llm2.config import GuidanceConfig
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.sampling import Guidance
+from llm2.verifier.model import ProcessVerifier
 from llm2.vllm import core
 from llm2.vllm.core import VerifierBatch
 
@@ -91,6 +92,15 @@ class FakeEngine:
         self.running = [entry for row, entry in enumerate(self.running) if row not in left]
 
 
+@pytest.fixture(scope="module", params=["candidate", "prefix"])
+def verifier(request, tmp_path_factory) -> ProcessVerifier:
+    """Of both kinds with all layers, whose scores are large enough to change choices."""
+    folder = tmp_path_factory.mktemp("system1")
+    tiny_system1(1).save_pretrained(folder)
+    torch.manual_seed(1)
+    return ProcessVerifier.from_system1(str(folder), score=request.param, local_files_only=True).eval()
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("limits", [(8_192, 64), (20, 4)], ids=["roomy", "small forwards"])
 def test_random_schedules_write_what_the_decoder_writes(system1, verifier, seed, limits, monkeypatch):
@@ -114,7 +124,8 @@ def test_a_shared_prefix_is_read_once(system1, verifier):
     logits = torch.zeros(4, VOCABULARY)
     rows = [(row, batch.join(guidance, [*prompt, 50 + row])) for row in range(4)]
     batch.guide(logits, rows)
-    assert batch.tokens_read == 40 + 4 * (1 + VOCABULARY)  # flat logits: every token is a candidate
+    branches = VOCABULARY if verifier.config.score == "candidate" else 0  # flat logits: every token is a candidate
+    assert batch.tokens_read == 40 + 4 * (1 + branches)
     alone = VerifierBatch(verifier, num_slots=1, max_len=64)
     for row in range(4):
         expected = torch.zeros(1, VOCABULARY)
@@ -122,7 +133,7 @@ def test_a_shared_prefix_is_read_once(system1, verifier):
         alone.guide(expected, [(0, sequence)])
         alone.leave(sequence)
         assert logits[row].tolist() == pytest.approx(expected[0].tolist(), abs=1e-4)
-    assert alone.tokens_read == 41 + 3 + 4 * VOCABULARY  # a slot that is free still holds the prefix
+    assert alone.tokens_read == 41 + 3 + 4 * branches  # a slot that is free still holds the prefix
 
 
 def test_nothing_is_allocated_after_the_start(system1, verifier):

@@ -85,6 +85,15 @@ class GuidedBatch(ABC):
         """For the engine's log."""
 
 
+class Read(NamedTuple):
+    """One sequence's part of a forward of System 2, and where the scores of its candidates go."""
+
+    chunk: Chunk
+    sequence: GuidedSequence
+    candidates: Sequence[int] = ()
+    offset: int = 0
+
+
 class VerifierBatch(GuidedBatch):
     """System 2 and its cache. All memory is allocated here.
 
@@ -103,7 +112,7 @@ class VerifierBatch(GuidedBatch):
         self.free_slots = deque(range(num_slots))  # the one that was freed first is taken first
         self.occupants: list[GuidedSequence | None] = [None] * num_slots  # whose tokens a slot holds
         self.tokens_read = -1  # the first one allocates the layers of the cache
-        self._forward([(Chunk(0, 0, [0]), GuidedSequence(0, GuidanceConfig()), 0)])
+        self._forward([Read(Chunk(0, 0, [0]), GuidedSequence(0, GuidanceConfig()))])
 
     def join(self, guidance: GuidanceConfig, token_ids: Sequence[int]) -> GuidedSequence:
         return GuidedSequence(self.free_slots.popleft(), guidance, list(token_ids))
@@ -126,7 +135,7 @@ class VerifierBatch(GuidedBatch):
                     pending.append((sequence, tokens[:size], offset + row * candidates.shape[1]))
             offset += candidates.numel()
         self._share_prefixes([sequence for sequence, _, _ in pending])
-        self._run([self._chunks(sequence, len(sequence.token_ids), *rest) for sequence, *rest in pending], flat)
+        self._run([self._reads(sequence, len(sequence.token_ids), *rest) for sequence, *rest in pending], flat)
         return [part.view_as(proposal.candidates) for part, proposal in zip(flat.split(sizes), proposals, strict=True)]
 
     def _share_prefixes(self, sequences: Sequence[GuidedSequence]) -> None:
@@ -150,7 +159,7 @@ class VerifierBatch(GuidedBatch):
             if donor is not None:
                 self._copy(donor, sequence, shared)
             leaders[sequence] = 0
-        self._run([self._chunks(sequence, length) for sequence, length in leaders.items() if length])
+        self._run([self._reads(sequence, length) for sequence, length in leaders.items() if length])
         for follower in followers:
             self._copy(*follower)
 
@@ -159,46 +168,53 @@ class VerifierBatch(GuidedBatch):
             self.cache.copy_slot(donor.slot, sequence.slot, length)
         sequence.num_read = length
 
-    def _chunks(
+    def _reads(
         self, sequence: GuidedSequence, end: int, candidates: Sequence[int] = (), offset: int = 0
-    ) -> Iterator[tuple[Chunk, GuidedSequence, int]]:
-        """What is unread before `end`, then the candidates, in chunks of which each fits into a forward.
-
-        With each chunk the index of its first candidate in the scores, `offset` for the first of all.
-        """
+    ) -> Iterator[Read]:
+        """What is unread before `end`, then the candidates, in chunks of which each fits into a forward."""
         step = self.max_tokens - MAX_BRANCHES
         while end - sequence.num_read > step:
-            yield Chunk(sequence.slot, sequence.num_read, sequence.token_ids[sequence.num_read :][:step]), sequence, 0
+            start = sequence.num_read
+            yield Read(Chunk(sequence.slot, start, sequence.token_ids[start : start + step]), sequence)
+        if not self.runner.reads_candidates:  # they are scored by the last token's state, which is not kept
+            start = min(sequence.num_read, end - 1)
+            yield Read(Chunk(sequence.slot, start, sequence.token_ids[start:end]), sequence, candidates, offset)
+            return
         for first in range(0, max(1, len(candidates)), MAX_BRANCHES):
-            branches = candidates[first : first + MAX_BRANCHES]
-            ids = [*sequence.token_ids[sequence.num_read : end], *branches]
-            yield Chunk(sequence.slot, sequence.num_read, ids, len(branches)), sequence, offset + first
+            start, branches = sequence.num_read, candidates[first : first + MAX_BRANCHES]
+            chunk = Chunk(sequence.slot, start, [*sequence.token_ids[start:end], *branches], len(branches))
+            yield Read(chunk, sequence, branches, offset + first)
 
-    def _run(
-        self, jobs: Iterable[Iterator[tuple[Chunk, GuidedSequence, int]]], scores: torch.Tensor | None = None
-    ) -> None:
-        """Forwards over the chunks of each job, one chunk of a job at a time, until all are read."""
-        waiting = [(job, chunk) for job in jobs if (chunk := next(job, None))]
+    def _run(self, jobs: Iterable[Iterator[Read]], scores: torch.Tensor | None = None) -> None:
+        """Forwards over the reads of each job, one of a job at a time, until all are done."""
+        waiting = [(job, read) for job in jobs if (read := next(job, None))]
         while waiting:
             batch, rest, budget = [], [], self.max_tokens
-            for job, chunk in waiting:
-                size = len(chunk[0].ids)
-                (batch if size <= budget else rest).append((job, chunk))
+            for job, read in waiting:
+                size = len(read.chunk.ids)
+                (batch if size <= budget else rest).append((job, read))
                 budget -= size if size <= budget else 0
-            self._forward([chunk for _, chunk in batch], scores)
-            waiting = rest + [(job, chunk) for job, _ in batch if (chunk := next(job, None))]
+            self._forward([read for _, read in batch], scores)
+            waiting = rest + [(job, read) for job, _ in batch if (read := next(job, None))]
 
-    def _forward(self, batch: Sequence[tuple[Chunk, GuidedSequence, int]], scores: torch.Tensor | None = None) -> None:
-        chunks = [chunk for chunk, _, _ in batch]
-        hidden = self.runner.forward(self.cache, chunks)
-        for chunk, sequence, _ in batch:
+    def _forward(self, reads: Sequence[Read], scores: torch.Tensor | None = None) -> None:
+        hidden = self.runner.forward(self.cache, [read.chunk for read in reads])
+        for chunk, sequence, _, _ in reads:
             sequence.num_read = chunk.start + len(chunk.ids) - chunk.branches
             self.tokens_read += len(chunk.ids)
-        sources = [index for chunk in chunks for index in chunk.branch_indices]
-        if sources:
-            targets = [index for chunk, _, first in batch for index in range(first, first + chunk.branches)]
-            index = torch.tensor([sources, targets], device=hidden.device)
-            scores[index[1]] = self.runner.scores(hidden[index[0]])
+        targets = [read.offset + i for read in reads for i in range(len(read.candidates))]
+        if not targets:
+            return
+        if self.runner.reads_candidates:
+            sources = [index for read in reads for index in read.chunk.branch_indices]
+        else:
+            sources = [read.chunk.last for read in reads for _ in read.candidates]
+        tokens = [token for read in reads for token in read.candidates]
+        targets, sources, tokens = torch.tensor([targets, sources, tokens], device=hidden.device)
+        if self.runner.reads_candidates:
+            scores[targets] = self.runner.scores(hidden[sources])
+        else:
+            scores[targets] = self.runner.prefix_scores(hidden[sources], tokens[:, None]).squeeze(-1)
 
 
 def _write(logits: torch.Tensor, proposal: Proposals, scores: torch.Tensor, beta: torch.Tensor) -> None:
