@@ -16,8 +16,9 @@ MAY_IMPORT = {
     "tasks": {"common", "testbed"},
     "verifier": {"common"},
     "decoding": {"common", "verifier"},
-    "exploration": {"common", "tasks", "verifier", "decoding"},
-    "evaluation": {"common", "tasks", "verifier", "decoding"},
+    "vllm": {"common", "verifier", "decoding"},
+    "exploration": {"common", "tasks", "verifier", "decoding", "vllm"},
+    "evaluation": {"common", "tasks", "verifier", "decoding", "vllm"},
     "study": {"common", "evaluation"},
     "baselines": {"common", "tasks", "verifier", "exploration"},
     "testbed.train": {"common", "tasks", "verifier", "decoding", "exploration", "testbed"},
@@ -33,6 +34,7 @@ PURE = {
     "tasks.grading",
     "verifier.loss",
     "verifier.masks",
+    "vllm.settings",
 }
 
 

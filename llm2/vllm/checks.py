@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModel
 
 from llm2.common.loading import is_local
+from llm2.config import GuidanceConfig
 from llm2.errors import UserError
 from llm2.verifier.load import require_verifier
 from llm2.verifier.model import ProcessVerifierConfig
@@ -23,6 +24,14 @@ def verifier_config(name: str) -> ProcessVerifierConfig:
         return ProcessVerifierConfig.from_pretrained(name, local_files_only=is_local(name))
     except (OSError, ValueError) as error:
         raise UserError(f"verifier {name!r} could not be loaded: {str(error).strip().splitlines()[0]}") from None
+
+
+def resolve_guidance(config: GuidanceConfig, verifier: str) -> GuidanceConfig:
+    """With the beta that the verifier's training chose, where none is given."""
+    beta = verifier_config(verifier).beta if config.beta is None else config.beta
+    if beta is None:
+        raise UserError("beta: null, and the verifier names none (only training on soft targets chooses one)")
+    return GuidanceConfig(alpha=config.alpha, top_k=config.top_k, beta=beta)
 
 
 def check_engine(vllm_config: Any) -> None:

@@ -229,9 +229,8 @@ def _write(logits: torch.Tensor, proposal: Proposals, scores: torch.Tensor, beta
 def _prepack(body: nn.Module) -> None:
     """On a CPU in float32, keep the weights of linear layers in oneDNN's layout, which takes half the time."""
     for name, layer in list(body.named_modules()):
-        if isinstance(layer, nn.Linear) and layer.bias is None and layer.weight.device.type == "cpu":
-            if layer.weight.dtype == torch.float32:
-                body.set_submodule(name, OneDNNLinear(layer.weight))
+        if isinstance(layer, nn.Linear) and layer.bias is None and layer.weight.type() == "torch.FloatTensor":
+            body.set_submodule(name, OneDNNLinear(layer.weight))
 
 
 def _shared(sequence: GuidedSequence, other: GuidedSequence, length: int) -> int:

@@ -1,7 +1,7 @@
 """vLLM in this process, with or without System 2: options, checks before it starts, token ids in and out."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,57 +10,49 @@ from llm2.common.distributed import dist_info
 from llm2.common.loading import model_path, resolve_device
 from llm2.config import GuidanceConfig
 from llm2.errors import UserError
-from llm2.vllm.settings import PREFIX
+from llm2.vllm.backend import Answer
+from llm2.vllm.settings import PREFIX, guidance_args
 
-SEEDS = 2**31  # vLLM gets seeds below it, and adds up to n - 1 to them
 PROCESSOR = "llm2.vllm:GuidedProcessor"
 
 
-def guidance_args(guidance: GuidanceConfig | None) -> dict[str, float | int]:
-    """A request's `extra_args`, in HTTP its `vllm_xargs`."""
-    values = {} if guidance is None else guidance.guidance()
-    return {PREFIX + key: value for key, value in values.items() if value is not None}
-
-
-def engine_options(
-    model: str,
-    verifier: str | None,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    default: GuidanceConfig | None = None,
-    **options: Any,
-) -> dict[str, Any]:
+def engine_options(config: Any, verifier: str | None, default: GuidanceConfig | None = None) -> dict[str, Any]:
     """Arguments of vLLM's `LLM` and, with dashes, of its server.
 
     Args:
+        config: model, device, dtype and the keys of EngineConfig.
         default: guidance of requests that do not ask for any.
-        options: further arguments, which win.
     """
-    on_cpu = resolve_device(device).type == "cpu"
-    arguments = {
-        "model": model_path(model),
-        "dtype": "float32" if on_cpu and dtype == "auto" else dtype,
+    on_cpu = resolve_device(config.device).type == "cpu"
+    model = model_path(config.model)
+    options = {
+        "model": model,
+        "dtype": "float32" if on_cpu and config.dtype == "auto" else config.dtype,
         "enforce_eager": on_cpu,  # compiling takes minutes on a CPU
+        "tensor_parallel_size": config.tensor_parallel,
     }
-    if on_cpu:
-        arguments["gpu_memory_utilization"] = 0.3  # on a CPU, of the memory: vLLM does not start where less is free
+    if config.max_model_len is not None:
+        options["max_model_len"] = config.max_model_len
+    if config.memory_share is not None:
+        options["gpu_memory_utilization"] = config.memory_share
+    elif on_cpu:
+        options["gpu_memory_utilization"] = 0.3  # on a CPU, of the memory: vLLM does not start where less is free
     if verifier is not None:
         from llm2.vllm.checks import verifier_config
         from llm2.vllm.prefix_head import plugin_overrides
 
-        arguments["logits_processors"] = [PROCESSOR]
-        arguments["additional_config"] = {f"{PREFIX}verifier": verifier, **guidance_args(default)}
+        options["logits_processors"] = [PROCESSOR]
+        options["additional_config"] = {f"{PREFIX}verifier": verifier, **guidance_args(default)}
         if verifier_config(verifier).prefix_head is not None:
-            arguments["hf_overrides"] = plugin_overrides(arguments["model"])
-    return arguments | options
+            options["hf_overrides"] = plugin_overrides(model)
+    return options
 
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Raises UserError, before an engine is started, where guidance does not work with these options."""
-    from vllm import EngineArgs
-
     if "additional_config" in options:
+        from vllm import EngineArgs
+
         from llm2.vllm.checks import check_engine
         from llm2.vllm.processor import check_interfaces
 
@@ -78,43 +70,60 @@ def require_vllm() -> None:
         ) from None
 
 
-class InProcess:
+class InProcessBackend:
     """vLLM's `LLM`, on `tensor_parallel` GPUs of this process.
 
     Args:
-        options: for `engine_options`.
+        config: of a command that may run vLLM.
+        options: further arguments of `LLM`.
     """
 
-    def __init__(self, model: str, verifier: str | None, *, device: str, tensor_parallel: int, **options: Any) -> None:
-        on_cpu = resolve_device(device).type == "cpu"
+    def __init__(self, config: Any, verifier: str | None, max_logprobs: int, **options: Any) -> None:
+        on_cpu = resolve_device(config.device).type == "cpu"
         os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")  # a fork would share the process group
         if dist_info().world_size > 1 and not on_cpu:
-            _select_gpus(tensor_parallel)
+            _select_gpus(config.tensor_parallel)
         require_vllm()
         from vllm import LLM, SamplingParams
 
-        self.sampling_params = SamplingParams
-        options = engine_options(
-            model,
-            verifier,
-            device=device,
-            tensor_parallel_size=tensor_parallel,
-            enable_prefix_caching=True,
-            enable_chunked_prefill=not on_cpu,  # on a CPU a request with a seed cannot be prefilled in chunks (0.32.0)
-            disable_log_stats=True,
+        arguments = {
+            "enable_prefix_caching": True,
+            "enable_chunked_prefill": not on_cpu,  # on a CPU a seeded request cannot be prefilled in chunks (0.32.0)
+            "max_num_seqs": config.batch_size,
+            "max_logprobs": max_logprobs,
+            "disable_log_stats": True,
+            **engine_options(config, verifier),
             **options,
-        )
-        check_options(options)
-        self.llm = LLM(**options)
+        }
+        check_options(arguments)
+        self.sampling_params, self.llm = SamplingParams, LLM(**arguments)
 
-    def run(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]]) -> list:
-        """vLLM's outputs, in order; `params` are arguments of SamplingParams, one for each prompt."""
+    def stream(
+        self, prompts: Sequence[Sequence[int]], options: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[int, Answer]]:
         requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
-        sampling = [self.sampling_params(**options) for options in params]
-        return self.llm.generate(requests, sampling, use_tqdm=False)
+        params = [self.sampling_params(**{"detokenize": False, **request}) for request in options]
+        names = self.llm.enqueue(requests, params, use_tqdm=False)
+        # Outputs have the names without the random end that vLLM appends to them.
+        indices = {name.rpartition("-")[0] or name: index for index, name in enumerate(names)}
+        engine = self.llm.llm_engine
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    yield indices[output.request_id], _answer(output)
 
     def close(self) -> None:
         del self.llm
+
+
+def _answer(output: Any) -> Answer:
+    """Of a RequestOutput."""
+    rows = sorted(output.outputs, key=lambda row: row.index)
+    logprobs = [[[entry.logprob for entry in top.values()] for top in row.logprobs or []] for row in rows]
+    prompt_logprobs = [
+        [(token, entry.logprob) for token, entry in position.items()] for position in (output.prompt_logprobs or [])[1:]
+    ]
+    return Answer([list(row.token_ids) for row in rows], logprobs, prompt_logprobs)
 
 
 def _select_gpus(count: int) -> None:

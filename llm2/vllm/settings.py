@@ -65,6 +65,12 @@ def request_guidance(
     return _guidance(values, "request")
 
 
+def guidance_args(guidance: GuidanceConfig | None) -> dict[str, float | int]:
+    """A request's `extra_args`, in HTTP its `vllm_xargs`; empty for a plain one."""
+    values = {} if guidance is None else guidance.guidance()
+    return {PREFIX + key: value for key, value in values.items() if value is not None}
+
+
 def _own_keys(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> dict[str, Any]:
     own = {key: value for key, value in values.items() if str(key).startswith(PREFIX)}
     for key in own:
@@ -81,7 +87,7 @@ def _guidance(values: Mapping[str, Any], where: str) -> GuidanceConfig | None:
         first = error.errors()[0]
         key = f"{PREFIX}{first['loc'][0]}"
         raise UserError(f"{where}: {key}: found {first['input']!r}, expected: {first['msg']}") from None
-    if checked.alpha == 0 or not math.isfinite(checked.beta):
+    if checked.alpha == 0 or checked.beta is None or not math.isfinite(checked.beta):
         raise UserError(
             f"{where}: found alpha {checked.alpha} and beta {checked.beta}, expected alpha above 0, finite beta"
         )
