@@ -555,5 +555,6 @@ CONFIGS = {
     "outcome": OutcomeConfig,
     "self-consistency": SelfConsistencyConfig,
     "generate": GenerateConfig,
+    "serve": ServeConfig,
     "pretrain": PretrainConfig,
 }

@@ -11,7 +11,8 @@ from llm2.errors import UserError
 from llm2.verifier.load import require_verifier
 from llm2.verifier.model import ProcessVerifierConfig
 from llm2.vllm.core import MAX_BRANCHES
-from llm2.vllm.prefix_head import ARCHITECTURES, PLUGIN, check_fingerprint
+from llm2.vllm.plugin import ARCHITECTURES, PLUGIN
+from llm2.vllm.prefix_head import check_fingerprint
 from llm2.vllm.settings import engine_settings, request_guidance
 
 TESTED = "0.32.0"

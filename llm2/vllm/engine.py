@@ -31,6 +31,9 @@ def engine_options(config: Any, verifier: str | None, default: GuidanceConfig | 
         "enforce_eager": on_cpu,  # compiling takes minutes on a CPU
         "tensor_parallel_size": config.tensor_parallel,
     }
+    if on_cpu:
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # log-probabilities alone would compile for a minute
+        options["enable_chunked_prefill"] = False  # on a CPU a seeded request cannot be prefilled in chunks (0.32.0)
     if config.max_model_len is not None:
         options["max_model_len"] = config.max_model_len
     if config.memory_share is not None:
@@ -88,7 +91,6 @@ class InProcessBackend:
 
         arguments = {
             "enable_prefix_caching": True,
-            "enable_chunked_prefill": not on_cpu,  # on a CPU a seeded request cannot be prefilled in chunks (0.32.0)
             "max_num_seqs": config.batch_size,
             "max_logprobs": max_logprobs,
             "disable_log_stats": True,

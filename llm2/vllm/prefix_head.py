@@ -24,9 +24,7 @@ from llm2.errors import UserError
 from llm2.verifier.heads import PrefixHead, fingerprint
 from llm2.verifier.model import ProcessVerifierConfig
 from llm2.vllm.core import GuidedBatch, GuidedSequence, Proposals
-
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-PLUGIN = "LLM2"  # prefix of the subclasses' architectures
+from llm2.vllm.plugin import ARCHITECTURES, PLUGIN, register
 
 
 class HeadBatch(GuidedBatch):
@@ -58,14 +56,6 @@ class HeadBatch(GuidedBatch):
 def head_batch() -> HeadBatch:
     """The one of this process: the processor is made before the model, and knows it only through this object."""
     return HeadBatch()
-
-
-def register() -> None:
-    """Add the architectures to vLLM's registry; the entry point of the plug-in calls this in every process."""
-    from vllm import ModelRegistry
-
-    for name in ARCHITECTURES:
-        ModelRegistry.register_model(PLUGIN + name, f"llm2.vllm.prefix_models:{PLUGIN}{name}")
 
 
 def load_head(name: str, config: ProcessVerifierConfig) -> PrefixHead:

@@ -1,4 +1,4 @@
-"""Llama and Qwen of vLLM that show their states to a prefix head; `prefix_head.register` names them."""
+"""Llama and Qwen of vLLM that show their states to a prefix head; `plugin.register` names them."""
 
 import torch
 from vllm.model_executor.models.llama import LlamaForCausalLM

@@ -8,6 +8,7 @@ temperature, top-p and the other warpers come later.
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from inspect import signature
@@ -25,7 +26,8 @@ from llm2.errors import UserError
 from llm2.verifier.load import load_verifier
 from llm2.vllm.checks import TESTED, check_engine, check_request, describe_memory, verifier_config
 from llm2.vllm.core import GuidedBatch, GuidedSequence, VerifierBatch
-from llm2.vllm.prefix_head import head_batch, register
+from llm2.vllm.plugin import register
+from llm2.vllm.prefix_head import head_batch
 from llm2.vllm.settings import engine_settings, request_guidance
 
 logger = init_logger("vllm.llm2")
@@ -52,7 +54,7 @@ class GuidedProcessor(LogitsProcessorV1, LogitsProcessorV2):
         check_interfaces()
         check_engine(vllm_config)
         self.settings = engine_settings(vllm_config.additional_config)
-        self.rank, self.step = get_tensor_model_parallel_rank(), 0
+        self.rank, self.step, self.log_file = get_tensor_model_parallel_rank(), 0, os.environ.get("LLM2_LOG")
         self.requests = state if is_pin_memory is None else None  # V2's
         device = state if self.requests is None else state.device
         num_slots = vllm_config.scheduler_config.max_num_seqs if self.requests is None else state.max_num_reqs
@@ -129,7 +131,7 @@ class GuidedProcessor(LogitsProcessorV1, LogitsProcessorV2):
         rows = self._rows_v1(len(logits)) if ctx is None else self._rows_v2(ctx)
         if rows:
             self.batch.guide(logits, rows)
-        if self.settings.log is not None:
+        if self.log_file is not None:
             self._log(logits)
         return logits
 
@@ -146,10 +148,10 @@ class GuidedProcessor(LogitsProcessorV1, LogitsProcessorV2):
             self.batch.leave(sequence)
 
     def _log(self, logits: torch.Tensor) -> None:
-        """One line a step, to compare ranks and to see that slots are freed."""
+        """Append a line for this step to the file LLM2_LOG, to compare ranks and to see that slots are freed."""
         digest = hashlib.blake2b(logits.cpu().numpy().tobytes(), digest_size=8).hexdigest()
         line = {"rank": self.rank, "step": self.step, "guided": len(self.guided), "logits": digest}
-        with open(self.settings.log, "a") as file:
+        with open(self.log_file, "a") as file:
             file.write(json.dumps(line | self.batch.stats()) + "\n")
         self.step += 1
 

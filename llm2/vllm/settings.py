@@ -13,7 +13,7 @@ from llm2.errors import UserError
 PREFIX = "llm2_"
 OFF = "off"  # as beta: a plain request to an engine that guides by default
 REQUEST_KEYS = ("llm2_alpha", "llm2_beta", "llm2_top_k")
-ENGINE_KEYS = ("llm2_verifier", "llm2_log", *REQUEST_KEYS)
+ENGINE_KEYS = ("llm2_verifier", *REQUEST_KEYS)
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,11 @@ class EngineSettings:
         verifier: folder or hub id of System 2.
         default: guidance of requests without `llm2_beta`; None leaves them plain.
         values: alpha and top_k of requests that do not set them.
-        log: file to which each process appends a line for every step: slots, and a hash of the logits.
     """
 
     verifier: str
     default: GuidanceConfig | None
     values: Mapping[str, Any]
-    log: str | None = None
 
 
 def engine_settings(additional_config: Any) -> EngineSettings:
@@ -38,11 +36,11 @@ def engine_settings(additional_config: Any) -> EngineSettings:
     values = _own_keys(
         additional_config if isinstance(additional_config, dict) else {}, ENGINE_KEYS, "additional_config"
     )
-    verifier, log = values.pop("llm2_verifier", None), values.pop("llm2_log", None)
+    verifier = values.pop("llm2_verifier", None)
     if not isinstance(verifier, str):
         raise UserError(f"additional_config: llm2_verifier: found {verifier!r}, expected a verifier's folder or hub id")
     default = _guidance(values, "additional_config")
-    return EngineSettings(verifier, default, {k: v for k, v in values.items() if k != "llm2_beta"}, log)
+    return EngineSettings(verifier, default, {k: v for k, v in values.items() if k != "llm2_beta"})
 
 
 def request_guidance(
