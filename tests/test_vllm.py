@@ -1,7 +1,16 @@
 """Guidance for vLLM, without vLLM: what its core writes under random schedules is what our decoder writes."""
 
+import json
+import logging
+import math
 import random
+import sys
+from abc import ABC
+from dataclasses import make_dataclass
+from types import SimpleNamespace
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_system1
@@ -9,16 +18,26 @@ from conftest import VOCABULARY, tiny_system1
 from llm2.config import GuidanceConfig
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.sampling import Guidance
+from llm2.errors import UserError
 from llm2.verifier.model import ProcessVerifier
 from llm2.vllm import core
+from llm2.vllm.checks import check_engine, describe_memory
 from llm2.vllm.core import VerifierBatch
+from llm2.vllm.settings import engine_settings, guidance_args, request_guidance
 
-EOS, NEW = [1], 12
+EOS, NEW, SLOTS = [1], 12, 5
 GUIDANCE = [
     GuidanceConfig(alpha=0.02, beta=3.0),
     GuidanceConfig(alpha=0.1, beta=1.5),
     GuidanceConfig(alpha=0.001, top_k=3),
 ]
+
+
+class Entry(NamedTuple):
+    prompt: list[int]
+    guidance: GuidanceConfig | None
+    written: list[int]
+    handle: list  # what the engine knows it by, while it runs
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -40,56 +59,145 @@ class FakeEngine:
 
     def __init__(self, system1, batch: VerifierBatch, requests, seed: int) -> None:
         self.system1, self.batch, self.random = system1, batch, random.Random(seed)
-        self.waiting = [(prompt, guidance, []) for prompt, guidance in requests]
-        self.running: list[tuple[tuple, object]] = []
+        self.waiting = [Entry(prompt, guidance, [], []) for prompt, guidance in requests]
+        self.running: list[Entry] = []
         self.preemptions = 0
 
     def run(self) -> None:
         while self.waiting or self.running:
-            self.admit()
-            self.step()
+            while self.waiting and len(self.running) < SLOTS and self.random.random() < 0.7:
+                entry = self.waiting.pop(0)
+                self.running.append(entry)
+                self.join(entry)
+            if self.running:
+                self.step()
 
-    def admit(self) -> None:
-        while self.waiting and self.batch.free_slots and self.random.random() < 0.7:
-            request = self.waiting.pop(0)
-            prompt, guidance, written = request
-            self.running.append((request, guidance and self.batch.join(guidance, [*prompt, *written])))
-
-    @torch.inference_mode()
     def step(self) -> None:
-        self.random.shuffle(self.running)
-        if not self.running:
-            return
-        rows, logits, in_prompt = [], [], set()
-        for row, ((prompt, _, written), sequence) in enumerate(self.running):
+        self.order()
+        logits, partial = [], set()
+        for row, (prompt, _, written, _) in enumerate(self.running):
             ids = prompt + written
-            if self.random.random() < 0.2:  # a part of the prompt only: its logits are of no use
-                in_prompt.add(row)
-                ids = ids[: self.random.randrange(1, len(ids) + 1)]
-            logits.append(self.system1(torch.tensor([ids])).logits[0, -1])
-            if sequence is not None:
-                sequence.token_ids.extend((prompt + written)[len(sequence.token_ids) :])
-                rows.append((row, sequence))
+            if len(ids) > 1 and self.random.random() < 0.2:  # a part of the prompt only: its logits are of no use
+                partial.add(row)
+                ids = ids[: self.random.randrange(1, len(ids))]
+            with torch.inference_mode():
+                logits.append(self.system1(torch.tensor([ids])).logits[0, -1])
         logits = torch.stack(logits)
         before = logits.clone()
-        self.batch.guide(logits, rows)
-        guided = {row for row, _ in rows}
+        self.apply(logits, partial)
         left = []
-        for row, ((prompt, guidance, written), _) in enumerate(self.running):
-            if row not in guided:
+        for row, entry in enumerate(self.running):
+            if entry.guidance is None:
                 assert torch.equal(logits[row], before[row])
-            if row not in in_prompt:
-                written.append(logits[row].argmax().item())
-            if written and (written[-1] in EOS or len(written) == NEW):
-                left.append(row)
-            elif self.random.random() < 0.1:
+            if row not in partial:
+                entry.written.append(logits[row].argmax().item())
+            finished = entry.written and (entry.written[-1] in EOS or len(entry.written) == NEW)
+            if not finished and self.random.random() < 0.1:
                 self.preemptions += 1
-                self.waiting.append((prompt, guidance, written))
-                left.append(row)
-        for row in left:
-            if self.running[row][1] is not None:
-                self.batch.leave(self.running[row][1])
-        self.running = [entry for row, entry in enumerate(self.running) if row not in left]
+                self.waiting.append(entry)
+                left.append(entry)
+            elif finished:
+                left.append(entry)
+        for entry in left:
+            self.leave(entry)
+
+    # What the core's caller does; the engines below do it through vLLM's interfaces.
+
+    def join(self, entry: Entry) -> None:
+        if entry.guidance is not None:
+            entry.handle.append(self.batch.join(entry.guidance, [*entry.prompt, *entry.written]))
+
+    def order(self) -> None:
+        self.random.shuffle(self.running)
+
+    def apply(self, logits: torch.Tensor, partial: set[int]) -> None:
+        rows = [(row, entry.handle[-1]) for row, entry in enumerate(self.running) if entry.guidance]
+        for row, sequence in rows:
+            ids = self.running[row].prompt + self.running[row].written
+            sequence.token_ids.extend(ids[len(sequence.token_ids) :])
+        self.batch.guide(logits, rows)
+
+    def leave(self, entry: Entry) -> None:
+        self.running.remove(entry)
+        if entry.guidance is not None:
+            self.batch.leave(entry.handle.pop())
+
+
+class V1Engine(FakeEngine):
+    """Tells the processor what was removed, added and moved, as vLLM's first model runner does."""
+
+    def __init__(self, system1, processor, requests, seed: int) -> None:
+        super().__init__(system1, processor.batch, requests, seed)
+        self.processor, self.rows, self.removed, self.new = processor, [], [], []
+
+    def join(self, entry: Entry) -> None:
+        self.new.append(entry)
+
+    def order(self) -> None:
+        added, moved, rows = [], [], self.rows
+        self.removed.sort()
+        for entry in self.new:
+            row = self.removed.pop(0) if self.removed else len(rows)
+            rows[row : row + 1] = [entry]
+            params = SimpleNamespace(extra_args=guidance_args(entry.guidance))
+            added.append((row, params, entry.prompt, entry.written))
+        while self.removed:  # the last rows move into the gaps
+            while rows and rows[-1] is None:
+                rows.pop()
+            if self.removed[0] >= len(rows):
+                break
+            gap = self.removed.pop(0)
+            moved.append((len(rows) - 1, gap, "one way"))
+            rows[gap] = rows.pop()
+        if len(rows) > 1 and self.random.random() < 0.5:
+            a, b = self.random.sample(range(len(rows)), 2)
+            rows[a], rows[b] = rows[b], rows[a]
+            moved.append((a, b, "swap"))
+        update = SimpleNamespace(removed=self.removed[::-1], added=added, moved=moved)
+        self.processor.update_state(update if self.removed or added or moved else None)
+        self.running, self.new, self.removed = list(rows), [], []
+
+    def apply(self, logits: torch.Tensor, partial: set[int]) -> None:
+        assert self.processor.apply(logits) is logits
+
+    def leave(self, entry: Entry) -> None:
+        self.running.remove(entry)
+        if entry in self.new:
+            self.new.remove(entry)
+        else:
+            row = self.rows.index(entry)
+            self.rows[row] = None
+            self.removed.append(row)
+
+
+class V2Engine(FakeEngine):
+    """Gives requests fixed indices and shows tokens as arrays, as vLLM's second model runner does."""
+
+    def __init__(self, system1, processor, requests, seed: int) -> None:
+        super().__init__(system1, processor.batch, requests, seed)
+        self.processor, self.state, self.free = processor, processor.requests, list(range(SLOTS))
+
+    def join(self, entry: Entry) -> None:
+        entry.handle.append(self.free.pop(self.random.randrange(len(self.free))))
+        self.state.prefill_len.np[entry.handle[-1]] = len(entry.prompt) + len(entry.written)
+        params = SimpleNamespace(extra_args=guidance_args(entry.guidance))
+        assert self.processor.add_request(entry.handle[-1], params) == (entry.guidance is not None)
+
+    def apply(self, logits: torch.Tensor, partial: set[int]) -> None:
+        lengths = []
+        for row, entry in enumerate(self.running):
+            ids, index = entry.prompt + entry.written, entry.handle[-1]
+            self.state.all_token_ids.gpu[index, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+            if row in partial:
+                self.state.prefill_len.np[index] = len(ids)
+            lengths.append(len(ids) - (row in partial))
+        indices = np.array([entry.handle[-1] for entry in self.running])
+        ctx = SimpleNamespace(idx_mapping_np=indices, seq_lens_upper_bound_np=np.array(lengths))
+        assert self.processor.apply(logits, ctx) is logits
+
+    def leave(self, entry: Entry) -> None:
+        self.running.remove(entry)
+        self.free.append(entry.handle.pop())
 
 
 @pytest.fixture(scope="module", params=["candidate", "prefix"])
@@ -101,21 +209,206 @@ def verifier(request, tmp_path_factory) -> ProcessVerifier:
     return ProcessVerifier.from_system1(str(folder), score=request.param, local_files_only=True).eval()
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("limits", [(8_192, 64), (20, 4)], ids=["roomy", "small forwards"])
-def test_random_schedules_write_what_the_decoder_writes(system1, verifier, seed, limits, monkeypatch):
-    monkeypatch.setattr(core, "MAX_BRANCHES", limits[1])
-    batch = VerifierBatch(verifier, num_slots=5, max_len=64, max_tokens=limits[0])
-    choices = [None, *GUIDANCE]
-    requests = [(prompt, choices[index % 4]) for index, prompt in enumerate(prompts(24))]
-    engine = FakeEngine(system1, batch, requests, seed)
+def expect_decoder(engine: FakeEngine, system1, verifier, requests) -> None:
     finished = engine.waiting[:]
     engine.run()
     expected = [written_by_decoder(system1, verifier, *request) for request in requests]
-    assert [written for _, _, written in finished] == expected
-    assert engine.preemptions > 3 and len(batch.free_slots) == 5
+    assert [entry.written for entry in finished] == expected
+    assert engine.preemptions > 3
     plain = [written_by_decoder(system1, None, prompt, None) for prompt, _ in requests]
     assert sum(a != b for a, b in zip(plain, expected, strict=True)) > 6, "guidance must change choices"
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[tuple[list[int], GuidanceConfig | None]]:
+    return [(prompt, [None, *GUIDANCE][index % 4]) for index, prompt in enumerate(prompts(24))]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("limits", [(8_192, 64), (20, 4)], ids=["roomy", "small forwards"])
+def test_random_schedules_write_what_the_decoder_writes(system1, verifier, requests, seed, limits, monkeypatch):
+    monkeypatch.setattr(core, "MAX_BRANCHES", limits[1])
+    batch = VerifierBatch(verifier, num_slots=SLOTS, max_len=64, max_tokens=limits[0])
+    expect_decoder(FakeEngine(system1, batch, requests, seed), system1, verifier, requests)
+    assert len(batch.free_slots) == SLOTS
+
+
+class FakeV1(ABC):
+    def update_state(self, batch_update): ...
+    def apply(self, logits): ...
+
+
+class FakeV2(ABC):
+    def add_request(self, req_idx, sampling_params): ...
+    def apply(self, logits, ctx): ...
+
+
+def struct(name: str, *names: str) -> type:
+    return make_dataclass(name, names)
+
+
+@pytest.fixture
+def vllm(monkeypatch) -> dict[str, SimpleNamespace]:
+    """The parts of vLLM that the processor imports."""
+    group = SimpleNamespace(is_last_rank=True)
+    state = struct("LogitsProcRequestState", "device", "max_num_reqs", "all_token_ids", "prefill_len")
+    modules = {
+        "vllm": SimpleNamespace(__version__="9.9", ModelRegistry=SimpleNamespace(register_model=lambda *names: None)),
+        "vllm.distributed": SimpleNamespace(
+            get_pp_group=lambda: group, get_tensor_model_parallel_rank=lambda: 0, group=group
+        ),
+        "vllm.logger": SimpleNamespace(init_logger=logging.getLogger),
+        "vllm.v1.sample.logits_processor": SimpleNamespace(
+            BatchUpdate=struct("BatchUpdate", "removed", "added", "moved"),
+            MoveDirectionality=SimpleNamespace(SWAP="swap"),
+            LogitsProcessor=FakeV1,
+        ),
+        "vllm.v1.worker.gpu.sample.logits_processor": SimpleNamespace(
+            LogitsContext=struct("LogitsContext", "idx_mapping_np", "seq_lens_upper_bound_np"),
+            LogitsProcRequestState=state,
+            LogitsProcessor=FakeV2,
+        ),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "llm2.vllm.processor", raising=False)
+    yield modules
+    sys.modules.pop("llm2.vllm.processor", None)
+
+
+@pytest.fixture(scope="module")
+def folder(verifier, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("verifier")
+    verifier.save_pretrained(path)
+    return str(path)
+
+
+def vllm_config(system1, verifier: str, additional: dict | None = None, **changes) -> SimpleNamespace:
+    model = {"model": "m", "hf_text_config": system1.config, "dtype": torch.float32, "max_model_len": 64}
+    model |= {"enable_prompt_embeds": False, "is_multimodal_model": False, "logits_processors": ["x"]}
+    model |= {"architectures": ["LlamaForCausalLM"]}
+    scheduler = {"async_scheduling": True, "max_num_seqs": SLOTS, "max_num_batched_tokens": 128}
+    parallel = {"pipeline_parallel_size": 1, "enable_batch_sharded_sampling": False}
+    own = {"speculative_config": None, "use_v2_model_runner": False}
+    for values in (model, scheduler, parallel, own):
+        values |= {key: changes.pop(key) for key in list(changes) if key in values}
+    assert not changes
+    return SimpleNamespace(
+        additional_config={"llm2_verifier": verifier, **(additional or {})},
+        model_config=SimpleNamespace(**model),
+        scheduler_config=SimpleNamespace(**scheduler),
+        parallel_config=SimpleNamespace(**parallel),
+        **own,
+    )
+
+
+def processor_v1(config):
+    from llm2.vllm import GuidedProcessor
+
+    return GuidedProcessor(config, torch.device("cpu"), False)
+
+
+def processor_v2(config):
+    from llm2.vllm import GuidedProcessor
+
+    tokens = SimpleNamespace(gpu=torch.zeros(SLOTS, 64, dtype=torch.int32))
+    lengths = SimpleNamespace(np=np.zeros(SLOTS, dtype=np.int32))
+    fields = {"device": torch.device("cpu"), "max_num_reqs": SLOTS, "all_token_ids": tokens, "prefill_len": lengths}
+    return GuidedProcessor(config, SimpleNamespace(**fields))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("engine, make", [(V1Engine, processor_v1), (V2Engine, processor_v2)], ids=["V1", "V2"])
+def test_both_interfaces_write_what_the_decoder_writes(vllm, system1, verifier, folder, requests, engine, make, seed):
+    processor = make(vllm_config(system1, folder))
+    expect_decoder(engine(system1, processor, requests, seed), system1, verifier, requests)
+
+
+def test_ranks_of_a_pipeline_without_logits_load_nothing(vllm, system1, folder, monkeypatch):
+    monkeypatch.setattr(vllm["vllm.distributed"].group, "is_last_rank", False)
+    processor = processor_v1(vllm_config(system1, folder))
+    assert processor.batch is None
+    added = [(0, SimpleNamespace(extra_args={"llm2_beta": 1.0}), [5, 6], [])]
+    processor.update_state(SimpleNamespace(removed=[], added=added, moved=[]))
+    assert processor.guided == {}
+
+
+def test_another_interface_is_told_in_one_sentence(vllm, system1, folder, monkeypatch):
+    monkeypatch.setattr(FakeV2, "apply", lambda self, logits, ctx, more: None)
+    monkeypatch.setattr(
+        vllm["vllm.v1.sample.logits_processor"], "BatchUpdate", struct("BatchUpdate", "removed", "added")
+    )
+    with pytest.raises(UserError, match=r"vLLM 9.9 changed .*, BatchUpdate; guidance was tested with vLLM 0.32.0"):
+        processor_v1(vllm_config(system1, folder))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"speculative_config": object()}, "speculative_config"),
+        ({"enable_prompt_embeds": True}, "prompt_embeds"),
+        ({"is_multimodal_model": True}, "multimodal"),
+        ({"enable_batch_sharded_sampling": True}, "batch_sharded_sampling"),
+        ({"logits_processors": None}, "async_scheduling"),
+        ({"hf_text_config": SimpleNamespace(vocab_size=VOCABULARY + 1)}, "found 64 tokens, System 1 has 65"),
+        ({"architectures": ["LLM2LlamaForCausalLM"]}, "found no prefix head"),
+        ({"additional": {"llm2_bate": 1}}, "unknown key 'llm2_bate'"),
+        ({"additional": {"llm2_beta": 1.0, "llm2_alpha": 3.0}}, "llm2_alpha: found 3.0"),
+    ],
+)
+def test_an_engine_that_cannot_guide_is_refused(system1, folder, changes, message):
+    check_engine(vllm_config(system1, folder))
+    with pytest.raises(UserError, match=message):
+        check_engine(vllm_config(system1, folder, **changes))
+
+
+def test_a_window_shorter_than_the_sequences_is_refused(system1, verifier, tmp_path):
+    verifier.config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    saved["backbone_config"] |= {"model_type": "mistral", "sliding_window": 32}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="max_model_len: found 64, expected at most 32"):
+        check_engine(vllm_config(system1, str(tmp_path)))
+
+
+REQUEST = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+
+@pytest.mark.parametrize(
+    "extra_args, changes, message",
+    [
+        ({"llm2_beta": -1.0}, {}, "llm2_beta: found -1.0"),
+        ({"llm2_beta": math.inf}, {}, "finite beta"),
+        ({"llm2_beta": "0.5"}, {}, "llm2_beta: found '0.5'"),
+        ({"llm2_beta": 0.5, "llm2_alpha": 0.0}, {}, "alpha above 0"),
+        ({"llm2_alpha": 1.5}, {}, "llm2_alpha: found 1.5"),
+        ({"llm2_beta": 0.5, "llm2_topk": 3}, {}, "unknown key 'llm2_topk'"),
+        ({"llm2_beta": 0.5}, {"presence_penalty": 0.1}, "presence_penalty: found 0.1"),
+    ],
+)
+def test_a_wrong_request_is_refused_before_it_runs(vllm, extra_args, changes, message):
+    from llm2.vllm import GuidedProcessor
+
+    for fine in (None, {}, {"other": 1}, {"llm2_beta": 0.5}, {"llm2_beta": "off"}):
+        GuidedProcessor.validate_params(SimpleNamespace(extra_args=fine, **REQUEST))
+    with pytest.raises(ValueError, match=message):
+        GuidedProcessor.validate_params(SimpleNamespace(extra_args=extra_args, **REQUEST | changes))
+
+
+def test_a_request_is_guided_where_it_or_the_engine_says_so():
+    plain = engine_settings({"llm2_verifier": "v", "llm2_alpha": 0.2, "foreign": 1})
+    assert request_guidance({}, plain) is None and request_guidance({"llm2_alpha": 0.3}, plain) is None
+    assert request_guidance({"llm2_beta": 2.0}, plain) == GuidanceConfig(alpha=0.2, beta=2.0)
+    default = engine_settings({"llm2_verifier": "v", "llm2_beta": 0.5, "llm2_top_k": 4})
+    assert request_guidance(None, default) == GuidanceConfig(beta=0.5, top_k=4)
+    assert request_guidance({"llm2_alpha": 0.3}, default) == GuidanceConfig(alpha=0.3, beta=0.5, top_k=4)
+    assert request_guidance({"llm2_beta": "off"}, default) is None
+
+
+def test_the_memory_of_system_2_is_what_it_takes(system1, verifier):
+    text = describe_memory(verifier.config, torch.float32, SLOTS, 2_000_000)
+    cache = 2 * 2 * 2 * 8 * 4 * SLOTS * (2_000_000 + core.MAX_BRANCHES + 1)  # keys, values; layers; heads; width; bytes
+    assert f"{cache / 2**20:,.0f} MiB of cache for max_num_seqs=5 sequences of max_model_len=2000000" in text
 
 
 def test_a_shared_prefix_is_read_once(system1, verifier):
