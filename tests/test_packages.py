@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "study": {"common", "evaluation"},
     "baselines": {"common", "tasks", "verifier", "exploration"},
     "testbed.train": {"common", "tasks", "verifier", "decoding", "exploration", "testbed"},
-    "benchmarks": {"common", "tasks", "verifier", "decoding", "exploration", "testbed"},
+    "benchmarks": {"common", "tasks", "verifier", "decoding", "exploration", "testbed", "vllm"},
 }
 # Values in, values out: no files, no models, no other module of llm2 but pure ones.
 PURE = {

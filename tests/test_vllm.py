@@ -5,7 +5,7 @@ import logging
 import math
 import random
 import sys
-from abc import ABC
+from abc import ABC, abstractmethod
 from dataclasses import make_dataclass
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -234,12 +234,18 @@ def test_random_schedules_write_what_the_decoder_writes(system1, verifier, reque
 
 
 class FakeV1(ABC):
+    @abstractmethod
     def update_state(self, batch_update): ...
+
+    @abstractmethod
     def apply(self, logits): ...
 
 
 class FakeV2(ABC):
+    @abstractmethod
     def add_request(self, req_idx, sampling_params): ...
+
+    @abstractmethod
     def apply(self, logits, ctx): ...
 
 

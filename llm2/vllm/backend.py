@@ -53,4 +53,4 @@ def open_backend(config: EngineConfig, verifier: str | None, max_logprobs: int) 
         return ServerBackend(config.server, config.model, config.server_requests, guides=verifier is not None)
     from llm2.vllm.engine import InProcessBackend
 
-    return InProcessBackend(config, verifier, max_logprobs)
+    return InProcessBackend(config, verifier, max_logprobs, max_num_seqs=config.batch_size)

@@ -91,7 +91,6 @@ class InProcessBackend:
 
         arguments = {
             "enable_prefix_caching": True,
-            "max_num_seqs": config.batch_size,
             "max_logprobs": max_logprobs,
             "disable_log_stats": True,
             **engine_options(config, verifier),
