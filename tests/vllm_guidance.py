@@ -278,6 +278,68 @@ def test_the_printed_curl_line_works_and_wrong_keys_are_refused_with_status_400(
             ServerBackend(server[0], "testbed", 1, guides=False)._answer([0, 5], {"extra_args": xargs})
 
 
+# GSM8K's metric and filters; the harness sends the keys of generation_kwargs that it does not know to the server.
+TASK = r"""
+task: testbed_local
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - metric: exact_match
+    regexes_to_ignore: [",", "\\$", "(?s).*#### ", "\\.$"]
+generation_kwargs:
+  {{until: ["Question:"], do_sample: false, max_gen_toks: 200, vllm_xargs: {{llm2_beta: 0.5, llm2_alpha: 0.1}}}}
+filter_list:
+  - name: strict-match
+    filter: [{{function: regex, regex_pattern: "answer is (\\-?[0-9\\.\\,]+)"}}, {{function: take_first}}]
+  - name: flexible-extract
+    filter:
+      - {{function: regex, group_select: -1, regex_pattern: "(-?[$0-9.,]{{2,}})|(-?[0-9]+)"}}
+      - {{function: take_first}}
+metadata: {{version: 1.0}}
+"""
+
+
+def test_the_harness_gets_the_same_figures_from_the_server_and_from_our_engine(server, verifier, tmp_path):
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    import llm2.evaluation.lm_eval_model  # noqa: F401  registers `llm2`
+
+    problems = load_task("testbed").problems("validation", min(100, PROBLEMS))
+    lines = [json.dumps({"question": p.question, "answer": f"{p.solution}\n#### {p.gold}"}) for p in problems]
+    (tmp_path / "problems.jsonl").write_text("\n".join(lines))
+    (tmp_path / "task.yaml").write_text(TASK.format(data=tmp_path / "problems.jsonl"))
+    tokenizer = str(Path("llm2/testbed/system1").absolute())
+    models = {
+        "llm2": {"pretrained": "testbed", "verifier": verifier, "alpha": 0.1, "beta": 0.5, "device": "cpu"},
+        "local-completions": {
+            "model": "testbed",
+            "base_url": f"{server[0]}/completions",
+            "tokenizer": tokenizer,
+            "tokenizer_backend": "huggingface",
+            "num_concurrent": 32,
+        },
+    }
+    figures = {}
+    for name, arguments in models.items():
+        results = lm_eval.simple_evaluate(
+            model=name,
+            model_args=arguments,
+            tasks=["testbed_local"],
+            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+            apply_chat_template=True,
+            batch_size=64 if name == "llm2" else 1,
+        )
+        scores = results["results"]["testbed_local"]
+        figures[name] = {key: value for key, value in scores.items() if key.startswith("exact_match,")}
+    print(figures)
+    assert figures["llm2"] == figures["local-completions"] and len(figures["llm2"]) == 2
+
+
 def test_soak(server, prompts, eos):
     """Requests with random aborts and disconnects: no error, memory stays, slots are free at the end."""
     url, process, log, _ = server

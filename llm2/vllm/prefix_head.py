@@ -70,11 +70,17 @@ def load_head(name: str, config: ProcessVerifierConfig) -> PrefixHead:
 def check_fingerprint(model: str, name: str, config: ProcessVerifierConfig) -> None:
     """Raises UserError where a head was trained on the states of another System 1 than the checkpoint `model`."""
     folder = Path(model if is_local(model) else snapshot_download(model, allow_patterns=["*.safetensors"]))
-    if fingerprint(_Checkpoint(folder)) != config.system1_fingerprint:
+    if _fingerprint(folder) != config.system1_fingerprint:
         raise UserError(
             f"verifier {name!r}: it was trained on the states of {config.base_model}, found another System 1, {model}; "
             "a prefix head is of no use to any other model"
         )
+
+
+@cache
+def _fingerprint(folder: Path) -> str:
+    """Once a process: it reads the whole checkpoint."""
+    return fingerprint(_Checkpoint(folder))
 
 
 class _Checkpoint:
