@@ -17,6 +17,7 @@ from conftest import VOCABULARY, tiny_system1
 
 from llm2.config import GuidanceConfig
 from llm2.decoding.decoder import Decoder
+from llm2.decoding.model_runner import ModelRunner
 from llm2.decoding.sampling import Guidance
 from llm2.errors import UserError
 from llm2.verifier.model import ProcessVerifier
@@ -224,11 +225,15 @@ def requests() -> list[tuple[list[int], GuidanceConfig | None]]:
     return [(prompt, [None, *GUIDANCE][index % 4]) for index, prompt in enumerate(prompts(24))]
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("limits", [(8_192, 64), (20, 4)], ids=["roomy", "small forwards"])
-def test_random_schedules_write_what_the_decoder_writes(system1, verifier, requests, seed, limits, monkeypatch):
-    monkeypatch.setattr(core, "MAX_BRANCHES", limits[1])
-    batch = VerifierBatch(verifier, num_slots=SLOTS, max_len=64, max_tokens=limits[0])
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("max_tokens, max_branches, varlen", [(8_192, 64, True), (20, 4, True), (20, 4, False)])
+def test_random_schedules_write_what_the_decoder_writes(
+    system1, verifier, requests, seed, max_tokens, max_branches, varlen, monkeypatch
+):
+    """In large and small forwards, laid out as on a CPU and as on a GPU."""
+    monkeypatch.setattr(core, "MAX_BRANCHES", max_branches)
+    monkeypatch.setattr(ModelRunner, "varlen", varlen)
+    batch = VerifierBatch(verifier, num_slots=SLOTS, max_len=64, max_tokens=max_tokens)
     expect_decoder(FakeEngine(system1, batch, requests, seed), system1, verifier, requests)
     assert len(batch.free_slots) == SLOTS
 
