@@ -87,6 +87,7 @@ def _guidance(values: Mapping[str, Any], where: str) -> GuidanceConfig | None:
         raise UserError(f"{where}: {key}: found {first['input']!r}, expected: {first['msg']}") from None
     if checked.alpha == 0 or checked.beta is None or not math.isfinite(checked.beta):
         raise UserError(
-            f"{where}: found alpha {checked.alpha} and beta {checked.beta}, expected alpha above 0, finite beta"
+            f"{where}: llm2_alpha, llm2_beta: found {checked.alpha} and {checked.beta}, expected alpha above 0 and a "
+            "finite beta"
         )
     return checked if "llm2_beta" in values else None
