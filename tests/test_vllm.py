@@ -4,9 +4,11 @@ import json
 import logging
 import math
 import random
+import shlex
+import shutil
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import make_dataclass
+from dataclasses import make_dataclass, replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -15,15 +17,22 @@ import pytest
 import torch
 from conftest import VOCABULARY, tiny_system1
 
-from llm2.config import GuidanceConfig
+from llm2.common.config_file import write_config
+from llm2.common.loading import load_tokenizer
+from llm2.config import EvaluateConfig, GuidanceConfig, Mode, ServeConfig, TrainConfig
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.model_runner import ModelRunner
 from llm2.decoding.sampling import Guidance
 from llm2.errors import UserError
+from llm2.evaluation.tracing import recompute_trace
+from llm2.evaluation.vllm_decoder import VllmDecoder
+from llm2.verifier.heads import fingerprint
 from llm2.verifier.model import ProcessVerifier
-from llm2.vllm import core
+from llm2.vllm import core, serve
+from llm2.vllm.backend import Answer
 from llm2.vllm.checks import check_engine, describe_memory
 from llm2.vllm.core import VerifierBatch
+from llm2.vllm.prefix_head import HeadBatch, check_fingerprint, load_head
 from llm2.vllm.settings import engine_settings, guidance_args, request_guidance
 
 EOS, NEW, SLOTS = [1], 12, 5
@@ -447,3 +456,104 @@ def test_nothing_is_allocated_after_the_start(system1, verifier):
     sequence = batch.join(GUIDANCE[0], range(3, 33))
     batch.guide(torch.zeros(1, VOCABULARY), [(0, sequence)])
     assert [buffer.data_ptr() for layer in batch.cache.layers.values() for buffer in layer] == buffers
+
+
+def test_a_recomputed_trace_is_the_decoders(system1, verifier):
+    guidance = Guidance(verifier=verifier, alpha=0.02, beta=3.0)
+    batch = prompts(6)
+    rows = Decoder(system1, guidance).decode(batch, max_new_tokens=NEW, eos=EOS, trace=True)
+    changed = 0
+    for prompt, (completion,) in zip(batch, rows, strict=True):
+        again = recompute_trace(system1, guidance, prompt, completion._replace(trace=None), sampled=False)
+        for token, expected in zip(again.trace, completion.trace, strict=True):
+            assert (token.candidates, token.chosen, token.changed) == (
+                expected.candidates,
+                expected.chosen,
+                expected.changed,
+            )
+            assert token.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+            assert (token.scores is None) == (expected.scores is None)
+            if token.scores is not None:  # only their differences have a meaning
+                assert differences(token.scores) == pytest.approx(differences(expected.scores), abs=1e-3)
+            changed += token.changed
+    assert changed > 3
+
+
+def differences(scores: list[float]) -> list[float]:
+    return [score - scores[0] for score in scores]
+
+
+def test_verifier_calls_are_counted_from_log_probabilities(system1_folder, verifier, monkeypatch):
+    config = EvaluateConfig(
+        model=system1_folder, task="testbed", output_dir="o", alpha=0.1, verifier="v", device="cpu", engine="vllm"
+    )
+    sent = []
+
+    class Backend:
+        def stream(self, prompts, options):
+            sent.extend(options)
+            likeliest = [[-0.1, -2.0], [-0.1, -3.0], [-2.0, -0.2, -9.0]]  # ln 10 = 2.3: the second has no choice
+            yield 0, Answer([[5, 6, 7]], [likeliest], [])
+
+    monkeypatch.setattr("llm2.evaluation.vllm_decoder.open_backend", lambda *arguments: Backend())
+    guidance = Guidance(verifier=verifier, alpha=0.1, beta=0.5)
+    decoder = VllmDecoder(config, guidance, load_tokenizer(system1_folder))
+    ((index, (completion,)),) = decoder.decode(Mode.GUIDED_GREEDY, [[3, 4]], [[-1]])
+    assert (index, completion.token_ids, completion.num_verifier_calls) == (0, [5, 6, 7], 2)
+    branches = 2 + 2 if verifier.config.score == "candidate" else 0
+    assert completion.num_verifier_tokens == 2 + 2 + branches  # prompt, the two tokens before the last choice
+    assert sent[0]["extra_args"] == {"llm2_alpha": 0.1, "llm2_beta": 0.5} and sent[0]["seed"] == 2**31 - 1
+    next(decoder.decode(Mode.PLAIN_SAMPLING, [[3, 4]], [[1, 2]]))
+    assert "extra_args" not in sent[1] and (sent[1]["n"], sent[1]["temperature"]) == (2, 1.0)
+
+
+def test_serving_checks_the_template_and_prints_a_request(system1_folder, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "verifier")
+    config = ServeConfig(model=system1_folder, verifier=str(tmp_path / "verifier"), device="cpu", port=8123)
+    train = TrainConfig(model=system1_folder, train_file="t", output_dir="o", chat_template="llama3-plain")
+    write_config(train, tmp_path / "verifier" / "train.yaml")
+    serve.check(config)  # the model's own template is that one
+    with pytest.raises(UserError, match="chat_template: found 'chatml-plain', expected 'llama3-plain'"):
+        serve.check(replace(config, chat_template="chatml-plain"))
+    content = shlex.split(serve.curl(config, GuidanceConfig(beta=0.5)))[-1]
+    assert json.loads(content)["vllm_xargs"] == {"llm2_beta": 0.5, "llm2_alpha": 0.1}
+    options = serve.command_line({"enforce_eager": True, "enable_chunked_prefill": False, "a": ["b"], "c": {"d": 1}})
+    assert options == ["--enforce-eager", "--no-enable-chunked-prefill", "--a", "b", "--c", '{"d": 1}']
+
+
+def test_a_checkpoint_has_the_fingerprint_of_its_model(system1, tmp_path):
+    system1.save_pretrained(tmp_path)
+    config = SimpleNamespace(system1_fingerprint=fingerprint(system1.base_model), base_model="m")
+    check_fingerprint(str(tmp_path), "head", config)
+    with pytest.raises(UserError, match="found another System 1"):
+        check_fingerprint(str(tmp_path), "head", SimpleNamespace(system1_fingerprint="other", base_model="m"))
+
+
+def test_a_prefix_heads_batch_writes_what_the_decoder_writes(system1, requests, tmp_path):
+    """With System 1's states as the model plug-in shows them."""
+    system1.save_pretrained(tmp_path)
+    torch.manual_seed(3)
+    settings = {"score": "prefix", "prefix_head": {"kind": "bilinear", "size": 4}}
+    verifier = ProcessVerifier.from_system1(str(tmp_path), **settings, local_files_only=True).eval()
+    with torch.no_grad():
+        for weight in verifier.score.parameters():
+            weight.mul_(2.0)
+    verifier.save_pretrained(tmp_path / "head")
+    batch = HeadBatch()
+    batch.head, batch.embed = load_head(str(tmp_path / "head"), verifier.config), system1.get_input_embeddings()
+
+    texts = [list(prompt) for prompt, _ in requests]
+    rows = [(row, batch.join(guidance, ())) for row, (_, guidance) in enumerate(requests) if guidance]
+    for _ in range(NEW):
+        with torch.inference_mode():
+            batch.states = torch.stack([system1.model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in texts])
+            logits = system1.lm_head(batch.states)
+        batch.guide(logits, rows)
+        for ids, token in zip(texts, logits.argmax(dim=-1).tolist(), strict=True):
+            ids.append(token)
+    changed = 0
+    for ids, (prompt, guidance) in zip(texts, requests, strict=True):
+        expected = written_by_decoder(system1, verifier, prompt, guidance)
+        assert ids[len(prompt) :][: len(expected)] == expected
+        changed += expected != written_by_decoder(system1, None, prompt, None)
+    assert changed > 3

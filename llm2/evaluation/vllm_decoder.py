@@ -14,7 +14,7 @@ from llm2.decoding.sampling import Completion, Guidance
 from llm2.vllm.backend import SEEDS, Answer, open_backend
 from llm2.vllm.settings import guidance_args
 
-LIKELIEST = 2  # log-probabilities of each token that tell whether there was a choice
+LIKELIEST = 8  # log-probabilities of each token, from which the candidates are counted; more count as so many
 
 
 class VllmDecoder:
@@ -35,13 +35,26 @@ class VllmDecoder:
         options |= {"max_tokens": self.config.max_new_tokens, "stop_token_ids": self.eos}
         requests = [options | {"n": len(row), "seed": row[0] % SEEDS} for row in seeds]
         for index, answer in self.backend.stream(prompts, requests):
-            yield index, self._completions(answer)
+            yield index, self._completions(len(prompts[index]), answer)
 
-    def _completions(self, answer: Answer) -> list[Completion]:
-        """System 2 was called where at least two tokens were plausible."""
-        margin = math.log(self.config.alpha) if self.config.alpha else -math.inf
-        calls = [
-            sum(sorted(values)[-2] >= max(values) + margin for values in sample) * (self.config.top_k != 1)
-            for sample in answer.logprobs or [[]] * len(answer.samples)
+    def _completions(self, prompt_len: int, answer: Answer) -> list[Completion]:
+        counts = [[self._num_candidates(values) for values in sample] for sample in answer.logprobs]
+        counts = counts or [[]] * len(answer.samples)
+        return [
+            Completion(ids, *self._read(prompt_len, sizes)) for ids, sizes in zip(answer.samples, counts, strict=True)
         ]
-        return [Completion(*pair) for pair in zip(answer.samples, calls, strict=True)]
+
+    def _num_candidates(self, logprobs: Sequence[float]) -> int:
+        """From a token's likeliest ones, and itself where it is not among them."""
+        threshold = max(logprobs) + math.log(self.config.alpha)
+        plausible = sum(value >= threshold for value in logprobs)
+        return min(plausible, self.config.top_k or plausible)
+
+    def _read(self, prompt_len: int, num_candidates: Sequence[int]) -> tuple[int, int]:
+        """System 2's forwards and tokens: one forward for each choice; shared prefixes are not deducted."""
+        choices = [at for at, count in enumerate(num_candidates) if count > 1]
+        if not choices or self.guidance.verifier.config.prefix_head is not None:
+            return 0, 0
+        reads_candidates = self.guidance.verifier.config.score == "candidate"
+        branches = sum(num_candidates[at] for at in choices) if reads_candidates else 0
+        return len(choices), prompt_len + choices[-1] + branches
