@@ -21,6 +21,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm2.common.chat import encode_chats
 from llm2.common.loading import eos_ids_by_name, load_tokenizer
@@ -30,6 +32,7 @@ from llm2.decoding.llm2 import LLM2
 from llm2.errors import UserError
 from llm2.evaluation.evaluate import evaluate
 from llm2.tasks import load_task
+from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.train import train
 from llm2.vllm.client import ServerBackend
 from llm2.vllm.engine import InProcessBackend
@@ -40,8 +43,8 @@ GUIDANCE = GuidanceConfig(alpha=0.1, beta=0.5)
 
 
 def config(**changes) -> EvaluateConfig:
-    fixed = {"model": "testbed", "task": "testbed", "output_dir": "unused", "device": "cpu", "max_new_tokens": 200}
-    return EvaluateConfig(**fixed, **{"batch_size": 64, "max_model_len": 512, **changes})
+    fixed = {"task": "testbed", "output_dir": "unused", "device": "cpu", "max_new_tokens": 200}
+    return EvaluateConfig(**fixed, **{"model": "testbed", "batch_size": 64, "max_model_len": 512, **changes})
 
 
 def trained(variable: str, folder: Path, **changes) -> str:
@@ -75,10 +78,12 @@ def eos() -> list[int]:
     return eos_ids_by_name("testbed", load_tokenizer("testbed"))
 
 
-def by_decoder(verifier: str, prompts, eos, guided: bool) -> list[list[int]]:
-    llm2 = LLM2.from_pretrained("testbed", verifier, device="cpu", **GUIDANCE.guidance())
+def by_decoder(
+    verifier: str, prompts, eos, guided: bool, model: str = "testbed", max_new_tokens: int = 200
+) -> list[list[int]]:
+    llm2 = LLM2.from_pretrained(model, verifier, device="cpu", **GUIDANCE.guidance())
     decoder = Decoder(llm2.system1, llm2.guidance if guided else None)
-    return [row.token_ids for (row,) in decoder.decode(prompts, max_new_tokens=200, eos=eos)]
+    return [row.token_ids for (row,) in decoder.decode(prompts, max_new_tokens=max_new_tokens, eos=eos)]
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +106,9 @@ def write(backend, prompts, requests) -> list:
     return [answers[index].samples for index in range(len(prompts))]
 
 
-def expect_both(backend, prompts, eos, guided, plain) -> None:
+def expect_both(backend, prompts, eos, guided, plain, **options) -> None:
     """Guided and plain requests in one batch."""
-    requests = [request(eos), request(eos, None)] * len(prompts)
+    requests = [request(eos, **options), request(eos, None, **options)] * len(prompts)
     written = write(backend, [prompt for prompt in prompts for _ in range(2)], requests)
     assert [row for (row,) in written[0::2]] == guided
     assert [row for (row,) in written[1::2]] == plain
@@ -114,8 +119,8 @@ def steps(log: Path) -> list[dict]:
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def engine(verifier: str, tensor_parallel: int = 1, **options) -> InProcessBackend:
-    return InProcessBackend(config(tensor_parallel=tensor_parallel), verifier, 2, max_num_seqs=64, **options)
+def engine(verifier: str, **options) -> InProcessBackend:
+    return InProcessBackend(config(), verifier, 2, max_num_seqs=64, **options)
 
 
 @pytest.fixture
@@ -164,9 +169,19 @@ def test_small_chunks_and_few_blocks_change_nothing(verifier, prompts, eos, guid
     backend.close()
 
 
-def test_tensor_parallel_ranks_answer_alike(verifier, prompts, eos, guided, plain, log):
-    backend = engine(verifier, tensor_parallel=2)
-    expect_both(backend, prompts, eos, guided, plain)
+def test_tensor_parallel_ranks_answer_alike(prompts, eos, tmp_path, log):
+    """With a model whose heads two ranks can share; the testbed's has five."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    for name in ("system1", "other"):
+        llama = LlamaForCausalLM(LlamaConfig(vocab_size=640, initializer_range=0.2, eos_token_id=3, **sizes))
+        llama.save_pretrained(tmp_path / name)
+        load_tokenizer("testbed").save_pretrained(tmp_path / name)
+    ProcessVerifier.from_system1(str(tmp_path / "other"), local_files_only=True).save_pretrained(tmp_path / "verifier")
+    names, prompts = (str(tmp_path / "system1"), str(tmp_path / "verifier")), prompts[:40]
+    expected = [by_decoder(names[1], prompts, eos, guided, names[0], max_new_tokens=40) for guided in (True, False)]
+    backend = InProcessBackend(config(model=names[0], tensor_parallel=2), names[1], 2, max_num_seqs=64)
+    expect_both(backend, prompts, eos, *expected, max_tokens=40)
     ranks = {rank: [s["logits"] for s in steps(log) if s["rank"] == rank] for rank in (0, 1)}
     assert len(ranks[0]) > 50 and ranks[0] == ranks[1]
     backend.close()

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from llm2.common.distributed import dist_info
 from llm2.common.loading import model_path, resolve_device
@@ -60,7 +61,12 @@ def check_options(options: Mapping[str, Any]) -> None:
         from llm2.vllm.processor import check_interfaces
 
         check_interfaces()
-        check_engine(EngineArgs(**options).create_engine_config())
+        try:
+            config = EngineArgs(**options).create_engine_config()
+        except ValueError as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            raise UserError(f"vLLM refuses these options: {' '.join(reason.split())}") from None
+        check_engine(config)
 
 
 def require_vllm() -> None:
