@@ -43,8 +43,8 @@ GUIDANCE = GuidanceConfig(alpha=0.1, beta=0.5)
 
 
 def config(**changes) -> EvaluateConfig:
-    fixed = {"task": "testbed", "output_dir": "unused", "device": "cpu", "max_new_tokens": 200}
-    return EvaluateConfig(**fixed, **{"model": "testbed", "batch_size": 64, "max_model_len": 512, **changes})
+    fields = {"model": "testbed", "task": "testbed", "output_dir": "unused", "device": "cpu", "max_new_tokens": 200}
+    return EvaluateConfig(**{**fields, "batch_size": 64, "max_model_len": 512, **changes})
 
 
 def trained(variable: str, folder: Path, **changes) -> str:
@@ -187,12 +187,6 @@ def test_tensor_parallel_ranks_answer_alike(prompts, eos, tmp_path, log):
     backend.close()
 
 
-def test_asynchronous_scheduling_changes_nothing(verifier, prompts, eos, guided, plain):
-    backend = engine(verifier, async_scheduling=True)
-    expect_both(backend, prompts, eos, guided, plain)
-    backend.close()
-
-
 def test_a_prefix_head_equals_the_decoder_by_request_and_by_default(prefix_head, prompts, eos):
     expected = [by_decoder(prefix_head, prompts, eos, guided) for guided in (True, False)]
     backend = engine(prefix_head)
@@ -215,7 +209,6 @@ def test_a_prefix_head_equals_the_decoder_by_request_and_by_default(prefix_head,
         ),
         ({"additional_config": {"llm2_verifier": "nowhere/at/all"}}, "expected a folder with config.json"),
         ({"additional_config": {"llm2_verifeir": "x"}}, "unknown key 'llm2_verifeir'"),
-        ({"logits_processors": None, "async_scheduling": True}, "async_scheduling: found true with a processor"),
     ],
 )
 def test_what_does_not_work_is_refused_before_the_engine_starts(verifier, options, message):
@@ -229,7 +222,7 @@ def test_evaluation_writes_what_our_engine_writes(verifier, tmp_path):
         modes = ("plain_greedy", "guided_greedy", "guided_sampling")
         sizes = {"limit": 40, "num_samples": 2, "majority_at": (1, 2), "traced_samples": 2}
         fields = {"verifier": verifier, "modes": modes, "engine": name, "beta": 0.5, "split": "validation", **sizes}
-        evaluate(config(**fields | {"output_dir": str(tmp_path / name)}))
+        evaluate(config(**fields, output_dir=str(tmp_path / name)))
         for kind in ("predictions", "traces"):
             lines[name, kind] = [json.loads(line) for line in (tmp_path / name / f"{kind}.jsonl").open()]
     greedy = [[line for line in lines[name, "predictions"] if "greedy" in line["mode"]] for name in ("llm2", "vllm")]
