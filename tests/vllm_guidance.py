@@ -169,8 +169,9 @@ def test_small_chunks_and_few_blocks_change_nothing(verifier, prompts, eos, guid
     backend.close()
 
 
-def test_tensor_parallel_ranks_answer_alike(prompts, eos, tmp_path, log):
+def test_tensor_parallel_ranks_answer_alike(prompts, eos, tmp_path, log, monkeypatch):
     """With a model whose heads two ranks can share; the testbed's has five."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # a core each: by itself vLLM wants a NUMA node each
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
     for name in ("system1", "other"):
