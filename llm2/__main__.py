@@ -20,6 +20,7 @@ from llm2.config import (
     PreferConfig,
     PretrainConfig,
     SelfConsistencyConfig,
+    ServeConfig,
     StudyConfig,
     SweepConfig,
     TrainConfig,
@@ -202,6 +203,18 @@ def _report(metrics: dict | None, folder: str) -> None:
         print(f"results in {folder}{page}")
 
 
+def check_serve(config: ServeConfig) -> None:
+    from llm2.vllm.serve import check
+
+    check(config)
+
+
+def run_serve(config: ServeConfig) -> None:
+    from llm2.vllm.serve import serve
+
+    serve(config)
+
+
 def run_pretrain(config: PretrainConfig) -> None:
     from llm2.testbed.train.pretrain import pretrain
 
@@ -269,6 +282,7 @@ COMMANDS = {
     "outcome": (check_problems, run_outcome),
     "self-consistency": (lambda config: None, run_self_consistency),
     "generate": (lambda config: None, run_generate),
+    "serve": (check_serve, run_serve),
     "pretrain": (lambda config: None, run_pretrain),
 }
 

@@ -95,13 +95,31 @@ class TaskConfig:
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
-class RolloutConfig(ModelConfig, GuidanceConfig):
-    """How System 1, guided or not, continues prefixes, and the engine that runs it."""
+class EngineConfig:
+    """What decodes, and where."""
 
     engine: Literal["llm2", "vllm"] = "llm2"
-    """Engine that generates the rollouts; vllm is installed separately and needs top_k."""
+    """Engine that decodes; vllm is installed separately, and explore then needs top_k."""
+    dtype: Dtype = "auto"
+    """Dtype of the models; auto is the checkpoint's on a GPU, float32 on a CPU, where batch_size changes no text."""
+    tensor_parallel: Count = 1
+    """GPUs per vLLM engine."""
+    max_model_len: Count | None = None
+    """Tokens of a sequence, prompt included, that vLLM makes room for; the model's own limit when null."""
+    memory_share: Share | None = None
+    """Share of each device's memory that vLLM takes, beside what scores and traces need; its default when null."""
+    server: str | None = None
+    """With engine vllm: URL of a vLLM server (http://HOST:8000/v1) to use instead of an engine in this process."""
+    server_requests: Count = 64
+    """Concurrent requests to the vLLM server."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class RolloutConfig(ModelConfig, GuidanceConfig, EngineConfig):
+    """How System 1 continues prefixes, alone or guided, and the engine that runs it."""
+
     verifier: str | None = None
-    """Verifier that guides rollouts and own solutions, with weight beta; System 1 alone when null. Engine llm2 only."""
+    """Verifier that guides rollouts and own solutions, with weight beta; System 1 alone when null."""
     temperature: NonNegative = 1.0
     """Sampling temperature of rollouts; 0 is greedy."""
     top_p: Share = 1.0
@@ -112,14 +130,6 @@ class RolloutConfig(ModelConfig, GuidanceConfig):
     """Regular expression that ends a rollout once its answer is decided; engine llm2 only."""
     batch_size: Count = 64
     """Rollouts generated at the same time."""
-    dtype: Dtype = "auto"
-    """Dtype of System 1; auto is that of the checkpoint on a GPU and float32 on a CPU."""
-    tensor_parallel: Count = 1
-    """GPUs per vLLM engine."""
-    server: str | None = None
-    """With engine vllm: URL of a vLLM server (http://HOST:8000/v1) to use instead of an engine in this process."""
-    server_requests: Count = 64
-    """Concurrent requests to the vLLM server."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -278,7 +288,7 @@ class TrainConfig(ModelConfig, OptimizerConfig):
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
-class EvaluateConfig(TaskConfig, ModelConfig, GuidanceConfig):
+class EvaluateConfig(TaskConfig, ModelConfig, GuidanceConfig, EngineConfig):
     """Decode a task with and without System 2, grade, compare."""
 
     output_dir: str
@@ -317,8 +327,6 @@ class EvaluateConfig(TaskConfig, ModelConfig, GuidanceConfig):
     """Results folders whose predictions are reused where they were made with equal settings."""
     resume: bool = True
     """Keep the predictions that the results folder already has."""
-    dtype: Dtype = "auto"
-    """Dtype of both models; auto is the checkpoint's on a GPU, float32 on a CPU, where batch_size changes no text."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -408,6 +416,24 @@ class StudyConfig:
     """Name -> what REPORT_NAME.svg shows."""
     workers: Count = 1
     """Runs side by side; each gets an equal share of the CPU's threads."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class ServeConfig(ModelConfig, GuidanceConfig, EngineConfig):
+    """Serve System 1, guided where a request asks for it, by vLLM's OpenAI-compatible server."""
+
+    verifier: str
+    """Trained verifier, a local folder or a hub id."""
+    guide_by_default: bool = False
+    """Guide requests without llm2_beta too, with the keys alpha, beta and top_k; else they are plain."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all."""
+    port: Count = 8000
+    """Port to listen on."""
+    batch_size: Count = 256
+    """Sequences decoded at the same time (vLLM's max_num_seqs)."""
+    data_parallel: Count = 1
+    """Engines behind the one address, each on tensor_parallel GPUs."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -529,5 +555,6 @@ CONFIGS = {
     "outcome": OutcomeConfig,
     "self-consistency": SelfConsistencyConfig,
     "generate": GenerateConfig,
+    "serve": ServeConfig,
     "pretrain": PretrainConfig,
 }

@@ -6,7 +6,8 @@
 # NAME is a file of configs/benchmark/: decode (guided decoding against transformers' generate), throughput (the same with
 # the testbed's trained systems), train (a training step of the verifier against plain sequences and the bare backbone),
 # rollouts (exploration's rollouts against generate), labels (exploration's labels against an exhaustive reference: half
-# an hour on one core).
+# an hour on one core), served (vLLM against our decoder, plain and guided; needs vLLM in this Python:
+# `source scripts/setup_vllm.sh; python -m llm2 benchmark configs/benchmark/served.yaml`).
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 

@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from llm2.benchmarks.configs import benchmark_class
 from llm2.common.config_file import as_dict, load_config, write_config
 from llm2.config import CONFIGS as CLASSES
-from llm2.config import EvaluateConfig, ExploreConfig, StudyConfig, TrainConfig
+from llm2.config import EvaluateConfig, ExploreConfig, ServeConfig, StudyConfig, TrainConfig
 from llm2.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -55,6 +55,10 @@ def test_each_step_reads_what_the_one_before_it_writes(model):
     explore = load_config(ExploreConfig, CONFIGS / model / "explore.yaml")
     train = load_config(TrainConfig, CONFIGS / model / "train.yaml")
     evaluate = load_config(EvaluateConfig, CONFIGS / model / "evaluate.yaml")
+    if (CONFIGS / model / "serve.yaml").exists():
+        serve = load_config(ServeConfig, CONFIGS / model / "serve.yaml")
+        assert (serve.model, serve.verifier) == (evaluate.model, evaluate.verifier)
+        assert serve.chat_template == evaluate.chat_template
     assert train.train_file == explore.output == f"results/{model}/triplets.jsonl"
     assert evaluate.verifier == train.output_dir == f"results/{model}/verifier"
     assert evaluate.output_dir == f"results/{model}/gsm8k"

@@ -88,35 +88,39 @@ def test_the_plausible_set_of_logprobs_is_cut_at_alpha_and_top_k(config):
 
 
 class FakeLLM:
-    """vLLM's `LLM`: the same log probabilities everywhere; continues a prompt with its last token, seed and index."""
+    """vLLM's `LLM` and its engine: the same log probabilities everywhere; continues a prompt with its last token, seed
+    and index, and finishes the last request first."""
 
     def __init__(self, **options) -> None:
-        self.options = options
+        self.options, self.llm_engine, self.queue = options, self, []
 
-    def generate(self, prompts, params, use_tqdm):
-        outputs = []
-        for i, prompt in enumerate(prompts):
-            ids, options = prompt["prompt_token_ids"], params[i] if isinstance(params, list) else params
-            logprobs = {token: SimpleNamespace(logprob=value) for token, value in LOGPROBS}
-            rows = [[ids[-1], options["seed"], k] for k in range(options["n"])] if "n" in options else []
-            outputs.append(
-                SimpleNamespace(
-                    prompt_logprobs=[None] + [logprobs] * (len(ids) - 1),
-                    outputs=[SimpleNamespace(token_ids=tuple(row)) for row in rows],
-                )
-            )
-        return outputs
+    def enqueue(self, prompts, params, use_tqdm) -> list[str]:
+        self.queue = [(f"{7 + i}", prompt["prompt_token_ids"], params[i]) for i, prompt in enumerate(prompts)]
+        return [f"{name}-random" for name, _, _ in self.queue]
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.queue)
+
+    def step(self) -> list:
+        name, ids, options = self.queue.pop()
+        logprobs = {token: SimpleNamespace(logprob=value) for token, value in LOGPROBS}
+        rows = [[ids[-1], options.get("seed"), k] for k in range(options.get("n", 1))]
+        outputs = [SimpleNamespace(index=k, token_ids=tuple(row), logprobs=None) for k, row in enumerate(rows)]
+        prompt_logprobs = [None] + [logprobs] * (len(ids) - 1)
+        fields = {"request_id": name, "finished": True, "outputs": outputs, "prompt_logprobs": prompt_logprobs}
+        return [SimpleNamespace(finished=False), SimpleNamespace(**fields)]
 
 
 def test_vllm_in_process_gets_prompts_and_seeds_and_answers_in_order(config, system1_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=FakeLLM, SamplingParams=dict))
     engine = open_engine(replace(config, engine="vllm", top_k=3), load_tokenizer(system1_folder))
-    assert engine.llm.options["max_logprobs"] == 3 and engine.llm.options["dtype"] == "float32"
+    options = engine.backend.llm.options
+    assert options["max_logprobs"] == 3 and options["dtype"] == "float32" and "additional_config" not in options
     finished = {}
     requests = [*REQUESTS[:2], REQUESTS[2]._replace(seeds=[-1])]
     results = engine.generate(requests, finished.__setitem__)
     assert results == [[[11, 1, 0], [11, 1, 1], [11, 1, 2]], [[12, 4, 0]], [[42, 2**31 - 1, 0]]]
-    assert list(finished.values()) == results
+    assert [finished[index] for index in range(3)] == results and list(finished) == [2, 1, 0]
     candidates = [(3, math.exp(-0.1)), (4, math.exp(-2.0))]
     queries = [PositionQuery([5, 6, 7, 8], 1, 3), PositionQuery([5, 6], 1, 2)]
     assert engine.plausible(queries) == [[candidates] * 2, [candidates]]
@@ -153,7 +157,7 @@ class FalteringServer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr("llm2.exploration.engines.vllm_server.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("llm2.vllm.client.time.sleep", lambda seconds: None)
     FalteringServer.failures, FalteringServer.received = [], []
     http = ThreadingHTTPServer(("127.0.0.1", 0), FalteringServer)
     threading.Thread(target=http.serve_forever, args=[0.01], daemon=True).start()  # looks for a shutdown that often
@@ -193,7 +197,7 @@ def test_a_server_that_keeps_failing_is_an_error(client):
 
 
 def test_a_server_that_does_not_listen_is_an_error(config, system1_folder, monkeypatch):
-    monkeypatch.setattr("llm2.exploration.engines.vllm_server.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("llm2.vllm.client.time.sleep", lambda seconds: None)
     with pytest.raises(UserError, match="no answer from http://127.0.0.1:9/v1/models .*is `vllm serve` up"):
         open_engine(
             replace(config, engine="vllm", server="http://127.0.0.1:9/v1", top_k=5), load_tokenizer(system1_folder)

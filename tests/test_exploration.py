@@ -503,7 +503,6 @@ def test_a_template_that_rewrites_the_prompt_is_an_error(config, tmp_path):
         ({"task": "chats"}, "task: chats needs data_file"),
         ({"engine": "vllm"}, "engine: vllm needs top_k"),
         ({"server": "http://localhost:1/v1"}, "expected engine vllm"),
-        ({"verifier": "v", "engine": "vllm", "top_k": 5}, "verifier: found 'v' with engine vllm, expected engine llm2"),
         ({"stop_pattern": "("}, "is no regular expression"),
         ({"stop_pattern": "x", "engine": "vllm", "top_k": 5}, "stop_pattern: found 'x' with engine vllm"),
         ({"min_rollouts": 9}, "expected at most max_rollouts=8"),

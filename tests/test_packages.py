@@ -16,12 +16,13 @@ MAY_IMPORT = {
     "tasks": {"common", "testbed"},
     "verifier": {"common"},
     "decoding": {"common", "verifier"},
-    "exploration": {"common", "tasks", "verifier", "decoding"},
-    "evaluation": {"common", "tasks", "verifier", "decoding"},
+    "vllm": {"common", "verifier", "decoding"},
+    "exploration": {"common", "tasks", "verifier", "decoding", "vllm"},
+    "evaluation": {"common", "tasks", "verifier", "decoding", "vllm"},
     "study": {"common", "evaluation"},
     "baselines": {"common", "tasks", "verifier", "exploration"},
     "testbed.train": {"common", "tasks", "verifier", "decoding", "exploration", "testbed"},
-    "benchmarks": {"common", "tasks", "verifier", "decoding", "exploration", "testbed"},
+    "benchmarks": {"common", "tasks", "verifier", "decoding", "exploration", "testbed", "vllm"},
 }
 # Values in, values out: no files, no models, no other module of llm2 but pure ones.
 PURE = {
@@ -33,6 +34,7 @@ PURE = {
     "tasks.grading",
     "verifier.loss",
     "verifier.masks",
+    "vllm.settings",
 }
 
 

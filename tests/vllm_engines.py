@@ -115,7 +115,7 @@ def test_vllm_in_process_judges_as_the_local_engine_does(config, tokenizer, loca
 def test_a_vllm_server_judges_as_the_local_engine_does_and_explores(
     config, tokenizer, local, server, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr("llm2.exploration.engines.vllm_server.ATTEMPTS", 9)  # it takes a minute or more to come up
+    monkeypatch.setattr("llm2.vllm.client.ATTEMPTS", 9)  # it takes a minute or more to come up
     config = replace(config, engine="vllm", server=server)
     forks, right = judge(config, tokenizer, open_engine(config, tokenizer))
     assert forks == local[0]

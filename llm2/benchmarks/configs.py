@@ -11,6 +11,7 @@ from llm2.config import (
     Count,
     Device,
     Dtype,
+    EngineConfig,
     GuidanceConfig,
     LlamaShape,
     ModelConfig,
@@ -153,12 +154,39 @@ class LabelsBenchmark:
     """The cost is stated relative to an exploration with this many rollouts of every plausible token."""
 
 
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class ServedBenchmark(ModelConfig, GuidanceConfig, EngineConfig):
+    """Guided and plain decoding by vLLM and by our decoder."""
+
+    benchmark: Literal["served"]
+    """Which benchmark to run."""
+    verifier: str
+    """Trained verifier, a local folder or a hub id."""
+    output: str = "results/benchmark/served.json"
+    """JSON file for the results."""
+    model: str = "testbed"
+    """System 1: a local folder, a hub id, or `testbed` for the embedded one."""
+    task: str = "testbed"
+    """Task whose problems are solved: gsm8k, math500, testbed, or MODULE:CLASS."""
+    split: str = "test"
+    """Split of the task."""
+    problems: Count = 300
+    """Number of problems of each round; every round has its own."""
+    batch_sizes: tuple[Count, ...] = (64, 256)
+    """Sequences decoded at the same time."""
+    max_new_tokens: Count = 200
+    """Limit of new tokens per solution."""
+    rounds: Count = 5
+    """Measured runs of each case."""
+
+
 BENCHMARKS = {
     "decode": DecodeBenchmark,
     "throughput": ThroughputBenchmark,
     "train": TrainBenchmark,
     "rollouts": RolloutBenchmark,
     "labels": LabelsBenchmark,
+    "served": ServedBenchmark,
 }
 
 

@@ -63,7 +63,7 @@ def rollout_requests(config: RolloutBenchmark, engine: LocalEngine) -> list[Requ
 
 def generate_without_cache(vllm: VllmEngine, requests: Sequence[Request]) -> list[list[list[int]]]:
     """Drops the prefix cache, which earlier rounds have filled."""
-    vllm.llm.reset_prefix_cache()
+    vllm.backend.llm.reset_prefix_cache()
     return vllm.generate(requests)
 
 

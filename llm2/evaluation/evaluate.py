@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from llm2.common.chat import Message, encode_chats, resolve_template
 from llm2.common.distributed import barrier, dist_info, process_device
-from llm2.common.loading import load_system1, resolve_device
+from llm2.common.loading import load_system1, load_tokenizer, resolve_device
 from llm2.common.seeds import row_seed
 from llm2.config import EvaluateConfig, Mode
 from llm2.decoding.contrast import ContrastLogits
@@ -23,11 +23,12 @@ from llm2.decoding.sampling import Completion, SamplingParams
 from llm2.errors import UserError
 from llm2.evaluation.metrics import summarise
 from llm2.evaluation.predictions import Predictions
-from llm2.evaluation.tracing import TokenText, trace_record
+from llm2.evaluation.tracing import TokenText, recompute_trace, trace_record
 from llm2.tasks import Problem, Task, load_task
 from llm2.tasks.few_shot import load_few_shot
 from llm2.verifier.load import require_verifier, trained_beta
 from llm2.verifier.scoring import score_tokens, solution_score
+from llm2.vllm.backend import require_engine
 
 SCORING_BATCH = 16  # solutions that the verifier scores in one forward
 SETTINGS = (
@@ -76,10 +77,13 @@ def evaluate(config: EvaluateConfig) -> dict | None:
 
 def check(config: EvaluateConfig) -> None:
     """Validate what involves more than one key. Raises UserError."""
+    require_engine(config)
     if config.verifier is None and config.contrast is None and any(mode.guided for mode in config.modes):
         raise UserError("the guided modes need a verifier: set verifier=<folder>, or leave them out of modes")
     if config.verifier is not None and config.contrast is not None:
         raise UserError(f"contrast: found {config.contrast!r} beside a verifier, expected one of the two")
+    if config.contrast is not None and config.engine != "llm2":
+        raise UserError(f"contrast: found {config.contrast!r} with engine {config.engine}, expected engine llm2")
     if max(config.majority_at, default=1) > config.num_samples:
         raise UserError(
             f"majority_at: found {max(config.majority_at)}, expected at most num_samples={config.num_samples}"
@@ -123,14 +127,22 @@ class Evaluator:
 
     def __init__(self, config: EvaluateConfig, task: Task, examples: Sequence[Message]) -> None:
         device = str(process_device(resolve_device(config.device)))
-        self.llm2 = LLM2.from_pretrained(
-            config.model, config.verifier, device=device, dtype=config.dtype, **config.guidance()
-        )
+        self.llm2: LLM2 | None = None
+        if config.engine == "llm2" or config.verifier is not None:  # beside vLLM it scores and traces
+            self.llm2 = LLM2.from_pretrained(
+                config.model, config.verifier, device=device, dtype=config.dtype, **config.guidance()
+            )
         self.contrast = None
         if config.contrast is not None:
             self.contrast = load_system1(config.contrast, self.llm2.system1.device, config.dtype)
+        self.tokenizer = load_tokenizer(config.model)
+        self.vllm = None
+        if config.engine == "vllm":
+            from llm2.evaluation.vllm_decoder import VllmDecoder
+
+            self.vllm = VllmDecoder(config, self.llm2 and self.llm2.guidance, self.tokenizer)
         self.config, self.task, self.examples = config, task, examples
-        self.token_text = TokenText(self.llm2.tokenizer)
+        self.token_text = TokenText(self.tokenizer)
 
     def run(self, mode: Mode, problems: Sequence[Problem], predictions: Predictions) -> None:
         """Decode and grade this process's share of a mode's missing problems; write each as it is finished."""
@@ -156,19 +168,23 @@ class Evaluator:
         config, llm2 = self.config, self.llm2
         conversations = [[*self.examples, *self.task.prompt(problem)] for problem in problems]
         template = resolve_template(config.chat_template)
-        prompts = encode_chats(llm2.tokenizer, conversations, template, generation_prompt=True)
+        prompts = encode_chats(self.tokenizer, conversations, template, generation_prompt=True)
         samples = config.num_samples if mode.sampled else 1
         contrasts = mode.guided and self.contrast is not None
-        finished = Decoder(llm2.system1, llm2.guidance if mode.guided else None).stream(
-            prompts,
-            max_new_tokens=config.max_new_tokens,
-            eos=llm2.eos,
-            sampling=SamplingParams(temperature=config.temperature, top_p=config.top_p) if mode.sampled else None,
-            seeds=[[row_seed(config.seed, problem.id, i) for i in range(samples)] for problem in problems],
-            batch_size=config.batch_size,
-            process_logits=ContrastLogits(self.contrast, prompts, config) if contrasts else None,
-            trace=mode.guided and not contrasts and config.traced_samples > 0,
-        )
+        seeds = [[row_seed(config.seed, problem.id, i) for i in range(samples)] for problem in problems]
+        if self.vllm is not None:
+            finished = self.vllm.decode(mode, prompts, seeds)
+        else:
+            finished = Decoder(llm2.system1, llm2.guidance if mode.guided else None).stream(
+                prompts,
+                max_new_tokens=config.max_new_tokens,
+                eos=llm2.eos,
+                sampling=SamplingParams(temperature=config.temperature, top_p=config.top_p) if mode.sampled else None,
+                seeds=seeds,
+                batch_size=config.batch_size,
+                process_logits=ContrastLogits(self.contrast, prompts, config) if contrasts else None,
+                trace=mode.guided and not contrasts and config.traced_samples > 0,
+            )
         for index, completions in finished:
             if contrasts:  # the second model takes a verifier's place at every token
                 completions = [row._replace(num_verifier_calls=len(row.token_ids)) for row in completions]
@@ -181,7 +197,12 @@ class Evaluator:
             prompts = [decoded.prompt for decoded in group for _ in decoded.completions]
             solutions = [completion.token_ids for decoded in group for completion in decoded.completions]
             scores = iter(score_tokens(self.llm2.guidance.verifier, prompts, solutions, SCORING_BATCH))
-        for problem, _, completions in group:
+        for problem, prompt, completions in group:
+            if self.vllm is not None and mode.guided:
+                traced = completions[: self.config.traced_samples]
+                reader = (self.llm2.system1, self.llm2.guidance, prompt)
+                traced = [recompute_trace(*reader, completion, mode.sampled) for completion in traced]
+                completions = [*traced, *completions[len(traced) :]]
             scored = [(completion, next(scores, None)) for completion in completions]
             yield {
                 "id": problem.id,
@@ -193,7 +214,7 @@ class Evaluator:
             }
 
     def _samples(self, problem: Problem, scored: Sequence[tuple[Completion, list[float] | None]]) -> list[dict]:
-        texts = self.llm2.tokenizer.batch_decode([row.token_ids for row, _ in scored], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode([row.token_ids for row, _ in scored], skip_special_tokens=True)
         grades = self.task.grade(texts, problem.gold)
         return [
             {

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import lm_eval.models  # noqa: F401  its own models stay available beside this one
 import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance

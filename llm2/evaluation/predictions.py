@@ -29,6 +29,11 @@ MAY_DIFFER = (
     "reuse_from",
     "resume",
     "device",
+    "tensor_parallel",
+    "max_model_len",
+    "memory_share",
+    "server",
+    "server_requests",
 )
 SCORE_KEYS = ("verifier", "solution_score")
 GUIDED_ONLY = ("contrast", "alpha", "beta", "top_k", "score_samples", *SCORE_KEYS)  # without effect on plain decoding

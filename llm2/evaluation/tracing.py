@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm2.decoding.sampling import Completion
+from llm2.decoding.candidates import plausible
+from llm2.decoding.sampling import Completion, Guidance, TokenTrace
+from llm2.verifier.scoring import score_branches
 
 
 class TokenText:
@@ -49,3 +52,42 @@ def trace_record(completion: Completion, scores: Sequence[float] | None, token_t
         "scores": None if scores is None else [round(score, 2) for score in scores],
         "choices": choices,
     }
+
+
+@torch.inference_mode()
+def recompute_trace(
+    system1: PreTrainedModel, guidance: Guidance, prompt: Sequence[int], completion: Completion, sampled: bool
+) -> Completion:
+    """The completion with its trace, for an engine that shows its tokens only: a forward of each system.
+
+    Where it was sampled, `changed` is always False: the random numbers that chose are not known.
+    """
+    new, start = completion.token_ids, len(prompt)
+    ids = torch.tensor([[*prompt, *new]], device=system1.device)
+    logits = system1(ids, use_cache=False, logits_to_keep=len(new) + 1).logits[0, :-1].float()  # (new, V)
+    candidates, valid = plausible(logits, guidance.alpha, guidance.top_k)
+    lists = [row[:size] for row, size in zip(candidates.tolist(), valid.sum(-1).tolist(), strict=True)]
+    forks = {at: tokens for at, tokens in enumerate(lists) if len(tokens) > 1}
+    scores = (
+        dict(
+            zip(
+                forks,
+                score_branches(
+                    guidance.verifier, [*prompt, *new], {start + at: tokens for at, tokens in forks.items()}
+                ),
+                strict=True,
+            )
+        )
+        if forks
+        else {}
+    )
+    trace = []
+    for at, (token, tokens) in enumerate(zip(new, lists, strict=True)):
+        if token not in tokens:  # a near tie that the engine saw the other way round
+            tokens = [*tokens, token]
+            scores.pop(at, None)
+        logprobs = logits[at].log_softmax(dim=-1)[tokens].tolist()
+        chosen = tokens.index(token)
+        changed = chosen > 0 and at in scores and not sampled
+        trace.append(TokenTrace(tokens, logprobs, scores.get(at), chosen, changed))
+    return completion._replace(trace=trace)

@@ -38,7 +38,7 @@ from llm2.verifier.triplets import Triplet, record_line
 CHUNK = 16  # problems that are started together
 WINDOW = 8  # batches of rollouts in one round: fewer would leave rows idle at its end
 # Keys that may change when a run is resumed: none of them changes a triplet.
-MAY_DIFFER = ("limit", "batch_size", "device", "output", "tensor_parallel", "server", "server_requests")
+MAY_DIFFER = ("limit", "batch_size", "device", "output", "tensor_parallel", "memory_share", "server", "server_requests")
 
 
 @dataclass

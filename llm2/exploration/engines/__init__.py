@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llm2.config import RolloutConfig
 from llm2.errors import UserError
+from llm2.verifier.load import require_verifier
+from llm2.vllm.backend import require_engine
 
 Candidate = tuple[int, float]  # a token and its probability
 
@@ -62,14 +64,13 @@ class Engine(Protocol):
 
 def check_engine(config: RolloutConfig) -> None:
     """Raises UserError where the keys of the chosen engine do not fit together."""
+    require_engine(config)
+    if config.verifier is not None:
+        require_verifier(config.verifier)
     if config.engine == "vllm" and config.top_k is None:
         raise UserError(
             "engine: vllm needs top_k (say 10; a server shows at most 20): it lists the likeliest tokens only"
         )
-    if config.server is not None and config.engine != "vllm":
-        raise UserError(f"server: found {config.server!r} with engine {config.engine}, expected engine vllm")
-    if config.verifier is not None and config.engine != "llm2":
-        raise UserError(f"verifier: found {config.verifier!r} with engine {config.engine}, expected engine llm2")
     if config.stop_pattern is not None:
         if config.engine != "llm2":
             raise UserError(
@@ -82,11 +83,9 @@ def check_engine(config: RolloutConfig) -> None:
 
 
 def open_engine(config: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    """Raises UserError where vLLM, the model or the server is not available."""
+    """Raises UserError where vLLM, the model, the verifier or the server is not available."""
     if config.engine == "llm2":
         from llm2.exploration.engines.local import LocalEngine as EngineClass
-    elif config.server is None:
-        from llm2.exploration.engines.vllm import VllmEngine as EngineClass
     else:
-        from llm2.exploration.engines.vllm_server import ServerEngine as EngineClass
+        from llm2.exploration.engines.vllm import VllmEngine as EngineClass
     return EngineClass(config, tokenizer)

@@ -1,0 +1,12 @@
+"""Guided decoding inside vLLM. `GuidedProcessor` is what `--logits-processors llm2.vllm:GuidedProcessor` names.
+
+vLLM is imported only where it is used: the core, the settings and the client of a server run without it.
+"""
+
+
+def __getattr__(name: str):
+    if name != "GuidedProcessor":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from llm2.vllm.processor import GuidedProcessor
+
+    return GuidedProcessor

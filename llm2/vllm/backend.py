@@ -1,0 +1,56 @@
+"""Where vLLM runs, in this process or behind a URL, with one interface: token ids and sampling parameters in, answers
+out as they are finished."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from llm2.config import EngineConfig
+from llm2.errors import UserError
+
+SEEDS = 2**31  # vLLM gets seeds below it, and adds up to n - 1 to them
+
+
+class Answer(NamedTuple):
+    """What vLLM wrote behind one prompt."""
+
+    samples: list[list[int]]  # new token ids
+    logprobs: list[list[list[float]]]  # with `logprobs`, for each sample and token those of the likeliest tokens
+    prompt_logprobs: list[
+        list[tuple[int, float]]
+    ]  # with `prompt_logprobs`, for each position but the first (token, value)
+
+
+class Backend(Protocol):
+    def stream(
+        self, prompts: Sequence[Sequence[int]], options: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[int, Answer]]:
+        """(index of a prompt, its answer), in the order in which they finish.
+
+        Args:
+            options: for each prompt the arguments of vLLM's SamplingParams.
+        """
+
+    def close(self) -> None:
+        """Release memory, connections and processes."""
+
+
+def require_engine(config: EngineConfig) -> None:
+    """Raises UserError for a server without the engine that uses it."""
+    if config.server is not None and config.engine != "vllm":
+        raise UserError(f"server: found {config.server!r} with engine {config.engine}, expected engine vllm")
+
+
+def open_backend(config: EngineConfig, verifier: str | None, max_logprobs: int) -> Backend:
+    """Raises UserError where vLLM, the model, the verifier or the server is not available, or does not guide.
+
+    Args:
+        config: of a command that may run vLLM, with a model too.
+        verifier: None for plain requests only.
+    """
+    if config.server is not None:
+        from llm2.vllm.client import ServerBackend
+
+        return ServerBackend(config.server, config.model, config.server_requests, guides=verifier is not None)
+    from llm2.vllm.engine import InProcessBackend
+
+    return InProcessBackend(config, verifier, max_logprobs, max_num_seqs=config.batch_size)

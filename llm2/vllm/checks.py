@@ -1,0 +1,120 @@
+"""What guidance in vLLM refuses, in one sentence each, before an engine starts or as HTTP 400. Imports no vLLM."""
+
+from typing import Any
+
+import torch
+from transformers import AutoModel
+
+from llm2.common.loading import is_local
+from llm2.config import GuidanceConfig
+from llm2.errors import UserError
+from llm2.verifier.load import require_verifier
+from llm2.verifier.model import ProcessVerifierConfig
+from llm2.vllm.core import MAX_BRANCHES
+from llm2.vllm.plugin import ARCHITECTURES, PLUGIN
+from llm2.vllm.prefix_head import check_fingerprint
+from llm2.vllm.settings import engine_settings, request_guidance
+
+TESTED = "0.32.0"
+NO_PENALTY = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+
+def verifier_config(name: str) -> ProcessVerifierConfig:
+    require_verifier(name)
+    try:
+        return ProcessVerifierConfig.from_pretrained(name, local_files_only=is_local(name))
+    except (OSError, ValueError) as error:
+        raise UserError(f"verifier {name!r} could not be loaded: {str(error).strip().splitlines()[0]}") from None
+
+
+def resolve_guidance(config: GuidanceConfig, verifier: str) -> GuidanceConfig:
+    """With the beta that the verifier's training chose, where none is given."""
+    beta = verifier_config(verifier).beta if config.beta is None else config.beta
+    if beta is None:
+        raise UserError("beta: null, and the verifier names none (only training on soft targets chooses one)")
+    return GuidanceConfig(alpha=config.alpha, top_k=config.top_k, beta=beta)
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Raises UserError where guidance does not work with a `VllmConfig`."""
+    settings, model = engine_settings(vllm_config.additional_config), vllm_config.model_config
+    scheduler, system1 = vllm_config.scheduler_config, model.hf_text_config
+    config = verifier_config(settings.verifier)
+    backbone = config.backbone_config.get_text_config()
+    if vllm_config.speculative_config is not None:
+        raise UserError(
+            "speculative_config: found one, expected none: System 2 scores one token of a request at a time"
+        )
+    if model.enable_prompt_embeds:
+        raise UserError("enable_prompt_embeds: found true, expected false: System 2 reads token ids")
+    if model.is_multimodal_model:
+        raise UserError(
+            f"model {model.model}: found a multimodal model, expected one of text: System 2 reads text only"
+        )
+    if getattr(vllm_config.parallel_config, "enable_batch_sharded_sampling", False):
+        raise UserError(
+            "enable_batch_sharded_sampling: found true, expected false: a rank would hold the logits of some requests"
+        )
+    if scheduler.async_scheduling and not model.logits_processors and not vllm_config.use_v2_model_runner:
+        raise UserError(
+            "async_scheduling: found true with a processor that was loaded as a plug-in, which vLLM then does not show "
+            "the last tokens; expected --no-async-scheduling or --logits-processors llm2.vllm:GuidedProcessor"
+        )
+    if backbone.vocab_size < system1.vocab_size:
+        raise UserError(
+            f"verifier {settings.verifier!r}: found {backbone.vocab_size} tokens, System 1 has {system1.vocab_size}; "
+            "expected one made from this System 1"
+        )
+    window = getattr(backbone, "sliding_window", None) if getattr(backbone, "use_sliding_window", True) else None
+    if window is not None and window < model.max_model_len:
+        raise UserError(
+            f"max_model_len: found {model.max_model_len}, expected at most {window}, the sliding window of "
+            f"{settings.verifier!r}, which was trained on texts up to that length"
+        )
+    check_kind(config, settings.verifier, model.architectures[0], model.model)
+    if config.prefix_head is not None and vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise UserError(
+            "pipeline_parallel_size: found more than 1, expected 1: a prefix head needs states and embeddings"
+        )
+
+
+def check_kind(config: ProcessVerifierConfig, name: str, architecture: str, model: str) -> None:
+    """A prefix head needs a model that shows its states and has the weights that the head was trained on."""
+    shows_states = architecture.startswith(PLUGIN)
+    if config.prefix_head is None and shows_states:
+        raise UserError(f"verifier {name!r}: found no prefix head, expected one with the architecture {architecture}")
+    if config.prefix_head is not None and not shows_states:
+        raise UserError(
+            f"verifier {name!r}: found a prefix head and the architecture {architecture}, which does not show "
+            f"its states; expected hf_overrides with one of {', '.join(PLUGIN + known for known in ARCHITECTURES)}"
+        )
+    if config.prefix_head is not None:
+        check_fingerprint(model, name, config)
+
+
+def check_request(params: Any) -> None:
+    """Raises UserError for `SamplingParams` that guidance does not go with."""
+    if request_guidance(params.extra_args) is None:
+        return
+    for key, neutral in NO_PENALTY.items():
+        if (found := getattr(params, key)) != neutral:
+            raise UserError(
+                f"{key}: found {found} with llm2_beta, expected {neutral}: vLLM's model runners apply penalties on "
+                "different sides of guidance"
+            )
+
+
+def describe_memory(config: ProcessVerifierConfig, dtype: torch.dtype, num_slots: int, max_len: int) -> str:
+    """The bytes that System 2 takes, and what to lower."""
+    backbone = config.backbone_config.get_text_config()
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in AutoModel.from_config(backbone).parameters()) * dtype.itemsize
+    heads = getattr(backbone, "num_key_value_heads", None) or backbone.num_attention_heads
+    width = getattr(backbone, "head_dim", None) or backbone.hidden_size // backbone.num_attention_heads
+    positions = num_slots * (max_len + MAX_BRANCHES + 1)
+    cache = 2 * backbone.num_hidden_layers * heads * width * positions * dtype.itemsize
+    merged = "; a LoRA verifier is merged at load, so it takes weights of its own here" if config.lora else ""
+    return (
+        f"System 2 takes {weights / 2**20:,.0f} MiB of weights and {cache / 2**20:,.0f} MiB of cache for max_num_seqs="
+        f"{num_slots} sequences of max_model_len={max_len} tokens; lower these two where memory is short{merged}"
+    )

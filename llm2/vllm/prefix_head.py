@@ -1,0 +1,109 @@
+"""A prefix head inside vLLM: no second model and no cache, a small product of what System 1 has computed anyway.
+
+A logits processor does not see System 1's states. So Llama and Qwen get subclasses (`prefix_models`), out-of-tree
+architectures `LLM2...`, whose `compute_logits` shows them to this module. With GuidedProcessor each request has its own
+alpha and beta; without it, where the engine has a default beta, `compute_logits` itself guides every row: then
+log-probabilities are guided ones, and nothing but the model differs from plain vLLM.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoConfig
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
+
+from llm2.common.loading import is_local
+from llm2.config import GuidanceConfig
+from llm2.errors import UserError
+from llm2.verifier.heads import PrefixHead, fingerprint
+from llm2.verifier.model import ProcessVerifierConfig
+from llm2.vllm.core import GuidedBatch, GuidedSequence, Proposals
+from llm2.vllm.plugin import ARCHITECTURES, PLUGIN, register
+
+
+class HeadBatch(GuidedBatch):
+    """Scores from the states of the last `compute_logits`, whose rows are those of the logits."""
+
+    reads_tokens = False
+    head: PrefixHead
+    embed: Callable[[torch.Tensor], torch.Tensor]  # System 1's input embedding, (n,) -> (n, D)
+    states: torch.Tensor  # (R, D)
+
+    def join(self, guidance: GuidanceConfig, token_ids: Sequence[int]) -> GuidedSequence:
+        return GuidedSequence(0, guidance)
+
+    def leave(self, sequence: GuidedSequence) -> None:
+        pass
+
+    def stats(self) -> dict[str, int]:
+        return {}
+
+    def score(self, proposals: Sequence[Proposals]) -> Sequence[torch.Tensor]:
+        scores = []
+        for rows, _, candidates, _ in proposals:
+            embeddings = self.embed(candidates.flatten()).unflatten(0, candidates.shape)  # (n, K, D)
+            scores.append(self.head(self.states[rows, None], embeddings))
+        return scores
+
+
+@cache
+def head_batch() -> HeadBatch:
+    """The one of this process: the processor is made before the model, and knows it only through this object."""
+    return HeadBatch()
+
+
+def load_head(name: str, config: ProcessVerifierConfig) -> PrefixHead:
+    """The head alone, without System 1."""
+    width = config.backbone_config.get_text_config().hidden_size
+    head = PrefixHead(config.prefix_head, torch.ones(1, width, device="cpu"))
+    state = load_file(cached_file(name, SAFE_WEIGHTS_NAME, local_files_only=is_local(name)))
+    head.load_state_dict({key.removeprefix("score."): tensor for key, tensor in state.items()})
+    return head.float().eval().requires_grad_(False)
+
+
+def check_fingerprint(model: str, name: str, config: ProcessVerifierConfig) -> None:
+    """Raises UserError where a head was trained on the states of another System 1 than the checkpoint `model`."""
+    folder = Path(model if is_local(model) else snapshot_download(model, allow_patterns=["*.safetensors"]))
+    if _fingerprint(folder) != config.system1_fingerprint:
+        raise UserError(
+            f"verifier {name!r}: it was trained on the states of {config.base_model}, found another System 1, {model}; "
+            "a prefix head is of no use to any other model"
+        )
+
+
+@cache
+def _fingerprint(folder: Path) -> str:
+    """Once a process: it reads the whole checkpoint."""
+    return fingerprint(_Checkpoint(folder))
+
+
+class _Checkpoint:
+    """The weights of a folder under the names that the backbone gives them, read one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = sorted(folder.glob("*.safetensors"))
+
+    def named_parameters(self) -> Mapping[str, Any]:
+        for path in self.files:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  the file is no dictionary
+                    if key.startswith("model."):
+                        yield key.removeprefix("model."), file.get_tensor(key)
+
+
+def plugin_overrides(model: str) -> dict[str, list[str]]:
+    """vLLM's `hf_overrides` for a prefix head on this model. Raises UserError for families without a subclass."""
+    (architecture,) = AutoConfig.from_pretrained(model, local_files_only=is_local(model)).architectures
+    if architecture not in ARCHITECTURES:
+        raise UserError(
+            f"model {model!r}: found {architecture} with a prefix head, which in vLLM needs one of "
+            f"{', '.join(ARCHITECTURES)}; expected engine: llm2 or a verifier of its own weights"
+        )
+    register()
+    return {"architectures": [PLUGIN + architecture]}

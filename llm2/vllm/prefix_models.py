@@ -1,0 +1,46 @@
+"""Llama and Qwen of vLLM that show their states to a prefix head; `plugin.register` names them."""
+
+import torch
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+
+from llm2.vllm.checks import check_engine, verifier_config
+from llm2.vllm.core import GuidedSequence
+from llm2.vllm.prefix_head import head_batch, load_head
+from llm2.vllm.settings import engine_settings
+
+
+class ShowsStates:
+    """Mixed in before a model class of vLLM."""
+
+    def __init__(self, *, vllm_config, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        check_engine(vllm_config)
+        settings = engine_settings(vllm_config.additional_config)
+        self.batch = head_batch()
+        self.batch.head = load_head(settings.verifier, verifier_config(settings.verifier))
+        self.batch.head.to(next(self.parameters()).device)
+        self.batch.embed = self.embed_input_ids
+        by_processor = bool(vllm_config.model_config.logits_processors)
+        self.always = None if by_processor or settings.default is None else GuidedSequence(0, settings.default)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        logits = super().compute_logits(hidden_states)
+        self.batch.states = hidden_states
+        if logits is not None and self.always is not None:
+            logits = logits.float()
+            self.batch.guide(logits, [(row, self.always) for row in range(len(logits))])
+        return logits
+
+
+class LLM2LlamaForCausalLM(ShowsStates, LlamaForCausalLM):
+    pass
+
+
+class LLM2Qwen2ForCausalLM(ShowsStates, Qwen2ForCausalLM):
+    pass
+
+
+class LLM2Qwen3ForCausalLM(ShowsStates, Qwen3ForCausalLM):
+    pass

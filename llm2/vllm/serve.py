@@ -1,0 +1,79 @@
+"""The command `serve`: checks, the arguments of vLLM's OpenAI-compatible server, and a request to try."""
+
+import json
+import runpy
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from llm2.common.chat import resolve_template
+from llm2.common.config_file import read_values
+from llm2.common.loading import load_tokenizer
+from llm2.config import GuidanceConfig, ServeConfig
+from llm2.errors import UserError
+from llm2.verifier.load import require_verifier
+from llm2.vllm.checks import resolve_guidance
+from llm2.vllm.engine import check_options, engine_options, require_vllm
+
+QUESTION = "Nina has 12 shells. Ben has half as many shells as Nina. How many shells do they have together?"
+
+
+def check(config: ServeConfig) -> None:
+    """Raises UserError where the verifier does not exist or was trained with another chat template."""
+    require_verifier(config.verifier)
+    if config.server is not None:
+        raise UserError(f"server: found {config.server!r}, expected null: this command starts one")
+    trained = Path(config.verifier, "train.yaml")
+    if not trained.exists():
+        return
+    trained_name, own = read_values(trained)["chat_template"], load_tokenizer(config.model).chat_template
+    if (resolve_template(trained_name) or own) != (resolve_template(config.chat_template) or own):
+        raise UserError(
+            f"chat_template: found {config.chat_template!r}, expected {trained_name!r}: the verifier "
+            f"{config.verifier} was trained with it ({trained})"
+        )
+
+
+def serve(config: ServeConfig) -> None:
+    """Runs until it is interrupted."""
+    check(config)
+    require_vllm()
+    guidance = resolve_guidance(config, config.verifier)
+    options = engine_options(config, config.verifier, guidance if config.guide_by_default else None)
+    check_options(options)
+    extra = {"max_num_seqs": config.batch_size, "data_parallel_size": config.data_parallel}
+    extra |= {"served_model_name": config.model, "host": config.host, "port": config.port, "seed": config.seed}
+    if config.chat_template is not None:
+        extra["chat_template"] = resolve_template(config.chat_template)
+    print(f"once the server is up:\n\n{curl(config, guidance)}\n", flush=True)
+    sys.argv = ["serve", *command_line(options | extra)]
+    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
+
+
+def command_line(options: dict[str, Any]) -> list[str]:
+    """Arguments of `LLM` as those of the server."""
+    arguments = []
+    for key, value in options.items():
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            arguments += [f"--{name}", *value]
+        else:
+            arguments += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return arguments
+
+
+def curl(config: ServeConfig, guidance: GuidanceConfig) -> str:
+    """A guided request."""
+    content = {
+        "model": config.model,
+        "messages": [{"role": "user", "content": QUESTION}],
+        "max_tokens": 200,
+        "temperature": 0,
+        "vllm_xargs": {"llm2_beta": guidance.beta, "llm2_alpha": guidance.alpha},
+    }
+    host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
+    url = f"http://{host}:{config.port}/v1/chat/completions"
+    return f"curl -s {url} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(content))}"

@@ -1,0 +1,93 @@
+"""The keys `llm2_*` of an engine (`additional_config`) and of a request (`extra_args`, in HTTP `vllm_xargs`). Pure."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from llm2.config import GuidanceConfig
+from llm2.errors import UserError
+
+PREFIX = "llm2_"
+OFF = "off"  # as beta: a plain request to an engine that guides by default
+REQUEST_KEYS = ("llm2_alpha", "llm2_beta", "llm2_top_k")
+ENGINE_KEYS = ("llm2_verifier", *REQUEST_KEYS)
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What the keys of an engine say.
+
+    Args:
+        verifier: folder or hub id of System 2.
+        default: guidance of requests without `llm2_beta`; None leaves them plain.
+        values: alpha and top_k of requests that do not set them.
+    """
+
+    verifier: str
+    default: GuidanceConfig | None
+    values: Mapping[str, Any]
+
+
+def engine_settings(additional_config: Any) -> EngineSettings:
+    """Raises UserError where a key is unknown, missing or out of range."""
+    values = _own_keys(
+        additional_config if isinstance(additional_config, dict) else {}, ENGINE_KEYS, "additional_config"
+    )
+    verifier = values.pop("llm2_verifier", None)
+    if not isinstance(verifier, str):
+        raise UserError(f"additional_config: llm2_verifier: found {verifier!r}, expected a verifier's folder or hub id")
+    default = _guidance(values, "additional_config")
+    return EngineSettings(verifier, default, {k: v for k, v in values.items() if k != "llm2_beta"})
+
+
+def request_guidance(
+    extra_args: Mapping[str, Any] | None, engine: EngineSettings | None = None
+) -> GuidanceConfig | None:
+    """How a request is guided; None for a plain one. Raises UserError where a key is unknown or out of range.
+
+    Args:
+        engine: None only checks the keys, where the engine's own are not known.
+    """
+    values = _own_keys(extra_args or {}, REQUEST_KEYS, "request")
+    if values.get("llm2_beta") == OFF:
+        return None
+    if engine is not None:
+        default = {} if engine.default is None else {"llm2_beta": engine.default.beta}
+        values = {**default, **engine.values, **values}
+    elif "llm2_beta" not in values:
+        _guidance({**values, "llm2_beta": 0.0}, "request")  # the engine may have a default beta
+        return None
+    return _guidance(values, "request")
+
+
+def guidance_args(guidance: GuidanceConfig | None) -> dict[str, float | int]:
+    """A request's `extra_args`, in HTTP its `vllm_xargs`; empty for a plain one."""
+    values = {} if guidance is None else guidance.guidance()
+    return {PREFIX + key: value for key, value in values.items() if value is not None}
+
+
+def _own_keys(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> dict[str, Any]:
+    own = {key: value for key, value in values.items() if str(key).startswith(PREFIX)}
+    for key in own:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}, expected one of {', '.join(known)}")
+    return own
+
+
+def _guidance(values: Mapping[str, Any], where: str) -> GuidanceConfig | None:
+    """None without beta, once the other keys are checked."""
+    try:
+        checked = GuidanceConfig(**{key.removeprefix(PREFIX): value for key, value in values.items()})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = f"{PREFIX}{first['loc'][0]}"
+        raise UserError(f"{where}: {key}: found {first['input']!r}, expected: {first['msg']}") from None
+    if checked.alpha == 0 or checked.beta is None or not math.isfinite(checked.beta):
+        raise UserError(
+            f"{where}: llm2_alpha, llm2_beta: found {checked.alpha} and {checked.beta}, expected alpha above 0 and a "
+            "finite beta"
+        )
+    return checked if "llm2_beta" in values else None

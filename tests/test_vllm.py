@@ -1,0 +1,559 @@
+"""Guidance for vLLM, without vLLM: what its core writes under random schedules is what our decoder writes."""
+
+import json
+import logging
+import math
+import random
+import shlex
+import shutil
+import sys
+from abc import ABC, abstractmethod
+from dataclasses import make_dataclass, replace
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCABULARY, tiny_system1
+
+from llm2.common.config_file import write_config
+from llm2.common.loading import load_tokenizer
+from llm2.config import EvaluateConfig, GuidanceConfig, Mode, ServeConfig, TrainConfig
+from llm2.decoding.decoder import Decoder
+from llm2.decoding.model_runner import ModelRunner
+from llm2.decoding.sampling import Guidance
+from llm2.errors import UserError
+from llm2.evaluation.tracing import recompute_trace
+from llm2.evaluation.vllm_decoder import VllmDecoder
+from llm2.verifier.heads import fingerprint
+from llm2.verifier.model import ProcessVerifier
+from llm2.vllm import core, serve
+from llm2.vllm.backend import Answer
+from llm2.vllm.checks import check_engine, describe_memory
+from llm2.vllm.core import VerifierBatch
+from llm2.vllm.prefix_head import HeadBatch, check_fingerprint, load_head
+from llm2.vllm.settings import engine_settings, guidance_args, request_guidance
+
+EOS, NEW, SLOTS = [1], 12, 5
+GUIDANCE = [
+    GuidanceConfig(alpha=0.02, beta=3.0),
+    GuidanceConfig(alpha=0.1, beta=1.5),
+    GuidanceConfig(alpha=0.001, top_k=3),
+]
+
+
+class Entry(NamedTuple):
+    prompt: list[int]
+    guidance: GuidanceConfig | None
+    written: list[int]
+    handle: list  # what the engine knows it by, while it runs
+
+
+def prompts(count: int) -> list[list[int]]:
+    """Prompts of unequal length; many begin alike, as those of samples and of few-shot examples do."""
+    generator = random.Random(count)
+    shared = [generator.randrange(3, VOCABULARY) for _ in range(40)]
+    tails = [[generator.randrange(3, VOCABULARY) for _ in range(generator.randrange(1, 12))] for _ in range(count)]
+    return [shared[: generator.choice([0, 0, 20, 40])] + tail for tail in tails]
+
+
+def written_by_decoder(system1, verifier, prompt, guidance) -> list[int]:
+    guidance = guidance and Guidance(verifier=verifier, **guidance.guidance())
+    ((completion,),) = Decoder(system1, guidance).decode([prompt], max_new_tokens=NEW, eos=EOS)
+    return completion.token_ids
+
+
+class FakeEngine:
+    """Batches of logits in random order, of sequences that join, leave, are preempted and come back."""
+
+    def __init__(self, system1, batch: VerifierBatch, requests, seed: int) -> None:
+        self.system1, self.batch, self.random = system1, batch, random.Random(seed)
+        self.waiting = [Entry(prompt, guidance, [], []) for prompt, guidance in requests]
+        self.running: list[Entry] = []
+        self.preemptions = 0
+
+    def run(self) -> None:
+        while self.waiting or self.running:
+            while self.waiting and len(self.running) < SLOTS and self.random.random() < 0.7:
+                entry = self.waiting.pop(0)
+                self.running.append(entry)
+                self.join(entry)
+            if self.running:
+                self.step()
+
+    def step(self) -> None:
+        self.order()
+        logits, partial = [], set()
+        for row, (prompt, _, written, _) in enumerate(self.running):
+            ids = prompt + written
+            if len(ids) > 1 and self.random.random() < 0.2:  # a part of the prompt only: its logits are of no use
+                partial.add(row)
+                ids = ids[: self.random.randrange(1, len(ids))]
+            with torch.inference_mode():
+                logits.append(self.system1(torch.tensor([ids])).logits[0, -1])
+        logits = torch.stack(logits)
+        before = logits.clone()
+        self.apply(logits, partial)
+        left = []
+        for row, entry in enumerate(self.running):
+            if entry.guidance is None:
+                assert torch.equal(logits[row], before[row])
+            if row not in partial:
+                entry.written.append(logits[row].argmax().item())
+            finished = entry.written and (entry.written[-1] in EOS or len(entry.written) == NEW)
+            if not finished and self.random.random() < 0.1:
+                self.preemptions += 1
+                self.waiting.append(entry)
+                left.append(entry)
+            elif finished:
+                left.append(entry)
+        for entry in left:
+            self.leave(entry)
+
+    # What the core's caller does; the engines below do it through vLLM's interfaces.
+
+    def join(self, entry: Entry) -> None:
+        if entry.guidance is not None:
+            entry.handle.append(self.batch.join(entry.guidance, [*entry.prompt, *entry.written]))
+
+    def order(self) -> None:
+        self.random.shuffle(self.running)
+
+    def apply(self, logits: torch.Tensor, partial: set[int]) -> None:
+        rows = [(row, entry.handle[-1]) for row, entry in enumerate(self.running) if entry.guidance]
+        for row, sequence in rows:
+            ids = self.running[row].prompt + self.running[row].written
+            sequence.token_ids.extend(ids[len(sequence.token_ids) :])
+        self.batch.guide(logits, rows)
+
+    def leave(self, entry: Entry) -> None:
+        self.running.remove(entry)
+        if entry.guidance is not None:
+            self.batch.leave(entry.handle.pop())
+
+
+class V1Engine(FakeEngine):
+    """Tells the processor what was removed, added and moved, as vLLM's first model runner does."""
+
+    def __init__(self, system1, processor, requests, seed: int) -> None:
+        super().__init__(system1, processor.batch, requests, seed)
+        self.processor, self.rows, self.removed, self.new = processor, [], [], []
+
+    def join(self, entry: Entry) -> None:
+        self.new.append(entry)
+
+    def order(self) -> None:
+        added, moved, rows = [], [], self.rows
+        self.removed.sort()
+        for entry in self.new:
+            row = self.removed.pop(0) if self.removed else len(rows)
+            rows[row : row + 1] = [entry]
+            params = SimpleNamespace(extra_args=guidance_args(entry.guidance))
+            added.append((row, params, entry.prompt, entry.written))
+        while self.removed:  # the last rows move into the gaps
+            while rows and rows[-1] is None:
+                rows.pop()
+            if self.removed[0] >= len(rows):
+                break
+            gap = self.removed.pop(0)
+            moved.append((len(rows) - 1, gap, "one way"))
+            rows[gap] = rows.pop()
+        if len(rows) > 1 and self.random.random() < 0.5:
+            a, b = self.random.sample(range(len(rows)), 2)
+            rows[a], rows[b] = rows[b], rows[a]
+            moved.append((a, b, "swap"))
+        update = SimpleNamespace(removed=self.removed[::-1], added=added, moved=moved)
+        self.processor.update_state(update if self.removed or added or moved else None)
+        self.running, self.new, self.removed = list(rows), [], []
+
+    def apply(self, logits: torch.Tensor, partial: set[int]) -> None:
+        assert self.processor.apply(logits) is logits
+
+    def leave(self, entry: Entry) -> None:
+        self.running.remove(entry)
+        if entry in self.new:
+            self.new.remove(entry)
+        else:
+            row = self.rows.index(entry)
+            self.rows[row] = None
+            self.removed.append(row)
+
+
+class V2Engine(FakeEngine):
+    """Gives requests fixed indices and shows tokens as arrays, as vLLM's second model runner does."""
+
+    def __init__(self, system1, processor, requests, seed: int) -> None:
+        super().__init__(system1, processor.batch, requests, seed)
+        self.processor, self.state, self.free = processor, processor.requests, list(range(SLOTS))
+
+    def join(self, entry: Entry) -> None:
+        entry.handle.append(self.free.pop(self.random.randrange(len(self.free))))
+        self.state.prefill_len.np[entry.handle[-1]] = len(entry.prompt) + len(entry.written)
+        params = SimpleNamespace(extra_args=guidance_args(entry.guidance))
+        assert self.processor.add_request(entry.handle[-1], params) == (entry.guidance is not None)
+
+    def apply(self, logits: torch.Tensor, partial: set[int]) -> None:
+        lengths = []
+        for row, entry in enumerate(self.running):
+            ids, index = entry.prompt + entry.written, entry.handle[-1]
+            self.state.all_token_ids.gpu[index, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+            if row in partial:
+                self.state.prefill_len.np[index] = len(ids)
+            lengths.append(len(ids) - (row in partial))
+        indices = np.array([entry.handle[-1] for entry in self.running])
+        ctx = SimpleNamespace(idx_mapping_np=indices, seq_lens_upper_bound_np=np.array(lengths))
+        assert self.processor.apply(logits, ctx) is logits
+
+    def leave(self, entry: Entry) -> None:
+        self.running.remove(entry)
+        self.free.append(entry.handle.pop())
+
+
+@pytest.fixture(scope="module", params=["candidate", "prefix"])
+def verifier(request, tmp_path_factory) -> ProcessVerifier:
+    """Of both kinds with all layers, whose scores are large enough to change choices."""
+    folder = tmp_path_factory.mktemp("system1")
+    tiny_system1(1).save_pretrained(folder)
+    torch.manual_seed(1)
+    return ProcessVerifier.from_system1(str(folder), score=request.param, local_files_only=True).eval()
+
+
+def expect_decoder(engine: FakeEngine, system1, verifier, requests) -> None:
+    finished = engine.waiting[:]
+    engine.run()
+    expected = [written_by_decoder(system1, verifier, *request) for request in requests]
+    assert [entry.written for entry in finished] == expected
+    assert engine.preemptions > 3
+    plain = [written_by_decoder(system1, None, prompt, None) for prompt, _ in requests]
+    assert sum(a != b for a, b in zip(plain, expected, strict=True)) > 6, "guidance must change choices"
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[tuple[list[int], GuidanceConfig | None]]:
+    return [(prompt, [None, *GUIDANCE][index % 4]) for index, prompt in enumerate(prompts(24))]
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("max_tokens, max_branches, varlen", [(8_192, 64, True), (20, 4, True), (20, 4, False)])
+def test_random_schedules_write_what_the_decoder_writes(
+    system1, verifier, requests, seed, max_tokens, max_branches, varlen, monkeypatch
+):
+    """In large and small forwards, laid out as on a CPU and as on a GPU."""
+    monkeypatch.setattr(core, "MAX_BRANCHES", max_branches)
+    monkeypatch.setattr(ModelRunner, "varlen", varlen)
+    batch = VerifierBatch(verifier, num_slots=SLOTS, max_len=64, max_tokens=max_tokens)
+    expect_decoder(FakeEngine(system1, batch, requests, seed), system1, verifier, requests)
+    assert len(batch.free_slots) == SLOTS
+
+
+class FakeV1(ABC):
+    @abstractmethod
+    def update_state(self, batch_update): ...
+
+    @abstractmethod
+    def apply(self, logits): ...
+
+
+class FakeV2(ABC):
+    @abstractmethod
+    def add_request(self, req_idx, sampling_params): ...
+
+    @abstractmethod
+    def apply(self, logits, ctx): ...
+
+
+def struct(name: str, *names: str) -> type:
+    return make_dataclass(name, names)
+
+
+@pytest.fixture
+def vllm(monkeypatch) -> dict[str, SimpleNamespace]:
+    """The parts of vLLM that the processor imports."""
+    group = SimpleNamespace(is_last_rank=True)
+    state = struct("LogitsProcRequestState", "device", "max_num_reqs", "all_token_ids", "prefill_len")
+    modules = {
+        "vllm": SimpleNamespace(__version__="9.9", ModelRegistry=SimpleNamespace(register_model=lambda *names: None)),
+        "vllm.distributed": SimpleNamespace(
+            get_pp_group=lambda: group, get_tensor_model_parallel_rank=lambda: 0, group=group
+        ),
+        "vllm.logger": SimpleNamespace(init_logger=logging.getLogger),
+        "vllm.v1.sample.logits_processor": SimpleNamespace(
+            BatchUpdate=struct("BatchUpdate", "removed", "added", "moved"),
+            MoveDirectionality=SimpleNamespace(SWAP="swap"),
+            LogitsProcessor=FakeV1,
+        ),
+        "vllm.v1.worker.gpu.sample.logits_processor": SimpleNamespace(
+            LogitsContext=struct("LogitsContext", "idx_mapping_np", "seq_lens_upper_bound_np"),
+            LogitsProcRequestState=state,
+            LogitsProcessor=FakeV2,
+        ),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "llm2.vllm.processor", raising=False)
+    yield modules
+    sys.modules.pop("llm2.vllm.processor", None)
+
+
+@pytest.fixture(scope="module")
+def folder(verifier, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("verifier")
+    verifier.save_pretrained(path)
+    return str(path)
+
+
+def vllm_config(system1, verifier: str, additional: dict | None = None, **changes) -> SimpleNamespace:
+    model = {"model": "m", "hf_text_config": system1.config, "dtype": torch.float32, "max_model_len": 64}
+    model |= {"enable_prompt_embeds": False, "is_multimodal_model": False, "logits_processors": ["x"]}
+    model |= {"architectures": ["LlamaForCausalLM"]}
+    scheduler = {"async_scheduling": True, "max_num_seqs": SLOTS, "max_num_batched_tokens": 128}
+    parallel = {"pipeline_parallel_size": 1, "enable_batch_sharded_sampling": False}
+    own = {"speculative_config": None, "use_v2_model_runner": False}
+    for values in (model, scheduler, parallel, own):
+        values |= {key: changes.pop(key) for key in list(changes) if key in values}
+    assert not changes
+    return SimpleNamespace(
+        additional_config={"llm2_verifier": verifier, **(additional or {})},
+        model_config=SimpleNamespace(**model),
+        scheduler_config=SimpleNamespace(**scheduler),
+        parallel_config=SimpleNamespace(**parallel),
+        **own,
+    )
+
+
+def processor_v1(config):
+    from llm2.vllm import GuidedProcessor
+
+    return GuidedProcessor(config, torch.device("cpu"), False)
+
+
+def processor_v2(config):
+    from llm2.vllm import GuidedProcessor
+
+    tokens = SimpleNamespace(gpu=torch.zeros(SLOTS, 64, dtype=torch.int32))
+    lengths = SimpleNamespace(np=np.zeros(SLOTS, dtype=np.int32))
+    fields = {"device": torch.device("cpu"), "max_num_reqs": SLOTS, "all_token_ids": tokens, "prefill_len": lengths}
+    return GuidedProcessor(config, SimpleNamespace(**fields))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("engine, make", [(V1Engine, processor_v1), (V2Engine, processor_v2)], ids=["V1", "V2"])
+def test_both_interfaces_write_what_the_decoder_writes(vllm, system1, verifier, folder, requests, engine, make, seed):
+    processor = make(vllm_config(system1, folder))
+    expect_decoder(engine(system1, processor, requests, seed), system1, verifier, requests)
+
+
+def test_ranks_of_a_pipeline_without_logits_load_nothing(vllm, system1, folder, monkeypatch):
+    monkeypatch.setattr(vllm["vllm.distributed"].group, "is_last_rank", False)
+    processor = processor_v1(vllm_config(system1, folder))
+    assert processor.batch is None
+    added = [(0, SimpleNamespace(extra_args={"llm2_beta": 1.0}), [5, 6], [])]
+    processor.update_state(SimpleNamespace(removed=[], added=added, moved=[]))
+    assert processor.guided == {}
+
+
+def test_another_interface_is_told_in_one_sentence(vllm, system1, folder, monkeypatch):
+    monkeypatch.setattr(FakeV2, "apply", lambda self, logits, ctx, more: None)
+    monkeypatch.setattr(
+        vllm["vllm.v1.sample.logits_processor"], "BatchUpdate", struct("BatchUpdate", "removed", "added")
+    )
+    with pytest.raises(UserError, match=r"vLLM 9.9 changed .*, BatchUpdate; guidance was tested with vLLM 0.32.0"):
+        processor_v1(vllm_config(system1, folder))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"speculative_config": object()}, "speculative_config"),
+        ({"enable_prompt_embeds": True}, "prompt_embeds"),
+        ({"is_multimodal_model": True}, "multimodal"),
+        ({"enable_batch_sharded_sampling": True}, "batch_sharded_sampling"),
+        ({"logits_processors": None}, "async_scheduling"),
+        ({"hf_text_config": SimpleNamespace(vocab_size=VOCABULARY + 1)}, "found 64 tokens, System 1 has 65"),
+        ({"architectures": ["LLM2LlamaForCausalLM"]}, "found no prefix head"),
+        ({"additional": {"llm2_bate": 1}}, "unknown key 'llm2_bate'"),
+        ({"additional": {"llm2_beta": 1.0, "llm2_alpha": 3.0}}, "llm2_alpha: found 3.0"),
+    ],
+)
+def test_an_engine_that_cannot_guide_is_refused(system1, folder, changes, message):
+    check_engine(vllm_config(system1, folder))
+    with pytest.raises(UserError, match=message):
+        check_engine(vllm_config(system1, folder, **changes))
+
+
+def test_a_window_shorter_than_the_sequences_is_refused(system1, verifier, tmp_path):
+    verifier.config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    saved["backbone_config"] |= {"model_type": "mistral", "sliding_window": 32}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="max_model_len: found 64, expected at most 32"):
+        check_engine(vllm_config(system1, str(tmp_path)))
+
+
+REQUEST = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+
+@pytest.mark.parametrize(
+    "extra_args, changes, message",
+    [
+        ({"llm2_beta": -1.0}, {}, "llm2_beta: found -1.0"),
+        ({"llm2_beta": math.inf}, {}, "finite beta"),
+        ({"llm2_beta": "0.5"}, {}, "llm2_beta: found '0.5'"),
+        ({"llm2_beta": 0.5, "llm2_alpha": 0.0}, {}, "alpha above 0"),
+        ({"llm2_alpha": 1.5}, {}, "llm2_alpha: found 1.5"),
+        ({"llm2_beta": 0.5, "llm2_topk": 3}, {}, "unknown key 'llm2_topk'"),
+        ({"llm2_beta": 0.5}, {"presence_penalty": 0.1}, "presence_penalty: found 0.1"),
+    ],
+)
+def test_a_wrong_request_is_refused_before_it_runs(vllm, extra_args, changes, message):
+    from llm2.vllm import GuidedProcessor
+
+    for fine in (None, {}, {"other": 1}, {"llm2_beta": 0.5}, {"llm2_beta": "off"}):
+        GuidedProcessor.validate_params(SimpleNamespace(extra_args=fine, **REQUEST))
+    with pytest.raises(ValueError, match=message):
+        GuidedProcessor.validate_params(SimpleNamespace(extra_args=extra_args, **REQUEST | changes))
+
+
+def test_a_request_is_guided_where_it_or_the_engine_says_so():
+    plain = engine_settings({"llm2_verifier": "v", "llm2_alpha": 0.2, "foreign": 1})
+    assert request_guidance({}, plain) is None and request_guidance({"llm2_alpha": 0.3}, plain) is None
+    assert request_guidance({"llm2_beta": 2.0}, plain) == GuidanceConfig(alpha=0.2, beta=2.0)
+    default = engine_settings({"llm2_verifier": "v", "llm2_beta": 0.5, "llm2_top_k": 4})
+    assert request_guidance(None, default) == GuidanceConfig(beta=0.5, top_k=4)
+    assert request_guidance({"llm2_alpha": 0.3}, default) == GuidanceConfig(alpha=0.3, beta=0.5, top_k=4)
+    assert request_guidance({"llm2_beta": "off"}, default) is None
+
+
+def test_the_memory_of_system_2_is_what_it_takes(system1, verifier):
+    text = describe_memory(verifier.config, torch.float32, SLOTS, 2_000_000)
+    cache = 2 * 2 * 2 * 8 * 4 * SLOTS * (2_000_000 + core.MAX_BRANCHES + 1)  # keys, values; layers; heads; width; bytes
+    assert f"{cache / 2**20:,.0f} MiB of cache for max_num_seqs=5 sequences of max_model_len=2000000" in text
+
+
+def test_a_shared_prefix_is_read_once(system1, verifier):
+    prompt, guidance = prompts(3)[0][:0] + list(range(3, 43)), GUIDANCE[0]
+    batch = VerifierBatch(verifier, num_slots=4, max_len=64)
+    logits = torch.zeros(4, VOCABULARY)
+    rows = [(row, batch.join(guidance, [*prompt, 50 + row])) for row in range(4)]
+    batch.guide(logits, rows)
+    branches = VOCABULARY if verifier.config.score == "candidate" else 0  # flat logits: every token is a candidate
+    assert batch.tokens_read == 40 + 4 * (1 + branches)
+    alone = VerifierBatch(verifier, num_slots=1, max_len=64)
+    for row in range(4):
+        expected = torch.zeros(1, VOCABULARY)
+        sequence = alone.join(guidance, [*prompt, 50 + row])
+        alone.guide(expected, [(0, sequence)])
+        alone.leave(sequence)
+        assert logits[row].tolist() == pytest.approx(expected[0].tolist(), abs=1e-4)
+    assert alone.tokens_read == 41 + 3 + 4 * branches  # a slot that is free still holds the prefix
+
+
+def test_nothing_is_allocated_after_the_start(system1, verifier):
+    batch = VerifierBatch(verifier, num_slots=2, max_len=30)
+    buffers = [buffer.data_ptr() for layer in batch.cache.layers.values() for buffer in layer]
+    assert len(buffers) == 4
+    sequence = batch.join(GUIDANCE[0], range(3, 33))
+    batch.guide(torch.zeros(1, VOCABULARY), [(0, sequence)])
+    assert [buffer.data_ptr() for layer in batch.cache.layers.values() for buffer in layer] == buffers
+
+
+def test_a_recomputed_trace_is_the_decoders(system1, verifier):
+    guidance = Guidance(verifier=verifier, alpha=0.02, beta=3.0)
+    batch = prompts(6)
+    rows = Decoder(system1, guidance).decode(batch, max_new_tokens=NEW, eos=EOS, trace=True)
+    changed = 0
+    for prompt, (completion,) in zip(batch, rows, strict=True):
+        again = recompute_trace(system1, guidance, prompt, completion._replace(trace=None), sampled=False)
+        for token, expected in zip(again.trace, completion.trace, strict=True):
+            assert (token.candidates, token.chosen, token.changed) == (
+                expected.candidates,
+                expected.chosen,
+                expected.changed,
+            )
+            assert token.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+            assert (token.scores is None) == (expected.scores is None)
+            if token.scores is not None:  # only their differences have a meaning
+                assert differences(token.scores) == pytest.approx(differences(expected.scores), abs=1e-3)
+            changed += token.changed
+    assert changed > 3
+
+
+def differences(scores: list[float]) -> list[float]:
+    return [score - scores[0] for score in scores]
+
+
+def test_verifier_calls_are_counted_from_log_probabilities(system1_folder, verifier, monkeypatch):
+    config = EvaluateConfig(
+        model=system1_folder, task="testbed", output_dir="o", alpha=0.1, verifier="v", device="cpu", engine="vllm"
+    )
+    sent = []
+
+    class Backend:
+        def stream(self, prompts, options):
+            sent.extend(options)
+            likeliest = [[-0.1, -2.0], [-0.1, -3.0], [-2.0, -0.2, -9.0]]  # ln 10 = 2.3: the second has no choice
+            yield 0, Answer([[5, 6, 7]], [likeliest], [])
+
+    monkeypatch.setattr("llm2.evaluation.vllm_decoder.open_backend", lambda *arguments: Backend())
+    guidance = Guidance(verifier=verifier, alpha=0.1, beta=0.5)
+    decoder = VllmDecoder(config, guidance, load_tokenizer(system1_folder))
+    ((index, (completion,)),) = decoder.decode(Mode.GUIDED_GREEDY, [[3, 4]], [[-1]])
+    assert (index, completion.token_ids, completion.num_verifier_calls) == (0, [5, 6, 7], 2)
+    branches = 2 + 2 if verifier.config.score == "candidate" else 0
+    assert completion.num_verifier_tokens == 2 + 2 + branches  # prompt, the two tokens before the last choice
+    assert sent[0]["extra_args"] == {"llm2_alpha": 0.1, "llm2_beta": 0.5} and sent[0]["seed"] == 2**31 - 1
+    next(decoder.decode(Mode.PLAIN_SAMPLING, [[3, 4]], [[1, 2]]))
+    assert "extra_args" not in sent[1] and (sent[1]["n"], sent[1]["temperature"]) == (2, 1.0)
+
+
+def test_serving_checks_the_template_and_prints_a_request(system1_folder, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "verifier")
+    config = ServeConfig(model=system1_folder, verifier=str(tmp_path / "verifier"), device="cpu", port=8123)
+    train = TrainConfig(model=system1_folder, train_file="t", output_dir="o", chat_template="llama3-plain")
+    write_config(train, tmp_path / "verifier" / "train.yaml")
+    serve.check(config)  # the model's own template is that one
+    with pytest.raises(UserError, match="chat_template: found 'chatml-plain', expected 'llama3-plain'"):
+        serve.check(replace(config, chat_template="chatml-plain"))
+    content = shlex.split(serve.curl(config, GuidanceConfig(beta=0.5)))[-1]
+    assert json.loads(content)["vllm_xargs"] == {"llm2_beta": 0.5, "llm2_alpha": 0.1}
+    options = serve.command_line({"enforce_eager": True, "enable_chunked_prefill": False, "a": ["b"], "c": {"d": 1}})
+    assert options == ["--enforce-eager", "--no-enable-chunked-prefill", "--a", "b", "--c", '{"d": 1}']
+
+
+def test_a_checkpoint_has_the_fingerprint_of_its_model(system1, tmp_path):
+    system1.save_pretrained(tmp_path)
+    config = SimpleNamespace(system1_fingerprint=fingerprint(system1.base_model), base_model="m")
+    check_fingerprint(str(tmp_path), "head", config)
+    with pytest.raises(UserError, match="found another System 1"):
+        check_fingerprint(str(tmp_path), "head", SimpleNamespace(system1_fingerprint="other", base_model="m"))
+
+
+def test_a_prefix_heads_batch_writes_what_the_decoder_writes(system1, requests, tmp_path):
+    """With System 1's states as the model plug-in shows them."""
+    system1.save_pretrained(tmp_path)
+    torch.manual_seed(3)
+    settings = {"score": "prefix", "prefix_head": {"kind": "bilinear", "size": 4}}
+    verifier = ProcessVerifier.from_system1(str(tmp_path), **settings, local_files_only=True).eval()
+    with torch.no_grad():
+        for weight in verifier.score.parameters():
+            weight.mul_(2.0)
+    verifier.save_pretrained(tmp_path / "head")
+    batch = HeadBatch()
+    batch.head, batch.embed = load_head(str(tmp_path / "head"), verifier.config), system1.get_input_embeddings()
+
+    texts = [list(prompt) for prompt, _ in requests]
+    rows = [(row, batch.join(guidance, ())) for row, (_, guidance) in enumerate(requests) if guidance]
+    for _ in range(NEW):
+        with torch.inference_mode():
+            batch.states = torch.stack([system1.model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in texts])
+            logits = system1.lm_head(batch.states)
+        batch.guide(logits, rows)
+        for ids, token in zip(texts, logits.argmax(dim=-1).tolist(), strict=True):
+            ids.append(token)
+    changed = 0
+    for ids, (prompt, guidance) in zip(texts, requests, strict=True):
+        expected = written_by_decoder(system1, verifier, prompt, guidance)
+        assert ids[len(prompt) :][: len(expected)] == expected
+        changed += expected != written_by_decoder(system1, None, prompt, None)
+    assert changed > 3
