@@ -12,10 +12,13 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent / "llm2"
 POSITIONS = {  # column and row of each package; imports go down
-    "benchmarks": (3.0, 4.0),
-    "testbed.train": (1.0, 4.0),
-    "exploration": (1.0, 3.0),
-    "evaluation": (3.0, 3.0),
+    "baselines": (1.2, 5.2),
+    "study": (3.4, 5.2),
+    "testbed.train": (0.5, 4.4),
+    "benchmarks": (2.3, 4.6),
+    "exploration": (1.2, 3.7),
+    "evaluation": (3.2, 3.8),
+    "vllm": (2.2, 3.0),
     "decoding": (2.0, 2.0),
     "verifier": (2.0, 1.0),
     "tasks": (3.6, 1.5),
@@ -47,7 +50,7 @@ def modules(package: str) -> int:
 
 
 def draw() -> plt.Figure:
-    figure, axes = plt.subplots(figsize=(8, 5.5))
+    figure, axes = plt.subplots(figsize=(8, 7))
     for (a, b), count in edges().items():
         (x1, y1), (x2, y2) = POSITIONS[a], POSITIONS[b]
         style = {
@@ -64,7 +67,7 @@ def draw() -> plt.Figure:
         box = {"boxstyle": "round,pad=0.5", "fc": "#eef3fb", "ec": "#34507d"}
         axes.text(x, y, label, ha="center", va="center", fontsize=10, bbox=box)
     axes.text(0.5, 0.25, "imported by all", ha="center", fontsize=8, color="#5b6472")
-    axes.set(xlim=(0.1, 4.1), ylim=(0.1, 4.4))
+    axes.set(xlim=(0.1, 4.1), ylim=(0.1, 5.6))
     axes.axis("off")
     return figure
 
