@@ -33,7 +33,7 @@ def test_the_file_has_every_row_and_ratios_are_to_generate(config):
         written = json.load(file)
     rows = written["rows"]
     names = [decode.GENERATE, "LLM2, no verifier", "LLM2, separate verifier at every token", decode.SEPARATE]
-    names += ["LLM2, shared LoRA verifier", "LLM2, prefix head"]
+    names += ["LLM2, shared LoRA verifier", "LLM2, separate verifier of prefixes", "LLM2, prefix head"]
     assert [row["name"] for row in rows] == [*names, "the method as published, no cache", *names]
     assert all(row["ratio_to"] == decode.GENERATE for row in rows if row["name"] != decode.GENERATE)
     assert all(row["name"] in table for row in rows)

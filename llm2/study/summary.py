@@ -121,7 +121,7 @@ def table(config: StudyConfig, summary: Sequence[Row]) -> str:
     axes = [axis for axis in config.axes if axis != config.over]
     modes = list(dict.fromkeys(mode for row in summary for mode in row.accuracies))
     seeds = [] if config.over is None else [f"{config.over}s"]
-    lines = [[*axes, *seeds, *(f"{mode.replace('_', ' ')}, %" for mode in modes), *config.columns.values()]]
+    lines = [[*axes, *seeds, *(f"{_heading(mode)}, %" for mode in modes), *config.columns.values()]]
     for row in summary:
         labels = [row.values.get(axis, row.values.get("once", "") if axis == axes[-1] else "") for axis in axes]
         cells = [_accuracy(row, mode) for mode in modes]
@@ -131,6 +131,10 @@ def table(config: StudyConfig, summary: Sequence[Row]) -> str:
     lines.insert(1, ["-" * width for width in widths])
     padded = ([text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines)
     return "\n".join("| " + " | ".join(line) + " |" for line in padded) + "\n"
+
+
+def _heading(mode: str) -> str:
+    return mode.replace("_", " ") + (" (majority of all samples)" if Mode(mode).sampled else "")
 
 
 def _number(value: float | None) -> str:
