@@ -1,4 +1,4 @@
-"""The plot of a study: accuracy against a cost, a panel for each mode, a colour for each value of one axis."""
+"""The plot of a study: accuracy against a cost, greedy and sampled, plain and guided modes together."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,21 +11,27 @@ from llm2.evaluation.report.palette import GRID, INK
 from llm2.study.summary import Row
 
 MARKERS = "osD^vPX*"
-COLOURS = ("#3A6EA5", "#E69F00", "#009E73", "#B5494E", "#CC79A7", "#56B4E9", "#8C6BB1", "#7F7F7F")
+COLOURS = ("#3A6EA5", "#E69F00", "#009E73", "#B5494E", "#CC79A7", "#56B4E9", "#8C6BB1", "#7F7F7F", "#A6761D", "#2B2F36")
+PANELS = {"greedy": "greedy", "sampling": "majority of all samples"}  # end of a mode's name -> title
 
 
 def draw(config: StudyConfig, plot: StudyPlot, summary: Sequence[Row]) -> Figure:
     """Points are means over seeds, bars 95 % intervals."""
     colours = {value: COLOURS[i % len(COLOURS)] for i, value in enumerate(config.axes[plot.colour])}
     markers = {value: MARKERS[i % len(MARKERS)] for i, value in enumerate(config.axes[plot.marker])}
-    modes = list(dict.fromkeys(mode for row in summary for mode in row.accuracies if plot.colour in row.values))
-    figure = Figure(figsize=(5.6 * len(modes) + 1.6, 4.4), layout="constrained")
-    for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
-        for row in summary:
-            value = row.figures.get(plot.x.format(mode=mode))
-            if mode not in row.accuracies or plot.colour not in row.values or value is None:
+    points = [
+        (panel, row, test, row.figures.get(plot.x.format(mode=mode)))
+        for row in summary
+        for mode, test in row.accuracies.items()
+        for panel in PANELS
+        if mode.endswith(panel) and plot.colour in row.values
+    ]
+    panels = [panel for panel in PANELS if any(panel == of and x is not None for of, _, _, x in points)]
+    figure = Figure(figsize=(5.6 * len(panels) + 1.6, 4.4), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for of, row, test, value in points:
+            if of != panel or value is None:
                 continue
-            test = row.accuracies[mode]
             axes.errorbar(
                 value,
                 100 * test.mean,
@@ -36,7 +42,7 @@ def draw(config: StudyConfig, plot: StudyPlot, summary: Sequence[Row]) -> Figure
                 elinewidth=1,
                 linestyle="none",
             )
-        axes.set_title(mode.replace("_", " "), color=INK)
+        axes.set_title(PANELS[panel], color=INK)
         axes.set_xlabel(plot.label, color=INK)
         axes.set_ylabel("accuracy, %", color=INK)
         axes.spines[["top", "right"]].set_visible(False)
