@@ -25,13 +25,13 @@ def test_the_bytes_of_a_token_are_those_that_its_cache_takes(family, tmp_path):
     plan, *caches = decoder.runners.saved_caches
     for cache in caches:
         allocated = sum(buffer.nbytes for buffers in cache.layers.values() for buffer in buffers)
-        assert allocated == position_bytes(model.base_model) * plan.capacity * (plan.rows + 1)
+        assert allocated == position_bytes(model.config, model.dtype) * plan.capacity * (plan.rows + 1)
 
 
 def test_the_batch_that_fits_is_chosen_and_a_given_one_gets_shorter_caches(monkeypatch):
     """A token takes 2 layers x (keys and values) x 2 heads x 8 x 4 bytes = 256, the logits of a row 4 x 4 x 64."""
     body = tiny_system1().base_model
-    assert position_bytes(body) == 256
+    assert position_bytes(body.config, body.dtype) == 256
     monkeypatch.setattr(memory, "available_bytes", lambda device: 10**6)
     plan = plan_memory([body, body], CPU, "auto", 1_000, 99)  # 512 bytes a position, 50,688 a slot
     assert (plan.rows, plan.capacity) == (14, 99)  # 800,000 = 15 slots (one of them for prefixes) and 14 rows of logits

@@ -21,8 +21,7 @@ import torch
 from tqdm import tqdm
 
 from llm2.common.config_file import as_dict
-
-MIB = 2**20
+from llm2.common.memory import MIB
 
 
 @dataclass

@@ -23,11 +23,8 @@ import llm2
 from llm2.errors import UserError
 
 TESTBED = Path(llm2.__file__).parent / "testbed" / "system1"
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    SafetensorError,
-)  # of from_pretrained: no such file, no such model, broken weights
+# Of from_pretrained: no such file, no such model, broken weights.
+LOADING_ERRORS = (OSError, ValueError, SafetensorError)
 LOCAL_MODEL_HINT = "pass model=<local folder>, or model=testbed for the embedded one (`bash scripts/quickstart.sh`)"
 
 

@@ -56,3 +56,9 @@ def guided_logits(logits: torch.Tensor, valid: torch.Tensor, scores: torch.Tenso
     """
     guided = logits if scores is None else logits + beta * scores
     return guided.masked_fill(~valid, -math.inf)
+
+
+def over_vocabulary(logits: torch.Tensor, candidates: torch.Tensor, guided: torch.Tensor) -> torch.Tensor:
+    """The candidates' guided logits (..., K) in a tensor like logits (..., V); -inf for all other tokens."""
+    # The candidates' padding repeats a token id with -inf: the maximum keeps the candidate's own value.
+    return torch.full_like(logits, -math.inf).scatter_reduce(-1, candidates, guided.to(logits.dtype), "amax")

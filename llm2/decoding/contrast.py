@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from llm2.common.prefix import common_prefix
 from llm2.config import GuidanceConfig
-from llm2.decoding.candidates import guided_logits, plausible
+from llm2.decoding.candidates import guided_logits, over_vocabulary, plausible
 from llm2.decoding.forward_batch import Chunk
 from llm2.decoding.kv_cache import SlotCache
 from llm2.decoding.model_runner import LMRunner
@@ -49,5 +49,4 @@ class ContrastLogits:
         candidates, valid = plausible(logits, self.guidance.alpha, self.guidance.top_k)  # (n, K)
         values, scores = logits.gather(-1, candidates), scores.gather(-1, candidates)
         guided = guided_logits(values, valid, scores, self.guidance.beta)
-        # The candidates' padding repeats a token id with -inf: the maximum keeps the candidate's own value.
-        return torch.full_like(logits, -torch.inf).scatter_reduce(-1, candidates, guided, "amax")
+        return over_vocabulary(logits, candidates, guided)

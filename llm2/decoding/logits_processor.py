@@ -4,7 +4,7 @@ import torch
 from transformers import LogitsProcessor
 
 from llm2.common.prefix import common_prefix
-from llm2.decoding.candidates import guided_logits, plausible
+from llm2.decoding.candidates import guided_logits, over_vocabulary, plausible
 from llm2.decoding.forward_batch import Chunk
 from llm2.decoding.kv_cache import SlotCache
 from llm2.decoding.model_runner import VerifierRunner
@@ -57,8 +57,7 @@ class GuidedLogitsProcessor(LogitsProcessor):
                         hidden[chunk.last], candidates[slot, :size]
                     )
         guided = guided_logits(logits.gather(-1, candidates), valid, verifier_scores, self.guidance.beta)
-        # The candidates' padding repeats a token id with -inf: the maximum keeps the candidate's own value.
-        return torch.full_like(scores, -torch.inf).scatter_reduce(-1, candidates, guided.to(scores.dtype), "amax")
+        return over_vocabulary(scores, candidates, guided)
 
     def _without_padding(self, ids: list[int]) -> list[int]:
         first = next((index for index, token in enumerate(ids) if token != self.pad_token_id), len(ids))

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llm2.decoding.candidates import guided_logits, plausible
+from llm2.decoding.candidates import guided_logits, over_vocabulary, plausible
 from llm2.decoding.sampling import Guidance
 from llm2.verifier.lora import clone_sharing_weights
 
@@ -29,9 +29,7 @@ class GuidedOutputLayer(nn.Module):
         candidates, valid = plausible(logits, guidance.alpha, guidance.top_k)  # (n, K)
         scores = guidance.verifier.prefix_scores(states.flatten(end_dim=-2), candidates)
         guided = guided_logits(logits.gather(-1, candidates), valid, scores, guidance.beta)
-        # The candidates' padding repeats a token id with -inf: the maximum keeps the candidate's own value.
-        result = torch.full_like(logits, -torch.inf).scatter_reduce(-1, candidates, guided, "amax")
-        return result.view(*states.shape[:-1], -1)
+        return over_vocabulary(logits, candidates, guided).view(*states.shape[:-1], -1)
 
 
 def guided_model(system1: PreTrainedModel, guidance: Guidance) -> PreTrainedModel:

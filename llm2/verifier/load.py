@@ -19,10 +19,18 @@ def require_verifier(name: str) -> None:
         )
 
 
+def verifier_config(name: str) -> ProcessVerifierConfig:
+    """Raises UserError where a verifier has none that can be read."""
+    require_verifier(name)
+    try:
+        return ProcessVerifierConfig.from_pretrained(name, local_files_only=is_local(name))
+    except LOADING_ERRORS as error:
+        raise UserError(f"verifier {name!r} could not be loaded: {first_line(error)}") from None
+
+
 def trained_beta(name: str) -> float:
     """The beta that a verifier's training chose. Raises UserError if it chose none."""
-    require_verifier(name)
-    beta = ProcessVerifierConfig.from_pretrained(name, local_files_only=is_local(name)).beta
+    beta = verifier_config(name).beta
     if beta is None:
         raise UserError(f"beta: null, and verifier {name!r} names none: only training on soft targets chooses one")
     return beta

@@ -18,7 +18,7 @@ Letters: B batch, Q queries, T keys, R packed rows, S columns of a row, N blocks
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 BLOCK = 128  # columns of a block of FlexAttention
 
@@ -61,6 +61,12 @@ def _sparse(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     in (R, 1, N, N)."""
     chosen = blocks[:, None].int()
     return chosen.sum(-1, dtype=torch.int32), chosen.argsort(dim=-1, descending=True, stable=True).int()
+
+
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """Tokens that a backbone attends to, None for all: with branch masks a token sees its whole prefix."""
+    text = config.get_text_config()
+    return getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
 
 
 def as_attention_mask(model: PreTrainedModel, mask: torch.Tensor) -> torch.Tensor:

@@ -21,16 +21,17 @@ from llm2.config import TrainConfig
 from llm2.errors import UserError
 from llm2.verifier.checkpoints import last_whole_checkpoint
 from llm2.verifier.frozen_states import FrozenStates
+from llm2.verifier.masks import sliding_window
 from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.model_card import model_card
 from llm2.verifier.pair_metrics import PairInfo, Rival, compute_metrics, fork_rivals, pair_info, system1_margins
 from llm2.verifier.trainer import LossConfig, VerifierTrainer
 from llm2.verifier.triplets import Example, Summary, load_examples
 
+READ_BATCH = 16  # solutions of a forward that reads frozen states
 MAY_DIFFER = ("output_dir", "resume", "report_to", "logging_steps")  # between a run and its continuation
 # Keys that TrainConfig and TrainingArguments share.
 PASSED_ON = ("output_dir", "num_train_epochs", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm")
-READ_BATCH = 16  # solutions of a forward that reads frozen states
 PASSED_ON += ("per_device_train_batch_size", "bf16", "logging_steps", "report_to", "seed")
 
 
@@ -177,8 +178,7 @@ def freeze_layers(verifier: ProcessVerifier, trainable: int) -> None:
 def refuse_sliding_window(config: PreTrainedConfig, length: int) -> None:
     """Raise UserError if the backbone's window is shorter than `length`: with branch masks a token sees its whole
     prefix, so its scores would not be those of the backbone's own attention."""
-    text = config.get_text_config()
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    window = sliding_window(config)
     if window is not None and length > window:
         raise UserError(
             f"the backbone attends to a sliding window of {window} tokens, shorter than the {length} of prompt "

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
-from llm2.common.loading import is_local
 from llm2.config import GuidanceConfig
+from llm2.decoding.memory import position_bytes
 from llm2.errors import UserError
-from llm2.verifier.load import require_verifier
+from llm2.verifier.load import trained_beta, verifier_config
+from llm2.verifier.masks import sliding_window
 from llm2.verifier.model import ProcessVerifierConfig
 from llm2.vllm.core import MAX_BRANCHES
 from llm2.vllm.plugin import ARCHITECTURES, PLUGIN
@@ -19,19 +20,9 @@ TESTED = "0.32.0"
 NO_PENALTY = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
-def verifier_config(name: str) -> ProcessVerifierConfig:
-    require_verifier(name)
-    try:
-        return ProcessVerifierConfig.from_pretrained(name, local_files_only=is_local(name))
-    except (OSError, ValueError) as error:
-        raise UserError(f"verifier {name!r} could not be loaded: {str(error).strip().splitlines()[0]}") from None
-
-
 def resolve_guidance(config: GuidanceConfig, verifier: str) -> GuidanceConfig:
     """With the beta that the verifier's training chose, where none is given."""
-    beta = verifier_config(verifier).beta if config.beta is None else config.beta
-    if beta is None:
-        raise UserError("beta: null, and the verifier names none (only training on soft targets chooses one)")
+    beta = trained_beta(verifier) if config.beta is None else config.beta
     return GuidanceConfig(alpha=config.alpha, top_k=config.top_k, beta=beta)
 
 
@@ -65,7 +56,7 @@ def check_engine(vllm_config: Any) -> None:
             f"verifier {settings.verifier!r}: found {backbone.vocab_size} tokens, System 1 has {system1.vocab_size}; "
             "expected one made from this System 1"
         )
-    window = getattr(backbone, "sliding_window", None) if getattr(backbone, "use_sliding_window", True) else None
+    window = sliding_window(backbone)
     if window is not None and window < model.max_model_len:
         raise UserError(
             f"max_model_len: found {model.max_model_len}, expected at most {window}, the sliding window of "
@@ -109,10 +100,7 @@ def describe_memory(config: ProcessVerifierConfig, dtype: torch.dtype, num_slots
     backbone = config.backbone_config.get_text_config()
     with torch.device("meta"):
         weights = sum(p.numel() for p in AutoModel.from_config(backbone).parameters()) * dtype.itemsize
-    heads = getattr(backbone, "num_key_value_heads", None) or backbone.num_attention_heads
-    width = getattr(backbone, "head_dim", None) or backbone.hidden_size // backbone.num_attention_heads
-    positions = num_slots * (max_len + MAX_BRANCHES + 1)
-    cache = 2 * backbone.num_hidden_layers * heads * width * positions * dtype.itemsize
+    cache = num_slots * (max_len + MAX_BRANCHES + 1) * position_bytes(backbone, dtype)
     merged = "; a LoRA verifier is merged at load, so it takes weights of its own here" if config.lora else ""
     return (
         f"System 2 takes {weights / 2**20:,.0f} MiB of weights and {cache / 2**20:,.0f} MiB of cache for max_num_seqs="

@@ -42,7 +42,7 @@ def engine_options(config: Any, verifier: str | None, default: GuidanceConfig | 
     elif on_cpu:
         options["gpu_memory_utilization"] = 0.3  # on a CPU, of the memory: vLLM does not start where less is free
     if verifier is not None:
-        from llm2.vllm.checks import verifier_config
+        from llm2.verifier.load import verifier_config
         from llm2.vllm.prefix_head import plugin_overrides
 
         options["logits_processors"] = [PROCESSOR]

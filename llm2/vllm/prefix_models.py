@@ -5,7 +5,8 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-from llm2.vllm.checks import check_engine, verifier_config
+from llm2.verifier.load import verifier_config
+from llm2.vllm.checks import check_engine
 from llm2.vllm.core import GuidedSequence
 from llm2.vllm.prefix_head import head_batch, load_head
 from llm2.vllm.settings import engine_settings

@@ -23,8 +23,8 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProc
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
 from llm2.errors import UserError
-from llm2.verifier.load import load_verifier
-from llm2.vllm.checks import TESTED, check_engine, check_request, describe_memory, verifier_config
+from llm2.verifier.load import load_verifier, verifier_config
+from llm2.vllm.checks import TESTED, check_engine, check_request, describe_memory
 from llm2.vllm.core import GuidedBatch, GuidedSequence, VerifierBatch
 from llm2.vllm.plugin import register
 from llm2.vllm.prefix_head import head_batch
