@@ -308,7 +308,7 @@ def run_check(options: argparse.Namespace) -> None:
 
 def run_study(options: argparse.Namespace) -> None:
     from llm2.study.run import run
-    from llm2.study.summary import write_summary
+    from llm2.study.table import write_summary
 
     config = load_config(StudyConfig, options.config)
     if not options.summary:

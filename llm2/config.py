@@ -370,6 +370,8 @@ class StudyStep:
     """File whose presence says that the step is done."""
     only: dict[str, list[Any]] = field(default_factory=dict)
     """Values of axes with which the step is run; all when empty."""
+    values: dict[str, str] = field(default_factory=dict)
+    """For a step of `once`: values of axes under which its figures stand in the tables."""
 
 
 @dataclass(frozen=True, config=NESTED, kw_only=True)
@@ -377,13 +379,23 @@ class StudyPlot:
     """What the plot of a study shows."""
 
     x: str
-    """Figure of the table on the horizontal axis; {mode} stands for the panel's mode."""
+    """Figure of the table on the horizontal axis; {column} stands for greedy or sampling."""
     label: str
     """Text of that axis."""
     colour: str
     """Axis that the colours tell."""
     marker: str
     """Axis that the markers tell."""
+
+
+@dataclass(frozen=True, config=NESTED, kw_only=True)
+class StudyPair:
+    """Two values of some axes to be tested against each other."""
+
+    first: dict[str, str]
+    """Axis -> value of the runs that should be better."""
+    second: dict[str, str]
+    """Axis -> value of the runs that they are tested against."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -395,7 +407,7 @@ class StudyConfig:
     report: str
     """Path, without its ending, of the table, the data and the plots."""
     once: tuple[StudyStep, ...] = ()
-    """Steps before all runs."""
+    """Steps before all runs, side by side."""
     axes: dict[str, dict[str, dict[str, dict[str, Any]]]]
     """Axis -> its values -> step -> overrides; every combination is a run, the last axis varies fastest."""
     skip: tuple[dict[str, str], ...] = ()
@@ -406,6 +418,10 @@ class StudyConfig:
     """Axis whose values are averaged; null where nothing is."""
     baseline: dict[str, str]
     """Axis -> value of the runs that the others are tested against."""
+    compare: tuple[StudyPair, ...] = ()
+    """Further tests of one value of some axes against another, for all values of the other axes."""
+    across: str | None = None
+    """Axis whose values stand side by side, in one table for each way of decoding; null: one long table."""
     columns: dict[str, str] = field(default_factory=dict)
     """Figures of training.json and metrics.json in the table, and their headings."""
     correlate: tuple[str, ...] = ()

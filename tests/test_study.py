@@ -12,7 +12,8 @@ from llm2.common.stats import seeds_bootstrap
 from llm2.config import StudyConfig
 from llm2.errors import UserError
 from llm2.study import run as study
-from llm2.study.summary import results, rows, write_summary
+from llm2.study.summary import results, rows
+from llm2.study.table import write_summary
 
 STEP = {"name": "greedy", "command": "evaluate", "done": "{run}/greedy/metrics.json"}
 SET = {"output_dir": "{run}/greedy", "seed": "{seed}", "modes": ["guided_greedy"]}
@@ -36,10 +37,10 @@ def config(tmp_path) -> StudyConfig:
             }
         ],
         "baseline": {"kind": "old"},
-        "columns": {"guided_greedy_tokens_per_problem": "tokens"},
-        "correlate": ["guided_greedy_tokens_per_problem"],
+        "columns": {"greedy tokens_per_problem": "tokens"},
+        "correlate": ["greedy tokens_per_problem"],
         "given": {"kind": {"old": {"speed": 0.5}}},
-        "plots": {"cost": {"x": "{mode}_tokens_per_problem", "label": "tokens", "colour": "kind", "marker": "kind"}},
+        "plots": {"cost": {"x": "{column} tokens_per_problem", "label": "tokens", "colour": "kind", "marker": "kind"}},
     }
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
@@ -111,8 +112,8 @@ def test_the_summary_averages_over_seeds_and_pairs_equal_seeds(config):
     write_evaluation(Path(config.output_dir, "0-new", "greedy"), [True, True, True, False])
     old, new = rows(config, results(config))
     assert old.values == {"kind": "old"} and old.seeds == 2 and not old.against_baseline
-    assert old.accuracies["guided_greedy"].mean == pytest.approx(3 / 8)
-    assert new.against_baseline["guided_greedy"].mean == pytest.approx(1 / 4), "against seed 0 alone"
+    assert old.accuracies["greedy"].mean == pytest.approx(3 / 8)
+    assert new.against_baseline["greedy"].mean == pytest.approx(1 / 4), "against seed 0 alone"
     text = write_summary(config)
     assert "| new  | 1     | 75.0" in text
     assert "over 3 runs: Spearman -1.00, Pearson -1.00" in text

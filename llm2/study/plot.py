@@ -1,4 +1,4 @@
-"""The plot of a study: accuracy against a cost, greedy and sampled, plain and guided modes together."""
+"""The plot of a study: accuracy against a cost, greedy and sampled."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from llm2.study.summary import Row
 
 MARKERS = "osD^vPX*"
 COLOURS = ("#3A6EA5", "#E69F00", "#009E73", "#B5494E", "#CC79A7", "#56B4E9", "#8C6BB1", "#7F7F7F", "#A6761D", "#2B2F36")
-PANELS = {"greedy": "greedy", "sampling": "majority of all samples"}  # end of a mode's name -> title
+PANELS = {"greedy": "greedy", "sampling": "majority of all samples"}  # end of a column's name -> title
 
 
 def draw(config: StudyConfig, plot: StudyPlot, summary: Sequence[Row]) -> Figure:
@@ -20,11 +20,11 @@ def draw(config: StudyConfig, plot: StudyPlot, summary: Sequence[Row]) -> Figure
     colours = {value: COLOURS[i % len(COLOURS)] for i, value in enumerate(config.axes[plot.colour])}
     markers = {value: MARKERS[i % len(MARKERS)] for i, value in enumerate(config.axes[plot.marker])}
     points = [
-        (panel, row, test, row.figures.get(plot.x.format(mode=mode)))
+        (panel, row, test, row.figures.get(plot.x.format(column=column)))
         for row in summary
-        for mode, test in row.accuracies.items()
+        for column, test in row.accuracies.items()
         for panel in PANELS
-        if mode.endswith(panel) and plot.colour in row.values
+        if column.endswith(panel) and row.values.get(plot.colour) in colours
     ]
     panels = [panel for panel in PANELS if any(panel == of and x is not None for of, _, _, x in points)]
     figure = Figure(figsize=(5.6 * len(panels) + 1.6, 4.4), layout="constrained")

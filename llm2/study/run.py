@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import yaml
@@ -44,9 +46,11 @@ def check(config: StudyConfig) -> None:
         for axis, wanted in step.only.items():
             if not set(map(str, wanted)) <= config.axes.get(axis, {}).keys():
                 raise UserError(f"steps: {step.name}: only: expected values of an axis, found {axis}: {wanted}")
-    for axis in (config.over, *config.baseline):
+    compared = [axis for pair in config.compare for axis in (*pair.first, *pair.second)]
+    for axis in (config.over, config.across, *config.baseline, *compared):
         if axis is not None and axis not in config.axes:
-            raise UserError(f"over and baseline: expected axes, found {axis!r}; the axes are {', '.join(config.axes)}")
+            axes = ", ".join(config.axes)
+            raise UserError(f"over, across, baseline and compare: expected axes, found {axis!r}; the axes are {axes}")
     alone = Run({}, Path(config.output_dir))
     for one, step in [(alone, step) for step in config.once] + [(r, s) for r in runs(config) for s in config.steps]:
         if step.command not in CONFIGS:
@@ -57,13 +61,14 @@ def check(config: StudyConfig) -> None:
 def run(config: StudyConfig) -> None:
     """Run all steps that are not done. Raises UserError with the log of the first that fails, after all others."""
     check(config)
-    for step in config.once:
-        if failure := run_step(config, step, Run({}, Path(config.output_dir))):
-            raise UserError(failure)
-    planned = runs(config)
+    planned, locks = runs(config), defaultdict(Lock)
+    before = Run({}, Path(config.output_dir))
     with ThreadPoolExecutor(config.workers) as pool, tqdm(total=len(planned), desc="study", unit="run") as bar:
+        for failure in list(pool.map(lambda step: run_step(config, step, before), config.once)):
+            if failure:
+                raise UserError(failure)
         failures = []
-        for failure in pool.map(lambda one: run_steps(config, one), planned):
+        for failure in pool.map(lambda one: run_steps(config, one, locks), planned):
             failures += [failure] if failure else []
             bar.set_postfix_str(f"{len(failures)} failed" if failures else "", refresh=False)
             bar.update()
@@ -71,11 +76,15 @@ def run(config: StudyConfig) -> None:
         raise UserError(f"{len(failures)} of {len(planned)} runs failed; the first: {failures[0]}")
 
 
-def run_steps(config: StudyConfig, one: Run) -> str | None:
+def run_steps(config: StudyConfig, one: Run, locks: Mapping[str, Lock]) -> str | None:
     """The steps of a run up to the first failure, which is returned."""
     for step in config.steps:
         wanted = all(one.values[axis] in map(str, values) for axis, values in step.only.items())
-        if wanted and (failure := run_step(config, step, one)):
+        if not wanted:
+            continue
+        with locks[step.done.format(**names_of(config, one))]:  # runs that share a step wait for the first of them
+            failure = run_step(config, step, one)
+        if failure:
             return failure
     return None
 

@@ -32,7 +32,7 @@ def _line(story: Story, group: list[int], rng: random.Random) -> str:
 
 
 def _equation(story: Story, index: int, nested: int | None = None) -> str:
-    return f"{_expression(story, index, nested)}={story.values[index]}"
+    return f"{_expression(story, index, nested)} = {story.values[index]}"
 
 
 def _expression(story: Story, index: int, nested: int | None) -> str:
@@ -44,4 +44,4 @@ def _expression(story: Story, index: int, nested: int | None) -> str:
         return f"({_expression(story, nested, None)})" if operand.step == nested else str(story.values[operand.step])
 
     step = story.steps[index]
-    return f"{operand(step.left)}{step.operator}{operand(step.right)}"
+    return f"{operand(step.left)} {step.operator} {operand(step.right)}"

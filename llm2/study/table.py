@@ -1,0 +1,146 @@
+"""What a study writes: tables in Markdown, comparisons and correlations in sentences, all figures as JSON, plots."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from llm2.common.stats import SeedsTest
+from llm2.config import StudyConfig
+from llm2.errors import UserError
+from llm2.study.summary import Comparison, Result, Row, comparisons, results, rows
+
+HEADINGS = {"sampling": "majority of all samples", "sampling best": "best score of all samples"}
+
+
+def write_summary(config: StudyConfig) -> str:
+    """Write the tables, the data and the plots; returns the tables."""
+    found = results(config)
+    summary, compared = rows(config, found), comparisons(config, found)
+    if not summary:
+        raise UserError(f"{config.output_dir}: expected evaluations, found none that is done")
+    path = Path(config.report)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sentences = [*map(sentence, compared), *correlations(config, found)]
+    tables = [table(config, summary)] if config.across is None else across(config, summary)
+    text = "\n".join([*tables, *(f"- {each}" for each in sentences)]) + "\n"
+    path.with_suffix(".md").write_text(text)
+    path.with_suffix(".json").write_text(json.dumps(as_json(summary, compared), indent=1) + "\n")
+    if config.plots:
+        from llm2.study.plot import draw, save  # matplotlib is an extra
+
+        for name, plot in config.plots.items():
+            save(draw(config, plot, summary), path.with_name(f"{path.name}_{name}.svg"))
+    return text
+
+
+def table(config: StudyConfig, summary: Sequence[Row]) -> str:
+    """A line for each row: accuracies in % with 95 % intervals, p against the baseline, figures."""
+    axes = [axis for axis in config.axes if axis != config.over]
+    seeds = [] if config.over is None else [f"{config.over}s"]
+    columns = _columns(summary)
+    lines = [[*axes, *seeds, *(f"{_heading(column)}, %" for column in columns), *config.columns.values()]]
+    for row in summary:
+        labels = [row.values.get(axis, "") for axis in axes]
+        cells = [_accuracy(row.accuracies.get(name), row.against_baseline.get(name)) for name in columns]
+        numbers = [_number(row.figures.get(name)) for name in config.columns]
+        lines.append([*labels, *[str(row.seeds)] * len(seeds), *cells, *numbers])
+    return _markdown(lines)
+
+
+def across(config: StudyConfig, summary: Sequence[Row]) -> Iterator[str]:
+    """A table for each column of accuracies: the values of the axis `across` stand side by side."""
+    axes = [axis for axis in config.axes if axis not in (config.over, config.across)]
+    values = list(config.axes[config.across])
+    for column in _columns(summary):
+        lines: dict[tuple[str, ...], list[str]] = {}
+        for row in summary:
+            key = tuple(row.values.get(axis, "") for axis in axes)
+            cells = lines.setdefault(key, ["not run"] * len(values))
+            if column in row.accuracies:
+                seeds = f" ({row.seeds})" if config.over is not None else ""
+                cells[values.index(row.values[config.across])] = _accuracy(row.accuracies[column]) + seeds
+        head = [*axes, *(f"{value}, %" for value in values)]
+        yield f"{_heading(column)}\n\n" + _markdown([head, *([*key, *cells] for key, cells in lines.items())])
+
+
+def sentence(comparison: Comparison) -> str:
+    """The comparison in words."""
+    first, second, others = (
+        ", ".join(values.values()) for values in (comparison.first, comparison.second, comparison.others)
+    )
+    tests = (f"{_heading(column)} {_difference(test)}" for column, test in comparison.differences.items())
+    return f"{others}: {first} less {second}: {'; '.join(tests)}".removeprefix(": ")
+
+
+def correlations(config: StudyConfig, found: Sequence[Result]) -> Iterator[str]:
+    """A sentence for each figure of `correlate` and each column that at least three runs have."""
+    for name in config.correlate:
+        for column in dict.fromkeys(column for result in found for column in result.problems):
+            pairs = [
+                (one.figures[name], one.problems[column].mean())
+                for one in found
+                if name in one.figures and column in one.problems
+            ]
+            if len(pairs) >= 3:
+                spearman, pearson = (
+                    stats.spearmanr(pairs).statistic,
+                    stats.pearsonr(*zip(*pairs, strict=True)).statistic,
+                )
+                yield f"{name} and {column} over {len(pairs)} runs: Spearman {spearman:.2f}, Pearson {pearson:.2f}"
+
+
+def as_json(summary: Sequence[Row], compared: Sequence[Comparison]) -> dict[str, list[dict[str, Any]]]:
+    """Rows and comparisons as plain values."""
+    lines = [
+        {
+            **row.values,
+            "seeds": row.seeds,
+            **row.figures,
+            "accuracy": {column: test._asdict() for column, test in row.accuracies.items()},
+            "against_baseline": {column: test._asdict() for column, test in row.against_baseline.items()},
+        }
+        for row in summary
+    ]
+    pairs = [
+        asdict(each) | {"differences": {column: test._asdict() for column, test in each.differences.items()}}
+        for each in compared
+    ]
+    return {"rows": lines, "comparisons": pairs}
+
+
+def _columns(summary: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(column for row in summary for column in row.accuracies))
+
+
+def _heading(column: str) -> str:
+    end = column.removeprefix("plain ").removeprefix("guided ")
+    return column.removesuffix(end) + HEADINGS.get(end, end)
+
+
+def _accuracy(test: SeedsTest | None, against: SeedsTest | None = None) -> str:
+    if test is None:
+        return ""
+    text = f"{100 * test.mean:.1f} [{100 * test.ci95[0]:.1f}, {100 * test.ci95[1]:.1f}]"
+    return text if against is None else f"{text}; {100 * against.mean:+.1f}, p = {against.p:.2g}"
+
+
+def _difference(test: SeedsTest) -> str:
+    low, high = (100 * bound for bound in test.ci95)
+    return f"{100 * test.mean:+.1f} [{low:+.1f}, {high:+.1f}], p = {test.p:.2g}"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines]
+    padded.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(line) + " |" for line in padded) + "\n"
