@@ -147,7 +147,8 @@ def check_train(config: TrainConfig | PreferConfig) -> None:
     """Checks the first line of each file; errors that need the whole file surface later."""
     from llm2.verifier.triplets import read_records
 
-    for path in filter(None, (config.train_file, getattr(config, "eval_file", None))):
+    further = [*getattr(config, "further_files", ()), getattr(config, "eval_file", None)]
+    for path in filter(None, [config.train_file, *further]):
         next(read_records(path), None)
 
 

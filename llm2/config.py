@@ -243,6 +243,8 @@ class TrainConfig(ModelConfig, OptimizerConfig):
     """What to train on, JSON lines: triplets, or an exploration's verdicts (OUTPUT.pairs.jsonl) as soft targets."""
     output_dir: str
     """Folder for the verifier and its checkpoints."""
+    further_files: tuple[str, ...] = ()
+    """More files to train on, each whole, such as the second round of an exploration."""
     limit: Count | None = None
     """Number of solutions of train_file, the first ones; all when null."""
     eval_file: str | None = None

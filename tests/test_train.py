@@ -31,7 +31,7 @@ from llm2.verifier.load import load_verifier
 from llm2.verifier.loss import pairwise_loss
 from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.model_card import model_card
-from llm2.verifier.train import train, training_arguments
+from llm2.verifier.train import load_data, train, training_arguments
 from llm2.verifier.trainer import LossConfig, PaddedSampler, VerifierTrainer
 from llm2.verifier.triplets import Summary, Triplet, record_line
 
@@ -249,6 +249,14 @@ def test_a_card_names_the_base_model_on_the_hub(config):
     text = model_card(hub, metrics, [("/home/someone/triplets.jsonl", Summary())])
     assert "base_model: meta-llama/Llama-3.2-1B-Instruct" in text and "someone" not in text
     assert 'from_pretrained("meta-llama/Llama-3.2-1B-Instruct", "path/to/this/folder")' in text
+
+
+def test_further_files_are_trained_on_whole_and_their_pairs_are_told_apart(config, tmp_path):
+    write_triplets(tmp_path / "second.jsonl", load_tokenizer(config.model), 10)
+    two = replace(config, further_files=(str(tmp_path / "second.jsonl"),), limit=30)
+    train_set, eval_set, data = load_data(two, load_tokenizer(config.model))
+    assert [summary.lines for _, summary in data] == [30, 10] and len(train_set) == 32 and len(eval_set) == 8
+    assert len({example.first_pair_id for example in [*train_set, *eval_set]}) == 40
 
 
 def test_train_learns_and_leaves_a_verifier_that_loads(config):

@@ -127,6 +127,7 @@ def load_data(
     )
     examples, summary = load(config.train_file, limit=config.limit)
     data = [(config.train_file, summary)]
+    data += [(path, load(path, into=examples)[1]) for path in config.further_files]
     if config.eval_file is not None:
         held_out, summary = load(config.eval_file)
         return examples, held_out, [*data, (config.eval_file, summary)]

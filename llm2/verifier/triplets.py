@@ -163,6 +163,7 @@ def load_examples(
     limit: int | None = None,
     max_length: int | None = None,
     quality: bool = False,
+    into: ExampleFile | None = None,
 ) -> tuple[ExampleFile, Summary]:
     """Read and tokenize a file, and check every position of every line.
 
@@ -171,10 +172,11 @@ def load_examples(
         limit: lines that are read, the first ones.
         max_length: tokens that are kept of a line; triplets beyond are dropped, and lines left without triplets.
         quality: require the quality of each triplet's tokens.
+        into: examples of other files, to which these are added.
 
     Raises UserError with the first misfits: line, position, expected and found token, and the likely cause.
     """
-    examples, summary, misfits = ExampleFile(), Summary(), []
+    examples, summary, misfits = ExampleFile() if into is None else into, Summary(), []
     for record, ids, start in _tokenized(islice(read_records(path), limit), tokenizer, template):
         misfit = find_misfit(ids, record.triplets, len(tokenizer))
         if misfit is not None:
@@ -197,7 +199,7 @@ def load_examples(
         raise UserError(_explain(path, tokenizer, misfits))
     if not summary.triplets:
         raise UserError(f"{path}: expected at least one triplet, found none in {summary.lines} lines")
-    if not examples:
+    if summary.emptied == summary.lines:
         raise UserError(f"{path}: expected triplets before max_length {max_length}, found none")
     return examples, summary
 
