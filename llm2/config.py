@@ -370,7 +370,7 @@ class StudyStep:
     """Overrides of its keys; {study}, {run} and the axes' names in braces stand for folders and values."""
     done: str
     """File whose presence says that the step is done."""
-    only: dict[str, list[Any]] = field(default_factory=dict)
+    only: dict[str, list[str]] = field(default_factory=dict)
     """Values of axes with which the step is run; all when empty."""
     values: dict[str, str] = field(default_factory=dict)
     """For a step of `once`: values of axes under which its figures stand in the tables."""
@@ -412,8 +412,8 @@ class StudyConfig:
     """Steps before all runs, side by side."""
     axes: dict[str, dict[str, dict[str, dict[str, Any]]]]
     """Axis -> its values -> step -> overrides; every combination is a run, the last axis varies fastest."""
-    skip: tuple[dict[str, str], ...] = ()
-    """Combinations that are left out."""
+    skip: tuple[dict[str, list[str]], ...] = ()
+    """Axis -> values; combinations of them are left out."""
     steps: tuple[StudyStep, ...]
     """Steps of a run."""
     over: str | None = "seed"

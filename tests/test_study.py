@@ -26,9 +26,12 @@ def config(tmp_path) -> StudyConfig:
         "report": str(tmp_path / "figs" / "small"),
         "axes": {
             "seed": {"0": {}, "1": {}},
-            "kind": {"old": {}, "new": {"greedy": {"beta": 1e-3, "verifier": "{study}/{kind}"}}},
+            "kind": {
+                "old": {},
+                "new": {"all": {"top_k": 5, "score": "prefix"}, "greedy": {"beta": 1e-3, "verifier": "{study}/{kind}"}},
+            },
         },
-        "skip": [{"kind": "new", "seed": "1"}],
+        "skip": [{"kind": ["new"], "seed": ["1"]}],
         "steps": [
             {
                 **STEP,
@@ -66,7 +69,7 @@ def test_axes_override_the_steps_keys_and_fill_names_in(config):
     ]
     new = runs[1]
     assert list(study.arguments(config, config.steps[0], study.names_of(config, new))) == [
-        *(f"output_dir={new.folder}/greedy", "seed=0", "modes=[guided_greedy]"),
+        *("top_k=5", f"output_dir={new.folder}/greedy", "seed=0", "modes=[guided_greedy]"),
         *("beta=0.001", f"verifier={config.output_dir}/new"),
     ]
 
@@ -93,6 +96,7 @@ def test_done_steps_are_skipped_and_a_failure_is_told_after_the_others(config, m
     "change, message",
     [
         ({"axes": {"seed": {"0": {"greedi": {}}}, "kind": {"old": {}}}}, "no step is called 'greedi'"),
+        ({"skip": [{"kind": ["odd"]}]}, "skip: expected values of an axis, found kind"),
         ({"over": "sed"}, "expected axes, found 'sed'"),
         ({"steps": [{**STEP, "command": "evalu"}]}, "command: found 'evalu', expected one of explore"),
         ({"steps": [{**STEP, "set": {"bata": 1}}]}, "unknown key 'bata'; did you mean 'beta'"),

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import yaml
 from tqdm import tqdm
@@ -18,6 +17,8 @@ from tqdm import tqdm
 from llm2.common.config_file import load_config
 from llm2.config import CONFIGS, StudyConfig, StudyStep
 from llm2.errors import UserError
+
+ALL = "all"  # in place of a step: all steps that have the key
 
 
 @dataclass(frozen=True)
@@ -31,30 +32,37 @@ class Run:
 def runs(config: StudyConfig) -> list[Run]:
     """Every combination that is not skipped."""
     combinations = (dict(zip(config.axes, values, strict=True)) for values in product(*config.axes.values()))
-    kept = [values for values in combinations if not any(skipped.items() <= values.items() for skipped in config.skip)]
+    kept = [values for values in combinations if not any(_among(values, skipped) for skipped in config.skip)]
     return [Run(values, Path(config.output_dir, "-".join(values.values()))) for values in kept]
+
+
+def _among(values: Mapping[str, str], choice: Mapping[str, Sequence[str]]) -> bool:
+    return all(values[axis] in allowed for axis, allowed in choice.items())
 
 
 def check(config: StudyConfig) -> None:
     """Raises UserError where axes and steps do not fit together."""
-    names = {step.name for step in config.steps}
+    names = {ALL, *(step.name for step in config.steps)}
     for axis, values in config.axes.items():
         for value, overrides in values.items():
             if unknown := overrides.keys() - names:
                 raise UserError(f"axes: {axis}: {value}: no step is called {min(unknown)!r}; found {sorted(names)}")
-    for step in config.steps:
-        for axis, wanted in step.only.items():
-            if not set(map(str, wanted)) <= config.axes.get(axis, {}).keys():
-                raise UserError(f"steps: {step.name}: only: expected values of an axis, found {axis}: {wanted}")
+    choices = [(f"steps: {step.name}: only", step.only) for step in config.steps]
+    for where, choice in [*choices, *(("skip", skipped) for skipped in config.skip)]:
+        for axis, values in choice.items():
+            if not set(values) <= config.axes.get(axis, {}).keys():
+                raise UserError(f"{where}: expected values of an axis, found {axis}: {values}")
     compared = [axis for pair in config.compare for axis in (*pair.first, *pair.second)]
     for axis in (config.over, config.across, *config.baseline, *compared):
         if axis is not None and axis not in config.axes:
             axes = ", ".join(config.axes)
             raise UserError(f"over, across, baseline and compare: expected axes, found {axis!r}; the axes are {axes}")
-    alone = Run({}, Path(config.output_dir))
-    for one, step in [(alone, step) for step in config.once] + [(r, s) for r in runs(config) for s in config.steps]:
+    for step in (*config.once, *config.steps):
         if step.command not in CONFIGS:
             raise UserError(f"{step.name}: command: found {step.command!r}, expected one of {', '.join(CONFIGS)}")
+    before = Run({}, Path(config.output_dir))
+    planned = [(one, step) for one in runs(config) for step in wanted_steps(config, one)]
+    for one, step in [(before, step) for step in config.once] + planned:
         load_config(CONFIGS[step.command], step.config, list(arguments(config, step, names_of(config, one))))
 
 
@@ -78,15 +86,17 @@ def run(config: StudyConfig) -> None:
 
 def run_steps(config: StudyConfig, one: Run, locks: Mapping[str, Lock]) -> str | None:
     """The steps of a run up to the first failure, which is returned."""
-    for step in config.steps:
-        wanted = all(one.values[axis] in map(str, values) for axis, values in step.only.items())
-        if not wanted:
-            continue
+    for step in wanted_steps(config, one):
         with locks[step.done.format(**names_of(config, one))]:  # runs that share a step wait for the first of them
             failure = run_step(config, step, one)
         if failure:
             return failure
     return None
+
+
+def wanted_steps(config: StudyConfig, one: Run) -> list[StudyStep]:
+    """The steps of a run: those that are for its values."""
+    return [step for step in config.steps if _among(one.values, step.only)]
 
 
 def run_step(config: StudyConfig, step: StudyStep, one: Run) -> str | None:
@@ -114,11 +124,13 @@ def names_of(config: StudyConfig, one: Run) -> dict[str, str]:
 
 
 def arguments(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) -> Iterator[str]:
-    """key=value for a step's own overrides and those of the axes' values."""
-    overrides: dict[str, Any] = dict(step.set)
-    for axis, values in config.axes.items():
-        if axis in names:
-            overrides |= values[names[axis]].get(step.name, {})
+    """key=value for a step: of the axes' values for all steps, its own (`set`), of the axes' values for this step."""
+    chosen = [values[names[axis]] for axis, values in config.axes.items() if axis in names]
+    keys = CONFIGS[step.command].__dataclass_fields__
+    overrides = {key: value for each in chosen for key, value in each.get(ALL, {}).items() if key in keys}
+    overrides |= step.set
+    for each in chosen:
+        overrides |= each.get(step.name, {})
     for key, value in overrides.items():
         if isinstance(value, str):
             value = value.format(**names)

@@ -17,7 +17,7 @@ from llm2.common.jsonl import read_jsonl
 from llm2.common.stats import SeedsTest, best_of_k, majority_curve, seeds_bootstrap
 from llm2.config import Mode, StudyConfig, StudyStep
 from llm2.evaluation.metrics import right_answer
-from llm2.study.run import Run, runs, step_folders
+from llm2.study.run import Run, runs, step_folders, wanted_steps
 
 TRAINING = ("eval_choice_quality", "eval_choice_beta", "eval_pair_accuracy")
 TRAINING += ("trainable_parameters", "train_seconds", "peak_memory_mib")
@@ -58,7 +58,7 @@ def results(config: StudyConfig) -> list[Result]:
     """Of all runs with at least one evaluation, and of the evaluations before all runs."""
     before = [Run(step.values, Path(config.output_dir)) for step in config.once]
     found = [read_result(config, one, [step]) for one, step in zip(before, config.once, strict=True)]
-    found += [read_result(config, one, config.steps) for one in runs(config)]
+    found += [read_result(config, one, wanted_steps(config, one)) for one in runs(config)]
     return [result for result in found if result.problems]
 
 
@@ -131,11 +131,12 @@ def group(config: StudyConfig, found: Sequence[Result]) -> dict[tuple, list[Resu
 
 
 def differences(config: StudyConfig, members: Sequence[Result], baseline: Sequence[Result]) -> dict[str, SeedsTest]:
-    """Column -> members less the baseline's runs of equal seeds; of a baseline without seeds, less its one run."""
+    """Column -> members less the baseline's runs of equal seeds; where it has one run, less that one."""
     by_seed = {result.values.get(config.over): result for result in baseline}
+    alone = baseline[0] if len(baseline) == 1 else None
     tests = {}
     for column in dict.fromkeys(column for result in members for column in result.problems):
-        pairs = ((one, by_seed.get(one.values.get(config.over), by_seed.get(None))) for one in members)
+        pairs = ((one, by_seed.get(one.values.get(config.over), alone)) for one in members)
         values = [
             one.problems[column] - other.problems[column]
             for one, other in pairs
