@@ -496,7 +496,9 @@ class GenerateConfig:
 
     output: str
     """File to write."""
-    regime: Literal["same", "foreign", "answers", "careful", "two_skills", "sorting"] = "same"
+    regime: Literal[
+        "same", "foreign", "answers", "careful", "two_skills", "more_steps", "new_words", "large_numbers", "sorting"
+    ] = "same"
     """What the gold solutions are like (llm2/testbed/README.md)."""
     split: Literal["pretrain", "train", "validation", "test"] = "train"
     """Split of the regime."""

@@ -222,7 +222,7 @@ def test_testbed_problems_are_worked_to_their_gold_answer(split):
 
 def test_regimes_have_problems_of_their_own_and_answers_alone_no_solution():
     drawn = {name: load_task(name).problems("validation", 20) for name in BUILT_IN if name.startswith("testbed")}
-    assert len({problem.question for problems in drawn.values() for problem in problems}) == 6 * 20
+    assert len({problem.question for problems in drawn.values() for problem in problems}) == 20 * len(drawn)
     assert {problem.solution for problem in drawn["testbed_answers"]} == {""}
     for name, problems in drawn.items():
         for problem in problems:

@@ -79,7 +79,7 @@ def test_splits_never_share_a_problem_in_any_regime():
             new = {problem["question"] for problem in problems(split, 300, regime)}
             assert len(new) == 300 and {split_of(question) for question in new} == {split}
             questions |= new
-    assert len(set.union(*drawn.values())) == sum(map(len, drawn.values())) > 0.99 * 4 * 5 * 300
+    assert len(set.union(*drawn.values())) == sum(map(len, drawn.values())) > 0.99 * 4 * len(REGIMES) * 300
 
 
 def test_foreign_solutions_are_right_terse_and_in_other_words():
@@ -95,6 +95,22 @@ def test_foreign_solutions_are_right_terse_and_in_other_words():
         assert not set(lines) & set(gold_solution(story).split(". "))
         assert problem["answer"] == foreign_answer(story)  # one and the same for a question
     assert unworked / (worked + unworked) == pytest.approx(UNWORKED, abs=0.04) and 0.02 < nested / worked < NESTED
+
+
+def test_varieties_go_beyond_what_system1_has_read():
+    def drawn(regime: str) -> list[Story]:
+        return list(islice(stories("test", regime), 100))
+
+    assert min(len(story.steps) for story in drawn("more_steps")) > max(len(s.steps) for s in drawn("same"))
+    assert all(max(story.values) > 100 for story in drawn("large_numbers"))
+    assert all(max(story.values) <= 150 for regime in ("new_words", "more_steps") for story in drawn(regime))
+    assert not {story.slots["who"] for story in drawn("same")} & {story.slots["who"] for story in drawn("new_words")}
+    assert not set(words.THINGS) & {story.slots["things"] for story in drawn("new_words")}
+    assert all(
+        value == load_task("testbed").extract_answer(gold_solution(story))
+        for story in drawn("large_numbers")
+        for value in [str(story.values[-1])]
+    )
 
 
 def test_lists_are_sorted_rightly_and_split():

@@ -51,6 +51,24 @@ class TwoSkills(Testbed):
     regime = "two_skills"
 
 
+class MoreSteps(Testbed):
+    """Longer problems than System 1 has read."""
+
+    regime = "more_steps"
+
+
+class NewWords(Testbed):
+    """Names and things that System 1 has never read."""
+
+    regime = "new_words"
+
+
+class LargeNumbers(Testbed):
+    """Results larger than System 1 has read."""
+
+    regime = "large_numbers"
+
+
 class Sorting(Task):
     """Lists of numbers to sort: the second skill."""
 

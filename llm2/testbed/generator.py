@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 
 from llm2.testbed.foreign import foreign_answer
-from llm2.testbed.stories import Step, Story, draw_story, value_of
+from llm2.testbed.stories import VARIETIES, Step, Story, draw_story, value_of
 
 # The hash of a question decides its split; SHARES are in twentieths of all questions.
 SHARES = {"pretrain": 10, "train": 5, "validation": 1, "test": 4}
@@ -34,9 +34,9 @@ def problems(split: str, n: int | None = None, regime: str = "same") -> list[dic
 def stories(split: str, regime: str = "same") -> Iterator[Story]:
     """The endless, deterministic sequence of a split's stories; no question twice."""
     rng = random.Random(f"llm2 testbed {split}" if regime == "same" else f"llm2 testbed {regime} {split}")
-    seen = set()
+    variety, seen = VARIETIES.get(regime, VARIETIES["usual"]), set()
     while True:
-        story = draw_story(rng)
+        story = draw_story(rng, variety)
         if story and split_of(story.question) == split and story.question not in seen:
             seen.add(story.question)
             yield story
@@ -90,4 +90,8 @@ REGIMES: dict[str, Callable[[Story], str]] = {
     "answers": final_answer,
     "careful": worked_answer,
     "two_skills": worked_answer,
+    # Unlike all that System 1 has read
+    "more_steps": worked_answer,
+    "new_words": worked_answer,
+    "large_numbers": worked_answer,
 }

@@ -12,8 +12,7 @@ from llm2.testbed import facts, money, words
 from llm2.testbed.facts import Fact, Table
 from llm2.testbed.words import Sentences
 
-LARGEST_SUM, LARGEST_PRODUCT, SMALLEST = 150, 100, 2  # arithmetic that a small System 1 can learn
-MAX_STEPS = 6
+SMALLEST = 2
 MAX_DRAWS = 8  # of a fact's numbers, before the story is given up
 
 
@@ -57,6 +56,16 @@ class Scenario(NamedTuple):
     slots: dict[str, str] = {}  # words that are not drawn
 
 
+class Limits(NamedTuple):
+    """The largest results of a story's steps."""
+
+    sum: int
+    product: int
+
+    def allow(self, operator: str, value: int) -> bool:
+        return SMALLEST <= value <= (self.product if operator == "*" else self.sum)
+
+
 SCENARIOS = (
     Scenario(3.0, (facts.HOLDINGS, facts.CHANGES, facts.CLOSINGS)),
     Scenario(2.0, (facts.HOLDINGS, facts.CHANGES, facts.CHANGES, facts.CLOSINGS)),
@@ -72,6 +81,33 @@ SCENARIOS = (
     Scenario(1.5, (money.WAGES, money.SPENDING, money.MONEY_LEFT), {"things": "dollars"}),
 )
 
+LONG_SCENARIOS = (
+    Scenario(1.0, (facts.HOLDINGS, facts.CHANGES, facts.CHANGES, facts.CHANGES, facts.CLOSINGS)),
+    Scenario(1.0, (facts.HOLDINGS, facts.CHANGES, facts.CHANGES, facts.CHANGES, facts.CHANGES, facts.CLOSINGS)),
+    Scenario(0.5, (facts.DAILY, facts.CHANGES, facts.CHANGES, facts.CHANGES, facts.CLOSINGS)),
+)
+LEARNT = Limits(150, 100)  # arithmetic that a small System 1 can learn
+
+
+@dataclass(frozen=True)
+class Variety:
+    """Which stories are drawn."""
+
+    scenarios: tuple[Scenario, ...] = SCENARIOS
+    people: tuple[words.Person, ...] = words.PEOPLE
+    things: tuple[str, ...] = words.THINGS
+    steps: range = range(1, 7)
+    limits: Limits = LEARNT
+    beyond: bool = False  # at least one result is larger than what System 1 has learnt
+
+
+VARIETIES = {
+    "usual": Variety(),
+    "more_steps": Variety(LONG_SCENARIOS, steps=range(7, 10)),
+    "new_words": Variety(people=words.NEW_PEOPLE, things=words.NEW_THINGS),
+    "large_numbers": Variety(limits=Limits(999, 999), beyond=True),
+}
+
 
 def calculate(left: int, operator: str, right: int) -> int:
     """The result of an operation; division rounds down."""
@@ -82,15 +118,16 @@ def calculate(left: int, operator: str, right: int) -> int:
     return left * right if operator == "*" else left // right
 
 
-def draw_story(rng: random.Random) -> Story | None:
+def draw_story(rng: random.Random, variety: Variety = VARIETIES["usual"]) -> Story | None:
     """A random story, or None if its numbers do not work out (a remainder, a negative or too large result)."""
-    scenario = _weighted(rng, SCENARIOS)
-    slots = _draw_words(rng) | scenario.slots
-    draft = _Draft(rng, slots)
+    scenario = _weighted(rng, variety.scenarios)
+    slots = _draw_words(rng, variety) | scenario.slots
+    draft = _Draft(rng, slots, variety.limits)
     for table in scenario.tables:
         if not draft.add(_weighted(rng, table)):
             return None
-    if not 1 <= len(draft.steps) <= MAX_STEPS:
+    learnt = all(LEARNT.allow(step.operator, value) for step, value in zip(draft.steps, draft.values, strict=True))
+    if len(draft.steps) not in variety.steps or (variety.beyond and learnt):
         return None
     return Story(" ".join(draft.sentences), tuple(draft.steps), tuple(draft.values), slots)
 
@@ -98,8 +135,8 @@ def draw_story(rng: random.Random) -> Story | None:
 class _Draft:
     """A story under construction."""
 
-    def __init__(self, rng: random.Random, slots: dict[str, str]):
-        self.rng, self.slots = rng, slots
+    def __init__(self, rng: random.Random, slots: dict[str, str], limits: Limits):
+        self.rng, self.slots, self.limits = rng, slots, limits
         self.sentences: list[str] = []
         self.steps: list[Step] = []
         self.values: list[int] = []
@@ -124,8 +161,9 @@ class _Draft:
         for index, (formula, sentences) in enumerate(fact.calculations):
             result, _, left, operator, right = formula.split()
             left, right = quantities.get(left) or Given(int(left)), quantities.get(right) or Given(int(right))
-            value = _allowed_result(value_of(left, values), operator, value_of(right, values))
-            if value is None:
+            divisor = value_of(right, values)
+            value = calculate(value_of(left, values), operator, divisor)
+            if not self.limits.allow(operator, value) or (operator == "/" and value_of(left, values) % divisor):
                 return False
             quantities[result] = Computed(len(values))
             values.append(value)
@@ -137,14 +175,6 @@ class _Draft:
 
 def value_of(operand: Operand, values: Sequence[int]) -> int:
     return operand.value if isinstance(operand, Given) else values[operand.step]
-
-
-def _allowed_result(left: int, operator: str, right: int) -> int | None:
-    """The result, or None for a division with a remainder and results outside the limits above."""
-    if operator == "/" and left % right:
-        return None
-    value = calculate(left, operator, right)
-    return value if SMALLEST <= value <= (LARGEST_PRODUCT if operator == "*" else LARGEST_SUM) else None
 
 
 def valid_order(steps: Sequence[Step], rng: random.Random) -> list[int]:
@@ -165,9 +195,9 @@ def _weighted(rng: random.Random, options: Sequence):
     return rng.choices(options, [option.weight for option in options])[0]
 
 
-def _draw_words(rng: random.Random) -> dict[str, str]:
-    (who, he, his), (other, *_), (third, *_) = rng.sample(words.PEOPLE, 3)
-    things, things2 = rng.sample(words.THINGS, 2)
+def _draw_words(rng: random.Random, variety: Variety) -> dict[str, str]:
+    (who, he, his), (other, *_), (third, *_) = rng.sample(variety.people, 3)
+    things, things2 = rng.sample(variety.things, 2)
     month = rng.randrange(len(words.MONTHS) - 1)
     return {
         "who": who,

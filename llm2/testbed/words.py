@@ -4,12 +4,17 @@ In a sentence {equation} stands for the calculation. Gold solutions use the firs
 """
 
 Sentences = tuple[str, ...]
+Person = tuple[str, str, str]  # name, pronouns
 
 WOMEN = ("Anna", "Ella", "Eva", "Julia", "Kate", "Laura", "Maria", "Mia", "Nina", "Rosa", "Sara", "Zoe")
 MEN = ("Adam", "Ben", "Carl", "David", "Jack", "Leo", "Mark", "Max", "Noah", "Paul", "Sam", "Tom")
-PEOPLE = (*((name, "she", "her") for name in WOMEN), *((name, "he", "his") for name in MEN))
+PEOPLE: tuple[Person, ...] = (*((name, "she", "her") for name in WOMEN), *((name, "he", "his") for name in MEN))
 THINGS = ("apples", "balls", "cards", "coins", "eggs", "flowers", "marbles")
 THINGS += ("pens", "rings", "shells", "stamps", "stones", "toys")
+# Words that System 1 has never read
+NEW_PEOPLE: tuple[Person, ...] = tuple((name, "she", "her") for name in ("Olga", "Greta", "Ines", "Wilma"))
+NEW_PEOPLE += tuple((name, "he", "his") for name in ("Igor", "Hugo", "Vikram", "Quentin"))
+NEW_THINGS = ("buttons", "candles", "lemons", "walnuts", "zips")
 BOXES = ("bags", "boxes", "jars")
 GATHERS = ("collects", "finds", "picks")
 MONTHS = ("March", "April", "May", "June", "July")
