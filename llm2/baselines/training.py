@@ -10,12 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm2.common.config_file import write_config
 from llm2.common.distributed import dist_info
+from llm2.common.training import optimizer_arguments
 from llm2.config import OptimizerConfig
 from llm2.errors import UserError
-
-# Keys that OptimizerConfig and TrainingArguments share.
-PASSED_ON = ("num_train_epochs", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm")
-PASSED_ON += ("per_device_train_batch_size", "bf16")
 
 
 def import_trl() -> ModuleType:
@@ -29,23 +26,14 @@ def import_trl() -> ModuleType:
 
 def trainer_arguments(config: OptimizerConfig, device: torch.device) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments and of TRL's configs. Checkpoints are not kept: a run takes minutes."""
-    forward_size = config.per_device_train_batch_size * dist_info().world_size
-    if config.global_batch_size % forward_size:
-        raise UserError(
-            f"global_batch_size {config.global_batch_size}: expected a multiple of per_device_train_batch_size "
-            f"{config.per_device_train_batch_size} x {dist_info().world_size} processes"
-        )
     return {
-        **{name: getattr(config, name) for name in PASSED_ON},
+        **optimizer_arguments(config, device),
         "output_dir": config.output_dir,
-        "warmup_steps": config.warmup_ratio,  # below 1 it is a ratio
-        "gradient_accumulation_steps": config.global_batch_size // forward_size,
         "gradient_checkpointing": config.gradient_checkpointing or None,  # False would be a deprecated way to say no
         "save_strategy": "no",
         "logging_steps": 10,
         "report_to": "none",
         "dataloader_pin_memory": device.type == "cuda",
-        "use_cpu": device.type == "cpu",
         "seed": config.seed,
     }
 

@@ -17,6 +17,7 @@ from llm2.common.config_file import difference, read_values, write_config
 from llm2.common.distributed import dist_info, process_device
 from llm2.common.loading import load_system1, load_tokenizer, resolve_device
 from llm2.common.memory import peak_memory_mib
+from llm2.common.training import optimizer_arguments
 from llm2.config import TrainConfig
 from llm2.errors import UserError
 from llm2.verifier.checkpoints import last_whole_checkpoint
@@ -30,9 +31,6 @@ from llm2.verifier.triplets import Example, Summary, load_examples
 
 READ_BATCH = 16  # solutions of a forward that reads frozen states
 MAY_DIFFER = ("output_dir", "resume", "report_to", "logging_steps")  # between a run and its continuation
-# Keys that TrainConfig and TrainingArguments share.
-PASSED_ON = ("output_dir", "num_train_epochs", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm")
-PASSED_ON += ("per_device_train_batch_size", "bf16", "logging_steps", "report_to", "seed")
 
 
 def train(config: TrainConfig) -> dict:
@@ -199,20 +197,12 @@ def refuse_unknown_tokens(verifier: ProcessVerifier, tokenizer: PreTrainedTokeni
 
 def training_arguments(config: TrainConfig, solutions: int, device: torch.device, best_by: str) -> TrainingArguments:
     """Args: best_by: the held-out metric that chooses the checkpoint."""
-    world_size = dist_info().world_size
-    forward_size = config.per_device_train_batch_size * world_size
-    if config.global_batch_size % forward_size:
-        raise UserError(
-            f"global_batch_size {config.global_batch_size}: expected a multiple of per_device_train_batch_size "
-            f"{config.per_device_train_batch_size} x {world_size} processes"
-        )
     steps = math.ceil(math.ceil(solutions / config.global_batch_size) * config.num_train_epochs)
     eval_steps = max(1, steps // config.evaluations)
     arguments = TrainingArguments(
-        **{name: getattr(config, name) for name in PASSED_ON},
-        warmup_steps=config.warmup_ratio,  # below 1 it is a ratio
+        **optimizer_arguments(config, device),
+        **{name: getattr(config, name) for name in ("output_dir", "logging_steps", "report_to", "seed")},
         per_device_eval_batch_size=config.per_device_train_batch_size,
-        gradient_accumulation_steps=config.global_batch_size // forward_size,
         # passed only where it is on: transformers 6 renames it, and 5 warns of that
         **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
         eval_strategy="steps",
@@ -226,7 +216,6 @@ def training_arguments(config: TrainConfig, solutions: int, device: torch.device
         label_names=["pair_ids"],
         remove_unused_columns=False,
         ddp_broadcast_buffers=False,  # every process loads the same unembedding, and it is large
-        use_cpu=device.type == "cpu",
         data_seed=config.seed,
     )
     if arguments.n_gpu > 1:  # the Trainer would wrap the model in DataParallel
