@@ -107,7 +107,7 @@ def run_step(config: StudyConfig, step: StudyStep, one: Run) -> str | None:
     one.folder.mkdir(parents=True, exist_ok=True)
     log = one.folder / f"{step.name}.log"
     files = [] if step.config is None else [step.config]
-    threads = max(1, (os.cpu_count() or 1) // config.workers)
+    threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1) // config.workers)
     with log.open("w") as file:
         status = subprocess.run(
             [sys.executable, "-m", "llm2", step.command, *files, *arguments(config, step, names)],
