@@ -7,6 +7,7 @@ from test_collate import examples
 from llm2.verifier.pair_metrics import (
     PairInfo,
     Rival,
+    calibration,
     choice_metrics,
     choice_quality,
     compute_metrics,
@@ -74,6 +75,20 @@ def test_choice_quality_by_hand():
     found = choice_metrics(forks, margins)
     # of equal qualities the smallest beta
     assert (found["choice_quality"], found["choice_beta"], found["choice_quality_plain"]) == (0.125, 0.25, -0.5)
+
+
+def test_calibration_by_hand():
+    """Of three benign rivals, of which one is better than gold, guidance suppresses one; of two harmful ones both."""
+    gaps, scores = [0.0, 0.1, -0.5, 0.2, 0.5, 1.0], [0.4, 0.6, -3.0, 0.2, 1.0, 2.0]
+    forks = [[Rival(i, gap, 0.0)] for i, gap in enumerate(gaps)]
+    found = calibration(forks, dict(enumerate(scores)), beta=2.0)
+    assert (found["benign"], found["harmful"], found["harmful_suppressed"]) == (3, 2, 1.0)
+    assert found["benign_suppressed"] == pytest.approx(1 / 3)
+    assert found["margin_spearman"] == pytest.approx(
+        1 - 6 * (1 + 1 + 4) / (6 * 35)
+    )  # ranks 2 3 1 4 5 6 and 3 4 1 2 5 6
+    equal = calibration([[Rival(0, 0.2, 0.0)]], {0: 1.0}, beta=1.0)
+    assert equal == {}
 
 
 def test_only_solutions_with_soft_targets_have_forks():

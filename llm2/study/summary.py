@@ -19,7 +19,8 @@ from llm2.config import Mode, StudyConfig, StudyStep
 from llm2.evaluation.metrics import right_answer
 from llm2.study.run import Run, runs, step_folders, wanted_steps
 
-TRAINING = ("eval_choice_quality", "eval_choice_beta", "eval_pair_accuracy")
+TRAINING = ("eval_choice_quality", "eval_choice_beta", "eval_pair_accuracy", "eval_margin_spearman")
+TRAINING += ("eval_benign_suppressed", "eval_harmful_suppressed")
 TRAINING += ("trainable_parameters", "train_seconds", "peak_memory_mib")
 COST = ("tokens_per_problem", "verifier_tokens_per_token")
 

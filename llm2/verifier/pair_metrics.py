@@ -7,7 +7,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy import stats
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,6 +20,8 @@ from llm2.verifier.triplets import Example
 PARTS = range(1, 6)  # fifths of a solution
 DECIDED = 0.95  # probability that gold is better from which a pair with a soft target is held out as a pair
 BETAS = (0.25, 0.5, 1.0, 2.0)  # weights of the score that `choice_metrics` tries
+BENIGN, HARMFUL = 0.1, 0.35  # a token is benign with at most, harmful with at least this loss of quality against gold
+SUPPRESSED = 1.0  # guidance suppresses a token where it lowers the log of its odds against gold by more
 KINDS = ("digit", "operator", "word", "other")
 OPERATOR = re.compile(r"[-+*/=<>%^×÷−]+")
 
@@ -123,15 +127,33 @@ def choice_quality(forks: Sequence[Sequence[Rival]], margins: Mapping[int, float
 
 
 def choice_metrics(forks: Sequence[Sequence[Rival]], margins: Mapping[int, float]) -> dict[str, float]:
-    """The best `choice_quality` over BETAS and its beta, and System 1's alone. It predicts guided accuracy where pair
-    accuracy does not, since it counts what a wrong choice costs and what an overconfident score does to ties."""
+    """The best `choice_quality` over BETAS and its beta, System 1's alone, and `calibration` with that beta.
+
+    Choice quality predicts guided accuracy where pair accuracy does not: it counts what a wrong choice costs and what
+    an overconfident score does to ties.
+    """
     quality, beta = max((choice_quality(forks, margins, beta), -beta) for beta in BETAS)
     return {
         "choice_quality": quality,
         "choice_beta": -beta,
         "choice_quality_plain": choice_quality(forks, margins, 0.0),
         "forks": len(forks),
+        **calibration(forks, margins, -beta),
     }
+
+
+def calibration(forks: Sequence[Sequence[Rival]], margins: Mapping[int, float], beta: float) -> dict[str, float]:
+    """Whether margins follow measured losses of quality: Spearman's rank correlation over all rivals of gold, and the
+    shares of benign and of harmful ones that guidance suppresses. Each is left out where it is not defined."""
+    gaps = np.array([rival.quality_gap for rivals in forks for rival in rivals])
+    pulls = beta * np.array([margins[rival.pair_id] for rivals in forks for rival in rivals])
+    metrics = {}
+    if np.ptp(gaps) and np.ptp(pulls):
+        metrics["margin_spearman"] = float(stats.spearmanr(gaps, pulls).statistic)
+    for name, members in (("benign", gaps <= BENIGN), ("harmful", gaps >= HARMFUL)):
+        if members.any():
+            metrics |= {f"{name}_suppressed": float((pulls[members] > SUPPRESSED).mean()), name: int(members.sum())}
+    return metrics
 
 
 def table(metrics: Mapping[str, float]) -> str:
