@@ -36,7 +36,12 @@ def config(tmp_path) -> StudyConfig:
             {
                 **STEP,
                 "config": "configs/testbed/evaluate.yaml",
-                "set": {"output_dir": "{run}/greedy", "seed": "{seed}", "modes": ["guided_greedy"]},
+                "set": {
+                    "output_dir": "{run}/greedy",
+                    "seed": "{seed}",
+                    "modes": ["guided_greedy"],
+                    "reuse_from": ["{study}"],
+                },
             }
         ],
         "baseline": {"kind": "old"},
@@ -70,6 +75,7 @@ def test_axes_override_the_steps_keys_and_fill_names_in(config):
     new = runs[1]
     assert list(study.arguments(config, config.steps[0], study.names_of(config, new))) == [
         *("top_k=5", f"output_dir={new.folder}/greedy", "seed=0", "modes=[guided_greedy]"),
+        f"reuse_from=[{config.output_dir}]",
         *("beta=0.001", f"verifier={config.output_dir}/new"),
     ]
 

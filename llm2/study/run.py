@@ -133,11 +133,12 @@ def arguments(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) ->
         overrides |= each.get(step.name, {})
     for key, value in overrides.items():
         if isinstance(value, str):
-            value = value.format(**names)
-            yield f"{key}={value}"
-        else:
-            text = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
-            yield f"{key}={text}"
+            yield f"{key}={value.format(**names)}"
+            continue
+        if isinstance(value, list):
+            value = [item.format(**names) if isinstance(item, str) else item for item in value]
+        text = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+        yield f"{key}={text}"
 
 
 def step_folders(config: StudyConfig, one: Run, steps: Sequence[StudyStep]) -> dict[str, Path]:
