@@ -100,7 +100,7 @@ def seeds_bootstrap(values: np.ndarray, seed: int = 0) -> SeedsTest:
     """Percentile bootstrap of the mean of values (S, N), of S training seeds on the same N problems.
 
     Each resample draws seeds and, for all of them, problems, both with replacement: the interval covers another seed as
-    well as other problems. With m of R resampled means at or beyond 0, p is 2 (m + 1) / (R + 1).
+    well as other problems.
     """
     generator = np.random.default_rng(seed)
     num_seeds, n = values.shape
@@ -111,9 +111,17 @@ def seeds_bootstrap(values: np.ndarray, seed: int = 0) -> SeedsTest:
         seeds = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=count)  # (count, S)
         means.append((problems @ values.T * seeds).sum(-1) / (n * num_seeds))
     resampled = np.concatenate(means)
-    beyond = min((resampled <= 0).sum(), (resampled >= 0).sum())
     low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return SeedsTest(float(values.mean()), (float(low), float(high)), min(1.0, 2 * float(beyond + 1) / (RESAMPLES + 1)))
+    return SeedsTest(float(values.mean()), (float(low), float(high)), bootstrap_p(resampled))
+
+
+def bootstrap_p(resampled: np.ndarray) -> float:
+    """Two-sided p of resampled means against 0: with m of R at or beyond it 2 (m + 1) / (R + 1), never 0.
+
+    Efron and Tibshirani 1993, chapter 15.
+    """
+    beyond = min((resampled <= 0).sum(), (resampled >= 0).sum())
+    return min(1.0, 2 * float(beyond + 1) / (len(resampled) + 1))
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -237,9 +245,8 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> PairedTest:
 def paired_bootstrap(a: np.ndarray, b: np.ndarray, seed: int = 0) -> list[PairedTest]:
     """Two-sided paired bootstrap tests of per-problem metrics a and b, (N, F) each: one test per column.
 
-    Interval and p come from the same resamples, so that p < 0.05 where the interval excludes 0. With m of R resampled
-    differences at or beyond 0, p is 2 (m + 1) / (R + 1), never 0 (Efron and Tibshirani 1993, chapter 15). Where only c
-    problems changed, p is at least that of c coin tosses, 2 / 2^c: the bootstrap overstates few changes.
+    Interval and p come from the same resamples, so that p < 0.05 where the interval excludes 0. Where only c problems
+    changed, p is at least that of c coin tosses, 2 / 2^c: the bootstrap overstates few changes.
     """
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     _check_paired(a, b, dimensions=2)
@@ -251,13 +258,12 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, seed: int = 0) -> list[Paired
     for column, resampled, low, high in zip(
         difference.T, result.bootstrap_distribution, *result.confidence_interval, strict=True
     ):
-        beyond = min((resampled <= 0).sum(), (resampled >= 0).sum())
         fixed, broken = int((column[: len(a)] > 0).sum()), int((column[: len(a)] < 0).sum())
         tests.append(
             PairedTest(
                 difference=float(column.mean()),
                 ci95=(float(low), float(high)),
-                p=min(1.0, max(2 * float(beyond + 1) / (RESAMPLES + 1), 2.0 ** (1 - fixed - broken))),
+                p=min(1.0, max(bootstrap_p(resampled), 2.0 ** (1 - fixed - broken))),
                 test="paired bootstrap",
                 fixed=fixed,
                 broken=broken,
