@@ -44,6 +44,26 @@ def test_links_lead_to_files():
             assert (path.parent / target).exists(), f"{path}: {target}"
 
 
+def test_accuracies_with_intervals_are_those_of_committed_results():
+    """In the README and on the page of studies: 53.5 [51.3, 55.7] stands in a study's JSON, or in a quickstart's."""
+    committed = set()
+    for path in ROOT.glob("figs/studies/*.json"):
+        for row in json.loads(path.read_text())["rows"]:
+            committed |= {interval(test["mean"], test["ci95"]) for test in row["accuracy"].values()}
+    for path in ROOT.glob("figs/quickstart/*.json"):
+        for mode in json.loads(path.read_text())["modes"].values():
+            committed.add(interval(mode["accuracy"], mode["ci95"]))
+            votes = mode.get("majority_at", {})
+            committed |= {interval(share, mode["majority_ci95"][k]) for k, share in votes.items()}
+    for path in (ROOT / "README.md", ROOT / "figs" / "studies" / "README.md"):
+        found = set(re.findall(r"\d+\.\d \[\d+\.\d, \d+\.\d\]", path.read_text()))
+        assert found and found <= committed, f"{path}: {sorted(found - committed)}"
+
+
+def interval(mean: float, ci95: list[float]) -> str:
+    return f"{100 * mean:.1f} [{100 * ci95[0]:.1f}, {100 * ci95[1]:.1f}]"
+
+
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
 def test_every_package_has_a_readme_that_names_each_of_its_files(package):
     text = (package / "README.md").read_text()
