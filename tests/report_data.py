@@ -5,8 +5,6 @@ import random
 from pathlib import Path
 
 WORDS = ("Anna", "has", "rings", "and", "twice", "as", "many", "blue", "ones", "they", "sold", "for", "left", "gave")
-    "Anna has red rings and twice as many blue ones so they have altogether sold for each dollars left gave to".split()
-)
 MODES = ("plain_greedy", "guided_greedy", "plain_sampling", "guided_sampling")
 
 
