@@ -13,7 +13,7 @@ if [ "${1:-}" = --lowest ]; then
     "${PYTHON:-python3}" -m venv --clear "$venv"
     "$venv/bin/python" -m pip install --quiet uv  # pip cannot choose the lowest version
     extras=(--extra deepspeed --extra eval --extra report --extra benchmark --extra study --extra test)
-    "$venv/bin/uv" pip install --python "$venv/bin/python" --resolution lowest-direct -r pyproject.toml "${extras[@]}"
+    "$venv/bin/uv" pip install --compile-bytecode --python "$venv/bin/python" --resolution lowest-direct -r pyproject.toml "${extras[@]}"
     cp pyproject.toml "$venv/pyproject.installed"
   fi
   export HF_HUB_OFFLINE=1 PATH=$venv/bin:$PATH
