@@ -2,9 +2,6 @@
 
 import copy
 import json
-import re
-import shutil
-import subprocess
 
 import pytest
 
@@ -12,7 +9,7 @@ from llm2.config import Mode
 from llm2.errors import UserError
 from llm2.evaluation.report import read_metrics, write_report
 from llm2.evaluation.report import table as render_table
-from llm2.evaluation.report.page import fitting
+from llm2.evaluation.report.pack import pack
 from llm2.evaluation.report.plots import figures
 from llm2.evaluation.report.read import parse
 
@@ -254,43 +251,22 @@ def test_the_page_needs_no_network_and_no_text_breaks_out_of_it(tmp_path):
     assert page.count("</script>") == 2 and "<b>0</b>" not in page
 
 
-def test_samples_are_left_out_until_the_page_fits(tmp_path):
+@pytest.mark.parametrize(("max_bytes", "greedy", "sampled"), [(10**7, 1, 8), (20000, 1, 2), (4000, 0, 0)])
+def test_samples_are_left_out_until_the_page_fits(max_bytes, greedy, sampled, tmp_path):
     write_results(tmp_path, 20, samples=8)
-    metrics = parse(METRICS, "here")
-    (everything, eight), (less, few) = fitting(tmp_path, metrics, 10**7), fitting(tmp_path, metrics, 16000)
-    assert eight == 8 > few and len(less.encode()) <= 16000 < len(everything.encode())
-    shown = [body is not None for *_, body in json.loads(less)["problems"][0][3]["plain_sampling"]]
-    assert shown == [True] * max(few, 1) + [False] * (8 - max(few, 1)), "votes are all there, texts are not"
+    text, shown = pack(tmp_path, parse(METRICS, "here"), max_bytes)
+    problem = json.loads(text)["problems"][0][3]
+    assert shown == sampled and (shown == 0 or len(text.encode()) <= max_bytes)
+    bodies = {mode: [body for *_, body in problem[mode]] for mode in ("guided_greedy", "plain_sampling")}
+    assert [isinstance(body, list) for body in bodies["plain_sampling"]] == [True] * sampled + [False] * (8 - sampled)
+    assert bodies["plain_sampling"][max(1, sampled) :] == [None] * (8 - max(1, sampled)), "votes are all there"
+    assert isinstance(bodies["guided_greedy"][0], list) == bool(greedy)
 
 
 def test_a_results_folder_without_predictions_still_has_its_page(tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps(METRICS))
     write_report(tmp_path)
     assert packed(tmp_path)["problems"] == []
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_a_browser_lists_and_filters_1319_problems(tmp_path):
-    write_results(tmp_path, 1319)
-    write_report(tmp_path)
-    page = (tmp_path / "report.html").read_text()
-    acts = """
-    document.querySelector('#filters [data-kind=broken]').click();
-    document.getElementById('search').value = 'how many <b>7';
-    filter();
-    document.querySelector('.choice.changed').click();
-    document.body.dataset.rows = document.querySelectorAll('.row').length;
-    document.body.dataset.shown = shown.map((problem) => problem.id).join(' ');"""
-    at = page.rindex("</script>")
-    (tmp_path / "acted.html").write_text(page[:at] + acts + page[at:])
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
-    dom = subprocess.run(
-        [*command, (tmp_path / "acted.html").as_uri()], capture_output=True, text=True, timeout=300
-    ).stdout
-    expected = [i for i in range(1319) if i % 5 == 2 and str(i).startswith("7")]
-    assert re.search('data-shown="([^"]*)"', dom)[1].split() == [f"test-{i}" for i in expected]
-    assert len(expected) < 60 and 0 < int(re.search('data-rows="([0-9]*)"', dom)[1]) < 40, "only the rows in view exist"
-    assert "System 2 changed this choice" in dom and "Broken 264" in dom and "Fixed 528" in dom
 
 
 def test_without_modes_nothing_is_drawn():

@@ -3,6 +3,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const ROW = 58; // pixels, as in page.css
+const SHORT = 300; // characters of a text in the list
 const MODES = { // label, system
   plain_greedy: ["Plain, greedy", 1], guided_greedy: ["Guided, greedy", 2],
   plain_sampling: ["Plain, sampling", 1], guided_sampling: ["Guided, sampling", 2],
@@ -24,7 +25,7 @@ const words = (problem) => (problem.words ??= [problem.id, problem.question, pro
   ...Object.values(problem.modes).flatMap((samples) => samples.flatMap((s) => [s[0] ?? "", wordsOf(s[4])]))].join("\n").toLowerCase());
 
 // --- The list: only the rows in view are in the document ---
-let kind = "", shown = problems, selected = null;
+let kind = "", shown = problems, selected = null, linking = 0;
 
 function filter() {
   const wanted = $("search").value.trim().toLowerCase();
@@ -49,12 +50,13 @@ function drawRows() {
     row.setAttribute("aria-setsize", shown.length);
     row.setAttribute("aria-posinset", i + 1);
     if (problem.kind) row.append(element("span", `tag ${TAGS[problem.kind][0]}`, TAGS[problem.kind][1]));
-    row.append(element("b", "", problem.id), element("span", "q", problem.question));
+    row.append(isolated("b", "", problem.id.slice(0, SHORT)), isolated("span", "q", problem.question.slice(0, SHORT)));
     row.addEventListener("click", () => select(problem));
     rows.push(row);
   }
   $("rows").replaceChildren(...rows);
-  list.setAttribute("aria-activedescendant", `row-${shown.indexOf(selected)}`);
+  const at = shown.indexOf(selected), drawn = first <= at && at < last;
+  drawn ? list.setAttribute("aria-activedescendant", `row-${at}`) : list.removeAttribute("aria-activedescendant");
 }
 
 function select(problem) {
@@ -62,7 +64,8 @@ function select(problem) {
   closeChoice();
   drawRows();
   drawDetail();
-  if (problem) history.replaceState(null, "", `#${encodeURIComponent(problem.id)}`);
+  clearTimeout(linking); // browsers refuse a hundred changes of the address in a row
+  if (problem) linking = setTimeout(() => history.replaceState(null, "", `#${address(problem)}`), 300);
 }
 
 function step(by) {
@@ -78,10 +81,10 @@ function drawDetail() {
   const detail = $("detail");
   detail.replaceChildren();
   if (!selected) return void detail.append(element("p", "muted", problems.length ? "No problem matches." : "This folder holds no predictions.jsonl."));
-  const head = element("p", "muted", `${selected.id} · right answer `);
-  head.append(element("b", "", selected.gold));
+  const head = element("p", "muted");
+  head.append(isolated("span", "", selected.id), " · right answer ", isolated("b", "", selected.gold));
   if (selected.kind) head.append(element("span", `tag ${TAGS[selected.kind][0]}`, TAGS[selected.kind][1]));
-  detail.append(head, element("p", "question", selected.question));
+  detail.append(head, isolated("p", "question", selected.question));
   for (const mode of data.modes) if (selected.modes[mode]) detail.append(drawMode(mode, selected.modes[mode]));
   detail.scrollTop = 0;
 }
@@ -105,16 +108,16 @@ function drawVotes(samples) {
     votes.set(answer, vote);
   }
   for (const [answer, vote] of [...votes].sort((a, b) => b[1].count - a[1].count))
-    box.append(element("span", vote.right ? "right" : "", `${answer ?? "unreadable"} × ${vote.count}${vote.right ? " ✓" : ""}`));
+    box.append(isolated("span", vote.right ? "right" : "", `${answer ?? "unreadable"} × ${vote.count}${vote.right ? " ✓" : ""}`));
   return box;
 }
 
 function drawSample([answer, right, tokens, score, body], index) {
   const line = element("p", "muted");
   if (index) line.append(`sample ${index}: `);
-  line.append(element("b", right ? "right" : "wrong", `${right ? "✓" : "✗"} ${answer ?? "no answer"}`), ` · ${tokens} tokens`);
+  line.append(isolated("b", right ? "right" : "wrong", `${right ? "✓" : "✗"} ${answer ?? "no answer"}`), ` · ${tokens} tokens`);
   if (score !== null && score !== undefined) line.append(` · System 2's score ${score.toFixed(2)}`);
-  const text = element("div", "text");
+  const text = isolated("div", "text");
   if (Array.isArray(body)) text.append(...drawTokens(body));
   else text.textContent = body;
   return [line, text];
@@ -160,11 +163,12 @@ function openChoice(span, [, candidates, logprobs, scores, chosen, changed]) {
   const guided = logprobs.map((value, i) => value / 100 + (data.beta ?? 0) * scores[i] / 100), top = Math.max(...guided);
   const total = guided.reduce((sum, value) => sum + Math.exp(value - top), 0);
   const table = element("table"), header = element("tr");
-  for (const name of ["candidate", "System 1", "System 2's score", "together", ""]) header.append(element("th", "", name));
+  for (const name of ["candidate", "System 1", "System 2's score", "together"]) header.append(element("th", "", name));
+  header.append(element("td"));
   table.append(header);
   candidates.forEach((token, i) => {
     const row = element("tr", i === chosen ? "picked" : ""), cell = element("td");
-    cell.append(element("code", "", JSON.stringify(data.vocabulary[token]).slice(1, -1).replace(/^ /, "␣")));
+    cell.append(isolated("code", "", JSON.stringify(data.vocabulary[token]).slice(1, -1).replace(/^ /, "␣")));
     row.append(cell, share(Math.exp(logprobs[i] / 100), 1), element("td", "", (scores[i] / 100).toFixed(2)));
     row.append(share(Math.exp(guided[i] - top) / total, 2));
     row.append(element("td", "", [i === 0 ? "System 1's best" : "", i === chosen ? "✓ written" : ""].filter(Boolean).join(", ")));
@@ -195,6 +199,13 @@ function element(name, classes = "", text) {
   const made = document.createElement(name);
   if (classes) made.className = classes;
   if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+/** An element for text of models and tasks: marks of writing direction in it reach no further. */
+function isolated(name, classes, text) {
+  const made = element(name, classes, text);
+  made.dir = "auto";
   return made;
 }
 
@@ -232,8 +243,9 @@ const prepare = (idle) => {
   if (searchable < problems.length) requestIdleCallback(prepare);
 };
 window.requestIdleCallback?.(prepare);
-$("ramp-label").textContent = data.scale[0] === data.scale[2] ? "" : `${data.scale[0].toFixed(1)} to ${data.scale[2].toFixed(1)}, pale at the median ${data.scale[1].toFixed(1)}`;
-const linked = decodeURIComponent(location.hash.slice(1));
+const [low, middle, high] = data.scale.map((score) => Number(score.toFixed(1)) || 0); // 0 for -0
+$("ramp-label").textContent = low === high ? "" : `${low} to ${high}, pale at the median ${middle}`;
 filter();
-const target = problems.find((problem) => problem.id === linked);
+const address = (problem) => encodeURIComponent(problem.id.toWellFormed());
+const target = location.hash && problems.find((problem) => address(problem) === location.hash.slice(1));
 if (target) { select(target); $("list").scrollTop = Math.max(0, problems.indexOf(target) - 2) * ROW; }
