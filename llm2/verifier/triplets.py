@@ -152,7 +152,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
     """
     for line, record in read_jsonl(path, "triplets"):
         where = f"{path}, line {line}"
-        yield _parse(_from_verdicts(record, where) if "pairs" in record else record, line, where)
+        yield _from_verdicts(record, line, where) if "pairs" in record else _parse(record, line, where)
 
 
 def load_examples(
@@ -217,7 +217,7 @@ def record_line(messages: Sequence[Message], triplets: Iterable[Triplet], **extr
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def _parse(record: dict, line: int, where: str) -> Record:
+def _parse(record: dict, line: int, where: str, gold_better: list[float] | None = None) -> Record:
     for key in ("messages", "samples"):
         if not isinstance(record.get(key), list):
             raise UserError(f"{where}: expected the key {key!r} with a list")
@@ -229,26 +229,33 @@ def _parse(record: dict, line: int, where: str) -> Record:
             )
     triplets = [Triplet(*sample) for sample in record["samples"]]
     gaps = _quality_gaps(record.get("quality"), len(triplets))
-    return Record(record["messages"], triplets, line, gaps, record.get("gold_better"))
+    return Record(record["messages"], triplets, line, gaps, gold_better)
 
 
-def _from_verdicts(record: dict, where: str) -> dict:
+def _from_verdicts(record: dict, line: int, where: str) -> Record:
     """A line of OUTPUT.pairs.jsonl as one of triplets: all tokens that have rollouts, ties and undecided ones included.
 
     The target of a pair is the probability, given the rollouts of both, that gold's quality is the higher one.
     """
     try:
-        pairs = [(p["triplet"], *p["gold"], *p["token"]) for p in record["pairs"] if p["token"][1]]
-        return {
-            "messages": record.get("messages"),
-            "samples": [triplet for triplet, *_ in pairs],
-            "quality": [[right / n, other / m] for _, right, n, other, m in pairs],
-            "gold_better": [probability_worse((other, m), (right, n)) for _, right, n, other, m in pairs],
-        }
-    except (TypeError, KeyError, ValueError, IndexError):
+        verdicts = [(pair["triplet"], _counts(pair["gold"]), _counts(pair["token"])) for pair in record["pairs"]]
+        pairs = [(triplet, gold, token) for triplet, gold, token in verdicts if token[1]]
+        quality = [[right / n, other / m] for _, (right, n), (other, m) in pairs]
+        gold_better = [probability_worse(token, gold) for _, gold, token in pairs]
+    except (TypeError, LookupError, ValueError, ArithmeticError):
         raise UserError(
             f"{where}: key 'pairs': expected objects with 'triplet', and 'gold' and 'token' as [right, rollouts]"
         ) from None
+    triplets = [triplet for triplet, *_ in pairs]
+    record = {"messages": record.get("messages"), "samples": triplets, "quality": quality}
+    return _parse(record, line, where, gold_better)
+
+
+def _counts(value: Any) -> tuple[int, int]:
+    right, rollouts = value
+    if type(right) is not int or type(rollouts) is not int or not 0 <= right <= rollouts:
+        raise ValueError(value)
+    return right, rollouts
 
 
 def _quality_gaps(quality: Any, num_triplets: int) -> list[float] | None:
@@ -257,6 +264,8 @@ def _quality_gaps(quality: Any, num_triplets: int) -> list[float] | None:
         return None
     for pair in quality:
         if not isinstance(pair, list) or len(pair) != 2 or any(type(share) not in (int, float) for share in pair):
+            return None
+        if not all(0 <= share <= 1 for share in pair):
             return None
     return [gold - negative for gold, negative in quality]
 

@@ -11,11 +11,10 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from llm2.common.jsonl import read_jsonl
 from llm2.config import Mode
 from llm2.evaluation.metrics import GREEDY, SAMPLING
 from llm2.evaluation.report.plots import as_svg
-from llm2.evaluation.report.read import Metrics
+from llm2.evaluation.report.read import Metrics, Prediction, Traces, read_lines
 from llm2.evaluation.report.table import HEADER, choice, cost_lines, notes, rows, settings, title
 
 MAX_BYTES = 30_000_000  # a browser opens such a page without lag
@@ -51,8 +50,8 @@ def fitting(folder: Path, metrics: Metrics, max_bytes: int) -> tuple[str, int]:
 
     As many samples of each sampling mode are shown token by token as have traces and fit.
     """
-    lines = _read(folder / "predictions.jsonl")
-    traces = {(line["id"], line["mode"]): line["traces"] for line in _read(folder / "traces.jsonl")}
+    lines = list(read_lines(folder / "predictions.jsonl", Prediction))
+    traces = {(line["id"], line["mode"]): line["traces"] for line in read_lines(folder / "traces.jsonl", Traces)}
     for shown in range(max(map(len, traces.values()), default=0), -1, -1):
         packed = json.dumps(pack(lines, traces, metrics, shown), ensure_ascii=False, separators=(",", ":"))
         packed = packed.replace("<", "\\u003c")  # no text of a model may end the script element
@@ -95,7 +94,7 @@ def pack(lines: list[dict], traces: dict, metrics: Metrics, shown: int) -> dict:
         mode = Mode(line["mode"])
         if mode not in metrics.modes:
             continue
-        shown_traces = traces.get((line["id"], mode), [])[: shown if mode.sampled else 1]
+        shown_traces = traces.get((line["id"], mode), [])[: min(shown, len(line["samples"])) if mode.sampled else 1]
         bodies = [packed_trace(trace) for trace in shown_traces] or [line["samples"][0]["text"]]
         bodies += [None] * (len(line["samples"]) - len(bodies))
         samples = [
@@ -122,8 +121,3 @@ def _scale(traces: dict) -> list[float]:
 
 def _hundredths(value: float) -> int:
     return round(100 * value)
-
-
-def _read(path: Path) -> list[dict]:
-    """The objects of a JSON Lines file; none if there is no file."""
-    return [line for _, line in read_jsonl(path, skip_torn_line=True)] if path.exists() else []
