@@ -1,4 +1,4 @@
-"""Fuzzing: whatever its input, a reader gives the content or one UserError, and the decoder what its slow twin gives."""
+"""Fuzzing: for any input a reader gives the content or one UserError, and the decoder what its slow twin gives."""
 
 import json
 import string
@@ -372,6 +372,7 @@ def check_report(value: tuple[str, bytes], folder: Path, plots: bool = False) ->
         assert "<" not in page and "NaN" not in page, "not safe in a script element"
     except UserError as error:
         one_sentence(error, str(folder))
+        assert value[1] != CONTENTS[value[0]], "refused as it was"
         return
     if plots:
         figures(metrics)

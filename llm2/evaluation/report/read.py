@@ -5,7 +5,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from llm2.common.config_file import shown
@@ -14,7 +14,6 @@ from llm2.config import Mode, ModeKey, Share
 from llm2.errors import UserError
 
 validated = partial(dataclass, config=ConfigDict(allow_inf_nan=False))
-checked = partial(dataclass, config=ConfigDict(allow_inf_nan=False, strict=True))
 Interval = tuple[Share, Share]
 Scalar = str | bool | int | float | None
 K = Annotated[str, Field(pattern=r"^[1-9]\d*$")]  # the k of majority@k and pass@k, as a JSON key
@@ -96,18 +95,18 @@ class Metrics:
     sweep: Sweep | None = None
 
 
-@checked
+@validated(frozen=True)
 class Sample:
     """One solution in a line of predictions.jsonl."""
 
     text: str
     answer: str | None
-    correct: bool
-    tokens: int
-    score: float | None = None
+    correct: StrictBool
+    tokens: StrictInt
+    score: StrictFloat | None = None
 
 
-@checked
+@validated(frozen=True)
 class Prediction:
     """A line of predictions.jsonl."""
 
@@ -118,26 +117,26 @@ class Prediction:
     samples: Annotated[list[Sample], Field(min_length=1)]
 
 
-@checked
+@validated(frozen=True)
 class Choice:
     """How one token was chosen, as `tracing.trace_record` writes it."""
 
-    at: int
+    at: StrictInt
     candidates: list[str]
-    logprobs: list[float]
-    scores: list[float]
-    chosen: int
-    changed: bool
+    logprobs: list[StrictFloat]
+    scores: list[StrictFloat]
+    chosen: StrictInt
+    changed: StrictBool
 
 
-@checked
+@validated(frozen=True)
 class Trace:
     tokens: list[str]
-    scores: list[float] | None
+    scores: list[StrictFloat] | None
     choices: list[Choice]
 
 
-@checked
+@validated(frozen=True)
 class Traces:
     """A line of traces.jsonl."""
 
