@@ -54,6 +54,7 @@ class Example(NamedTuple):
     first_pair_id: int = 0  # pairs are numbered through the whole file
     quality_gaps: Sequence[float] = ()  # (M,), or empty where the file has no quality
     gold_better: Sequence[float] = ()  # (M,) soft targets, or empty where gold is better for sure
+    line: int = 0  # of the file, from 1
 
 
 EMPTY_EXAMPLE = Example([0], [])  # has no pair: runs through a forward and adds nothing to the loss
@@ -62,11 +63,12 @@ EMPTY_EXAMPLE = Example([0], [])  # has no pair: runs through a forward and adds
 class ExampleFile(Sequence[Example]):
     """Examples in an anonymous temporary file, so that memory does not grow with the data."""
 
+    VALUES = 8
     ROW = 5  # int32 values of a triplet: position, gold, negative, the bits of two float32: quality gap, gold_better
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (it lives as long as this object)
-        # seven values an example: offset, tokens, triplets, start, first_pair_id, quality gaps, soft targets
+        # VALUES an example: offset, tokens, triplets, start, first_pair_id, quality gaps, soft targets, line
         self._index = array("q")
         self._offset = self._num_pairs = 0  # offsets are counted in int32 values
 
@@ -77,6 +79,7 @@ class ExampleFile(Sequence[Example]):
         start: int,
         gaps: Sequence[float],
         gold_better: Sequence[float] = (),
+        line: int = 0,
     ) -> None:
         table = np.zeros((len(triplets), self.ROW), dtype=np.int32)
         table[:, :3] = np.array(triplets, dtype=np.int32).reshape(-1, 3)
@@ -84,17 +87,18 @@ class ExampleFile(Sequence[Example]):
         table[: len(gold_better), 4] = np.array(gold_better, dtype=np.float32).view(np.int32)
         self._file.write(np.array(ids, dtype=np.int32).tobytes() + table.tobytes())
         numbers = [self._offset, len(ids), len(triplets), start, self._num_pairs, len(gaps), len(gold_better)]
-        self._index.extend(numbers)
+        self._index.extend([*numbers, line])
         self._offset += len(ids) + self.ROW * len(triplets)
         self._num_pairs += len(triplets)
 
     def __len__(self) -> int:
-        return len(self._index) // 7
+        return len(self._index) // self.VALUES
 
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        offset, tokens, triplets, start, first_pair_id, gaps, soft = self._index[7 * index : 7 * index + 7]
+        begin = self.VALUES * index
+        offset, tokens, triplets, start, first_pair_id, gaps, soft, line = self._index[begin : begin + self.VALUES]
         length = 4 * (tokens + self.ROW * triplets)
         values = np.frombuffer(os.pread(self._file.fileno(), length, 4 * offset), dtype=np.int32)
         table = values[tokens:].reshape(-1, self.ROW)
@@ -105,6 +109,7 @@ class ExampleFile(Sequence[Example]):
             first_pair_id=first_pair_id,
             quality_gaps=table[:gaps, 3].copy().view(np.float32).tolist(),
             gold_better=table[:soft, 4].copy().view(np.float32).tolist(),
+            line=line,
         )
 
 
@@ -192,7 +197,8 @@ def load_examples(
         if kept:
             gaps = [record.quality_gaps[i] for i in kept] if record.quality_gaps is not None else []
             gold_better = [record.gold_better[i] for i in kept] if record.gold_better is not None else []
-            examples.append(ids[:max_length], [record.triplets[i] for i in kept], start, gaps, gold_better)
+            triplets = [record.triplets[i] for i in kept]
+            examples.append(ids[:max_length], triplets, start, gaps, gold_better, record.line)
     if misfits:
         raise UserError(_explain(path, tokenizer, misfits))
     if not summary.triplets:
