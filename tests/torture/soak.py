@@ -7,6 +7,7 @@ predictions are read once for the figures, which is stated as the peak.
 import json
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -78,9 +79,10 @@ def soak(name: str, folder: Path, count: int, interval: float) -> Row:
 
 
 def watch(process: psutil.Process, temporary: Path, journal: Path, interval: float) -> list[Sample]:
+    """Samples of the process and its children, from the journal's first appearance to the end."""
     samples, begun, seen = [], time.monotonic(), False
-    while True:
-        try:
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:  # our own child: a zombie until waited for
+        with suppress(psutil.Error):  # one of them has just ended
             family = [process, *process.children(recursive=True)]
             seen = seen or journal.exists()
             sample = Sample(
@@ -91,13 +93,10 @@ def watch(process: psutil.Process, temporary: Path, journal: Path, interval: flo
                 sum(1 for _ in temporary.rglob("*")),
                 seen and not journal.exists(),
             )
-        except psutil.Error:  # it has ended, or a child has
-            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                return samples
-            continue
-        if seen:
-            samples.append(sample)
+            if seen:
+                samples.append(sample)
         time.sleep(interval)
+    return samples
 
 
 def rise(seconds: list[float], values: list[float]) -> float:
