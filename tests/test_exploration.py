@@ -8,6 +8,7 @@ import signal
 import socket
 from dataclasses import replace
 from io import StringIO
+from operator import itemgetter
 from pathlib import Path
 from random import Random
 from string import ascii_lowercase
@@ -436,10 +437,9 @@ def test_an_existing_output_is_never_overwritten(config):
 
 
 def test_a_journal_of_other_settings_is_refused(config):
-    partial = Path(config.output + ".partial")
-    partial.mkdir()
-    (partial / "shard-0.jsonl").write_text('{"seed": 1}\n')
-    with pytest.raises(UserError, match="begun with another config: quality_margin was None and now is"):
+    other, partial = replace(config, quality_margin=0.9), Path(config.output + ".partial")
+    Journal(partial, other, may_differ=(), key=itemgetter("id")).close()
+    with pytest.raises(UserError, match="begun with another config: quality_margin was 0.9 and now is"):
         explore(config)
 
 

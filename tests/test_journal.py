@@ -88,5 +88,15 @@ def test_a_damaged_line_is_reported_with_its_number(tmp_path):
     journal.close()
     path = tmp_path / "shard-0.jsonl"
     path.write_bytes(path.read_bytes() + b"not json\n" + json.dumps({"id": 1}).encode() + b"\n")
-    with pytest.raises(UserError, match=r"shard-0.jsonl, line 3: expected a JSON object, found b'not json"):
+    with pytest.raises(UserError, match=r"shard-0.jsonl, line 3: expected an entry and its checksum, found the"):
+        open_journal(tmp_path)
+
+
+def test_a_changed_digit_never_becomes_another_entry(tmp_path):
+    journal = open_journal(tmp_path)
+    journal.add({"id": 3, "answer": 17})
+    journal.close()
+    path = tmp_path / "shard-0.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"17", b"11"))
+    with pytest.raises(UserError, match=r"shard-0.jsonl, line 2: .* delete that line, and what it held is computed"):
         open_journal(tmp_path)

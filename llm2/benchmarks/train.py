@@ -207,7 +207,7 @@ def read_cases(config: TrainBenchmark, folder: Path) -> list[BenchmarkCase]:
 def write_lines(path: Path, tokenizer: PreTrainedTokenizerBase, lines: int, pairs: int) -> int:
     """Write conversations of three testbed problems, about 200 tokens each; returns the total number of tokens."""
     problems, tokens = stories("train"), 0
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for _ in range(lines):
             drawn = list(islice(problems, 3))
             messages = [

@@ -43,7 +43,7 @@ def resolve_template(name: str | None) -> str | None:
     if name is None or name in TEMPLATES:
         return TEMPLATES.get(name)
     try:
-        return Path(name).read_text()
+        return Path(name).read_text(encoding="utf-8")
     except OSError:
         raise UserError(f"chat template {name!r}: expected {EXPECTED_TEMPLATE}") from None
 

@@ -13,6 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 from llm2.errors import UserError
 
 Config = TypeVar("Config")
+# PyYAML lets through what int, float and datetime raise for texts like `0b_`, and what deep nesting raises.
+PARSE_ERRORS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+LONGEST_SHOWN = 200  # characters of a value in an error message
 
 
 class _Loader(yaml.SafeLoader):
@@ -34,11 +37,16 @@ def load_config(cls: type[Config], path: str | Path | None, overrides: Sequence[
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"the override {override!r} is not of the form key=value")
-        values[key], origin[key] = _parse_override(override, text), f"override {override!r}"
+        origin[key] = f"override {override!r}"
+        _, values[key] = _parse(text, origin[key])
+    for key in values:
+        if key not in cls.__dataclass_fields__:
+            near = difflib.get_close_matches(key, cls.__dataclass_fields__, 1, cutoff=0)[0]
+            raise UserError(f"{origin[key]}: unknown key {key!r}; did you mean {near!r}? --help lists all keys")
     try:
         return cls(**_tuples(values))
     except ValidationError as error:
-        raise UserError(_explain(error, cls, path, origin)) from None
+        raise UserError(_explain(error, path, origin)) from None
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -60,34 +68,47 @@ def difference(earlier: dict[str, Any], config: Any, may_differ: tuple[str, ...]
 
 def read_values(path: str | Path) -> dict[str, Any]:
     """The plain values of a file that `write_config` wrote."""
-    return yaml.load(Path(path).read_text(), Loader=_Loader)
+    return read_file(path)[0]
 
 
 def read_file(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The file's values and, for each key, its file and line."""
     try:
-        text = Path(path).read_text()
+        content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        values = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}" if mark else f"{path}"
-        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    node, values = _parse(content, str(path))
     if values is None:
         return {}, {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `key: value` lines, found a {type(values).__name__}")
-    return values, {key.value: f"{path}, line {key.start_mark.line + 1}" for key, _ in node.value}
+    origin = dict.fromkeys(values, str(path))  # a merged key has no line of its own
+    origin |= {key.value: f"{path}, line {key.start_mark.line + 1}" for key, _ in node.value}
+    for key in values:
+        if not isinstance(key, str):
+            raise UserError(f"{path}: expected texts as keys, found {shown(key)}")
+    return values, origin
 
 
-def _parse_override(override: str, text: str) -> Any:
+def _parse(content: bytes | str, where: str) -> tuple[yaml.Node | None, Any]:
+    """YAML as nodes, which know their lines, and as values."""
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise UserError(f"the value of the override {override!r} is not valid YAML") from None
+        return yaml.compose(content, Loader=_Loader), yaml.load(content, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or getattr(error, "reason", "it cannot be read")
+        raise UserError(f"{where}{f', line {mark.line + 1}' if mark else ''}: not valid YAML: {problem}") from None
+    except PARSE_ERRORS as error:
+        raise UserError(f"{where}: not valid YAML: {str(error).partition(chr(10))[0]}") from None
+
+
+def shown(value: Any) -> str:
+    """A value in an error message, shortened; some integers are too long for repr."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__}"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
@@ -95,20 +116,16 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def _explain(error: ValidationError, cls: type, path: str | Path | None, origin: dict[str, str]) -> str:
+def _explain(error: ValidationError, path: str | Path | None, origin: dict[str, str]) -> str:
     """The first mistake, in one sentence."""
-    unknown = ("unexpected_keyword_argument", "extra_forbidden")
-    first = min(error.errors(), key=lambda detail: detail["type"] not in unknown)  # misspelt before missing
-    key = str(first["loc"][0])
-    where = origin.get(key, path)
-    if first["type"] in unknown:
-        near = difflib.get_close_matches(key, cls.__dataclass_fields__, 1, cutoff=0)[0]
-        return f"{where}: unknown key {key!r}; did you mean {near!r}? --help lists all keys"
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
     if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         hint = "in it" if path else "in a config file"
         return f"{f'{path}: ' if path else ''}the key {key!r} is missing: expected {key}=VALUE here or {hint}"
     expected = first["msg"][0].lower() + first["msg"][1:]
-    return f"{where}: key {key!r}: found {first['input']!r}, expected: {expected}"
+    where = origin.get(str(first["loc"][0]), path)
+    return f"{where}: key {key!r}: found {shown(first['input'])}, expected: {expected}"
 
 
 def help_text(cls: type) -> str:

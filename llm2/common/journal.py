@@ -1,19 +1,22 @@
 """Finished work on disk, entry by entry, so that a killed run can resume.
 
-A journal is a folder with one shard per process: an append-only JSON Lines file whose first line, the header, is the
-run's config. A kill can leave a torn last line, never more. Any process may finish any entry, so a resumed run can have
-another number of processes.
+A journal is a folder with one shard per process: an append-only file with a line of a checksum and a JSON object for
+each entry, the first of which, the header, is the run's config. A kill can leave a torn last line, never more, and a
+damaged line is found out. Any process may finish any entry, so a resumed run can have another number of processes.
 """
 
 import fcntl
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from llm2.common.config_file import as_dict, difference
 from llm2.errors import UserError
+
+CHECKSUM = 9  # bytes: eight digits and a space
 
 
 class Journal:
@@ -53,7 +56,7 @@ class Journal:
             path, offset = offsets[key]
             with path.open("rb") as file:
                 file.seek(offset)
-                yield json.loads(file.readline())
+                yield json.loads(file.readline()[CHECKSUM:])
 
     def close(self) -> None:
         self.file.close()
@@ -64,7 +67,8 @@ class Journal:
         shutil.rmtree(self.folder)
 
     def _write(self, content: dict) -> None:
-        self.file.write(json.dumps(content, ensure_ascii=False).encode() + b"\n")
+        text = json.dumps(content, ensure_ascii=False).encode()
+        self.file.write(_checksum(text) + text + b"\n")
         self.file.flush()
 
     def _repair(self, header: dict) -> None:
@@ -105,8 +109,15 @@ def _complete_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         start += len(line)
 
 
+def _checksum(text: bytes) -> bytes:
+    return f"{zlib.crc32(text):08x} ".encode()
+
+
 def _parse(line: bytes, path: Path, number: int) -> dict:
-    try:
-        return json.loads(line)
-    except ValueError:
-        raise UserError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r}") from None
+    text = line[CHECKSUM:-1]
+    if line[:CHECKSUM] != _checksum(text):
+        raise UserError(
+            f"{path}, line {number}: expected an entry and its checksum, found the damaged line {line[:40]!r}; "
+            f"delete {'that line' if number > 1 else 'the file'}, and what it held is computed again"
+        )
+    return json.loads(text)

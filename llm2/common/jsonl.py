@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from llm2.errors import UserError
 
@@ -30,11 +31,23 @@ def read_jsonl(
         raise UserError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from None
 
 
-def _parse(line: str, where: str, text_keys: tuple[str, ...]) -> dict:
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text, whose texts can be written as UTF-8; `where` begins the UserError for any other."""
     try:
-        record = json.loads(line)
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # JSON can escape half a character
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise UserError(f"{where}: not valid JSON: nested too deeply") from None
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: expected Unicode text, found {ascii(error.object[error.start])}") from None
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON: {error}") from None
+    return value
+
+
+def _parse(line: str, where: str, text_keys: tuple[str, ...]) -> dict:
+    record = parse_json(line, where)
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected an object, found a {type(record).__name__}")
     for key in text_keys:

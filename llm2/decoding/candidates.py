@@ -28,9 +28,9 @@ def plausible(logits: torch.Tensor, alpha: float, top_k: int | None = None) -> t
     blocks = logits.unflatten(-1, (-1, math.gcd(logits.shape[-1], BLOCK)))  # (B, V / block, block)
     block_max = blocks.amax(dim=-1)  # (B, V / block): sorting or even comparing (B, V) costs ten times as much
     threshold = block_max.amax(dim=-1, keepdim=True) + math.log(alpha)  # (B, 1)
-    row, block = (block_max >= threshold).nonzero(as_tuple=True)  # (n,): few
+    row, block = (~(block_max < threshold)).nonzero(as_tuple=True)  # (n,): few; all of a row of NaN, for none is left
     kept = blocks[row, block]  # (n, block)
-    member, offset = (kept >= threshold[row]).nonzero(as_tuple=True)  # (m,)
+    member, offset = (~(kept < threshold[row])).nonzero(as_tuple=True)  # (m,)
     row, token, value = row[member], block[member] * blocks.shape[-1] + offset, kept[member, offset]
     if len(row) == len(logits):  # one candidate per row, as in most steps
         return token[:, None], torch.ones_like(token[:, None], dtype=torch.bool)

@@ -83,6 +83,7 @@ class DecodeRequest:
         stop: called with prompt index, sample index and new tokens after each token; True ends the sequence.
         process_logits: maps prompt indices (n,), new tokens (n lists) and System 1's logits (n, V) to logits (n, V).
         on_token: called with prompt index, sample index and token for each new token.
+        names: what an error calls each prompt; its index when None.
         trace: record a `TokenTrace` per token.
         keep_logits: with trace, record System 1's logits too.
     """
@@ -96,6 +97,7 @@ class DecodeRequest:
     stop: StopFn | None = None
     process_logits: LogitsFn | None = None
     on_token: Callable[[int, int, int], None] | None = None
+    names: Sequence[str] | None = None
     trace: bool = False
     keep_logits: bool = False
 
@@ -129,10 +131,13 @@ class Completion(NamedTuple):
 def sample(logits: torch.Tensor, sampling: SamplingParams | None, uniform: torch.Tensor | None) -> torch.Tensor:
     """Index of the chosen column of (n, V) or (n, K) logits, (n,).
 
-    The argmax without `sampling`, else the inverse of the cumulative distribution at `uniform` (n,) in [0, 1).
+    The argmax without `sampling`, else the inverse of the cumulative distribution at `uniform` (n,) in [0, 1). Where
+    there is no distribution, the argmax is what spoils it: a NaN or an infinite logit.
     """
     if sampling is None:
         return logits.argmax(dim=-1)
     # float64: over 100,000 tokens the rounding errors of a float32 sum would shift the probabilities
     cumulative = sampling.warpers()(None, logits).softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    return torch.searchsorted(cumulative, uniform[:, None].double() * cumulative[:, -1:], right=True).squeeze(-1)
+    total = cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, uniform[:, None].double() * total, right=True)
+    return torch.where(total.isnan(), logits.argmax(dim=-1, keepdim=True), index).squeeze(-1)

@@ -8,6 +8,7 @@ Letters: n sequences, V vocabulary, K candidates.
 """
 
 import logging
+import math
 import warnings
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from llm2.decoding.memory import GB, MemoryPlan, addresses, num_prefix_slots, pl
 from llm2.decoding.model_runner import LMRunner, ModelRunner, VerifierRunner
 from llm2.decoding.prefix_cache import PrefixCache, SharedPrefix
 from llm2.decoding.sampling import DecodeRequest, Guidance, TokenTrace, sample
+from llm2.errors import UserError
 
 ADMIT_SHARE = 8  # in padded batches one in so many slots must be free before prompts are read: few forwards for all
 MIN_IN_PLACE_TOKENS = 2_000  # prefix length times sequences from which reading in place beats a copy for each sequence
@@ -376,6 +378,8 @@ class Scheduler:
         candidate_lists, value_lists = candidates.tolist(), values.tolist()
         for row, (sequence, size) in enumerate(zip(sequences, sizes, strict=True)):
             values, total = value_lists[row][:size], value_lists[row][-1]
+            if not math.isfinite(values[0]):
+                self._refuse(sequence, f"System 1's logit of token {candidate_lists[row][0]} is {values[0]}")
             logprobs = [value - total for value in values] if self.request.trace else None
             kept = logits[row] if self.request.keep_logits else None
             proposal = Proposal(candidate_lists[row][:size], values, logprobs, kept)
@@ -403,7 +407,10 @@ class Scheduler:
         logits = _pad([proposal.values for proposal in proposals])  # (n, K), on the CPU: too few numbers for a GPU
         valid = torch.arange(logits.shape[1], device="cpu") < sizes[:, None]
         uniform = self._uniforms(sequences, logits.device)
-        guided = guided_logits(logits, valid, _pad(scores), self.guidance.beta)
+        padded = _pad(scores)
+        if not padded.isfinite().all():  # on the CPU, where the scores are anyway
+            self._refuse_scores(sequences, scores)
+        guided = guided_logits(logits, valid, padded, self.guidance.beta)
         chosen = sample(guided, self.request.sampling, uniform).tolist()
         unguided = chosen
         if self.request.trace:
@@ -419,6 +426,21 @@ class Scheduler:
         if reads_candidates:
             self._commit_branch(verifier, self.verifier_cache, sequences, chosen, self.verifier_offset)
         return chosen
+
+    def _refuse_scores(self, sequences: Sequence[SequenceState], scores: Sequence[Sequence[float]]) -> None:
+        for sequence, row in zip(sequences, scores, strict=True):
+            for token, score in zip(sequence.proposal.candidates, row, strict=True):
+                if not math.isfinite(score):
+                    self._refuse(sequence, f"the verifier's score of token {token} is {score}")
+
+    def _refuse(self, sequence: SequenceState, found: str) -> None:
+        """Raise UserError for a number that no token can be chosen by; names problem and position."""
+        index, names = sequence.prompt_index, self.request.names
+        position = sequence.prefix_len + len(sequence.token_ids)
+        raise UserError(
+            f"{f'prompt {index}' if names is None else f'problem {names[index]!r}'}, position {position} (new token "
+            f"{len(sequence.completion_ids)}): {found}, expected a finite number; a wider dtype (dtype=float32) may do"
+        )
 
     def _commit_branch(
         self,

@@ -181,6 +181,7 @@ class Evaluator:
                 eos=llm2.eos,
                 sampling=SamplingParams(temperature=config.temperature, top_p=config.top_p) if mode.sampled else None,
                 seeds=seeds,
+                names=[problem.id for problem in problems],
                 batch_size=config.batch_size,
                 process_logits=ContrastLogits(self.contrast, prompts, config) if contrasts else None,
                 trace=mode.guided and not contrasts and config.traced_samples > 0,
@@ -195,8 +196,9 @@ class Evaluator:
         scores = iter(())  # token scores of the group's completions, one list each
         if self._scores(mode):
             prompts = [decoded.prompt for decoded in group for _ in decoded.completions]
+            names = [decoded.problem.id for decoded in group for _ in decoded.completions]
             solutions = [completion.token_ids for decoded in group for completion in decoded.completions]
-            scores = iter(score_tokens(self.llm2.guidance.verifier, prompts, solutions, SCORING_BATCH))
+            scores = iter(score_tokens(self.llm2.guidance.verifier, prompts, solutions, SCORING_BATCH, names))
         for problem, prompt, completions in group:
             if self.vllm is not None and mode.guided:
                 traced = completions[: self.config.traced_samples]

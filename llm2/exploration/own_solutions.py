@@ -101,6 +101,7 @@ def sample_solutions(
             len(prompt),
             (),
             [row_seed(config.seed, problem.id, "solution", i) for i in range(config.solution_samples)],
+            problem.id,
         )
         for problem, prompt in zip(problems, prompts, strict=True)
     ]

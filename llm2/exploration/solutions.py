@@ -28,7 +28,7 @@ class TokenizedSolution:
     def rollout_request(self, position: int, token: int, seed: int, indices: Iterable[int]) -> Request:
         """Rollouts that take `token` at `position`; the seed of a rollout depends on its index, not on run or batch."""
         seeds = [row_seed(seed, self.problem.id, position, token, i) for i in indices]
-        return Request(self.ids, position, (token,), seeds)
+        return Request(self.ids, position, (token,), seeds, self.problem.id)
 
     def grade_rollouts(
         self, task: Task, tokenizer: PreTrainedTokenizerBase, position: int, token: int, continuations: Continuations

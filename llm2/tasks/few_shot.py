@@ -42,5 +42,5 @@ def _published() -> list[tuple[str, str]]:
     if harness is None:
         raise UserError(f"few_shot={PUBLISHED} reads the examples from lm-evaluation-harness: pip install lm-eval")
     path = Path(harness.submodule_search_locations[0], "tasks", "gsm8k", "gsm8k-cot.yaml")
-    samples = yaml.safe_load(path.read_text())["fewshot_config"]["samples"]
+    samples = yaml.safe_load(path.read_text(encoding="utf-8"))["fewshot_config"]["samples"]
     return [(sample["question"], sample["target"]) for sample in samples]

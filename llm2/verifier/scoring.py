@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from llm2.errors import UserError
 from llm2.verifier.model import ProcessVerifier
 
 Reduction = Literal["mean", "min", "last"]
@@ -17,6 +18,7 @@ def score_tokens(
     prompts: Sequence[Sequence[int]],
     solutions: Sequence[Sequence[int]],
     batch_size: int = 16,
+    names: Sequence[str] | None = None,
 ) -> list[list[float]]:
     """Scores of the tokens of each solution.
 
@@ -24,6 +26,9 @@ def score_tokens(
         prompts: token ids, none empty.
         solutions: token ids that follow the prompt of the same index.
         batch_size: sequences of a forward, batched by length.
+        names: what an error calls each solution's problem; its index when None.
+
+    Raises UserError where a score is NaN or infinite.
     """
     texts = [torch.tensor([*prompt, *solution]) for prompt, solution in zip(prompts, solutions, strict=True)]
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
@@ -35,7 +40,15 @@ def score_tokens(
         keep = torch.arange(ids.shape[1]) < lengths[:, None]  # (B, S)
         scores = verifier(ids.to(verifier.device), attention_mask=keep.long().to(verifier.device)).scores  # (B, S)
         for index, row in zip(batch, scores.float().cpu(), strict=True):
-            token_scores[index] = row[len(prompts[index]) : len(texts[index])].tolist()
+            row = row[len(prompts[index]) : len(texts[index])]
+            if not row.isfinite().all():
+                position = int(row.isfinite().logical_not().nonzero()[0])
+                raise UserError(
+                    f"{f'solution {index}' if names is None else f'problem {names[index]!r}'}, position "
+                    f"{len(prompts[index]) + position} (token {position} of the solution): the verifier's score is "
+                    f"{row[position].item()}, expected a finite number; a wider dtype (dtype=float32) may do"
+                )
+            token_scores[index] = row.tolist()
     return [token_scores[index] for index in range(len(texts))]
 
 

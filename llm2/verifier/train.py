@@ -214,6 +214,7 @@ def training_arguments(config: TrainConfig, solutions: int, device: torch.device
         metric_for_best_model=best_by,
         greater_is_better=True,
         label_names=["pair_ids"],
+        logging_nan_inf_filter=False,  # it would hide what VerifierTrainer.log refuses
         remove_unused_columns=False,
         ddp_broadcast_buffers=False,  # every process loads the same unembedding, and it is large
         data_seed=config.seed,

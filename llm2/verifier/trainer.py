@@ -1,5 +1,6 @@
 """VerifierTrainer: a transformers Trainer whose loss is the mean over the pairs of a whole optimizer step."""
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
+from llm2.errors import UserError
 from llm2.verifier.collate import verifier_batch
 from llm2.verifier.frozen_states import FrozenExample, FrozenStates, frozen_batch
 from llm2.verifier.loss import IGNORE_INDEX, NO_PAIR, pairwise_loss
@@ -17,6 +19,7 @@ from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.pair_metrics import PairInfo, Rival, choice_metrics, compute_metrics
 from llm2.verifier.triplets import EMPTY_EXAMPLE, Example
 
+ALL_FINITE = torch.iinfo(torch.long).max  # in place of the id of a pair whose margin is not finite
 NOT_FOR_THE_MODEL = ("pair_ids", "pair_weights", "pair_targets")
 
 
@@ -85,13 +88,15 @@ class VerifierTrainer(Trainer):
         eval_forks: Sequence[Sequence[Rival]] = (),
         **options: Any,
     ) -> None:
-        self.loss = loss or LossConfig()
+        self.loss, self._first_bad = loss or LossConfig(), ALL_FINITE
 
         def metrics(prediction: EvalPrediction) -> dict[str, float]:
             """Over all held-out pairs at once, so that batches and ranks have no weight."""
             real = prediction.label_ids != NO_PAIR
             ids, margins = (array[real].tolist() for array in (prediction.label_ids, prediction.predictions))
             by_id = dict(zip(ids, margins, strict=True))
+            if bad := [pair_id for pair_id, margin in by_id.items() if not math.isfinite(margin)]:
+                self._refuse(min(bad))
             return compute_metrics(by_id, eval_pairs) | (choice_metrics(eval_forks, by_id) if eval_forks else {})
 
         super().__init__(
@@ -128,8 +133,33 @@ class VerifierTrainer(Trainer):
         loss = pairwise_loss(output.margins, weights, total_weight, self.loss.margin, targets)
         if self.loss.lm_loss_coef > 0:
             loss = loss + self.loss.lm_loss_coef * output.lm_loss.sum() / num_targets.clamp(min=1)
+        if model.training:  # noted on the device, read only in an error: nothing waits for it
+            ids = torch.where(output.margins.isfinite(), ALL_FINITE, inputs["pair_ids"]).flatten()
+            lowest = torch.cat([ids, ids.new_full((1,), ALL_FINITE)]).amin()
+            before = torch.as_tensor(self._first_bad, device=ids.device)
+            self._first_bad = torch.where(before == ALL_FINITE, lowest, before)
         loss = loss * self.accelerator.num_processes  # over which gradients are averaged
         return (loss, output) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *arguments, **options) -> None:
+        if not math.isfinite(logs.get("loss", 0.0)):
+            self._refuse()
+        super().log(logs, *arguments, **options)
+
+    def _refuse(self, held_out: int = ALL_FINITE) -> None:
+        """Raise UserError that names the first pair without a finite margin: trained on, or else the one held out."""
+        which, examples, pair_id = "trained on", self.train_dataset.examples, int(self._first_bad)
+        if pair_id == ALL_FINITE:
+            which, examples, pair_id = "held out", self.eval_dataset, held_out
+        where = f"step {self.state.global_step}"
+        for example in examples.examples if isinstance(examples, FrozenStates) else examples:
+            if 0 <= pair_id - example.first_pair_id < len(example.triplets):
+                position = example.triplets[pair_id - example.first_pair_id].position
+                where += f", line {example.line} of the solutions that are {which}, position {position}"
+        raise UserError(
+            f"{where}: the verifier's score or the loss is NaN or infinite, expected finite numbers; a lower "
+            "learning_rate, or bf16=false, may do"
+        )
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[dict], device: torch.device) -> torch.Tensor:
         """(2,) over accumulation and ranks: the sum of the pair weights, and the number of LM targets."""

@@ -54,6 +54,7 @@ class Example(NamedTuple):
     first_pair_id: int = 0  # pairs are numbered through the whole file
     quality_gaps: Sequence[float] = ()  # (M,), or empty where the file has no quality
     gold_better: Sequence[float] = ()  # (M,) soft targets, or empty where gold is better for sure
+    line: int = 0  # of the file, from 1
 
 
 EMPTY_EXAMPLE = Example([0], [])  # has no pair: runs through a forward and adds nothing to the loss
@@ -62,11 +63,12 @@ EMPTY_EXAMPLE = Example([0], [])  # has no pair: runs through a forward and adds
 class ExampleFile(Sequence[Example]):
     """Examples in an anonymous temporary file, so that memory does not grow with the data."""
 
+    VALUES = 8
     ROW = 5  # int32 values of a triplet: position, gold, negative, the bits of two float32: quality gap, gold_better
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (it lives as long as this object)
-        # seven values an example: offset, tokens, triplets, start, first_pair_id, quality gaps, soft targets
+        # VALUES an example: offset, tokens, triplets, start, first_pair_id, quality gaps, soft targets, line
         self._index = array("q")
         self._offset = self._num_pairs = 0  # offsets are counted in int32 values
 
@@ -77,6 +79,7 @@ class ExampleFile(Sequence[Example]):
         start: int,
         gaps: Sequence[float],
         gold_better: Sequence[float] = (),
+        line: int = 0,
     ) -> None:
         table = np.zeros((len(triplets), self.ROW), dtype=np.int32)
         table[:, :3] = np.array(triplets, dtype=np.int32).reshape(-1, 3)
@@ -84,17 +87,18 @@ class ExampleFile(Sequence[Example]):
         table[: len(gold_better), 4] = np.array(gold_better, dtype=np.float32).view(np.int32)
         self._file.write(np.array(ids, dtype=np.int32).tobytes() + table.tobytes())
         numbers = [self._offset, len(ids), len(triplets), start, self._num_pairs, len(gaps), len(gold_better)]
-        self._index.extend(numbers)
+        self._index.extend([*numbers, line])
         self._offset += len(ids) + self.ROW * len(triplets)
         self._num_pairs += len(triplets)
 
     def __len__(self) -> int:
-        return len(self._index) // 7
+        return len(self._index) // self.VALUES
 
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        offset, tokens, triplets, start, first_pair_id, gaps, soft = self._index[7 * index : 7 * index + 7]
+        begin = self.VALUES * index
+        offset, tokens, triplets, start, first_pair_id, gaps, soft, line = self._index[begin : begin + self.VALUES]
         length = 4 * (tokens + self.ROW * triplets)
         values = np.frombuffer(os.pread(self._file.fileno(), length, 4 * offset), dtype=np.int32)
         table = values[tokens:].reshape(-1, self.ROW)
@@ -105,6 +109,7 @@ class ExampleFile(Sequence[Example]):
             first_pair_id=first_pair_id,
             quality_gaps=table[:gaps, 3].copy().view(np.float32).tolist(),
             gold_better=table[:soft, 4].copy().view(np.float32).tolist(),
+            line=line,
         )
 
 
@@ -152,7 +157,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
     """
     for line, record in read_jsonl(path, "triplets"):
         where = f"{path}, line {line}"
-        yield _parse(_from_verdicts(record, where) if "pairs" in record else record, line, where)
+        yield _from_verdicts(record, line, where) if "pairs" in record else _parse(record, line, where)
 
 
 def load_examples(
@@ -194,7 +199,8 @@ def load_examples(
         if kept:
             gaps = [record.quality_gaps[i] for i in kept] if record.quality_gaps is not None else []
             gold_better = [record.gold_better[i] for i in kept] if record.gold_better is not None else []
-            examples.append(ids[:max_length], [record.triplets[i] for i in kept], start, gaps, gold_better)
+            triplets = [record.triplets[i] for i in kept]
+            examples.append(ids[:max_length], triplets, start, gaps, gold_better, record.line)
     if misfits:
         raise UserError(_explain(path, tokenizer, misfits))
     if not summary.triplets:
@@ -219,7 +225,7 @@ def record_line(messages: Sequence[Message], triplets: Iterable[Triplet], **extr
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def _parse(record: dict, line: int, where: str) -> Record:
+def _parse(record: dict, line: int, where: str, gold_better: list[float] | None = None) -> Record:
     for key in ("messages", "samples"):
         if not isinstance(record.get(key), list):
             raise UserError(f"{where}: expected the key {key!r} with a list")
@@ -231,26 +237,33 @@ def _parse(record: dict, line: int, where: str) -> Record:
             )
     triplets = [Triplet(*sample) for sample in record["samples"]]
     gaps = _quality_gaps(record.get("quality"), len(triplets))
-    return Record(record["messages"], triplets, line, gaps, record.get("gold_better"))
+    return Record(record["messages"], triplets, line, gaps, gold_better)
 
 
-def _from_verdicts(record: dict, where: str) -> dict:
+def _from_verdicts(record: dict, line: int, where: str) -> Record:
     """A line of OUTPUT.pairs.jsonl as one of triplets: all tokens that have rollouts, ties and undecided ones included.
 
     The target of a pair is the probability, given the rollouts of both, that gold's quality is the higher one.
     """
     try:
-        pairs = [(p["triplet"], *p["gold"], *p["token"]) for p in record["pairs"] if p["token"][1]]
-        return {
-            "messages": record.get("messages"),
-            "samples": [triplet for triplet, *_ in pairs],
-            "quality": [[right / n, other / m] for _, right, n, other, m in pairs],
-            "gold_better": [probability_worse((other, m), (right, n)) for _, right, n, other, m in pairs],
-        }
-    except (TypeError, KeyError, ValueError, IndexError):
+        verdicts = [(pair["triplet"], _counts(pair["gold"]), _counts(pair["token"])) for pair in record["pairs"]]
+        pairs = [(triplet, gold, token) for triplet, gold, token in verdicts if token[1]]
+        quality = [[right / n, other / m] for _, (right, n), (other, m) in pairs]
+        gold_better = [probability_worse(token, gold) for _, gold, token in pairs]
+    except (TypeError, LookupError, ValueError, ArithmeticError):
         raise UserError(
             f"{where}: key 'pairs': expected objects with 'triplet', and 'gold' and 'token' as [right, rollouts]"
         ) from None
+    triplets = [triplet for triplet, *_ in pairs]
+    record = {"messages": record.get("messages"), "samples": triplets, "quality": quality}
+    return _parse(record, line, where, gold_better)
+
+
+def _counts(value: Any) -> tuple[int, int]:
+    right, rollouts = value
+    if type(right) is not int or type(rollouts) is not int or not 0 <= right <= rollouts:
+        raise ValueError(value)
+    return right, rollouts
 
 
 def _quality_gaps(quality: Any, num_triplets: int) -> list[float] | None:
@@ -259,6 +272,8 @@ def _quality_gaps(quality: Any, num_triplets: int) -> list[float] | None:
         return None
     for pair in quality:
         if not isinstance(pair, list) or len(pair) != 2 or any(type(share) not in (int, float) for share in pair):
+            return None
+        if not all(0 <= share <= 1 for share in pair):
             return None
     return [gold - negative for gold, negative in quality]
 

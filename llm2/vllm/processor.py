@@ -151,7 +151,7 @@ class GuidedProcessor(LogitsProcessorV1, LogitsProcessorV2):
         """Append a line for this step to the file LLM2_LOG, to compare ranks and to see that slots are freed."""
         digest = hashlib.blake2b(logits.cpu().numpy().tobytes(), digest_size=8).hexdigest()
         line = {"rank": self.rank, "step": self.step, "guided": len(self.guided), "logits": digest}
-        with open(self.log_file, "a") as file:
+        with open(self.log_file, "a", encoding="utf-8") as file:
             file.write(json.dumps(line | self.batch.stats()) + "\n")
         self.step += 1
 

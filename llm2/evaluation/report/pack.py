@@ -3,16 +3,14 @@
 import json
 import sys
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llm2.common.jsonl import read_jsonl
 from llm2.config import Mode
 from llm2.evaluation.metrics import GREEDY, SAMPLING
-from llm2.evaluation.report.read import Metrics
+from llm2.evaluation.report.read import Metrics, Prediction, Traces, read_lines
 
 
 def pack(folder: Path, metrics: Metrics, max_bytes: int) -> tuple[str, int]:
@@ -30,7 +28,7 @@ def pack(folder: Path, metrics: Metrics, max_bytes: int) -> tuple[str, int]:
     vocabulary = _Vocabulary()
     shown: list[dict[tuple[str, Mode], str]] = []  # of each sample that fits: problem and mode -> trace
     limit, scores = sys.maxsize, array("d")
-    for line in _read(folder / "traces.jsonl"):
+    for line in read_lines(folder / "traces.jsonl", Traces):
         key = line["id"], Mode(line["mode"])
         if key[1] not in problems.get(key[0], (None, {}))[1]:
             continue
@@ -79,7 +77,7 @@ def _read_predictions(folder: Path, metrics: Metrics) -> tuple[dict[str, tuple[s
     """Problem -> JSON of its head and, for each mode, of the head of each sample and of its text or null; and the bytes
     of all. Heads lack their closing bracket."""
     problems, size = {}, 0
-    for line in _read(folder / "predictions.jsonl"):
+    for line in read_lines(folder / "predictions.jsonl", Prediction):
         mode = Mode(line["mode"])
         if mode not in metrics.modes:
             continue
@@ -125,8 +123,3 @@ def _as_json(value: Any) -> str:
     """No text of a model may end the script element, so `<` is escaped; neither may half of a surrogate pair stay."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _read(path: Path) -> Iterator[dict]:
-    """The objects of a JSON Lines file; none if there is no file."""
-    return (line for _, line in read_jsonl(path, skip_torn_line=True)) if path.exists() else iter(())

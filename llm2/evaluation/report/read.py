@@ -1,16 +1,21 @@
-"""metrics.json, validated. Figures are fractions of 1."""
+"""The files of a results folder, validated. Figures are fractions of 1."""
 
-import json
+from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as validated
+from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
-from llm2.config import Mode, Share
+from llm2.common.config_file import shown
+from llm2.common.jsonl import parse_json, read_jsonl
+from llm2.config import Mode, ModeKey, Share
 from llm2.errors import UserError
 
+validated = partial(dataclass, config=ConfigDict(allow_inf_nan=False))
 Interval = tuple[Share, Share]
+Scalar = str | bool | int | float | None
 K = Annotated[str, Field(pattern=r"^[1-9]\d*$")]  # the k of majority@k and pass@k, as a JSON key
 
 
@@ -70,7 +75,7 @@ class Sweep:
     split: str
     n: int
     mode: Mode
-    chosen: dict[str, Any]
+    chosen: dict[str, Scalar]
     points: list[Point]
     file: str | None = None  # its problems, unless they are the task's validation split
 
@@ -83,34 +88,99 @@ class Metrics:
     modes: dict[Mode, ModeFigures]
     paired: list[Paired] = Field(default_factory=list)
     reported_k: list[int] = Field(default_factory=list)  # the k in tables; all when empty
-    settings: dict[str, Any] = Field(default_factory=dict)
+    settings: dict[str, Scalar] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
     git_commit: str | None = None
     seed: int = 0
     sweep: Sweep | None = None
 
 
+@validated(frozen=True)
+class Sample:
+    """One solution in a line of predictions.jsonl."""
+
+    text: str
+    answer: str | None
+    correct: StrictBool
+    tokens: StrictInt
+    score: StrictFloat | None = None
+
+
+@validated(frozen=True)
+class Prediction:
+    """A line of predictions.jsonl."""
+
+    id: str
+    question: str
+    gold: str
+    mode: ModeKey
+    samples: Annotated[list[Sample], Field(min_length=1)]
+
+
+@validated(frozen=True)
+class Choice:
+    """How one token was chosen, as `tracing.trace_record` writes it."""
+
+    at: StrictInt
+    candidates: list[str]
+    logprobs: list[StrictFloat]
+    scores: list[StrictFloat]
+    chosen: StrictInt
+    changed: StrictBool
+
+
+@validated(frozen=True)
+class Trace:
+    tokens: list[str]
+    scores: list[StrictFloat] | None
+    choices: list[Choice]
+
+
+@validated(frozen=True)
+class Traces:
+    """A line of traces.jsonl."""
+
+    id: str
+    mode: ModeKey
+    traces: list[Trace]
+
+
 def read_metrics(path: str | Path) -> Metrics:
     """Raises UserError that names the file and what is wrong with it."""
     try:
-        metrics = json.loads(Path(path).read_text())
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; `python -m llm2 evaluate` writes it") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    return parse(metrics, str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from None
+    return parse(parse_json(text, str(path)), str(path))
+
+
+def read_lines(path: Path, kind: type) -> Iterator[dict]:
+    """The lines of predictions.jsonl or traces.jsonl, checked; none if there is no file. Raises UserError."""
+    if path.exists():
+        for number, line in read_jsonl(path, "predictions", skip_torn_line=True):
+            _validate(kind, line, f"{path}, line {number}")
+            yield line
 
 
 def parse(metrics: Any, source: str) -> Metrics:
     """Validate metrics; `source` names them in error messages."""
     if not isinstance(metrics, dict):
         raise UserError(f"{source}: expected an object with benchmark, split, n and modes")
+    return _validate(Metrics, metrics, source)
+
+
+def _validate(kind: type, value: dict, source: str) -> Any:
     try:
-        return TypeAdapter(Metrics).validate_python(metrics)
+        return _adapter(kind).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "missing":
             raise UserError(f"{source}: the key {key!r} is missing") from None
         expected = first["msg"][0].lower() + first["msg"][1:]
-        raise UserError(f"{source}, key {key!r}: found {first['input']!r}, expected: {expected}") from None
+        raise UserError(f"{source}, key {key!r}: found {shown(first['input'])}, expected: {expected}") from None
+
+
+_adapter = cache(TypeAdapter)

@@ -77,7 +77,8 @@ def cost_lines(metrics: Metrics) -> list[tuple[str, ...]]:
     modes = {name: mode for name, mode in metrics.modes.items() if mode.system1_forwards_per_problem is not None}
     if not modes:
         return []
-    lines = [(label, *(f"{getattr(mode, key):,.1f}" for mode in modes.values())) for key, label in COSTS.items()]
+    costs = {label: [getattr(mode, key) for mode in modes.values()] for key, label in COSTS.items()}
+    lines = [(label, *("-" if cost is None else f"{cost:,.1f}" for cost in row)) for label, row in costs.items()]
     return [("cost per problem", *(name.replace("_", " ") for name in modes)), *lines]
 
 

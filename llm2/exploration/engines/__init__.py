@@ -32,6 +32,7 @@ class Request(NamedTuple):
     prefix_len: int
     token_ids: Sequence[int]
     seeds: Sequence[int]  # one per continuation, in [-2**63, 2**63)
+    name: str = ""  # the problem's, for errors
 
     @property
     def prompt(self) -> list[int]:

@@ -3,6 +3,7 @@
 In float32 a continuation depends on its prompt and its seed alone, never on what else is in the batch.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -50,10 +51,15 @@ class LocalEngine:
         output = self.model(ids, use_cache=False, logits_to_keep=query.end - query.start + 1)
         logits = output.logits[0, :-1].float()  # (positions, V)
         candidates, valid = plausible(logits, self.config.alpha, self.config.top_k)  # (positions, K)
-        probabilities = logits.softmax(-1).gather(-1, candidates)
+        probabilities = logits.softmax(-1).gather(-1, candidates).tolist()
+        for position, row in enumerate(probabilities, start=query.start):
+            if not math.isfinite(row[0]):
+                raise UserError(
+                    f"System 1's logits at position {position} of a solution are not finite; try dtype=float32"
+                )
         return [
             [(token, p) for token, p, is_candidate in zip(*row, strict=True) if is_candidate]
-            for row in zip(candidates.tolist(), probabilities.tolist(), valid.tolist(), strict=True)
+            for row in zip(candidates.tolist(), probabilities, valid.tolist(), strict=True)
         ]
 
     def generate(
@@ -69,6 +75,7 @@ class LocalEngine:
             eos=self.eos,
             sampling=self.sampling,
             seeds=[requests[i].seeds for i in order],
+            names=[requests[i].name for i in order],
             batch_size=self.config.batch_size,
             stop=self._stop_fn([requests[i].token_ids for i in order]),
         ):

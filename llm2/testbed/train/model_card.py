@@ -107,7 +107,7 @@ def write_card(
     measured = measure(model, tokenizer, config.card_problems)
     print(measured, flush=True)
     text = card(config, model.num_parameters(), len(tokenizer), loss, measured)
-    Path(config.output_dir, "README.md").write_text(text)
+    Path(config.output_dir, "README.md").write_text(text, encoding="utf-8")
 
 
 def card(config: PretrainConfig, parameters: int, vocabulary: int, loss: float, measured: Measured) -> str:

@@ -1,0 +1,174 @@
+"""In 16 bits nothing becomes NaN, and a number that is NaN or infinite ends a run with its problem and position."""
+
+import math
+
+import pytest
+import torch
+from conftest import tiny_system1
+from test_collate import model_inputs
+from test_decoder import EOS, of_family, prompts, use_padded_batches
+
+from llm2.common.loading import load_tokenizer
+from llm2.config import TrainConfig
+from llm2.decoding import scheduler
+from llm2.decoding.candidates import plausible
+from llm2.decoding.decoder import Decoder
+from llm2.decoding.sampling import Guidance, SamplingParams
+from llm2.errors import UserError
+from llm2.verifier.collate import verifier_batch
+from llm2.verifier.loss import pairwise_loss
+from llm2.verifier.model import ProcessVerifier
+from llm2.verifier.scoring import score_tokens
+from llm2.verifier.train import new_verifier, train
+from llm2.verifier.triplets import EMPTY_EXAMPLE, Example, Triplet, record_line
+
+HALVES = [torch.bfloat16, torch.float16]
+LONG = [[*range(3, 60)] * 6, [5], [7, 8], [*range(3, 60)] * 6 + [9]]  # a prompt of one token beside one of 342
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("layout", ["varlen", "padded", "graphs"])
+@pytest.mark.parametrize("kind, family", [("full", "llama"), ("lora", "gemma2")])  # gemma2: soft caps, windows
+def test_decoding_in_16_bits_gives_finite_numbers(dtype, layout, kind, family, tmp_path, monkeypatch):
+    if layout == "padded":
+        use_padded_batches(monkeypatch)
+    monkeypatch.setattr(scheduler, "MIN_IN_PLACE_TOKENS", 0)
+    lora = {"lora": {"rank": 4}} if kind == "lora" else {}
+    model, verifier = of_family(family, tmp_path, windowed=family == "gemma2", **lora)
+    model, verifier = model.to(dtype), (verifier.to(dtype) if not lora else verifier)
+    if lora:
+        verifier = ProcessVerifier.from_system1(str(tmp_path), attn_implementation="eager", dtype=dtype, **lora).eval()
+    decoder = Decoder(model, Guidance(verifier=verifier, alpha=0.001, beta=3.0), graphs=layout == "graphs")
+    for sampling in (None, SamplingParams()):
+        completions = decoder.decode(
+            LONG, max_new_tokens=6, eos=EOS, sampling=sampling, seeds=[[1, 2]] * 4, batch_size=3, trace=True
+        )
+        numbers = [
+            number
+            for samples in completions
+            for completion in samples
+            for token in completion.trace
+            for number in [*token.logprobs, *(token.scores or [])]
+        ]
+        assert len(numbers) > 100 and all(map(math.isfinite, numbers))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("branches", [True, False])
+def test_training_in_16_bits_gives_finite_losses_and_gradients(dtype, attention, branches, tmp_path):
+    """Batches of a long row beside short ones, of solutions without branches, of nothing but empty examples."""
+    tiny_system1().save_pretrained(tmp_path)
+    score = "candidate" if branches else "prefix"
+    verifier = ProcessVerifier.from_system1(str(tmp_path), score=score, dtype=dtype, attn_implementation=attention)
+    long = Example([*range(3, 60)] * 5, [Triplet(1, 4, 9), Triplet(284, 59, 8)])
+    for batch in ([long, EMPTY_EXAMPLE, Example([3, 4], [Triplet(1, 4, 5)])], [EMPTY_EXAMPLE] * 3, [EMPTY_EXAMPLE]):
+        verifier.zero_grad()
+        tensors = verifier_batch(batch, branches=branches, lm_targets=True)
+        output = verifier.train()(**model_inputs(tensors), targets=tensors.targets)
+        loss = pairwise_loss(output.margins, tensors.pair_weights, targets=tensors.pair_targets)
+        loss = loss + 0.1 * output.lm_loss.sum()
+        loss.backward()
+        gradients = [each.grad for each in verifier.parameters() if each.grad is not None]
+        assert gradients and loss.isfinite() and all(each.isfinite().all() for each in gradients)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_scoring_in_16_bits_with_long_padding_gives_finite_scores(dtype, verifier):
+    half = ProcessVerifier(verifier.config)
+    half.load_state_dict(verifier.state_dict())
+    scores = score_tokens(half.to(dtype).eval(), LONG, [[4, 5], [6] * 300, [7], [8, 9]])
+    assert [len(row) for row in scores] == [2, 300, 1, 2]
+
+
+# --- A number that is not finite ---
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("names, called", [(None, "prompt 3"), ([f"test-{i}" for i in range(5)], "problem 'test-3'")])
+def test_a_score_that_is_not_finite_ends_decoding_with_problem_and_position(
+    system1, verifier, value, names, called, monkeypatch
+):
+    batch, scores = prompts(5), scheduler.Scheduler._scores
+
+    def spoilt(self, pending, *rest):
+        rows = scores(self, pending, *rest)
+        for sequence, row in zip(pending, rows, strict=True):
+            if sequence.prompt_index == 3 and len(sequence.completion_ids) >= 2:
+                row[-1] = value
+        return rows
+
+    monkeypatch.setattr(scheduler.Scheduler, "_scores", spoilt)
+    decoder = Decoder(system1, Guidance(verifier=verifier, alpha=0.001, beta=1.0))
+    position = len(batch[3]) + 2
+    with pytest.raises(
+        UserError, match=rf"^{called}, position {position} \(new token 2\): .* token \d+ is {value}, exp"
+    ):
+        decoder.decode(batch, max_new_tokens=6, eos=[], names=names)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("sampling", [None, SamplingParams(), SamplingParams(temperature=0.5, top_p=0.9)])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_logit_that_is_not_finite_ends_decoding(system1, verifier, guided, sampling, value):
+    def spoil(indices, new, logits):
+        for row, (index, tokens) in enumerate(zip(indices, new, strict=True)):
+            if index == 1 and len(tokens) == 1:
+                logits[row, 40] = value
+        return logits
+
+    guidance = Guidance(verifier=verifier, alpha=0.1) if guided else None
+    options = {"sampling": sampling, "seeds": [[1], [2], [3]], "process_logits": spoil}
+    with pytest.raises(UserError, match=rf"^prompt 1, position .* System 1's logit of token 40 is {value}"):
+        Decoder(system1, guidance).decode(prompts(3), max_new_tokens=4, eos=[], **options)
+
+
+def test_a_row_of_nan_moves_no_other_rows_candidates():
+    logits = torch.tensor([[0.0, math.nan, 1.0], [2.0, 2.0, -9.0]])
+    candidates, valid = plausible(logits, 0.5)
+    assert candidates[0, 0] == 1 and candidates[1, :2].tolist() == [0, 1] and valid[1].tolist() == [True, True, False]
+
+
+def test_a_solution_whose_score_is_not_finite_is_named(verifier):
+    broken = ProcessVerifier(verifier.config)
+    broken.load_state_dict(verifier.state_dict())
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[9] = math.nan
+    with pytest.raises(
+        UserError, match=r"^problem 'b', position 2 \(token 0 of the solution\): the verifier's score is nan"
+    ):
+        score_tokens(broken.eval(), [[3, 4], [5, 6]], [[7, 8], [9, 7]], names=["a", "b"])
+
+
+@pytest.mark.parametrize("changes", [{}, {"score": "prefix"}, {"lm_loss_coef": 0.1, "logging_steps": 1}])
+@pytest.mark.parametrize("line", [4, 21])
+def test_training_that_becomes_nan_names_the_solution(system1_folder, tmp_path, monkeypatch, changes, line):
+    """One solution has a token whose embedding is NaN; what follows spoils all weights, and is not what is named."""
+    tokenizer = load_tokenizer(system1_folder)
+    right, wrong, spoilt = (tokenizer(text)["input_ids"][0] for text in "74#")
+    lines = [record_line([{"role": "user", "content": "no triplet"}], [])]
+    while len(lines) < 24:
+        question = "#" if len(lines) == line - 1 else "?"
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "7"}]
+        ids = tokenizer.apply_chat_template(messages, return_dict=False)
+        lines.append(record_line(messages, [Triplet(len(ids) - 2, right, wrong)]))
+    (tmp_path / "triplets.jsonl").write_text("".join(lines))
+
+    def spoilt_verifier(*arguments):
+        verifier = new_verifier(*arguments)
+        with torch.no_grad():
+            verifier.get_input_embeddings().weight[spoilt] = math.nan
+        return verifier
+
+    monkeypatch.setattr("llm2.verifier.train.new_verifier", spoilt_verifier)
+    config = {
+        "model": system1_folder,
+        "train_file": str(tmp_path / "triplets.jsonl"),
+        "output_dir": str(tmp_path / "v"),
+    }
+    config |= {"eval_share": 0.2, "global_batch_size": 4, "per_device_train_batch_size": 4, "device": "cpu", **changes}
+    with pytest.raises(
+        UserError, match=rf"^step \d+, line {line} of the solutions that are .*, position {len(ids) - 2}: "
+    ):
+        train(TrainConfig(**config))
+    assert not list((tmp_path / "v").glob("*.safetensors")), "nothing is saved"

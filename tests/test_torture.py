@@ -1,0 +1,71 @@
+"""The long parts of tests/torture at a tiny scale, and that each of them can fail."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.torture import determinism, exits, soak
+
+LEAK = """
+import sys, time, tempfile
+from pathlib import Path
+journal = Path(sys.argv[1]); journal.mkdir(); kept = []
+for number in range(60):
+    if sys.argv[2] == "leak":
+        kept.append(open(tempfile.mkstemp()[1]))
+    time.sleep(0.05)
+journal.rmdir()
+time.sleep(0.3)
+"""
+
+
+@pytest.mark.parametrize("kind", ["flat", "leak"])
+def test_a_leak_of_files_shows_in_the_samples(kind, tmp_path, monkeypatch):
+    journal, temporary = tmp_path / "journal", tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    process = subprocess.Popen([sys.executable, "-c", LEAK, journal, kind])
+    samples = soak.watch(psutil.Process(process.pid), temporary, journal, 0.1)
+    assert process.wait() == 0 and samples[-1].done
+    steady = [sample for sample in samples if not sample.done]
+    assert len(steady) > 10
+    for key in ("open_files", "temporary_files"):
+        rise = soak.rise([s.seconds for s in steady], [getattr(s, key) for s in steady])
+        assert (rise > 20) == (kind == "leak") and (abs(rise) < 1) == (kind == "flat")
+    soak.save(soak.draw("a plot", samples, 1.0), tmp_path / "plot.svg")
+    assert "temp. files" in (tmp_path / "plot.svg").read_text()
+
+
+def test_times_and_folders_are_left_out_of_the_comparison_and_nothing_else(tmp_path):
+    for name, seconds, value in (("a", 1, 5), ("b", 2, 5), ("c", 1, 6)):
+        (tmp_path / name).mkdir()
+        text = (
+            f'{{"seconds": {seconds}, "rows": [{{"train_seconds": 3, "value": {value}}}], "at": "{tmp_path / name}"}}'
+        )
+        (tmp_path / name / "report.json").write_text(text)
+    a, b, c = (determinism.contents(tmp_path / name) for name in "abc")
+    assert a == b != c and a["report.json"] == b'{"rows": [{"value": 5}], "at": "FOLDER"}'
+
+
+@pytest.mark.slow
+def test_runs_are_equal_to_the_byte(tmp_path):
+    rows = determinism.run(tmp_path, 0.05, only=("an ASCII locale", "killed, then resumed"))
+    assert [row.tried for row in rows] == [2] * 4 and not any(row.failed for row in rows), rows
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_status_0(tmp_path):
+    rows = exits.run(tmp_path, 2 / exits.STARTS)
+    assert [(row.tried, row.failed) for row in rows] == [(1, 0), (1, 0)], rows
+
+
+@pytest.mark.slow
+def test_a_short_evaluation_and_exploration_are_watched_from_begin_to_end(tmp_path, monkeypatch):
+    """Too short to be flat: what is tested is that samples are taken and drawn."""
+    monkeypatch.setattr(soak, "TOLERANCE", dict.fromkeys(soak.TOLERANCE, 10_000.0))
+    rows = soak.run(tmp_path, 0.01, interval=0.2)
+    assert [row.failed for row in rows] == [0, 0], rows
+    assert all(Path(tmp_path, name, f"{name}.svg").exists() for name in soak.PROBLEMS)

@@ -1,0 +1,52 @@
+"""The product's own commands in processes of their own, as the scripts start them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+MULTI = "configs/accelerate/multi_gpu.yaml"  # what scripts/launch.sh takes for several processes
+POLL = 0.05
+
+
+def start(arguments: Sequence[str], log: Path, processes: int = 1, **environment: str) -> subprocess.Popen:
+    """`python -m llm2` or, for several processes, `accelerate launch`; one thread each, output to a file."""
+    command = [sys.executable, "-m", "llm2", *arguments]
+    if processes > 1:
+        launcher = ["-m", "accelerate.commands.launch", "--quiet", "--config_file", MULTI, "--num_processes"]
+        launcher += [str(processes), "--num_cpu_threads_per_process", "1", "-m", "llm2"]
+        command = [sys.executable, *launcher, *arguments]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **fixed, **environment},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def kill_once(process: subprocess.Popen, ripe: Callable[[], bool]) -> bool:
+    """SIGKILL the process and its children as soon as it is `ripe`; False where it ended before."""
+    while process.poll() is None:
+        if ripe():
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return True
+        time.sleep(POLL)
+    return False
+
+
+def last_words(log: Path) -> str:
+    return log.read_text(errors="replace")[-400:]
+
+
+def settings(values: Mapping[str, object]) -> list[str]:
+    return [f"{key}={value}" for key, value in values.items()]
