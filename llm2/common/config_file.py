@@ -10,15 +10,29 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from llm2.errors import UserError
+from llm2.common.files import read_text, write_text
+from llm2.errors import UserError, reason, shown
 
 Config = TypeVar("Config")
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `2e-5` as a number; YAML 1.1 reads it as a string."""
+    """SafeLoader that reads `2e-5` as a number, which YAML 1.1 reads as a string, and refuses a repeated key."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        first: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in first and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {name!r} is already on line {first[name]}", problem_mark=key.start_mark
+                )
+            first[name] = line
+        return super().construct_mapping(node, deep)
 
 
+# Besides its own: of a date that is none, of nesting that is too deep.
+YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
@@ -29,16 +43,16 @@ def load_config(cls: type[Config], path: str | Path | None, overrides: Sequence[
 
     Raises UserError that names the file, the line (or the override), the key, and the values found and expected.
     """
-    values, origin = ({}, {}) if path is None else read_file(path)
+    values, places = ({}, {}) if path is None else read_file(path)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"the override {override!r} is not of the form key=value")
-        values[key], origin[key] = _parse_override(override, text), f"override {override!r}"
+        values[key], places[key] = _parse_override(override, text), f"override {shown(override)}"
     try:
         return cls(**_tuples(values))
     except ValidationError as error:
-        raise UserError(_explain(error, cls, path, origin)) from None
+        raise UserError(_explain(error, cls, path, places)) from None
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -47,7 +61,7 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 
 def write_config(config: Any, path: str | Path) -> None:
-    Path(path).write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
+    write_text(path, yaml.safe_dump(as_dict(config), sort_keys=False))
 
 
 def difference(earlier: dict[str, Any], config: Any, may_differ: tuple[str, ...]) -> str | None:
@@ -60,34 +74,32 @@ def difference(earlier: dict[str, Any], config: Any, may_differ: tuple[str, ...]
 
 def read_values(path: str | Path) -> dict[str, Any]:
     """The plain values of a file that `write_config` wrote."""
-    return yaml.load(Path(path).read_text(), Loader=_Loader)
+    return read_file(path)[0]
 
 
 def read_file(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The file's values and, for each key, its file and line."""
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
+    text = read_text(path, "config")
     try:
         node = yaml.compose(text, Loader=_Loader)
         values = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else f"{path}"
-        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or reason(error)}") from error
     if values is None:
         return {}, {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `key: value` lines, found a {type(values).__name__}")
-    return values, {key.value: f"{path}, line {key.start_mark.line + 1}" for key, _ in node.value}
+    places = {str(key.value): f"{path}, line {key.start_mark.line + 1}" for key, _ in node.value}
+    return {str(key): value for key, value in values.items()}, places
 
 
 def _parse_override(override: str, text: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise UserError(f"the value of the override {override!r} is not valid YAML") from None
+    except YAML_ERRORS as error:
+        raise UserError(f"the value of the override {shown(override)} is not valid YAML") from error
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
@@ -95,12 +107,12 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def _explain(error: ValidationError, cls: type, path: str | Path | None, origin: dict[str, str]) -> str:
+def _explain(error: ValidationError, cls: type, path: str | Path | None, places: dict[str, str]) -> str:
     """The first mistake, in one sentence."""
     unknown = ("unexpected_keyword_argument", "extra_forbidden")
     first = min(error.errors(), key=lambda detail: detail["type"] not in unknown)  # misspelt before missing
     key = str(first["loc"][0])
-    where = origin.get(key, path)
+    where = places.get(key, path)
     if first["type"] in unknown:
         near = difflib.get_close_matches(key, cls.__dataclass_fields__, 1, cutoff=0)[0]
         return f"{where}: unknown key {key!r}; did you mean {near!r}? --help lists all keys"
@@ -108,7 +120,7 @@ def _explain(error: ValidationError, cls: type, path: str | Path | None, origin:
         hint = "in it" if path else "in a config file"
         return f"{f'{path}: ' if path else ''}the key {key!r} is missing: expected {key}=VALUE here or {hint}"
     expected = first["msg"][0].lower() + first["msg"][1:]
-    return f"{where}: key {key!r}: found {first['input']!r}, expected: {expected}"
+    return f"{where}: key {key!r}: found {shown(first['input'])}, expected: {expected}"
 
 
 def help_text(cls: type) -> str:
@@ -136,6 +148,6 @@ def _type_name(field: dict, schema: dict) -> str:
         return " | ".join(field["enum"])
     if field.get("type") == "array":
         return f"list of {_type_name(field['items'], schema)}"
-    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<="}
+    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     limits = [f"{sign} {field[key]}" for key, sign in bounds.items() if key in field]
     return " ".join([field.get("const") or field.get("type", "value"), ", ".join(limits)]).strip()

@@ -1,12 +1,12 @@
-"""Finished work on disk, entry by entry, so that a killed run can resume.
+"""Finished work on disk, entry by entry, so that a killed run can resume; one run at a time (claim.py).
 
 A journal is a folder with one shard per process: an append-only JSON Lines file whose first line, the header, is the
 run's config. A kill can leave a torn last line, never more. Any process may finish any entry, so a resumed run can have
 another number of processes.
 """
 
-import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
@@ -23,7 +23,7 @@ class Journal:
         config: the run's config; raises UserError for shards of a run with another one.
         may_differ: keys of the config that may change between runs.
         key: identifies an entry.
-        shard: the number of this process, the only writer of that shard. Raises UserError if it has a writer already.
+        shard: the number of this process, the only writer of that shard.
     """
 
     def __init__(
@@ -32,10 +32,6 @@ class Journal:
         self.folder, self.key = folder, key
         folder.mkdir(parents=True, exist_ok=True)
         self.file = (folder / f"shard-{shard}.jsonl").open("a+b")
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{self.file.name} is being written by another run; wait for it, or end it") from None
         for path in self._shards():
             self._check_header(path, config, may_differ)
         self._repair(as_dict(config))
@@ -64,8 +60,9 @@ class Journal:
         shutil.rmtree(self.folder)
 
     def _write(self, content: dict) -> None:
-        self.file.write(json.dumps(content, ensure_ascii=False).encode() + b"\n")
-        self.file.flush()
+        line = memoryview(json.dumps(content, ensure_ascii=False).encode() + b"\n")
+        while line:  # unbuffered: on a full disk nothing is left to be written later
+            line = line[os.write(self.file.fileno(), line) :]
 
     def _repair(self, header: dict) -> None:
         """Cut off a torn last line; write the header if the shard is empty."""

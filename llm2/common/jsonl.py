@@ -4,13 +4,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from llm2.errors import UserError
+from llm2.errors import UserError, shown
 
 
 def read_jsonl(
     path: str | Path, what: str = "records", text_keys: tuple[str, ...] = (), skip_torn_line: bool = False
 ) -> Iterator[tuple[int, dict]]:
-    """The line number (from 1) and the object of each line that is not blank.
+    """The line number (from 1) and the object of each line that is not blank; a byte order mark is passed over.
 
     Args:
         what: the file's content, for error messages.
@@ -20,26 +20,32 @@ def read_jsonl(
     Raises UserError that names file and line where the file cannot be read or does not have this format.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip() and not (skip_torn_line and not line.endswith("\n")):
                     yield number, _parse(line, f"{path}, line {number}", text_keys)
     except OSError as error:
-        raise UserError(f"cannot read the {what} {path}: {error.strerror}") from None
+        raise UserError(f"cannot read the {what} {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from None
+        raise UserError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from error
 
 
 def _parse(line: str, where: str, text_keys: tuple[str, ...]) -> dict:
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON: {error}") from None
+        record = json.loads(line, parse_constant=_refuse)
+        if "\\u" in line:
+            json.dumps(record, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected an object, found a {type(record).__name__}")
     for key in text_keys:
         if key not in record:
-            raise UserError(f"{where}: expected the key {key!r}, found {', '.join(map(repr, record)) or 'no keys'}")
+            raise UserError(f"{where}: expected the key {key!r}, found the keys {shown(list(record))}")
         if not isinstance(record[key], str):
-            raise UserError(f"{where}: key {key!r}: expected a text, found {record[key]!r}")
+            raise UserError(f"{where}: key {key!r}: expected a text, found {shown(record[key])}")
     return record
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")

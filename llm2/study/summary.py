@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from llm2.common.files import write_text
 from llm2.common.jsonl import read_jsonl
 from llm2.common.stats import SeedsTest, majority_curve, seeds_bootstrap
 from llm2.config import Mode, StudyConfig, StudyStep
@@ -194,8 +195,8 @@ def write_summary(config: StudyConfig) -> str:
     path = Path(config.report)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join([table(config, summary).strip(), *correlations(config, found)]) + "\n"
-    path.with_suffix(".md").write_text(text)
-    path.with_suffix(".json").write_text(json.dumps(as_json(summary), indent=1) + "\n")
+    write_text(path.with_suffix(".md"), text)
+    write_text(path.with_suffix(".json"), json.dumps(as_json(summary), indent=1) + "\n")
     if config.plots:
         from llm2.study.plot import draw, save  # matplotlib is an extra
 

@@ -11,8 +11,10 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from llm2.common.files import write_text
 from llm2.common.jsonl import read_jsonl
 from llm2.config import Mode
+from llm2.errors import explained
 from llm2.evaluation.metrics import GREEDY, SAMPLING
 from llm2.evaluation.report.plots import as_svg
 from llm2.evaluation.report.read import Metrics
@@ -43,7 +45,7 @@ def write_page(folder: Path, metrics: Metrics, plots: dict[str, Figure]) -> None
         script=Markup((source / "page.js").read_text(encoding="utf-8")),
         data=Markup(data),
     )
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    write_text(folder / "report.html", page)
 
 
 def fitting(folder: Path, metrics: Metrics, max_bytes: int) -> tuple[str, int]:
@@ -52,9 +54,12 @@ def fitting(folder: Path, metrics: Metrics, max_bytes: int) -> tuple[str, int]:
     As many samples of each sampling mode are shown token by token as have traces and fit.
     """
     lines = _read(folder / "predictions.jsonl")
-    traces = {(line["id"], line["mode"]): line["traces"] for line in _read(folder / "traces.jsonl")}
+    with explained(f"{folder / 'traces.jsonl'}: expected lines as `llm2 evaluate` writes them"):
+        traces = {(line["id"], line["mode"]): line["traces"] for line in _read(folder / "traces.jsonl")}
     for shown in range(max(map(len, traces.values()), default=0), -1, -1):
-        packed = json.dumps(pack(lines, traces, metrics, shown), ensure_ascii=False, separators=(",", ":"))
+        with explained(f"{folder}: expected predictions.jsonl and traces.jsonl as `llm2 evaluate` writes them"):
+            data = pack(lines, traces, metrics, shown)
+        packed = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
         packed = packed.replace("<", "\\u003c")  # no text of a model may end the script element
         if len(packed.encode()) <= max_bytes:
             break
@@ -126,4 +131,5 @@ def _hundredths(value: float) -> int:
 
 def _read(path: Path) -> list[dict]:
     """The objects of a JSON Lines file; none if there is no file."""
-    return [line for _, line in read_jsonl(path, skip_torn_line=True)] if path.exists() else []
+    keys = ("id", "mode")
+    return [line for _, line in read_jsonl(path, "results", keys, skip_torn_line=True)] if path.exists() else []

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
 
+from llm2.common.files import read_text
 from llm2.config import Mode, Share
-from llm2.errors import UserError
+from llm2.errors import UserError, shown
 
 Interval = tuple[Share, Share]
 K = Annotated[str, Field(pattern=r"^[1-9]\d*$")]  # the k of majority@k and pass@k, as a JSON key
@@ -92,12 +93,12 @@ class Metrics:
 
 def read_metrics(path: str | Path) -> Metrics:
     """Raises UserError that names the file and what is wrong with it."""
+    if not Path(path).exists():
+        raise UserError(f"cannot read {path}: No such file or directory; `python -m llm2 evaluate` writes it")
     try:
-        metrics = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; `python -m llm2 evaluate` writes it") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+        metrics = json.loads(read_text(path, "metrics"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
     return parse(metrics, str(path))
 
 
@@ -113,4 +114,4 @@ def parse(metrics: Any, source: str) -> Metrics:
         if first["type"] == "missing":
             raise UserError(f"{source}: the key {key!r} is missing") from None
         expected = first["msg"][0].lower() + first["msg"][1:]
-        raise UserError(f"{source}, key {key!r}: found {first['input']!r}, expected: {expected}") from None
+        raise UserError(f"{source}, key {key!r}: found {shown(first['input'])}, expected: {expected}") from None
