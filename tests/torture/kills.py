@@ -238,10 +238,8 @@ def two_runs(job: Job, folder: Path, expected: Undisturbed, draw: random.Random)
     (folder / "first.log").unlink()
     if status != 2:
         return f"the second run ended with status {status}: {(aside / 'log').read_text()[-1500:]}"
-    named = (
-        f"is being written by another run (process {first.pid} on " if job.processes == 1 else "another run (process"
-    )
-    problem = refused(Job(second.arguments, job.output), aside, named, " since ")
+    named = f"another run (process {first.pid} on " if job.processes == 1 else "another run (process "
+    problem = refused(job, aside, named, " since ")
     return problem or str(differences(outcome(folder, job), expected.files) or "") or None
 
 
