@@ -37,7 +37,7 @@ def hold(output, kind: str) -> tuple[subprocess.Popen, int]:
 @pytest.mark.parametrize("kind, lock", [("folder", "out/.lock"), ("file", "out.lock")])
 def test_the_second_run_is_refused_and_told_of_the_first_until_that_is_gone_or_killed(tmp_path, kind, lock):
     output = tmp_path / "out"
-    for ends_well in (False, True):
+    for ends_well in (True, False):
         holder, child = hold(output, kind)
         assert (tmp_path / lock).exists()
         first = rf"process {holder.pid} on {socket.gethostname()} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d"

@@ -361,7 +361,7 @@ def test_chats_are_evaluated_with_the_given_grader(chats):
 
 def test_problems_of_equal_ids_are_refused(chats):
     Path(chats.data_file).write_text(2 * (Path(chats.data_file).read_text() + "\n"))
-    with pytest.raises(UserError, match="test.jsonl: expected problems with different ids"):
+    with pytest.raises(UserError, match="test.jsonl: the id .test-0. stands for 2 problems"):
         evaluate(chats)
 
 

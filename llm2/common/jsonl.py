@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from llm2.errors import UserError, shown
+from llm2.errors import UserError, shortened, shown
 
 
 def read_jsonl(
@@ -41,7 +41,8 @@ def _parse(line: str, where: str, text_keys: tuple[str, ...]) -> dict:
         raise UserError(f"{where}: expected an object, found a {type(record).__name__}")
     for key in text_keys:
         if key not in record:
-            raise UserError(f"{where}: expected the key {key!r}, found the keys {shown(list(record))}")
+            keys = shortened(", ".join(map(repr, record)) or "no keys", 100)
+            raise UserError(f"{where}: expected the key {key!r}, found {keys}")
         if not isinstance(record[key], str):
             raise UserError(f"{where}: key {key!r}: expected a text, found {shown(record[key])}")
     return record

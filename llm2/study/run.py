@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from llm2.common.config_file import load_config
 from llm2.config import CONFIGS, StudyConfig, StudyStep
-from llm2.errors import UserError
+from llm2.errors import UserError, explained, shown
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def check(config: StudyConfig) -> None:
     for one, step in [(alone, step) for step in config.once] + [(r, s) for r in runs(config) for s in config.steps]:
         if step.command not in CONFIGS:
             raise UserError(f"{step.name}: command: found {step.command!r}, expected one of {', '.join(CONFIGS)}")
+        filled(step, step.done, names_of(config, one))
         load_config(CONFIGS[step.command], step.config, list(arguments(config, step, names_of(config, one))))
 
 
@@ -83,7 +84,7 @@ def run_steps(config: StudyConfig, one: Run) -> str | None:
 def run_step(config: StudyConfig, step: StudyStep, one: Run) -> str | None:
     """Run a step unless it is done; returns a sentence if it fails."""
     names = names_of(config, one)
-    if Path(step.done.format(**names)).exists():
+    if Path(filled(step, step.done, names)).exists():
         return None
     one.folder.mkdir(parents=True, exist_ok=True)
     log = one.folder / f"{step.name}.log"
@@ -104,6 +105,12 @@ def names_of(config: StudyConfig, one: Run) -> dict[str, str]:
     return {"study": config.output_dir, "run": str(one.folder), **one.values}
 
 
+def filled(step: StudyStep, text: str, names: Mapping[str, str]) -> str:
+    """A text of a step with its names in braces replaced. Raises UserError for one that nothing stands for."""
+    with explained(f"steps: {step.name}: {shown(text)}: expected only {', '.join(names)} in braces"):
+        return text.format(**names)
+
+
 def arguments(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) -> Iterator[str]:
     """key=value for a step's own overrides and those of the axes' values."""
     overrides: dict[str, Any] = dict(step.set)
@@ -112,8 +119,7 @@ def arguments(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) ->
             overrides |= values[names[axis]].get(step.name, {})
     for key, value in overrides.items():
         if isinstance(value, str):
-            value = value.format(**names)
-            yield f"{key}={value}"
+            yield f"{key}={filled(step, value, names)}"
         else:
             text = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
             yield f"{key}={text}"
@@ -122,5 +128,5 @@ def arguments(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) ->
 def step_folders(config: StudyConfig, one: Run, steps: Sequence[StudyStep]) -> dict[str, Path]:
     """The folders in which the steps of a run have left their results, for those that are done."""
     names = names_of(config, one)
-    files = {step.name: Path(step.done.format(**names)) for step in steps}
+    files = {step.name: Path(filled(step, step.done, names)) for step in steps}
     return {name: file.parent for name, file in files.items() if file.exists()}

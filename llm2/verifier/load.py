@@ -27,6 +27,8 @@ def verifier_config(name: str) -> ProcessVerifierConfig:
         kind, expected = content.get("model_type"), ProcessVerifierConfig.model_type
         if kind != expected:  # transformers would only warn, and make up what is not there
             raise UserError(f"verifier {name!r}: config.json: key 'model_type': found {kind!r}, expected {expected!r}")
+        if not isinstance(content.get("backbone_config"), dict):
+            raise UserError(f"verifier {name!r}: config.json: key 'backbone_config': expected an object, found none")
         return ProcessVerifierConfig.from_pretrained(name, local_files_only=is_local(name), trust_remote_code=False)
 
 

@@ -27,7 +27,8 @@ def files(arguments: tuple[str, ...], **contents: str | bytes) -> Make:
 
 
 def yaml(name: str, text: str | bytes, *says: str, command: str = "evaluate") -> Case:
-    return Case(name, "YAML", files((command, "c.yaml"), c_yaml=text), ("c.yaml", *says))
+    named = () if "study's unknown name" in name else ("c.yaml",)
+    return Case(name, "YAML", files((command, "c.yaml"), c_yaml=text), (*named, *says))
 
 
 def override(name: str, arguments: tuple[str, ...], *says: str) -> Case:
@@ -172,8 +173,17 @@ CASES = [
     yaml("Python object", "model: !!python/object:os.system {}\n", "line 1", "not valid YAML"),
     yaml("Latin-1", GOOD.encode() + "verifier: caf\xe9\n".encode("latin-1"), "expected UTF-8 text, found byte 0xe9"),
     yaml("control characters", GOOD + "verifier: \x00\n", "not valid YAML"),
-    yaml("deep nesting", "model: " + "[" * 5000, "not valid YAML"),
+    yaml("deep nesting", "model: " + "[" * 1500, "not valid YAML"),
     yaml("a study's unknown key", "output_dir: o\nreportt: r\n", "line 2", "did you mean 'report'", command="study"),
+    yaml(
+        "a study's unknown name in braces",
+        "output_dir: o\nreport: r\naxes: {}\nbaseline: {}\nover: null\n"
+        "steps: [{name: a, command: generate, set: {output: x}, done: '{nothing}'}]\n",
+        "steps: a",
+        "'{nothing}'",
+        "expected only study, run",
+        command="study",
+    ),
     # --- overrides and keys that do not fit together
     override("no equals sign", ("evaluate", "model=testbed", "limit"), "'limit' is not of the form key=value"),
     override("broken value", (*EVALUATE, "modes=[plain"), "'modes=[plain' is not valid YAML"),
@@ -221,6 +231,7 @@ CASES = [
         _mode("locked", 0o555, _folder("locked", files((*EVALUATE, "output_dir=locked/out")))),
         "locked/out: Permission denied",
         process=True,
+        slow=True,
     ),
     path(
         "unreadable triplets",

@@ -199,7 +199,7 @@ CASES = [
     verifier("no config", lambda folder: (folder / "config.json").unlink(), "expected a folder with config.json"),
     verifier("a broken verifier config", write("config.json", "{"), "config.json"),
     verifier("a language model", config(model_type="llama"), "'model_type'", "'llama'", "'llm2_process_verifier'"),
-    verifier("no backbone config", config(backbone_config=None), "could not be loaded"),
+    verifier("no backbone config", config(backbone_config=None), "key 'backbone_config'"),
     verifier("another tokenizer", other_tokenizer, "expected System 1's tokenizer"),
     verifier("a smaller vocabulary", smaller, "embeds 300 tokens and System 1 has"),
     verifier("no beta chosen", lambda folder: None, "beta: null", arguments=(*GUIDED, "beta=null")),
