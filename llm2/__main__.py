@@ -6,8 +6,10 @@ Exit status: 0 done, 2 a user's mistake (one sentence, no traceback), 130 interr
 import argparse
 import logging
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from llm2.common.config_file import help_text, load_config
 from llm2.config import (
@@ -25,7 +27,7 @@ from llm2.config import (
     SweepConfig,
     TrainConfig,
 )
-from llm2.errors import UserError
+from llm2.errors import UserError, of_the_machine
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,19 +36,15 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("llm2").setLevel(logging.INFO)
     try:
         options.run(options)
-    except UserError as error:
-        if options.debug:
-            raise
-        print(f"llm2 {options.command}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a folder that cannot be made, a full disk: the system's own words
-        if options.debug or error.filename is None:
-            raise
-        print(f"llm2 {options.command}: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(f"\nllm2 {options.command}: interrupted; finished work is kept", file=sys.stderr)
         return 130
+    except Exception as error:
+        sentence = str(error) if isinstance(error, UserError) else of_the_machine(error)
+        if options.debug or sentence is None:
+            raise
+        print(f"llm2 {options.command}: {sentence}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -121,10 +119,20 @@ def run_command(options: argparse.Namespace) -> None:
         check(config)
         print(*resolve_parallelism(config))
         return
-    run(config)
     from llm2.common.distributed import destroy_group
 
-    destroy_group()
+    with _claim(config):
+        run(config)
+        destroy_group()
+
+
+def _claim(config: Any) -> AbstractContextManager:
+    """Keeps other runs away from what this one writes."""
+    from llm2.common.claim import claimed
+
+    if hasattr(config, "output_dir"):
+        return claimed(config.output_dir)
+    return claimed(config.output, is_file=True) if hasattr(config, "output") else nullcontext()
 
 
 def check_explore(config: ExploreConfig) -> None:
@@ -177,10 +185,10 @@ def run_train(config: TrainConfig) -> None:
 
 def check_evaluate(config: EvaluateConfig) -> None:
     from llm2.evaluation.evaluate import check
-    from llm2.tasks import load_task
+    from llm2.tasks import load_task, read_problems
 
     check(config)
-    load_task(config.task, config.data_file, config.grader).problems(config.split, 1)
+    read_problems(load_task(config.task, config.data_file, config.grader), config.split, 1)
 
 
 def run_evaluate(config: EvaluateConfig) -> None:
@@ -216,6 +224,12 @@ def run_serve(config: ServeConfig) -> None:
     serve(config)
 
 
+def check_pretrain(config: PretrainConfig) -> None:
+    from llm2.testbed.train.pretrain import check
+
+    check(config)
+
+
 def run_pretrain(config: PretrainConfig) -> None:
     from llm2.testbed.train.pretrain import pretrain
 
@@ -224,9 +238,9 @@ def run_pretrain(config: PretrainConfig) -> None:
 
 
 def check_problems(config: FinetuneConfig | OutcomeConfig) -> None:
-    from llm2.tasks import load_task
+    from llm2.tasks import load_task, read_problems
 
-    load_task(config.task, config.data_file, config.grader).problems(config.split, 1)
+    read_problems(load_task(config.task, config.data_file, config.grader), config.split, 1)
 
 
 def run_finetune(config: FinetuneConfig) -> None:
@@ -284,7 +298,7 @@ COMMANDS = {
     "self-consistency": (lambda config: None, run_self_consistency),
     "generate": (lambda config: None, run_generate),
     "serve": (check_serve, run_serve),
-    "pretrain": (lambda config: None, run_pretrain),
+    "pretrain": (check_pretrain, run_pretrain),
 }
 
 
@@ -313,7 +327,8 @@ def run_study(options: argparse.Namespace) -> None:
 
     config = load_config(StudyConfig, options.config)
     if not options.summary:
-        run(config)
+        with _claim(config):
+            run(config)
     print(write_summary(config))
     print(f"table and data in {config.report}.md and .json")
 

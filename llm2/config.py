@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 NESTED = ConfigDict(extra="forbid", strict=False, use_attribute_docstrings=True)  # a YAML file holds mappings
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -76,7 +77,7 @@ class ModelConfig:
     """Chat template: llama3-plain, chatml-plain or a Jinja file; the tokenizer's own when null."""
     device: Device = "auto"
     """Device of the models; auto is the GPU if there is one."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of all random numbers."""
 
 
@@ -446,7 +447,7 @@ class ServeConfig(ModelConfig, GuidanceConfig, EngineConfig):
     """Guide requests without llm2_beta too, with the keys alpha, beta and top_k; else they are plain."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all."""
-    port: Count = 8000
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port to listen on."""
     batch_size: Count = 256
     """Sequences decoded at the same time (vLLM's max_num_seqs)."""
@@ -486,7 +487,7 @@ class PretrainConfig(LlamaShape):
     """Optimizer steps between checkpoints to resume from."""
     card_problems: Count = 500
     """Validation problems for the figures of the model card."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the corpus, the weights and the order of the documents."""
 
 
@@ -506,7 +507,7 @@ class GenerateConfig:
     """Number of problems, the first ones; all when null."""
     corpus: bool = False
     """Write limit conversations of the corpus of two skills instead, for task=chats."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the corpus."""
 
 
@@ -560,7 +561,7 @@ class SelfConsistencyConfig:
     """Samples of that mode, if it samples, that vote."""
     output: str
     """JSON file to write."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the bootstrap."""
 
 

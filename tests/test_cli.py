@@ -108,7 +108,7 @@ def test_a_folder_that_cannot_be_made_is_named_and_debug_shows_the_traceback(tmp
     command = ["evaluate", "model=testbed", "task=testbed", "modes=[plain_greedy]", "limit=1"]
     command.append(f"output_dir={tmp_path}/file/sub")
     assert main(command) == 2
-    assert capsys.readouterr().err == f"llm2 evaluate: {tmp_path}/file/sub/journal: Not a directory\n"
+    assert capsys.readouterr().err == f"llm2 evaluate: {tmp_path}/file/sub: Not a directory\n"
     with pytest.raises(NotADirectoryError):
         main([*command, "--debug"])
 

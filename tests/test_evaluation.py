@@ -166,8 +166,10 @@ def test_a_killed_run_loses_only_what_was_in_flight(config, done, monkeypatch):
     monkeypatch.setattr(Predictions, "add", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate(config)
-    path = Path(config.output_dir, "predictions.jsonl")
-    assert [(line["id"], line["mode"]) for line in map(json.loads, path.read_text().splitlines())] == made
+    assert [path.name for path in Path(config.output_dir).iterdir()] == ["journal"], "files appear whole or not at all"
+    path = Path(config.output_dir, "journal", "shard-0.jsonl")
+    assert [(line["id"], line["mode"]) for line in map(json.loads, path.read_text().splitlines()[1:])] == made
+    made.pop()
     path.write_bytes(path.read_bytes()[:-30])  # a torn last line
     monkeypatch.setattr(Predictions, "add", counted)
     assert alike(evaluate(config), done[1])
@@ -359,7 +361,7 @@ def test_chats_are_evaluated_with_the_given_grader(chats):
 
 def test_problems_of_equal_ids_are_refused(chats):
     Path(chats.data_file).write_text(2 * (Path(chats.data_file).read_text() + "\n"))
-    with pytest.raises(UserError, match="test.jsonl: expected problems with different ids"):
+    with pytest.raises(UserError, match="test.jsonl: the id .test-0. stands for 2 problems"):
         evaluate(chats)
 
 

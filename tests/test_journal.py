@@ -1,8 +1,6 @@
 """The journal: torn lines, changed configs, other numbers of processes."""
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -67,19 +65,6 @@ def test_another_config_is_refused_except_for_keys_that_may_differ(tmp_path):
     open_journal(tmp_path, replace(CONFIG, device="cuda")).close()
     with pytest.raises(UserError, match=r"shard-0.jsonl was begun with another config: seed was 0 and now is 1"):
         open_journal(tmp_path, replace(CONFIG, seed=1))
-
-
-def test_a_shard_has_one_writer(tmp_path):
-    open_journal(tmp_path).close()
-    code = "import fcntl, sys; f = open(sys.argv[1], 'a+b'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path / "shard-0.jsonl"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    holder.stdout.readline()
-    with pytest.raises(UserError, match="being written by another run"):
-        open_journal(tmp_path)
-    holder.communicate(b"\n")
-    open_journal(tmp_path).close()
 
 
 def test_a_damaged_line_is_reported_with_its_number(tmp_path):

@@ -13,11 +13,11 @@ from itertools import product
 import torch
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm2.baselines.training import import_trl, refuse_existing, save, trainer_arguments
 from llm2.common.chat import resolve_template
-from llm2.common.loading import eos_ids_by_name, load_tokenizer, model_path, resolve_device
+from llm2.common.loading import eos_ids_by_name, load_classifier, load_tokenizer, resolve_device
 from llm2.common.seeds import row_seed
 from llm2.config import OutcomeConfig
 from llm2.errors import UserError
@@ -46,9 +46,7 @@ def train_outcome(config: OutcomeConfig) -> dict:
             f"no problem of {len(problems)} has a right and a wrong sample; raise solution_samples or limit"
         )
     torch.manual_seed(config.seed)  # of the new head
-    model = AutoModelForSequenceClassification.from_pretrained(
-        model_path(config.model), num_labels=1, dtype=torch.float32
-    )
+    model = load_classifier(config.model, num_labels=1, dtype=torch.float32)
     model.config.pad_token_id = tokenizer.pad_token_id
     template, eos = resolve_template(config.chat_template), eos_ids_by_name(config.model, tokenizer)
     sides = [tokenize_solutions(task, side, tokenizer, template, eos) for side in zip(*pairs, strict=True)]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llm2.common.files import write_text
 from llm2.common.jsonl import read_jsonl
 from llm2.common.stats import majority_at_k, mean_intervals, paired_bootstrap
 from llm2.config import Mode, SelfConsistencyConfig
@@ -45,7 +46,7 @@ def compare(config: SelfConsistencyConfig) -> dict:
     }
     result |= {"n": len(plain), "mode": config.mode, "paired": asdict(test)}
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(config.output).write_text(json.dumps(result, indent=2) + "\n")
+    write_text(config.output, json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm2.common.config_file import write_config
 from llm2.common.distributed import dist_info
+from llm2.common.files import whole_files
 from llm2.common.training import optimizer_arguments
 from llm2.config import OptimizerConfig
 from llm2.errors import UserError
@@ -50,9 +51,9 @@ def save(
     """Write the model, its tokenizer, the counts (training.json) and, last, the config as COMMAND.yaml, in the main
     process; returns the counts."""
     if dist_info().is_main:
-        folder = Path(config.output_dir)
-        model.eval().save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        Path(folder, "training.json").write_text(json.dumps(counts, indent=2) + "\n")
-        write_config(config, Path(folder, f"{command}.yaml"))
+        with whole_files(config.output_dir) as new:
+            model.eval().save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            Path(new, "training.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+        write_config(config, Path(config.output_dir, f"{command}.yaml"))
     return counts

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from llm2.common.config_file import as_dict
+from llm2.common.files import write_text
 from llm2.common.memory import MIB
 
 
@@ -154,7 +155,7 @@ def write_results(path: Path, rounds: int, rows: Sequence[dict], **extra) -> Non
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
     versions["python"] = platform.python_version()
     content = {"machine": machine(), "versions": versions, "runs": rounds, **extra, "rows": list(rows)}
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def machine() -> dict:

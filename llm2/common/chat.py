@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from llm2.errors import UserError
+from llm2.common.files import read_text
+from llm2.errors import UserError, explained, shown
 
 Message = dict[str, str]
 
@@ -28,24 +29,30 @@ CHATML_PLAIN = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TEMPLATES = {"llama3-plain": LLAMA3_PLAIN, "chatml-plain": CHATML_PLAIN}
+ROLES = ("system", "developer", "user", "assistant", "tool")
 EXPECTED_TEMPLATE = f"one of {', '.join(TEMPLATES)}, or a readable Jinja file"
 
 
 def check_messages(messages: Sequence[Any], where: str) -> None:
-    """Raise UserError, which begins with `where`, at the first message that has no role or no content."""
+    """Raise UserError, which begins with `where`, at the first message without a known role or a content."""
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise UserError(f"{where}: key 'messages': expected objects with 'role' and 'content', found {message!r}")
+            raise UserError(
+                f"{where}: key 'messages': expected objects with 'role' and 'content', found {shown(message)}"
+            )
+        if message["role"] not in ROLES:
+            raise UserError(
+                f"{where}: key 'messages': expected a role of {', '.join(ROLES)}, found {shown(message['role'])}"
+            )
 
 
 def resolve_template(name: str | None) -> str | None:
     """The Jinja text of a named template or a file; None, which stands for the tokenizer's own template, for None."""
     if name is None or name in TEMPLATES:
         return TEMPLATES.get(name)
-    try:
-        return Path(name).read_text(encoding="utf-8")
-    except OSError:
-        raise UserError(f"chat template {name!r}: expected {EXPECTED_TEMPLATE}") from None
+    if not Path(name).is_file():
+        raise UserError(f"chat template {name!r}: expected {EXPECTED_TEMPLATE}")
+    return read_text(name, "chat template")
 
 
 def encode_chats(
@@ -65,10 +72,13 @@ def encode_chats(
             f"the tokenizer {tokenizer.name_or_path} has no chat template of its own; "
             f"expected chat_template to be {EXPECTED_TEMPLATE}"
         )
-    texts = [
-        tokenizer.apply_chat_template(
-            list(messages), chat_template=template, tokenize=False, add_generation_prompt=generation_prompt
-        )
-        for messages in conversations
-    ]
+    source = f"the tokenizer {tokenizer.name_or_path}" if template is None else f"chat_template, {shown(template)}"
+    texts = []
+    for messages in conversations:
+        with explained(f"the chat template of {source}, fails on the messages {shown(list(messages))}"):
+            texts.append(
+                tokenizer.apply_chat_template(
+                    list(messages), chat_template=template, tokenize=False, add_generation_prompt=generation_prompt
+                )
+            )
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []

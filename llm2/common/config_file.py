@@ -10,18 +10,29 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from llm2.errors import UserError
+from llm2.common.files import read_text, write_text
+from llm2.errors import UserError, reason, shown
 
 Config = TypeVar("Config")
-# PyYAML lets through what int, float and datetime raise for texts like `0b_`, and what deep nesting raises.
-PARSE_ERRORS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
-LONGEST_SHOWN = 200  # characters of a value in an error message
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `2e-5` as a number; YAML 1.1 reads it as a string."""
+    """SafeLoader that reads `2e-5` as a number, which YAML 1.1 reads as a string, and refuses a repeated key."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        first: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in first and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {name!r} is already on line {first[name]}", problem_mark=key.start_mark
+                )
+            first[name] = line
+        return super().construct_mapping(node, deep)
 
 
+# Besides its own: what int, float and datetime raise for texts like `0b_`, and what deep nesting raises.
+YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
@@ -32,21 +43,16 @@ def load_config(cls: type[Config], path: str | Path | None, overrides: Sequence[
 
     Raises UserError that names the file, the line (or the override), the key, and the values found and expected.
     """
-    values, origin = ({}, {}) if path is None else read_file(path)
+    values, places = ({}, {}) if path is None else read_file(path)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"the override {override!r} is not of the form key=value")
-        origin[key] = f"override {override!r}"
-        _, values[key] = _parse(text, origin[key])
-    for key in values:
-        if key not in cls.__dataclass_fields__:
-            near = difflib.get_close_matches(key, cls.__dataclass_fields__, 1, cutoff=0)[0]
-            raise UserError(f"{origin[key]}: unknown key {key!r}; did you mean {near!r}? --help lists all keys")
+        values[key], places[key] = _parse_override(override, text), f"override {shown(override)}"
     try:
         return cls(**_tuples(values))
     except ValidationError as error:
-        raise UserError(_explain(error, path, origin)) from None
+        raise UserError(_explain(error, cls, path, places)) from None
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -55,7 +61,7 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 
 def write_config(config: Any, path: str | Path) -> None:
-    Path(path).write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
+    write_text(path, yaml.safe_dump(as_dict(config), sort_keys=False))
 
 
 def difference(earlier: dict[str, Any], config: Any, may_differ: tuple[str, ...]) -> str | None:
@@ -73,42 +79,27 @@ def read_values(path: str | Path) -> dict[str, Any]:
 
 def read_file(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The file's values and, for each key, its file and line."""
+    text = read_text(path, "config")
     try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
-    node, values = _parse(content, str(path))
+        node = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)
+    except YAML_ERRORS as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else f"{path}"
+        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or reason(error)}") from error
     if values is None:
         return {}, {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `key: value` lines, found a {type(values).__name__}")
-    origin = dict.fromkeys(values, str(path))  # a merged key has no line of its own
-    origin |= {key.value: f"{path}, line {key.start_mark.line + 1}" for key, _ in node.value}
-    for key in values:
-        if not isinstance(key, str):
-            raise UserError(f"{path}: expected texts as keys, found {shown(key)}")
-    return values, origin
+    places = {str(key.value): f"{path}, line {key.start_mark.line + 1}" for key, _ in node.value}
+    return {str(key): value for key, value in values.items()}, places
 
 
-def _parse(content: bytes | str, where: str) -> tuple[yaml.Node | None, Any]:
-    """YAML as nodes, which know their lines, and as values."""
+def _parse_override(override: str, text: str) -> Any:
     try:
-        return yaml.compose(content, Loader=_Loader), yaml.load(content, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or getattr(error, "reason", "it cannot be read")
-        raise UserError(f"{where}{f', line {mark.line + 1}' if mark else ''}: not valid YAML: {problem}") from None
-    except PARSE_ERRORS as error:
-        raise UserError(f"{where}: not valid YAML: {str(error).partition(chr(10))[0]}") from None
-
-
-def shown(value: Any) -> str:
-    """A value in an error message, shortened; some integers are too long for repr."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):
-        return f"a {type(value).__name__}"
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+        return yaml.load(text, Loader=_Loader)
+    except YAML_ERRORS as error:
+        raise UserError(f"the value of the override {shown(override)} is not valid YAML") from error
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
@@ -116,15 +107,19 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def _explain(error: ValidationError, path: str | Path | None, origin: dict[str, str]) -> str:
+def _explain(error: ValidationError, cls: type, path: str | Path | None, places: dict[str, str]) -> str:
     """The first mistake, in one sentence."""
-    first = error.errors()[0]
-    key = ".".join(map(str, first["loc"]))
+    unknown = ("unexpected_keyword_argument", "extra_forbidden")
+    first = min(error.errors(), key=lambda detail: detail["type"] not in unknown)  # misspelt before missing
+    key = str(first["loc"][0])
+    where = places.get(key, path)
+    if first["type"] in unknown:
+        near = difflib.get_close_matches(key, cls.__dataclass_fields__, 1, cutoff=0)[0]
+        return f"{where}: unknown key {key!r}; did you mean {near!r}? --help lists all keys"
     if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         hint = "in it" if path else "in a config file"
         return f"{f'{path}: ' if path else ''}the key {key!r} is missing: expected {key}=VALUE here or {hint}"
     expected = first["msg"][0].lower() + first["msg"][1:]
-    where = origin.get(str(first["loc"][0]), path)
     return f"{where}: key {key!r}: found {shown(first['input'])}, expected: {expected}"
 
 
@@ -153,6 +148,6 @@ def _type_name(field: dict, schema: dict) -> str:
         return " | ".join(field["enum"])
     if field.get("type") == "array":
         return f"list of {_type_name(field['items'], schema)}"
-    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<="}
+    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     limits = [f"{sign} {field[key]}" for key, sign in bounds.items() if key in field]
     return " ".join([field.get("const") or field.get("type", "value"), ", ".join(limits)]).strip()

@@ -1,12 +1,12 @@
-"""Finished work on disk, entry by entry, so that a killed run can resume.
+"""Finished work on disk, entry by entry, so that a killed run can resume; one run at a time (claim.py).
 
 A journal is a folder with one shard per process: an append-only file with a line of a checksum and a JSON object for
 each entry, the first of which, the header, is the run's config. A kill can leave a torn last line, never more, and a
 damaged line is found out. Any process may finish any entry, so a resumed run can have another number of processes.
 """
 
-import fcntl
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -26,7 +26,7 @@ class Journal:
         config: the run's config; raises UserError for shards of a run with another one.
         may_differ: keys of the config that may change between runs.
         key: identifies an entry.
-        shard: the number of this process, the only writer of that shard. Raises UserError if it has a writer already.
+        shard: the number of this process, the only writer of that shard.
     """
 
     def __init__(
@@ -35,10 +35,6 @@ class Journal:
         self.folder, self.key = folder, key
         folder.mkdir(parents=True, exist_ok=True)
         self.file = (folder / f"shard-{shard}.jsonl").open("a+b")
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{self.file.name} is being written by another run; wait for it, or end it") from None
         for path in self._shards():
             self._check_header(path, config, may_differ)
         self._repair(as_dict(config))
@@ -68,8 +64,9 @@ class Journal:
 
     def _write(self, content: dict) -> None:
         text = json.dumps(content, ensure_ascii=False).encode()
-        self.file.write(_checksum(text) + text + b"\n")
-        self.file.flush()
+        line = memoryview(_checksum(text) + text + b"\n")
+        while line:  # unbuffered: on a full disk nothing is left to be written later
+            line = line[os.write(self.file.fileno(), line) :]
 
     def _repair(self, header: dict) -> None:
         """Cut off a torn last line; write the header if the shard is empty."""

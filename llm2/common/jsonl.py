@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llm2.errors import UserError
+from llm2.errors import UserError, shortened, shown
 
 
 def read_jsonl(
     path: str | Path, what: str = "records", text_keys: tuple[str, ...] = (), skip_torn_line: bool = False
 ) -> Iterator[tuple[int, dict]]:
-    """The line number (from 1) and the object of each line that is not blank.
+    """The line number (from 1) and the object of each line that is not blank; a byte order mark is passed over.
 
     Args:
         what: the file's content, for error messages.
@@ -21,20 +21,20 @@ def read_jsonl(
     Raises UserError that names file and line where the file cannot be read or does not have this format.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip() and not (skip_torn_line and not line.endswith("\n")):
                     yield number, _parse(line, f"{path}, line {number}", text_keys)
     except OSError as error:
-        raise UserError(f"cannot read the {what} {path}: {error.strerror}") from None
+        raise UserError(f"cannot read the {what} {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from None
+        raise UserError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from error
 
 
 def parse_json(text: str, where: str) -> Any:
     """The value of a JSON text, whose texts can be written as UTF-8; `where` begins the UserError for any other."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_refuse)
         if "\\ud" in text.lower():  # JSON can escape half a character
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
@@ -52,7 +52,12 @@ def _parse(line: str, where: str, text_keys: tuple[str, ...]) -> dict:
         raise UserError(f"{where}: expected an object, found a {type(record).__name__}")
     for key in text_keys:
         if key not in record:
-            raise UserError(f"{where}: expected the key {key!r}, found {', '.join(map(repr, record)) or 'no keys'}")
+            keys = shortened(", ".join(map(repr, record)) or "no keys", 100)
+            raise UserError(f"{where}: expected the key {key!r}, found {keys}")
         if not isinstance(record[key], str):
-            raise UserError(f"{where}: key {key!r}: expected a text, found {record[key]!r}")
+            raise UserError(f"{where}: key {key!r}: expected a text, found {shown(record[key])}")
     return record
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")

@@ -4,27 +4,30 @@ A name is a local folder, a hub id, or `testbed` for the embedded System 1. Loca
 weights are safetensors; remote code is never run.
 """
 
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 import llm2
-from llm2.errors import UserError
+from llm2.errors import UserError, explained
 
 TESTBED = Path(llm2.__file__).parent / "testbed" / "system1"
-# Of from_pretrained: no such file, no such model, broken weights.
-LOADING_ERRORS = (OSError, ValueError, SafetensorError)
 LOCAL_MODEL_HINT = "pass model=<local folder>, or model=testbed for the embedded one (`bash scripts/quickstart.sh`)"
 
 
@@ -54,8 +57,17 @@ def is_local(name: str) -> bool:
 
 
 def require_model(name: str) -> None:
-    """Raise UserError where a model's config cannot be loaded: a cheap check before heavy work."""
-    _load(AutoConfig, name)
+    """Raise UserError where a model's config cannot be loaded or is no decoder's: a cheap check before heavy work."""
+    config = _load(AutoConfig, name)
+    kind = config.model_type
+    reads_both_ways = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if config.is_encoder_decoder or reads_both_ways or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(f"model {name!r}: expected a decoder-only language model, found a config of type {kind!r}")
+
+
+def vocabulary_size(name: str) -> int:
+    """Number of tokens that a model's config counts."""
+    return _load(AutoConfig, name).get_text_config().vocab_size
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -72,12 +84,27 @@ def load_system1(name: str, device: torch.device, dtype: str = "auto") -> PreTra
 
 def load_language_model(name: str, **options) -> PreTrainedModel:
     """The language model; `options` go to AutoModelForCausalLM.from_pretrained."""
-    return _load(AutoModelForCausalLM, name, use_safetensors=True, **options)
+    return _load_weights(AutoModelForCausalLM, name, **options)
 
 
 def load_backbone(name: str, **options) -> PreTrainedModel:
     """The language model without its vocabulary-sized head; `options` go to AutoModel.from_pretrained."""
-    return _load(AutoModel, name, use_safetensors=True, **options)
+    return _load_weights(AutoModel, name, **options)
+
+
+def load_classifier(name: str, **options) -> PreTrainedModel:
+    """The language model with a new head in the place of its own."""
+    return _load_weights(AutoModelForSequenceClassification, name, new=("score.weight",), **options)
+
+
+def refuse_unknown_ids(ids: Iterable[int], model: PreTrainedModel, name: str) -> None:
+    """Raise UserError if the tokenizer of `name` has written a token that its model does not embed."""
+    vocabulary, highest = model.get_input_embeddings().num_embeddings, max(ids, default=0)
+    if highest >= vocabulary:
+        raise UserError(
+            f"the tokenizer of {name} writes the token {highest}, and its model has a vocabulary of {vocabulary}; "
+            "expected a tokenizer and a model that belong together"
+        )
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -107,14 +134,26 @@ def _load(auto_class, name: str, **options):
         raise UserError(f"model {name!r}: expected a folder with config.json, found none; {LOCAL_MODEL_HINT}")
     if not is_local(name) and not isinstance(try_to_load_from_cache(name, "config.json"), str):
         _probe_hub(name)
-    try:
-        return auto_class.from_pretrained(name, **{"local_files_only": is_local(name), **options})
-    except LOADING_ERRORS as error:
-        raise UserError(f"model {name!r} could not be loaded: {first_line(error)}; {LOCAL_MODEL_HINT}") from None
+    with explained(f"model {name!r} could not be loaded", LOCAL_MODEL_HINT):
+        # trust_remote_code: where it is left out, transformers asks on the terminal
+        return auto_class.from_pretrained(
+            name, **{"local_files_only": is_local(name), "trust_remote_code": False, **options}
+        )
 
 
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _load_weights(auto_class, name: str, new: Sequence[str] = (), **options) -> PreTrainedModel:
+    """A model none of whose weights, but those in `new`, is drawn at random since the files lack it."""
+    model, found = _load(auto_class, name, use_safetensors=True, output_loading_info=True, **options)
+    refuse_missing_weights(f"model {name!r}", set(found["missing_keys"]) - set(new))
+    return model
+
+
+def refuse_missing_weights(what: str, missing: Collection[str]) -> None:
+    """Raise UserError where there are any: transformers would draw them at random."""
+    if missing:
+        raise UserError(
+            f"{what}: its weights do not hold {min(missing)!r}, expected all of the model, found {len(missing)} missing"
+        )
 
 
 def _probe_hub(name: str) -> None:

@@ -5,7 +5,9 @@ import platform
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +15,8 @@ from tqdm import tqdm
 
 from llm2.common.chat import Message, encode_chats, resolve_template
 from llm2.common.distributed import barrier, dist_info, process_device
-from llm2.common.loading import load_system1, load_tokenizer, resolve_device
+from llm2.common.files import write_text
+from llm2.common.loading import load_system1, load_tokenizer, refuse_unknown_ids, resolve_device
 from llm2.common.seeds import row_seed
 from llm2.config import EvaluateConfig, Mode
 from llm2.decoding.contrast import ContrastLogits
@@ -24,7 +27,7 @@ from llm2.errors import UserError
 from llm2.evaluation.metrics import summarise
 from llm2.evaluation.predictions import Predictions
 from llm2.evaluation.tracing import TokenText, recompute_trace, trace_record
-from llm2.tasks import Problem, Task, load_task
+from llm2.tasks import Problem, Task, load_task, read_problems, require_distinct_ids
 from llm2.tasks.few_shot import load_few_shot
 from llm2.verifier.load import require_verifier, trained_beta
 from llm2.verifier.scoring import score_tokens, solution_score
@@ -55,22 +58,23 @@ def evaluate(config: EvaluateConfig) -> dict | None:
     if config.beta is None and config.verifier is not None:
         config = replace(config, beta=trained_beta(config.verifier))
     task = load_task(config.task, config.data_file, config.grader)
-    problems = task.problems(config.split, config.limit)
-    if len({problem.id for problem in problems}) < len(problems):
-        raise UserError(f"{config.data_file or config.task}: expected problems with different ids, found equal ones")
+    problems = read_problems(task, config.split, config.limit)
+    require_distinct_ids(task, problems)
     examples = load_few_shot(config.few_shot, config.num_fewshot)
+    evaluator = cache(lambda: Evaluator(config, task, examples))
+    if not config.resume:
+        evaluator()  # earlier results are deleted once both systems are loaded
     predictions = Predictions(config)
     if any(predictions.missing(problems, mode) for mode in config.modes):
-        evaluator = Evaluator(config, task, examples)
         for mode in config.modes:
-            evaluator.run(mode, problems, predictions)
+            evaluator().run(mode, problems, predictions)
     task.close()
     barrier()  # every prediction is in the journal
     metrics = None
     if dist_info().is_main:
         lines = predictions.publish(problems, config.modes)
         metrics = describe(config, len(problems)) | summarise(lines, config.majority_at, config.seed)
-        Path(config.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        write_text(Path(config.output_dir, "metrics.json"), json.dumps(metrics, indent=2) + "\n")
     barrier()  # the files are complete
     return metrics
 
@@ -78,6 +82,8 @@ def evaluate(config: EvaluateConfig) -> dict | None:
 def check(config: EvaluateConfig) -> None:
     """Validate what involves more than one key. Raises UserError."""
     require_engine(config)
+    if not config.modes:
+        raise UserError(f"modes: found none, expected some of {', '.join(Mode)}")
     if config.verifier is None and config.contrast is None and any(mode.guided for mode in config.modes):
         raise UserError("the guided modes need a verifier: set verifier=<folder>, or leave them out of modes")
     if config.verifier is not None and config.contrast is not None:
@@ -169,6 +175,8 @@ class Evaluator:
         conversations = [[*self.examples, *self.task.prompt(problem)] for problem in problems]
         template = resolve_template(config.chat_template)
         prompts = encode_chats(self.tokenizer, conversations, template, generation_prompt=True)
+        if llm2 is not None:
+            refuse_unknown_ids(chain.from_iterable(prompts), llm2.system1, config.model)
         samples = config.num_samples if mode.sampled else 1
         contrasts = mode.guided and self.contrast is not None
         seeds = [[row_seed(config.seed, problem.id, i) for i in range(samples)] for problem in problems]

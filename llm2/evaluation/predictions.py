@@ -1,17 +1,16 @@
-"""The predictions of a results folder: a journal during the run, then predictions.jsonl and traces.jsonl.
+"""The predictions of a results folder: a journal during the run, then config.yaml, predictions.jsonl, traces.jsonl.
 
 A journal entry holds one problem in one mode: a line of predictions.jsonl, plus `traces`.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
 
 from llm2.common.config_file import difference, read_values, write_config
 from llm2.common.distributed import barrier, dist_info
+from llm2.common.files import whole_file
 from llm2.common.journal import Journal
 from llm2.common.jsonl import read_jsonl
 from llm2.config import EvaluateConfig, Mode
@@ -48,7 +47,6 @@ class Predictions:
 
     def __init__(self, config: EvaluateConfig) -> None:
         self.config, self.folder = config, Path(config.output_dir)
-        self.live_file: TextIO | None = None  # predictions.jsonl of the main process, in the order of completion
         if dist_info().is_main:
             if not config.resume:
                 self._delete_files()
@@ -75,28 +73,23 @@ class Predictions:
 
     def add(self, entry: dict) -> None:
         self.journal.add(entry)
-        if self.live_file:
-            self.live_file.write(_prediction_line(entry))
-            self.live_file.flush()
 
     def publish(self, problems: Sequence[Problem], modes: Sequence[Mode]) -> dict[Mode, list[dict]]:
-        """Write predictions.jsonl and traces.jsonl, delete the journal; return the lines of each mode in order.
+        """Write config and predictions, delete the journal; return the lines of each mode in order.
 
         Modes of earlier runs are included if they cover these problems.
         """
         lines = {mode: [] for mode in Mode if mode in modes or not self.missing(problems, mode)}
         keys = [(problem.id, mode) for mode in lines for problem in problems]
         others = sorted(self.done_before - set(keys))  # of other problems or incomplete modes: kept for a later run
-        new = [self.folder / "predictions.jsonl.new", self.folder / "traces.jsonl.new"]
-        with new[0].open("w", encoding="utf-8") as predictions, new[1].open("w", encoding="utf-8") as traces:
+        write_config(self.config, self.folder / "config.yaml")
+        files = (self.folder / name for name in ("predictions.jsonl", "traces.jsonl"))
+        with whole_file(next(files)) as predictions, whole_file(next(files)) as traces:
             for index, entry in enumerate(self.journal.read([*keys, *others])):
                 predictions.write(_prediction_line(entry))
                 traces.write(_json_line({key: entry[key] for key in ("id", "mode", "traces")}))
                 if index < len(keys):
                     lines[entry["mode"]].append(entry)
-        self.live_file.close()
-        for path in new:
-            os.replace(path, path.with_suffix(""))
         self.journal.discard()
         return lines
 
@@ -110,15 +103,11 @@ class Predictions:
             (self.folder / name).unlink(missing_ok=True)
 
     def _add_earlier_predictions(self) -> None:
-        """Add the predictions of earlier runs to the journal, and start predictions.jsonl with them."""
+        """Add the predictions of earlier runs to the journal."""
         for entries in (_read_entries(self.folder), *map(self._read_reusable, map(Path, self.config.reuse_from))):
             for entry in entries:
                 if _key(entry) not in self.journal.done:
                     self.journal.add(entry)
-        write_config(self.config, self.folder / "config.yaml")
-        self.live_file = (self.folder / "predictions.jsonl").open("w", encoding="utf-8")
-        self.live_file.writelines(map(_prediction_line, self.journal.read(sorted(self.journal.done))))
-        self.live_file.flush()
 
     def _read_reusable(self, folder: Path) -> Iterator[dict]:
         """The entries of another results folder. Raises UserError if this config would have made other ones."""
@@ -156,7 +145,7 @@ def _json_line(record: dict) -> str:
 
 
 def _read_entries(folder: Path) -> Iterator[dict]:
-    """The entries of a results folder; a killed run may have left torn last lines."""
+    """The entries of a results folder; a run of an earlier version, killed, may have left torn last lines."""
     traces = {_key(line): line["traces"] for line in _whole_lines(folder / "traces.jsonl")}
     for entry in _whole_lines(folder / "predictions.jsonl"):
         yield {**entry, "traces": traces.get(_key(entry), [])}

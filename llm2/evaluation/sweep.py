@@ -8,6 +8,8 @@ from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 
+from llm2.common.claim import claimed
+from llm2.common.files import write_text
 from llm2.config import EvaluateConfig, Mode, SweepConfig
 from llm2.errors import UserError
 from llm2.evaluation.evaluate import evaluate
@@ -28,7 +30,8 @@ def sweep(config: SweepConfig) -> dict | None:
     points = []
     for settings in grid(config):
         point = validation_config(config, settings)
-        evaluate(point)
+        with claimed(point.output_dir):
+            evaluate(point)
         metrics = json.loads(Path(point.output_dir, "metrics.json").read_text())  # in every process
         points.append({**settings, **_accuracy(metrics, config.choose_by)})
     best = max(points, key=lambda point: point["accuracy"])  # of equal ones the first in the order of the lists
@@ -45,7 +48,7 @@ def sweep(config: SweepConfig) -> dict | None:
         "chosen": chosen,
         "points": points,
     }
-    Path(config.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_text(Path(config.output_dir, "metrics.json"), json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 

@@ -56,6 +56,7 @@ def explore(config: ExploreConfig) -> dict | None:
 
     Returns the report in the main process; None in the others, once their share is done.
     """
+    barrier()  # the main process has the claim on the output: no other run touches these files
     output, partial = Path(config.output), Path(f"{config.output}.partial")
     if output.exists() and partial.exists():  # killed between the last output file and the journal's end
         barrier()  # all processes have seen the folder

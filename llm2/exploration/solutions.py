@@ -1,7 +1,6 @@
 """Right solutions as token ids, checked against grading and chat template; their forks and rollouts."""
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from llm2.common.seeds import row_seed
 from llm2.errors import UserError
 from llm2.exploration.engines import Continuations, Engine, PositionQuery, Request
 from llm2.exploration.quality import Fork
-from llm2.tasks import Problem, Task
+from llm2.tasks import Problem, Task, read_problems, require_distinct_ids
 
 
 @dataclass(frozen=True)
@@ -44,17 +43,15 @@ def load_problems(task: Task, split: str, limit: int | None, need_gold: bool = T
 
     Raises UserError where two problems share an id or, with need_gold, the task's grading rejects a gold solution.
     """
-    loaded = task.problems(split, limit)
+    loaded = read_problems(task, split, limit)
     distinct: dict[str, Problem] = {}
     for problem in loaded:
         messages = task.conversation(problem) if need_gold else task.prompt(problem)
         distinct.setdefault(json.dumps(messages), problem)
     problems = list(distinct.values())
+    require_distinct_ids(task, problems)
     where = f"{task.data_file}: " if task.data_file else ""
-    id_counts = Counter(problem.id for problem in problems)
     for problem in problems:
-        if id_counts[problem.id] > 1:
-            raise UserError(f"{where}the id {problem.id!r} stands for {id_counts[problem.id]} problems, expected one")
         if not need_gold:
             continue
         if not problem.solution:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from llm2.common.files import whole_file, write_text
 from llm2.common.journal import Journal
 from llm2.common.memory import peak_rss_mib
 from llm2.errors import UserError
@@ -30,8 +31,7 @@ def write_outputs(
         sources: counts of the report about where the solutions come from.
     """
     total, histogram, tokens_now = Counter(), [0] * BINS, 0
-    triplets, pairs = Path(f"{output}.tmp"), Path(f"{output}.pairs.jsonl")
-    with triplets.open("w", encoding="utf-8") as lines, pairs.open("w", encoding="utf-8") as verdicts:
+    with whole_file(output) as lines, whole_file(f"{output}.pairs.jsonl") as verdicts:
         for entry in journal.read(order):
             total.update(entry["counts"])
             histogram = [a + b for a, b in zip(histogram, entry["histogram"], strict=True)]
@@ -40,19 +40,18 @@ def write_outputs(
                 lines.write(entry["line"])
             messages = json.loads(entry["line"])["messages"]
             verdicts.write(json.dumps({"id": entry["id"], "messages": messages, "pairs": entry["pairs"]}) + "\n")
-    if not total["triplets"]:
-        raise UserError(f"no triplets in {len(order)} problems: System 1 is never or always right at its forks")
-    report = {
-        **total,
-        **sources,
-        "tokens_per_triplet": total["generated_tokens"] / total["triplets"],
-        "seconds": seconds,  # of this run, without the time before an interruption
-        "tokens_per_second": tokens_now / seconds,
-        "peak_rss_mib": peak_rss_mib(),  # of the main process
-        "quality_histogram": histogram,  # of all tokens rolled out, in equal parts of [0, 1]
-    }
-    Path(f"{output}.report.json").write_text(json.dumps(report, indent=2) + "\n")
-    triplets.replace(output)
+        if not total["triplets"]:
+            raise UserError(f"no triplets in {len(order)} problems: System 1 is never or always right at its forks")
+        report = {
+            **total,
+            **sources,
+            "tokens_per_triplet": total["generated_tokens"] / total["triplets"],
+            "seconds": seconds,  # of this run, without the time before an interruption
+            "tokens_per_second": tokens_now / seconds,
+            "peak_rss_mib": peak_rss_mib(),  # of the main process
+            "quality_histogram": histogram,  # of all tokens rolled out, in equal parts of [0, 1]
+        }
+        write_text(f"{output}.report.json", json.dumps(report, indent=2) + "\n")
     journal.discard()
     return report
 

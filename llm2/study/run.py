@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from llm2.common.config_file import load_config
 from llm2.config import CONFIGS, StudyConfig, StudyStep
-from llm2.errors import UserError
+from llm2.errors import UserError, explained, shown
 
 ALL = "all"  # in place of a step: all steps that have the key
 
@@ -63,6 +63,7 @@ def check(config: StudyConfig) -> None:
     before = Run({}, Path(config.output_dir))
     planned = [(one, step) for one in runs(config) for step in wanted_steps(config, one)]
     for one, step in [(before, step) for step in config.once] + planned:
+        filled(step, step.done, names_of(config, one))
         load_config(CONFIGS[step.command], step.config, list(arguments(config, step, names_of(config, one))))
 
 
@@ -87,7 +88,7 @@ def run(config: StudyConfig) -> None:
 def run_steps(config: StudyConfig, one: Run, locks: Mapping[str, Lock]) -> str | None:
     """The steps of a run up to the first failure, which is returned."""
     for step in wanted_steps(config, one):
-        with locks[step.done.format(**names_of(config, one))]:  # runs that share a step wait for the first of them
+        with locks[filled(step, step.done, names_of(config, one))]:  # runs that share a step wait for the first of them
             failure = run_step(config, step, one)
         if failure:
             return failure
@@ -102,7 +103,7 @@ def wanted_steps(config: StudyConfig, one: Run) -> list[StudyStep]:
 def run_step(config: StudyConfig, step: StudyStep, one: Run) -> str | None:
     """Run a step unless it is done; returns a sentence if it fails."""
     names = names_of(config, one)
-    if Path(step.done.format(**names)).exists():
+    if Path(filled(step, step.done, names)).exists():
         return None
     one.folder.mkdir(parents=True, exist_ok=True)
     log = one.folder / f"{step.name}.log"
@@ -123,6 +124,12 @@ def names_of(config: StudyConfig, one: Run) -> dict[str, str]:
     return {"study": config.output_dir, "run": str(one.folder), **one.values}
 
 
+def filled(step: StudyStep, text: str, names: Mapping[str, str]) -> str:
+    """A text of a step with its names in braces replaced. Raises UserError for one that nothing stands for."""
+    with explained(f"steps: {step.name}: {shown(text)}: expected only {', '.join(names)} in braces"):
+        return text.format(**names)
+
+
 def arguments(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) -> Iterator[str]:
     """key=value for a step: of the axes' values for all steps, its own (`set`), of the axes' values for this step."""
     chosen = [values[names[axis]] for axis, values in config.axes.items() if axis in names]
@@ -133,10 +140,10 @@ def arguments(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) ->
         overrides |= each.get(step.name, {})
     for key, value in overrides.items():
         if isinstance(value, str):
-            yield f"{key}={value.format(**names)}"
+            yield f"{key}={filled(step, value, names)}"
             continue
         if isinstance(value, list):
-            value = [item.format(**names) if isinstance(item, str) else item for item in value]
+            value = [filled(step, item, names) if isinstance(item, str) else item for item in value]
         text = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
         yield f"{key}={text}"
 
@@ -144,5 +151,5 @@ def arguments(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) ->
 def step_folders(config: StudyConfig, one: Run, steps: Sequence[StudyStep]) -> dict[str, Path]:
     """The folders in which the steps of a run have left their results, for those that are done."""
     names = names_of(config, one)
-    files = {step.name: Path(step.done.format(**names)) for step in steps}
+    files = {step.name: Path(filled(step, step.done, names)) for step in steps}
     return {name: file.parent for name, file in files.items() if file.exists()}

@@ -8,6 +8,7 @@ from typing import Any
 
 from scipy import stats
 
+from llm2.common.files import write_text
 from llm2.common.stats import SeedsTest
 from llm2.config import StudyConfig
 from llm2.errors import UserError
@@ -27,8 +28,8 @@ def write_summary(config: StudyConfig) -> str:
     sentences = [*map(sentence, compared), *correlations(config, found)]
     tables = [table(config, summary)] if config.across is None else across(config, summary)
     text = "\n".join([*tables, *(f"- {each}" for each in sentences)]) + "\n"
-    path.with_suffix(".md").write_text(text)
-    path.with_suffix(".json").write_text(json.dumps(as_json(summary, compared), indent=1) + "\n")
+    write_text(path.with_suffix(".md"), text)
+    write_text(path.with_suffix(".json"), json.dumps(as_json(summary, compared), indent=1) + "\n")
     if config.plots:
         from llm2.study.plot import draw, save  # matplotlib is an extra
 

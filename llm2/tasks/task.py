@@ -1,15 +1,19 @@
 """The interface of a task: load problems of a split, make the prompt, grade solutions."""
 
+import signal
 import sys
+import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 from llm2.common.chat import Message
-from llm2.errors import UserError
+from llm2.errors import UserError, explained, origin, reason, shown
 from llm2.tasks.grading import Grade, extract_answer, grade_numbers
 
+GRADER_SECONDS = 60.0  # for one solution
 BUILT_IN = {
     "gsm8k": "llm2.tasks.gsm8k:GSM8K",
     "math500": "llm2.tasks.math500:Math500",
@@ -91,11 +95,56 @@ def load_task(name: str, data_file: str | None = None, grader: str | None = None
     cls = _load("task", BUILT_IN.get(name, name), f"one of {', '.join(BUILT_IN)}, or MODULE:CLASS")
     if not (isinstance(cls, type) and issubclass(cls, Task)):
         raise UserError(f"key 'task': {name!r} is no subclass of llm2.tasks.Task")
-    task = cls(data_file)
+    with explained(f"key 'task': {name!r} fails on data_file={data_file}"):
+        task = cls(data_file)
     if grader is not None:
-        is_correct: Callable[[str, str], bool] = _load("grader", grader, "MODULE:FUNCTION")
+        is_correct = _guarded(grader, _load("grader", grader, "MODULE:FUNCTION"))
         task.grade = lambda texts, gold: [_graded(task, text, gold, is_correct(text, gold)) for text in texts]
     return task
+
+
+def read_problems(task: Task, split: str, limit: int | None = None) -> list[Problem]:
+    """The problems of a task. Raises UserError where there are none."""
+    where = task.data_file or f"the split {split!r} of {type(task).__name__}"
+    with explained(f"{where}: the problems could not be read"):
+        problems = task.problems(split, limit)
+    if not problems:
+        raise UserError(f"{where}: expected at least one problem, found none")
+    return problems
+
+
+def require_distinct_ids(task: Task, problems: Sequence[Problem]) -> None:
+    """Raises UserError where two problems have the same id."""
+    name, count = Counter(problem.id for problem in problems).most_common(1)[0]
+    if count > 1:
+        where = f"{task.data_file}: " if task.data_file else ""
+        raise UserError(f"{where}the id {name!r} stands for {count} problems, expected different ids")
+
+
+def _guarded(name: str, grader: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
+    """A grader of the user's, whose error or endless loop is a UserError with what it was asked."""
+
+    def too_slow(*_) -> None:
+        raise UserError(f"no answer in {GRADER_SECONDS:g} seconds")
+
+    def guarded(text: str, gold: str) -> bool:
+        # Only the main thread may set an alarm, and it grades in all commands.
+        alarmed = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGALRM, too_slow) if alarmed else None
+        try:
+            if alarmed:
+                signal.setitimer(signal.ITIMER_REAL, GRADER_SECONDS)
+            return grader(text, gold)
+        except Exception as error:
+            asked = f"key 'grader': {name!r} fails on the solution {shown(text)} with the gold answer {shown(gold)}"
+            place = "" if isinstance(error, UserError) else f" ({origin(error)})"
+            raise UserError(f"{asked}: {reason(error)}{place}") from error
+        finally:
+            if alarmed:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, before)
+
+    return guarded
 
 
 def _graded(task: Task, text: str, gold: str, correct: bool) -> Grade:
@@ -110,7 +159,5 @@ def _load(key: str, name: str, expected: str):
         raise UserError(f"key {key!r}: found {name!r}, expected {expected}")
     if (folder := str(Path.cwd())) not in sys.path:
         sys.path.append(folder)
-    try:
+    with explained(f"key {key!r}: {name!r} cannot be imported"):
         return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"key {key!r}: {name!r} cannot be imported: {error}") from None

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from llm2.common.loading import LOADING_ERRORS, first_line, is_local, resolve_dtype
-from llm2.errors import UserError
+from llm2.common.loading import is_local, load_tokenizer, resolve_dtype
+from llm2.errors import UserError, explained
 from llm2.verifier.model import ProcessVerifier, ProcessVerifierConfig
 
 
@@ -22,10 +22,14 @@ def require_verifier(name: str) -> None:
 def verifier_config(name: str) -> ProcessVerifierConfig:
     """Raises UserError where a verifier has none that can be read."""
     require_verifier(name)
-    try:
-        return ProcessVerifierConfig.from_pretrained(name, local_files_only=is_local(name))
-    except LOADING_ERRORS as error:
-        raise UserError(f"verifier {name!r} could not be loaded: {first_line(error)}") from None
+    with explained(f"verifier {name!r} could not be loaded"):
+        content, _ = ProcessVerifierConfig.get_config_dict(name, local_files_only=is_local(name))
+        kind, expected = content.get("model_type"), ProcessVerifierConfig.model_type
+        if kind != expected:  # transformers would only warn, and make up what is not there
+            raise UserError(f"verifier {name!r}: config.json: key 'model_type': found {kind!r}, expected {expected!r}")
+        if not isinstance(content.get("backbone_config"), dict):
+            raise UserError(f"verifier {name!r}: config.json: key 'backbone_config': expected an object, found none")
+        return ProcessVerifierConfig.from_pretrained(name, local_files_only=is_local(name), trust_remote_code=False)
 
 
 def trained_beta(name: str) -> float:
@@ -45,19 +49,33 @@ def load_verifier(
         vocabulary: number of System 1's tokens; the verifier must embed as many.
         system1: a LoRA verifier shares its weights; `device` and `dtype` must then be System 1's.
     """
-    require_verifier(name)
+    verifier_config(name)
+    if system1 is not None:
+        refuse_other_tokenizer(name, system1.name_or_path)
     # `auto` follows System 1: a verifier is trained, and stored, in float32.
     follow = dtype == "auto" and system1 is not None
     options = {"local_files_only": is_local(name), "dtype": system1.dtype if follow else resolve_dtype(dtype, device)}
     try:
-        verifier = ProcessVerifier.from_pretrained(name, system1=system1, **options)
+        with explained("it could not be loaded"):
+            verifier = ProcessVerifier.from_pretrained(name, system1=system1, **options)
     except UserError as error:
-        raise UserError(f"verifier {name!r}: {error}") from None
-    except LOADING_ERRORS as error:
-        raise UserError(f"verifier {name!r} could not be loaded: {first_line(error)}") from None
+        raise UserError(f"verifier {name!r}: {error}") from error
     embedded = verifier.get_input_embeddings().num_embeddings
     if embedded < vocabulary:
         raise UserError(
             f"verifier {name!r} embeds {embedded} tokens and System 1 has {vocabulary}: not made from this System 1"
         )
     return verifier.to(device).eval()
+
+
+def refuse_other_tokenizer(verifier: str, system1: str) -> None:
+    """Raise UserError where a folder of a verifier holds a tokenizer of another vocabulary than System 1's."""
+    if not Path(verifier, "tokenizer_config.json").is_file() or not Path(system1, "tokenizer_config.json").is_file():
+        return
+    of_verifier, of_system1 = (load_tokenizer(folder).get_vocab() for folder in (verifier, system1))
+    if of_verifier != of_system1:
+        differing = min(of_verifier.items() ^ of_system1.items(), key=lambda token: (token[1], token[0]))
+        raise UserError(
+            f"verifier {verifier!r}: expected System 1's tokenizer, found another one: they differ in token "
+            f"{differing[1]}; it was not made from this System 1"
+        )

@@ -11,15 +11,17 @@ import torch
 from torch import nn
 from torch.utils.data import random_split
 from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 
 from llm2.common.chat import resolve_template
 from llm2.common.config_file import difference, read_values, write_config
 from llm2.common.distributed import dist_info, process_device
+from llm2.common.files import whole_files
 from llm2.common.loading import load_system1, load_tokenizer, resolve_device
 from llm2.common.memory import peak_memory_mib
 from llm2.common.training import optimizer_arguments
 from llm2.config import TrainConfig
-from llm2.errors import UserError
+from llm2.errors import UserError, explained
 from llm2.verifier.checkpoints import last_whole_checkpoint
 from llm2.verifier.frozen_states import FrozenStates
 from llm2.verifier.masks import sliding_window
@@ -38,7 +40,7 @@ def train(config: TrainConfig) -> dict:
     device = process_device(resolve_device(config.device))  # every process loads System 1 onto its own GPU
     tokenizer = load_tokenizer(config.model)
     train_set, eval_set, data = load_data(config, tokenizer)
-    checkpoint = prepare_output_dir(config)
+    checkpoint = checkpoint_to_resume(config)
     if dist_info().is_main:
         for path, summary in data:
             print(f"{path}: {summary}\n{summary.table()}")
@@ -73,6 +75,8 @@ def train(config: TrainConfig) -> dict:
         processing_class=tokenizer,
         callbacks=[EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else [],
     )
+    if dist_info().is_main:
+        write_config(config, Path(config.output_dir, "train.yaml"))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = {
         **trainer.evaluate(),
@@ -86,20 +90,23 @@ def train(config: TrainConfig) -> dict:
         "best_step": trainer.state.best_global_step,
     }
     verifier.config.beta = metrics.get("eval_choice_beta")
-    trainer.save_model(config.output_dir)
-    if dist_info().is_main:
-        Path(config.output_dir, "training.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        Path(config.output_dir, "README.md").write_text(model_card(config, metrics, data), encoding="utf-8")
+    is_main, wait = dist_info().is_main, trainer.accelerator.wait_for_everyone
+    with whole_files(config.output_dir, is_main) as new:
+        wait()  # the folder is there
+        trainer.save_model(str(new))  # by all processes, some of which may hold a part of the weights
+        if is_main:
+            Path(new, "training.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            Path(new, "README.md").write_text(model_card(config, metrics, data), encoding="utf-8")
+        wait()
     return metrics
 
 
-def prepare_output_dir(config: TrainConfig) -> Path | None:
-    """Write the config into the output folder; returns the checkpoint to resume from, if there is one.
+def checkpoint_to_resume(config: TrainConfig) -> Path | None:
+    """The newest checkpoint in the output folder, if there is one.
 
     Raises UserError if the folder's checkpoints are not to be resumed, or were made with another config.
     """
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     checkpoint, earlier = last_whole_checkpoint(folder), folder / "train.yaml"
     if checkpoint is not None and not config.resume:
         raise UserError(f"{folder} holds checkpoints and resume is false; choose another output_dir, or delete them")
@@ -107,8 +114,6 @@ def prepare_output_dir(config: TrainConfig) -> Path | None:
         raise UserError(
             f"{folder} holds checkpoints of another config: {change}; choose another output_dir, or delete them"
         )
-    if dist_info().is_main:
-        write_config(config, earlier)
     return checkpoint
 
 
@@ -199,6 +204,9 @@ def training_arguments(config: TrainConfig, solutions: int, device: torch.device
     """Args: best_by: the held-out metric that chooses the checkpoint."""
     steps = math.ceil(math.ceil(solutions / config.global_batch_size) * config.num_train_epochs)
     eval_steps = max(1, steps // config.evaluations)
+    if config.report_to != "none":
+        with explained(f"report_to: found {config.report_to!r}"):
+            get_reporting_integration_callbacks([config.report_to])
     arguments = TrainingArguments(
         **optimizer_arguments(config, device),
         **{name: getattr(config, name) for name in ("output_dir", "logging_steps", "report_to", "seed")},

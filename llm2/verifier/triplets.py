@@ -22,7 +22,7 @@ from llm2.common.chat import Message, check_messages, encode_chats
 from llm2.common.jsonl import read_jsonl
 from llm2.common.prefix import common_prefix
 from llm2.common.stats import probability_worse
-from llm2.errors import UserError
+from llm2.errors import UserError, shown
 
 CHUNK = 250  # lines tokenized at a time: fast, and memory does not grow with the file
 MAX_MISFITS = 3  # quoted in an error
@@ -233,8 +233,10 @@ def _parse(record: dict, line: int, where: str, gold_better: list[float] | None 
     for sample in record["samples"]:
         if not isinstance(sample, list) or len(sample) != 3 or any(type(value) is not int for value in sample):
             raise UserError(
-                f"{where}: key 'samples': expected [position, gold_token_id, negative_token_id], found {sample!r}"
+                f"{where}: key 'samples': expected [position, gold_token_id, negative_token_id], found {shown(sample)}"
             )
+    if not record["messages"]:
+        raise UserError(f"{where}: key 'messages': expected at least one message, found none")
     triplets = [Triplet(*sample) for sample in record["samples"]]
     gaps = _quality_gaps(record.get("quality"), len(triplets))
     return Record(record["messages"], triplets, line, gaps, gold_better)
@@ -322,7 +324,7 @@ def _shift(ids: list[int], triplets: list[Triplet]) -> int | None:
     first = triplets[0]
     shifts = [index - first.position for index, token in enumerate(ids) if token == first.gold]
     for shift in sorted(shifts, key=abs):
-        if all(t.position + shift < len(ids) and ids[t.position + shift] == t.gold for t in triplets):
+        if all(0 <= t.position + shift < len(ids) and ids[t.position + shift] == t.gold for t in triplets):
             return shift
     return None
 

@@ -38,6 +38,8 @@ def require_engine(config: EngineConfig) -> None:
     """Raises UserError for a server without the engine that uses it."""
     if config.server is not None and config.engine != "vllm":
         raise UserError(f"server: found {config.server!r} with engine {config.engine}, expected engine vllm")
+    if config.server is not None and not config.server.startswith(("http://", "https://")):
+        raise UserError(f"server: found {config.server!r}, expected a URL such as http://HOST:8000/v1")
 
 
 def open_backend(config: EngineConfig, verifier: str | None, max_logprobs: int) -> Backend:

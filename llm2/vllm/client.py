@@ -9,11 +9,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from http.client import HTTPException
+from itertools import chain
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from llm2.errors import UserError
+from llm2.common.loading import vocabulary_size
+from llm2.errors import UserError, explained, shown
 from llm2.vllm.backend import Answer
 
 ATTEMPTS = 6  # waits of 1, 2, 4, 8, 16 seconds between them: a server that restarts is back by then
@@ -32,6 +34,7 @@ class ServerBackend:
 
     def __init__(self, url: str, model: str, max_requests: int, guides: bool) -> None:
         self.url = url.rstrip("/")
+        self.vocabulary = vocabulary_size(model)
         self.model = self._model_name(model)
         self.pool = ThreadPoolExecutor(max_requests)
         if guides:
@@ -53,29 +56,49 @@ class ServerBackend:
             options["vllm_xargs"] = extra_args
         fixed = {"model": self.model, "prompt": list(prompt), "return_token_ids": True}
         content = {**fixed, "return_tokens_as_token_ids": True, **options}  # equal texts would collapse in logprobs
-        choices = sorted(self._send("/completions", content)["choices"], key=lambda choice: choice["index"])
+        answer = self._send("/completions", content)
+        with explained(f"server: {self.url} answers {shown(answer)}", "expected a completion of vLLM's"):
+            return self._read(answer, len(prompt), options)
+
+    def _read(self, answer: dict, prompt_len: int, options: Mapping[str, Any]) -> Answer:
+        """Raises whatever it stumbles over, and UserError or ValueError for an answer that is none to these options."""
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         if any(choice.get("token_ids") is None for choice in choices):
             raise UserError(
                 f"server: {self.url} answers without token ids; expected a vLLM server that knows `return_token_ids` "
                 "(0.10.2 or newer)"
             )
-        logprobs = (
-            [[list(top.values()) for top in choice["logprobs"]["top_logprobs"]] for choice in choices]
-            if ("logprobs" in options)
-            else []
-        )
-        prompt_logprobs = [
-            [(int(token), entry["logprob"]) for token, entry in position.items()]
-            for position in (choices[0].get("prompt_logprobs") or [])[1:]
-        ]
-        return Answer([choice["token_ids"] for choice in choices], logprobs, prompt_logprobs)
+        samples = [choice["token_ids"] for choice in choices]
+        if len(samples) != (wanted := options.get("n", 1)):
+            raise ValueError(f"found {len(samples)} completions, expected {wanted}")
+        for token in chain.from_iterable(samples):
+            if type(token) is not int or not 0 <= token < self.vocabulary:
+                raise ValueError(f"found the token {shown(token)}, expected one of the model's {self.vocabulary}")
+        logprobs, prompt_logprobs = [], []
+        if "logprobs" in options:
+            logprobs = [[list(top.values()) for top in choice["logprobs"]["top_logprobs"]] for choice in choices]
+            if [len(tops) for tops in logprobs] != [len(ids) for ids in samples]:
+                raise ValueError("found log-probabilities of other tokens than those it wrote")
+        if "prompt_logprobs" in options:
+            prompt_logprobs = [
+                [(int(token), entry["logprob"]) for token, entry in position.items()]
+                for position in choices[0]["prompt_logprobs"][1:]
+            ]
+            if len(prompt_logprobs) != prompt_len - 1 or not all(prompt_logprobs):
+                raise ValueError(f"found log-probabilities of {len(prompt_logprobs) + 1} tokens, expected {prompt_len}")
+        values = chain(*chain(*logprobs), (value for position in prompt_logprobs for _, value in position))
+        if not all(value <= 0 for value in values):  # NaN neither
+            raise ValueError("found log-probabilities above 0 or NaN")
+        return Answer(samples, logprobs, prompt_logprobs)
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
 
     def _model_name(self, model: str) -> str:
         """The server's name for the model: the config's, or the only one that it serves."""
-        names = [entry["id"] for entry in self._send("/models", None)["data"]]
+        answer = self._send("/models", None)
+        with explained(f"server: {self.url}/models answers {shown(answer)}", "expected vLLM's list of models"):
+            names = [str(entry["id"]) for entry in answer["data"]]
         if model not in names and len(names) != 1:
             raise UserError(f"server: {self.url} serves {', '.join(names)}; expected {model} to be among them")
         return model if model in names else names[0]

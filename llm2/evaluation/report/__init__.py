@@ -4,8 +4,10 @@ Every figure comes from metrics.json; nothing is computed here.
 """
 
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 
+from llm2.common.files import write_bytes
 from llm2.evaluation.report.read import read_metrics
 from llm2.evaluation.report.table import table
 
@@ -27,6 +29,8 @@ def write_report(folder: str | Path) -> str:
 
     plots = figures(metrics)
     for name, figure in plots.items():
-        figure.savefig(folder / f"{name}.png", dpi=160)
+        image = BytesIO()
+        figure.savefig(image, format="png", dpi=160)
+        write_bytes(folder / f"{name}.png", image.getvalue())
     write_page(folder, metrics, plots)
     return table(metrics)

@@ -11,6 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
+from llm2.common.files import write_text
 from llm2.evaluation.report.pack import pack
 from llm2.evaluation.report.plots import as_svg
 from llm2.evaluation.report.read import Metrics
@@ -42,4 +43,4 @@ def write_page(folder: Path, metrics: Metrics, plots: dict[str, Figure]) -> None
         script_hash=base64.b64encode(hashlib.sha256(f"\n{script}\n".encode()).digest()).decode(),
         data=data,
     )
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    write_text(folder / "report.html", page)

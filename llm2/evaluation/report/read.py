@@ -8,10 +8,10 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from llm2.common.config_file import shown
+from llm2.common.files import read_text
 from llm2.common.jsonl import parse_json, read_jsonl
 from llm2.config import Mode, ModeKey, Share
-from llm2.errors import UserError
+from llm2.errors import UserError, shown
 
 validated = partial(dataclass, config=ConfigDict(allow_inf_nan=False))
 Interval = tuple[Share, Share]
@@ -147,13 +147,9 @@ class Traces:
 
 def read_metrics(path: str | Path) -> Metrics:
     """Raises UserError that names the file and what is wrong with it."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; `python -m llm2 evaluate` writes it") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from None
-    return parse(parse_json(text, str(path)), str(path))
+    if not Path(path).exists():
+        raise UserError(f"cannot read {path}: No such file or directory; `python -m llm2 evaluate` writes it")
+    return parse(parse_json(read_text(path, "metrics"), str(path)), str(path))
 
 
 def read_lines(path: Path, kind: type) -> Iterator[dict]:

@@ -11,14 +11,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llm2.common.distributed import process_device
-from llm2.common.loading import eos_ids, load_system1, resolve_device
+from llm2.common.loading import eos_ids, load_system1, refuse_unknown_ids, resolve_device
 from llm2.config import RolloutConfig
 from llm2.decoding.candidates import plausible
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.sampling import Guidance, SamplingParams
 from llm2.errors import UserError
 from llm2.exploration.engines import Candidate, Continuations, OnFinished, PositionQuery, Request
-from llm2.verifier.load import load_verifier
+from llm2.verifier.load import load_verifier, trained_beta
 
 STOP_EVERY = 8  # tokens between searches for the stop pattern
 
@@ -38,15 +38,17 @@ class LocalEngine:
         name, vocabulary = self.config.verifier, self.model.get_input_embeddings().num_embeddings
         if name is None:
             return None
-        verifier = load_verifier(name, device, self.config.dtype, vocabulary, self.model)
-        return Guidance(verifier=verifier, **self.config.guidance())
+        settings = self.config.guidance()
+        if self.config.beta is None:
+            settings["beta"] = trained_beta(name)
+        return Guidance(verifier=load_verifier(name, device, self.config.dtype, vocabulary, self.model), **settings)
 
     def plausible(self, queries: Sequence[PositionQuery]) -> list[list[list[Candidate]]]:
         return [self._plausible(query) for query in queries]
 
     @torch.inference_mode()
     def _plausible(self, query: PositionQuery) -> list[list[Candidate]]:
-        self._check_vocabulary(query.ids)
+        refuse_unknown_ids(query.ids, self.model, self.config.model)
         ids = torch.tensor([query.ids[: query.end]], device=self.model.device)
         output = self.model(ids, use_cache=False, logits_to_keep=query.end - query.start + 1)
         logits = output.logits[0, :-1].float()  # (positions, V)
@@ -98,11 +100,3 @@ class LocalEngine:
 
     def close(self) -> None:
         del self.model, self.decoder
-
-    def _check_vocabulary(self, ids: Sequence[int]) -> None:
-        vocabulary = self.model.get_input_embeddings().num_embeddings
-        if max(ids) >= vocabulary:
-            raise UserError(
-                f"the tokenizer of {self.config.model} writes the token {max(ids)}, and its model has a vocabulary of "
-                f"{vocabulary}; expected a tokenizer and a model that belong together"
-            )

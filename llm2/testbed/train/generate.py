@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from llm2.common.files import write_text
 from llm2.config import GenerateConfig
 from llm2.testbed.generator import problems
 from llm2.testbed.sorting import sorting_problems
@@ -20,5 +21,5 @@ def generate(config: GenerateConfig) -> int:
     else:
         records = problems(config.split, config.limit, config.regime)
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(config.output).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    write_text(config.output, "".join(json.dumps(record) + "\n" for record in records))
     return len(records)

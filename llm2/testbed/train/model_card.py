@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -101,13 +100,12 @@ def gold_is_plausible(model: LlamaForCausalLM, gold: TokenizedSolution) -> bool:
     return bool(((candidates == ids[0, gold.start :, None]) & valid).any(dim=1).all())
 
 
-def write_card(
+def measured_card(
     config: PretrainConfig, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, loss: float
-) -> None:
+) -> str:
     measured = measure(model, tokenizer, config.card_problems)
     print(measured, flush=True)
-    text = card(config, model.num_parameters(), len(tokenizer), loss, measured)
-    Path(config.output_dir, "README.md").write_text(text, encoding="utf-8")
+    return card(config, model.num_parameters(), len(tokenizer), loss, measured)
 
 
 def card(config: PretrainConfig, parameters: int, vocabulary: int, loss: float, measured: Measured) -> str:

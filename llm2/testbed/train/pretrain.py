@@ -6,17 +6,22 @@ done.
 
 import shutil
 from itertools import chain, islice
+from math import gcd
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from llm2.common.chat import encode_chats
+from llm2.common.distributed import dist_info
+from llm2.common.files import whole_files
 from llm2.config import PretrainConfig
+from llm2.errors import UserError
 from llm2.testbed.train.corpus import careless_conversations
-from llm2.testbed.train.model_card import write_card
-from llm2.testbed.train.tokenizer import train_tokenizer
+from llm2.testbed.train.model_card import measured_card
+from llm2.testbed.train.tokenizer import MIN_VOCABULARY, train_tokenizer
+from llm2.verifier.checkpoints import last_whole_checkpoint
 from llm2.verifier.loss import IGNORE_INDEX
 
 TOKENIZER_SAMPLE = 20_000  # conversations that the tokenizer is trained on
@@ -25,8 +30,26 @@ INITIALIZER_RANGE = 0.06  # at this width far better in short trials than the us
 Conversation = list[dict[str, str]]
 
 
+def check(config: PretrainConfig) -> None:
+    """Raises UserError for a shape that no Llama has."""
+    for key, divisor in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
+        if getattr(config, key) % getattr(config, divisor):
+            expected = f"a multiple of {divisor}={getattr(config, divisor)}"
+            raise UserError(f"{key}: found {getattr(config, key)}, expected {expected}")
+    if config.hidden_size // config.num_attention_heads % 2:
+        raise UserError(
+            f"hidden_size: found {config.hidden_size}, expected an even width for each of num_attention_heads="
+            f"{config.num_attention_heads}: rotary embeddings rotate pairs"
+        )
+    if config.vocab_size < MIN_VOCABULARY:
+        raise UserError(
+            f"vocab_size: found {config.vocab_size}, expected at least {MIN_VOCABULARY}: all bytes and special tokens"
+        )
+
+
 def pretrain(config: PretrainConfig) -> None:
     """Train and write System 1, its tokenizer and its model card to config.output_dir."""
+    check(config)
     output = Path(config.output_dir)
     checkpoints = output / "checkpoints"
     set_seed(config.seed)
@@ -41,12 +64,18 @@ def pretrain(config: PretrainConfig) -> None:
         train_dataset=examples(conversations, tokenizer),
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
     )
-    last = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
-    result = trainer.train(resume_from_checkpoint=last)
+    last = last_whole_checkpoint(checkpoints)
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    if not dist_info().is_main:
+        return
+    # Of the whole run, whereas the Trainer's own figure begins anew when a run is resumed.
+    loss = fmean(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     model.config.use_cache = True  # the Trainer turned it off
-    model.eval().save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    write_card(config, model, tokenizer, result.training_loss)
+    card = measured_card(config, model.eval(), tokenizer, loss)
+    with whole_files(output) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        Path(new, "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(checkpoints, ignore_errors=True)
 
 
@@ -79,7 +108,7 @@ def pretraining_arguments(config: PretrainConfig, checkpoints: Path) -> Training
         weight_decay=0.05,
         save_steps=config.save_steps,
         save_total_limit=1,
-        logging_steps=50,
+        logging_steps=gcd(50, config.save_steps, config.max_steps),  # a checkpoint forgets an interval that it cuts
         dataloader_pin_memory=False,
         report_to="none",
         seed=config.seed,

@@ -10,6 +10,7 @@ from llm2.common.chat import LLAMA3_PLAIN
 BOS, EOT, PAD = "<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>"
 HEADER, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
 SPECIAL_TOKENS = [BOS, HEADER, HEADER_END, EOT, PAD]
+MIN_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

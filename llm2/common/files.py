@@ -1,0 +1,79 @@
+"""Text files in, and files that appear whole or not at all: written beside their place, synced, renamed."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from llm2.errors import UserError
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """A file of UTF-8, with or without a byte order mark. Raises UserError that names `what` it should hold."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read the {what} {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from error
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[TextIO]:
+    """A text file that takes the place of `path` once it is written without an error."""
+    path = Path(path)
+    new = path.with_name(f".{path.name}.new")  # one fixed name: a killed run's is overwritten by the next
+    try:
+        with new.open("w", encoding="utf-8") as file:
+            yield file
+        _put(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with whole_file(path) as file:
+        file.write(text)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    with whole_file(path) as file:
+        file.buffer.write(content)
+
+
+@contextmanager
+def whole_files(folder: str | Path, is_main: bool = True) -> Iterator[Path]:
+    """An empty folder for what a library writes; each of its files then takes its place in `folder`.
+
+    config.json is the last one: a folder that has it is complete. Of several processes only the main one makes the
+    folder and moves the files.
+    """
+    folder = Path(folder)
+    new = folder / ".new"
+    if not is_main:
+        yield new
+        return
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        for path in sorted(new.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+            _put(path, folder / path.name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _put(new: Path, path: Path) -> None:
+    _sync(new)
+    os.replace(new, path)
+    _sync(path.parent)  # else a power cut could undo the renaming
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,74 @@
+"""The long tests: python -m tests.torture [PART ...] [--scale SHARE]; bash scripts/torture.sh calls it.
+
+Each part has a folder under results/torture/ and leaves NAME.json there when it is done, after which it is skipped.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+
+from tests.torture.row import Row
+
+PARTS = ["bad_input", "kills"]
+RESULTS = Path("results", "torture")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the parts that have no result yet; the exit status is 1 if anything has failed in one of those asked for."""
+    parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__.partition("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"all when none is given: {', '.join(PARTS)}")
+    parser.add_argument("--scale", type=float, default=1.0, help="size of what is not done yet; 1 is the full size")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.parts) - {*PARTS}:
+        parser.error(f"found the part {min(unknown)!r}, expected some of {', '.join(PARTS)}")
+    asked = options.parts or PARTS
+    for name in asked:
+        if result(name).exists():
+            print(f"{name}: done already; delete {result(name)} to run it anew", flush=True)
+        else:
+            run_part(name, options.scale)
+    table = as_table(read_results())
+    (RESULTS / "table.md").write_text(table, encoding="utf-8")
+    print(table)
+    return int(any(row.failed for name in asked for row in read_rows(name)))
+
+
+def result(name: str) -> Path:
+    return RESULTS / f"{name}.json"
+
+
+def run_part(name: str, scale: float) -> None:
+    folder, start = RESULTS / name, time.perf_counter()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    rows = import_module(f"tests.torture.{name}").run(folder.resolve(), scale)
+    content = {"scale": scale, "seconds": round(time.perf_counter() - start), "rows": [asdict(row) for row in rows]}
+    new = result(name).with_suffix(".new")
+    new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    new.replace(result(name))
+
+
+def read_rows(name: str) -> list[Row]:
+    return [Row(**row) for row in json.loads(result(name).read_text(encoding="utf-8"))["rows"]]
+
+
+def read_results() -> dict[str, list[Row]]:
+    """Of all parts that are done, in the order of PARTS."""
+    return {name: read_rows(name) for name in PARTS if result(name).exists()}
+
+
+def as_table(results: dict[str, list[Row]]) -> str:
+    """Markdown."""
+    lines = ["| part | what | tried | failed | |", "|---|---|---|---|---|"]
+    for name, rows in results.items():
+        lines += [f"| {name} | {row.what} | {row.tried:,} | {row.failed:,} | {row.detail} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""Runs that are killed, find no room, may not write or meet another run: going on gives an undisturbed run's files.
+
+Compared are all files that a run leaves, but checkpoints, which are the Trainer's, and the keys in TIMES, which differ
+between any two runs; the rest is equal byte for byte.
+"""
+
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.torture.bad_input import ROOT, Stock, _keep_to_permissions
+from tests.torture.row import Row
+
+KILLS = 20  # of each command at full scale
+CHAIN = 3  # kills of one run, at most, before it may go on to its end
+PATIENCE = 300.0  # seconds in which a run must end, or after a kill its launcher
+TIMES = ("seconds", "tokens_per_second", "peak_rss_mib", "peak_memory_mib", "train_seconds")
+TIMES += ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command that writes `output` into its working directory."""
+
+    arguments: tuple[str, ...]
+    output: str
+    processes: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.arguments[0]}, {self.processes} process{'es' * (self.processes > 1)}"
+
+    @property
+    def lock(self) -> str:
+        return f"{self.output}.lock" if self.output.endswith(".jsonl") else f"{self.output}/.lock"
+
+    def start(self, folder: Path, before: Callable[[], None] | None = None) -> subprocess.Popen:
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m"]
+        if self.processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = str(free.getsockname()[1])
+            config = str(ROOT / "configs" / "accelerate" / "multi_gpu.yaml")
+            command += ["accelerate.commands.launch", "--quiet", "--config_file", config, "--main_process_port", port]
+            command += ["--num_processes", str(self.processes), "--num_cpu_threads_per_process", "1", "-m"]
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        with (folder / "log").open("w") as log:
+            return subprocess.Popen(
+                [*command, "llm2", *self.arguments],
+                cwd=folder,
+                env=environment | {"DS_ACCELERATOR": "cpu"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=before,
+            )
+
+
+def jobs(stock: Stock, processes: Sequence[int] = (1, 2)) -> list[Job]:
+    """Small runs of every command that takes long."""
+    model, task = ("model=testbed", "device=cpu"), ("task=testbed", "max_new_tokens=40", "batch_size=16")
+    evaluation = (*model, *task, f"verifier={stock.verifier}", "traced_samples=1", "output_dir=out")
+    commands = [
+        Job(
+            ("explore", *model, *task, "limit=4", "gold_rollouts=4", "max_rollouts=3", "output=out.jsonl"), "out.jsonl"
+        ),
+        Job(
+            (
+                "train",
+                *model,
+                f"train_file={ROOT / 'dataset' / 'testbed.jsonl'}",
+                "output_dir=out",
+                *("limit=24", "eval_share=0.2", "num_train_epochs=1.0", "evaluations=4", "learning_rate=1e-3"),
+                *("global_batch_size=4", "per_device_train_batch_size=2"),
+            ),
+            "out",
+        ),
+        Job(("evaluate", *evaluation, "limit=6", "modes=[plain_greedy,guided_greedy,guided_sampling]",
+             "num_samples=2", "majority_at=[1,2]"), "out"),
+        Job(("sweep", *evaluation, "limit=3", "validation_limit=3", "betas=[0.5,2.0]"), "out"),
+        Job(
+            (
+                *("pretrain", "output_dir=out", "documents=200", "max_steps=40", "save_steps=10", "batch_size=8"),
+                *("hidden_size=32", "intermediate_size=64", "num_hidden_layers=1", "num_attention_heads=2"),
+                *("num_key_value_heads=2", "card_problems=4"),
+            ),
+            "out",
+        ),
+    ]  # fmt: skip
+    return [Job(job.arguments, job.output, number) for job in commands for number in processes]
+
+
+class Undisturbed:
+    """A job's result, and how long it works once it has begun to write."""
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        process = job.start(folder)
+        wait_for_lock(process, folder / job.lock)
+        start = time.perf_counter()
+        if status := process.wait(PATIENCE):
+            raise AssertionError(f"{job.name}: status {status} undisturbed: {(folder / 'log').read_text()[-3000:]}")
+        self.seconds, self.files = time.perf_counter() - start, outcome(folder, job)
+
+
+def wait_for_lock(process: subprocess.Popen, lock: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while process.poll() is None and not lock.exists():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"no {lock} in {PATIENCE} seconds")
+        time.sleep(0.02)
+
+
+def outcome(folder: Path, job: Job) -> dict[str, bytes]:
+    """The files of a run, without what differs between any two."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if not path.is_file() or name == "log" or "checkpoint-" in name or path.name == "training_args.bin":
+            continue
+        content = path.read_bytes()
+        if path.suffix == ".json":
+            record = json.loads(content)
+            content = json.dumps({k: v for k, v in record.items() if k not in TIMES}, sort_keys=True).encode()
+        found[name] = content
+    return found
+
+
+def differences(found: dict[str, bytes], expected: dict[str, bytes]) -> list[str]:
+    return sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+
+
+def kill(process: subprocess.Popen, number: signal.Signals, draw: random.Random) -> str:
+    """All processes of a run, or one of several; returns which."""
+    tree = psutil.Process(process.pid)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        workers = [child for child in tree.children(recursive=True) if "llm2" in child.cmdline()]
+        whole = len(workers) < 2 or draw.random() < 0.5
+        for victim in [tree, *tree.children(recursive=True)] if whole else [draw.choice(workers)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.send_signal(number)
+        process.wait(PATIENCE)  # the launcher ends the others
+        return "all" if whole else "one"
+    process.wait(PATIENCE)
+    return "none: it had ended"
+
+
+def killed_run(
+    job: Job, folder: Path, expected: Undisturbed, draw: random.Random, kills: int
+) -> tuple[int, str | None]:
+    """Kill a run up to `kills` times, let it go on to its end: (kills that hit it, what went wrong)."""
+    hits, story = 0, []
+    for _ in range(kills):
+        process = job.start(folder)
+        if draw.random() < 0.85:  # else while it starts
+            wait_for_lock(process, folder / job.lock)
+            delay = draw.uniform(0, expected.seconds)
+        else:
+            delay = draw.uniform(0, 5)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(delay)
+            break  # it was faster than the undisturbed one
+        number = draw.choice([signal.SIGKILL, signal.SIGTERM])
+        whom = kill(process, number, draw)
+        hits += 1
+        story.append(f"{number.name} to {whom} after {delay:.2f} s")
+    return hits, after(job, folder, expected, "; ".join(story))
+
+
+def after(job: Job, folder: Path, expected: Undisturbed, story: str) -> str | None:
+    """Go on, and compare. A run that was complete already may say so in its one sentence."""
+    status = job.start(folder).wait(PATIENCE)
+    log = (folder / "log").read_text()
+    complete = status != 0 and "exists already" in log and "Traceback" not in log
+    if status and not complete:
+        return f"{story}: going on ended with status {status}: {log[-1500:]}"
+    if wrong := differences(outcome(folder, job), expected.files):
+        return f"{story}: other files than undisturbed: {wrong}"
+    return None
+
+
+def refused(job: Job, folder: Path, *says: str) -> str | None:
+    """What is wrong with the answer of a run that had to give up."""
+    log = (folder / "log").read_text()
+    sentences = [line for line in log.replace("\r", "\n").splitlines() if line.startswith(f"llm2 {job.arguments[0]}: ")]
+    if "Traceback" in log or len(sentences) != job.processes and len(sentences) != 1:
+        return f"expected one sentence, found {log[-1500:]}"
+    missing = [part for part in says if part not in sentences[0]]
+    return f"expected {missing}, found {sentences[0]}" if missing else None
+
+
+def without_room(job: Job, folder: Path, expected: Undisturbed, draw: random.Random) -> str | None:
+    """No file may grow beyond some bytes, as on a full disk; then there is room again."""
+    size = round(10 ** draw.uniform(2, 4.5))
+    process = job.start(folder, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    if process.wait(PATIENCE) == 0:
+        return None  # all files were smaller
+    return refused(job, folder) or after(job, folder, expected, f"files of {size} bytes at most")
+
+
+def read_only(job: Job, folder: Path, expected: Undisturbed, draw: random.Random) -> str | None:
+    folder.mkdir(parents=True)
+    target = folder if job.output.endswith(".jsonl") else folder / job.output
+    target.mkdir(exist_ok=True)
+    (folder / "log").touch()
+    target.chmod(0o555)
+    try:
+        job.start(folder, _keep_to_permissions).wait(PATIENCE)
+    finally:
+        target.chmod(0o755)
+    return refused(job, folder, "Permission denied") or after(job, folder, expected, "read-only")
+
+
+def two_runs(job: Job, folder: Path, expected: Undisturbed, draw: random.Random) -> str | None:
+    """The second run on the same output is refused and names the first, which is not disturbed."""
+    first = job.start(folder)
+    wait_for_lock(first, folder / job.lock)
+    (folder / "log").rename(folder / "first.log")
+    arguments = [a.replace("=out", f"={folder}/out") if a.startswith("output") else a for a in job.arguments]
+    aside = folder.with_name(f"{folder.name}-second")
+    status = Job(tuple(arguments), job.output).start(aside).wait(PATIENCE)
+    if (ended := first.wait(PATIENCE)) != 0:
+        return f"the first run ended with status {ended}: {(folder / 'first.log').read_text()[-1500:]}"
+    (folder / "first.log").unlink()
+    if status != 2:
+        return f"the second run ended with status {status}: {(aside / 'log').read_text()[-1500:]}"
+    named = f"another run (process {first.pid} on " if job.processes == 1 else "another run (process "
+    problem = refused(job, aside, named, " since ")
+    return problem or str(differences(outcome(folder, job), expected.files) or "") or None
+
+
+FAULTS = {
+    "no room on the disk": without_room,
+    "a folder that may not be written": read_only,
+    "two runs on one folder": two_runs,
+}
+
+
+def run(folder: Path, scale: float, only: Sequence[str] = (), processes: Sequence[int] = (1, 2)) -> list[Row]:
+    """Args: only: commands; all when empty."""
+    stock, rows = Stock(folder), []
+    for job in [job for job in jobs(stock, processes) if not only or job.arguments[0] in only]:
+        here, draw = folder / job.name.replace(", ", "-").replace(" ", "-"), random.Random(job.name)
+        expected = Undisturbed(job, here / "undisturbed")
+        hits, problems, wanted = 0, [], max(1, round(KILLS * scale))
+        for number in range(10 * wanted):  # a run may be faster than its kill
+            if hits >= wanted:
+                break
+            chain = min(CHAIN, wanted - hits)
+            hit, problem = killed_run(job, here / f"kills-{number}", expected, draw, chain)
+            hits += hit
+            problems += [problem] if problem else []
+            print(f"{job.name}: {hits} kills: {problem or 'same files'}", flush=True)
+            if not problem:
+                shutil.rmtree(here / f"kills-{number}")
+        detail = f"SIGKILL, SIGTERM; run of {expected.seconds:.1f} s"
+        rows.append(Row(f"kills of {job.name}", hits, len(problems), problems[0][:300] if problems else detail))
+        for name, fault in FAULTS.items():
+            tries = max(1, round(3 * scale)) if fault is without_room else 1
+            problems = [fault(job, here / f"{fault.__name__}-{i}", expected, draw) for i in range(tries)]
+            problems = [problem for problem in problems if problem]
+            print(f"{job.name}: {name}: {problems or 'survived'}", flush=True)
+            rows.append(Row(f"{name}: {job.name}", tries, len(problems), problems[0][:300] if problems else ""))
+    return rows
