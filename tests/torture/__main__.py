@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.torture.row import Row
 
-PARTS = ["bad_input", "kills"]
+PARTS = ["bad_input", "kills", "fuzz", "determinism", "exits", "soak"]
 RESULTS = Path("results", "torture")
 
 
