@@ -419,8 +419,8 @@ class StudyConfig:
     """Steps of a run."""
     over: str | None = "seed"
     """Axis whose values are averaged; null where nothing is."""
-    baseline: dict[str, str]
-    """Axis -> value of the runs that the others are tested against."""
+    baseline: dict[str, str] = field(default_factory=dict)
+    """Axis -> value of the runs that the others are tested against; none when empty."""
     compare: tuple[StudyPair, ...] = ()
     """Further tests of one value of some axes against another, for all values of the other axes."""
     across: str | None = None

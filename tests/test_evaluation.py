@@ -14,6 +14,7 @@ import torch
 
 from llm2.common.config_file import write_config
 from llm2.common.distributed import destroy_group
+from llm2.common.journal import CHECKSUM
 from llm2.common.loading import load_system1, load_tokenizer
 from llm2.config import EvaluateConfig, Mode, SweepConfig
 from llm2.decoding.decoder import Decoder
@@ -168,7 +169,11 @@ def test_a_killed_run_loses_only_what_was_in_flight(config, done, monkeypatch):
         evaluate(config)
     assert [path.name for path in Path(config.output_dir).iterdir()] == ["journal"], "files appear whole or not at all"
     path = Path(config.output_dir, "journal", "shard-0.jsonl")
-    assert [(line["id"], line["mode"]) for line in map(json.loads, path.read_text().splitlines()[1:])] == made
+
+    def entry(line: bytes) -> dict:
+        return json.loads(line[CHECKSUM:])
+
+    assert [(line["id"], line["mode"]) for line in map(entry, path.read_bytes().splitlines()[1:])] == made
     made.pop()
     path.write_bytes(path.read_bytes()[:-30])  # a torn last line
     monkeypatch.setattr(Predictions, "add", counted)

@@ -118,7 +118,6 @@ HOSTILE = [
     "a\u2028b\u2029c\x85d",
     "null\x00byte\x1b[31m\x07",
     "\u202ereversed\u202c \u2066isolate \u200e\u200f",
-    "\ud800 half a surrogate pair",
     "&lt;b&gt; &amp; &#60;",
     "__proto__",
     "constructor",
@@ -157,7 +156,7 @@ def test_hostile_text_is_shown_as_text(browser, tmp_path):
             page.evaluate("index => { $('list').scrollTop = index * ROW; select(problems[index]) }", index)
             for where in (".question", ".text >> nth=0"):
                 shown = page.evaluate("e => e.textContent", page.query_selector(f"#detail {where}"))
-                assert shown == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") or text in shown
+                assert text in shown
             page.hover(".choice")
             page.evaluate("document.querySelector('.choice').click()")
             assert page.is_visible("#choice")

@@ -127,8 +127,8 @@ def test_examples_come_back_from_disk_as_they_were(tokenizer, tmp_path):
     path.write_text(record_line(MESSAGES, solution, quality=quality) + record_line(MESSAGES, solution[:1]))
     examples, _ = load_examples(path, tokenizer, LLAMA3_PLAIN)
     assert list(examples) == [
-        Example(ids, solution, start, first_pair_id=0, quality_gaps=[0.75, 0.0, -0.125], gold_better=[]),
-        Example(ids, solution[:1], start, first_pair_id=3, quality_gaps=[], gold_better=[]),
+        Example(ids, solution, start, first_pair_id=0, quality_gaps=[0.75, 0.0, -0.125], gold_better=[], line=1),
+        Example(ids, solution[:1], start, first_pair_id=3, quality_gaps=[], gold_better=[], line=2),
     ]
 
 

@@ -398,7 +398,7 @@ REQUEST = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalt
     "extra_args, changes, message",
     [
         ({"llm2_beta": -1.0}, {}, "llm2_beta: found -1.0"),
-        ({"llm2_beta": math.inf}, {}, "finite beta"),
+        ({"llm2_beta": math.inf}, {}, "llm2_beta: found inf"),
         ({"llm2_beta": "0.5"}, {}, "llm2_beta: found '0.5'"),
         ({"llm2_beta": 0.5, "llm2_alpha": 0.0}, {}, "alpha above 0"),
         ({"llm2_alpha": 1.5}, {}, "llm2_alpha: found 1.5"),

@@ -1,6 +1,5 @@
 """The keys `llm2_*` of an engine (`additional_config`) and of a request (`extra_args`, in HTTP `vllm_xargs`). Pure."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -85,9 +84,9 @@ def _guidance(values: Mapping[str, Any], where: str) -> GuidanceConfig | None:
         first = error.errors()[0]
         key = f"{PREFIX}{first['loc'][0]}"
         raise UserError(f"{where}: {key}: found {first['input']!r}, expected: {first['msg']}") from None
-    if checked.alpha == 0 or checked.beta is None or not math.isfinite(checked.beta):
+    if checked.alpha == 0 or checked.beta is None:
         raise UserError(
             f"{where}: llm2_alpha, llm2_beta: found {checked.alpha} and {checked.beta}, expected alpha above 0 and a "
-            "finite beta"
+            "number as beta"
         )
     return checked if "llm2_beta" in values else None

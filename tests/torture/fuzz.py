@@ -16,7 +16,7 @@ from llm2.common.journal import Journal
 from llm2.config import CONFIGS, GenerateConfig, StudyConfig
 from llm2.errors import UserError
 from llm2.evaluation.report import read_metrics, table
-from llm2.evaluation.report.page import fitting
+from llm2.evaluation.report.pack import pack
 from llm2.evaluation.report.plots import figures
 from llm2.tasks.grading import LONGEST_NUMBER, extract_answer, grade_numbers, is_correct
 from llm2.verifier.triplets import load_examples
@@ -368,7 +368,7 @@ def check_report(value: tuple[str, bytes], folder: Path, plots: bool = False) ->
     try:
         metrics = read_metrics(folder / "metrics.json")
         assert table(metrics)
-        page, _ = fitting(folder, metrics, 10**6)
+        page, _ = pack(folder, metrics, 10**6)
         assert "<" not in page and "NaN" not in page, "not safe in a script element"
     except UserError as error:
         one_sentence(error, str(folder))

@@ -120,6 +120,5 @@ def _hundredths(value: float) -> int:
 
 
 def _as_json(value: Any) -> str:
-    """No text of a model may end the script element, so `<` is escaped; neither may half of a surrogate pair stay."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    return text.encode("utf-8", "backslashreplace").decode()
+    """No text of a model may end the script element, so `<` is escaped."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
