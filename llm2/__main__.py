@@ -11,6 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from llm2.common.config_file import help_text, load_config
 from llm2.config import (
     CONFIGS,
@@ -43,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         sentence = str(error) if isinstance(error, UserError) else of_the_machine(error)
         if options.debug or sentence is None:
             raise
-        print(f"llm2 {options.command}: {sentence}", file=sys.stderr)
+        tqdm.write(f"llm2 {options.command}: {sentence}", file=sys.stderr)  # on a line of its own below a bar
         return 2
     return 0
 

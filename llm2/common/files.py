@@ -29,6 +29,9 @@ def whole_file(path: str | Path) -> Iterator[TextIO]:
         with new.open("w", encoding="utf-8") as file:
             yield file
         _put(new, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names none
+        raise
     finally:
         new.unlink(missing_ok=True)
 

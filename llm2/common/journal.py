@@ -65,8 +65,12 @@ class Journal:
     def _write(self, content: dict) -> None:
         text = json.dumps(content, ensure_ascii=False).encode()
         line = memoryview(_checksum(text) + text + b"\n")
-        while line:  # unbuffered: on a full disk nothing is left to be written later
-            line = line[os.write(self.file.fileno(), line) :]
+        try:
+            while line:  # unbuffered: on a full disk nothing is left to be written later
+                line = line[os.write(self.file.fileno(), line) :]
+        except OSError as error:
+            error.filename = self.file.name
+            raise
 
     def _repair(self, header: dict) -> None:
         """Cut off a torn last line; write the header if the shard is empty."""

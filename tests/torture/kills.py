@@ -47,7 +47,8 @@ class Job:
     def lock(self) -> str:
         return f"{self.output}.lock" if self.output.endswith(".jsonl") else f"{self.output}/.lock"
 
-    def start(self, folder: Path, before: Callable[[], None] | None = None) -> subprocess.Popen:
+    def start(self, folder: Path, before: Callable[[], None] | None = None, piped: bool = False) -> subprocess.Popen:
+        """Its output goes to FOLDER/log, or to a pipe, which no limit on files touches."""
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m"]
         if self.processes > 1:
@@ -65,8 +66,8 @@ class Job:
                 cwd=folder,
                 env=environment | {"DS_ACCELERATOR": "cpu"},
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=subprocess.PIPE if piped else log,
+                stderr=subprocess.STDOUT,
                 preexec_fn=before,
             )
 
@@ -205,9 +206,11 @@ def refused(job: Job, folder: Path, *says: str) -> str | None:
 
 def without_room(job: Job, folder: Path, expected: Undisturbed, draw: random.Random) -> str | None:
     """No file may grow beyond some bytes, as on a full disk; then there is room again."""
-    size = round(10 ** draw.uniform(2, 4.5))
-    process = job.start(folder, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
-    if process.wait(PATIENCE) == 0:
+    size = round(10 ** draw.uniform(2, 5.5))
+    process = job.start(folder, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)), piped=True)
+    said, _ = process.communicate(timeout=PATIENCE)
+    (folder / "log").write_bytes(said)
+    if process.returncode == 0:
         return None  # all files were smaller
     return refused(job, folder) or after(job, folder, expected, f"files of {size} bytes at most")
 
@@ -229,10 +232,16 @@ def two_runs(job: Job, folder: Path, expected: Undisturbed, draw: random.Random)
     """The second run on the same output is refused and names the first, which is not disturbed."""
     first = job.start(folder)
     wait_for_lock(first, folder / job.lock)
+    tree = psutil.Process(first.pid)
+    tree = [tree, *tree.children(recursive=True)]
+    for process in tree:
+        process.suspend()  # else it could end before the second one has started
     (folder / "log").rename(folder / "first.log")
     arguments = [a.replace("=out", f"={folder}/out") if a.startswith("output") else a for a in job.arguments]
     aside = folder.with_name(f"{folder.name}-second")
     status = Job(tuple(arguments), job.output).start(aside).wait(PATIENCE)
+    for process in tree:
+        process.resume()
     if (ended := first.wait(PATIENCE)) != 0:
         return f"the first run ended with status {ended}: {(folder / 'first.log').read_text()[-1500:]}"
     (folder / "first.log").unlink()
