@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 
+from llm2.common.home import without_home
 from llm2.config import EvaluateConfig, Mode, SweepConfig
 from llm2.errors import UserError
 from llm2.evaluation.evaluate import evaluate
@@ -39,7 +40,7 @@ def sweep(config: SweepConfig) -> dict | None:
         return None
     metrics["sweep"] = {
         "split": config.validation_split,
-        "file": config.validation_file,
+        "file": without_home(config.validation_file),
         "n": validation_n,
         "mode": config.choose_by,
         "chosen": chosen,
