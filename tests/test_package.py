@@ -6,16 +6,23 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import packages_distributions
+from importlib.metadata import distribution, metadata, packages_distributions
 from pathlib import Path
 
 import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+TOML = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, BUILD = TOML["project"], TOML["build-system"]["requires"]
 RUNTIME = PROJECT["dependencies"]
-EXTRAS = [each for extra in PROJECT["optional-dependencies"].values() for each in extra]
+OPTIONAL = PROJECT["optional-dependencies"]
+EXTRAS = [each for extra in OPTIONAL.values() for each in extra]
+NOT_IMPORTED = {
+    "pytest-xdist": "pytest's -n",
+    "ruff": "a command",
+}
+LICENCE_WORDS = {"PSF": "Python Software Foundation"}  # where a package's metadata has other words
 
 
 WITHOUT_EXTRAS = """
@@ -32,31 +39,71 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 """
 
 
+def name(requirement: str) -> str:
+    return re.match(r"[\w-]+", requirement)[0].lower().replace("_", "-")
+
+
+def specifier(requirement: str) -> str:
+    return re.search(r"[^\w-].*", requirement)[0]
+
+
 def names(requirements: list[str]) -> set[str]:
-    return {re.match(r"[\w-]+", each)[0].lower().replace("_", "-") for each in requirements}
+    return set(map(name, requirements))
 
 
-def imported_distributions() -> set[str]:
-    """Distributions that llm2 imports anywhere, except from vLLM."""
+def listed() -> dict[str, tuple[str, str]]:
+    """requirements.txt: name -> version specifier and licence."""
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[0] != "#"]
+    parts = [line.partition("  # ") for line in lines]
+    return {name(requirement): (specifier(requirement), licence) for requirement, _, licence in parts}
+
+
+def imported_distributions(*folders: str) -> set[str]:
+    """Distributions that are imported anywhere in these folders, except from vLLM."""
     modules = set()
-    for path in (ROOT / "llm2").rglob("*.py"):
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 modules |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 modules.add(node.module.split(".")[0])
-    modules -= sys.stdlib_module_names | {"llm2", "vllm"}
+    own = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"llm2", "tests", "figs", "vllm"}
     installed = packages_distributions()
-    return {installed[module][0].lower().replace("_", "-") for module in modules}
+    return {name(installed[module][0]) for module in modules - sys.stdlib_module_names - own}
 
 
 def test_every_import_is_a_declared_dependency():
-    assert imported_distributions() - names(RUNTIME + EXTRAS) <= {"markupsafe"}  # jinja2's own
+    assert imported_distributions("llm2") <= names(RUNTIME + EXTRAS) - names(OPTIONAL["test"])
+    assert imported_distributions("tests", "figs") <= names(RUNTIME + EXTRAS)
 
 
-def test_requirements_txt_installs_every_dependency_and_extra_but_vllm():
-    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
-    assert names(RUNTIME + EXTRAS) - {"vllm"} <= names(lines)
+def test_every_dependency_is_imported_somewhere():
+    used = imported_distributions("llm2", "tests", "figs") | {"vllm"}
+    assert names(RUNTIME + EXTRAS) - used == set(NOT_IMPORTED)
+    assert names(OPTIONAL["test"]) & imported_distributions("llm2") == set(), "the package needs no tool for tests"
+
+
+def test_every_dependency_has_bounds_and_a_reason():
+    text = (ROOT / "pyproject.toml").read_text()
+    for requirement in RUNTIME + EXTRAS:
+        assert re.fullmatch(r">=[\d.]+,<[\d.]+", specifier(requirement)), requirement
+        assert re.search(rf'"{re.escape(requirement)}",  # \w', text), requirement
+
+
+def test_requirements_txt_has_every_dependency_but_vllm_within_its_bounds():
+    expected = {name(each): specifier(each) for each in [*RUNTIME, *EXTRAS, *BUILD] if name(each) != "vllm"}
+    found = {each: bounds for each, (bounds, _) in listed().items()}
+    assert found.pop("torch").startswith("==") and expected.pop("torch")
+    assert found == expected
+
+
+@pytest.mark.parametrize("package", sorted(listed()))
+def test_the_listed_licence_is_the_packages_own(package):
+    about = metadata(package)
+    stated = [about["License-Expression"], about["License"], *(about.get_all("Classifier") or [])]
+    stated += [path.read_text() for path in distribution(package).files if "LICENSE" in path.name.upper()]
+    family = re.match(r"[A-Z]+|Apache", listed()[package][1])[0]
+    assert LICENCE_WORDS.get(family, family) in " ".join(filter(None, stated))
 
 
 def test_the_citation_is_the_papers():

@@ -8,6 +8,7 @@ from report_data import MODES, write_many
 from test_report import SWEPT
 
 from llm2.evaluation.report import write_report
+from tests.torture import page as torture_page
 
 pytestmark = needs_chromium
 
@@ -180,3 +181,9 @@ def test_no_script_but_its_own_would_run(browser, report, tmp_path):
     assert [url for url in loaded if not url.startswith("file://")] == []
     assert len([text for text in refused if "Content Security Policy" in text]) >= 2
     page.close()
+
+
+def test_five_hundred_problems_are_usable(browser, tmp_path):
+    """`bash scripts/torture.sh page` does the same with 20,000."""
+    row = torture_page.judged(500, torture_page.measure(tmp_path, 500, browser))
+    assert row.failed == 0, row

@@ -11,6 +11,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from llm2.common.files import read_text, write_text
+from llm2.common.home import with_home, without_home
 from llm2.errors import UserError, reason, shown
 
 Config = TypeVar("Config")
@@ -56,8 +57,8 @@ def load_config(cls: type[Config], path: str | Path | None, overrides: Sequence[
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """The resolved fields as plain values, ready for YAML or JSON."""
-    return TypeAdapter(type(config)).dump_python(config, mode="json")
+    """The resolved fields as plain values, ready for YAML or JSON; the home folder is `~`."""
+    return without_home(TypeAdapter(type(config)).dump_python(config, mode="json"))
 
 
 def write_config(config: Any, path: str | Path) -> None:
@@ -67,7 +68,7 @@ def write_config(config: Any, path: str | Path) -> None:
 def difference(earlier: dict[str, Any], config: Any, may_differ: tuple[str, ...]) -> str | None:
     """The first key, other than those in `may_differ`, with another value than in the earlier run, as a clause."""
     for key, value in as_dict(config).items():
-        if key not in may_differ and earlier.get(key) != value:
+        if key not in may_differ and without_home(earlier.get(key)) != value:
             return f"{key} was {earlier.get(key)!r} and now is {value!r}"
     return None
 
@@ -103,8 +104,8 @@ def _parse_override(override: str, text: str) -> Any:
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """YAML has lists where the frozen configs have tuples."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    """YAML has lists where the frozen configs have tuples, and paths may begin with `~`."""
+    return {key: with_home(tuple(value) if isinstance(value, list) else value) for key, value in values.items()}
 
 
 def _explain(error: ValidationError, cls: type, path: str | Path | None, places: dict[str, str]) -> str:

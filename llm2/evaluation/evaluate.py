@@ -14,6 +14,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from llm2.common.chat import Message, encode_chats, resolve_template
+from llm2.common.config_file import as_dict
 from llm2.common.distributed import barrier, dist_info, process_device
 from llm2.common.files import write_text
 from llm2.common.loading import load_system1, load_tokenizer, refuse_unknown_ids, resolve_device
@@ -105,7 +106,7 @@ def describe(config: EvaluateConfig, n: int) -> dict:
         "split": config.split,
         "n": n,
         "seed": config.seed,
-        "settings": {key: getattr(config, key) for key in SETTINGS},
+        "settings": {key: as_dict(config)[key] for key in SETTINGS},
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
         "git_commit": git_commit(),
     }

@@ -8,9 +8,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llm2.common.config_file import difference, read_values, write_config
+from llm2.common.config_file import as_dict, difference, read_values, write_config
 from llm2.common.distributed import barrier, dist_info
 from llm2.common.files import whole_file
+from llm2.common.home import without_home
 from llm2.common.journal import Journal
 from llm2.common.jsonl import read_jsonl
 from llm2.config import EvaluateConfig, Mode
@@ -114,7 +115,7 @@ class Predictions:
         if not (folder / "predictions.jsonl").exists():
             raise UserError(f"reuse_from: {folder} holds no predictions.jsonl; evaluate there first")
         earlier, checked = read_values(folder / "config.yaml"), set()
-        same_scores = all(earlier.get(key) == getattr(self.config, key) for key in SCORE_KEYS)
+        same_scores = all(without_home(earlier.get(key)) == as_dict(self.config)[key] for key in SCORE_KEYS)
         for entry in _read_entries(folder):
             mode = Mode(entry["mode"])
             if mode not in checked:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llm2.common.claim import claimed
 from llm2.common.files import write_text
+from llm2.common.home import without_home
 from llm2.config import EvaluateConfig, Mode, SweepConfig
 from llm2.errors import UserError
 from llm2.evaluation.evaluate import evaluate
@@ -42,7 +43,7 @@ def sweep(config: SweepConfig) -> dict | None:
         return None
     metrics["sweep"] = {
         "split": config.validation_split,
-        "file": config.validation_file,
+        "file": without_home(config.validation_file),
         "n": validation_n,
         "mode": config.choose_by,
         "chosen": chosen,

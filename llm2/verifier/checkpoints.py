@@ -1,13 +1,32 @@
 """Checkpoints of a training run: the last complete one, and the weights of one that DeepSpeed wrote in shards."""
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from llm2.common.home import with_home, without_home
+
 DEEPSPEED_LATEST = "latest"  # the file that names the newest of DeepSpeed's own checkpoints
+
+
+class PathsWithoutHome(TrainerCallback):
+    """In trainer_state.json the home folder is `~`; in memory it is not."""
+
+    def on_train_begin(self, args, state, control, **others) -> None:  # a state that was resumed from a file
+        state.best_model_checkpoint = with_home(state.best_model_checkpoint)
+
+    def on_save(self, args, state, control, **others) -> None:
+        path = Path(args.output_dir, f"checkpoint-{state.global_step}", TRAINER_STATE_NAME)
+        if state.is_world_process_zero and path.is_file():
+            saved = replace(state, best_model_checkpoint=without_home(state.best_model_checkpoint))
+            saved.save_to_json(f"{path}.new")
+            os.replace(f"{path}.new", path)
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:

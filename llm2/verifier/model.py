@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
 
+from llm2.common.home import with_home, without_home
 from llm2.common.loading import is_local, load_backbone, load_language_model
 from llm2.errors import UserError
 from llm2.verifier import lora
@@ -58,6 +59,13 @@ class ProcessVerifierConfig(PreTrainedConfig):
         self.score = "prefix" if prefix_head else score  # the first folders of prefix heads have no `score`
         self.prefix_head, self.system1_fingerprint, self.beta = prefix_head, system1_fingerprint, beta
         super().__init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Where this machine keeps System 1 is nobody's business: `base_model` says what the user called it."""
+        values = super().to_dict()
+        if isinstance(values.get("backbone_config"), dict):
+            values["backbone_config"].pop("_name_or_path", None)
+        return values
 
 
 @dataclass
@@ -162,8 +170,9 @@ class ProcessVerifier(PreTrainedModel):
                 raise UserError(f"its weights do not hold {missing[0]!r}, found {len(missing)} missing in all")
             return verifier
         if system1 is None:
-            options = {**options, "local_files_only": is_local(config.base_model)}
-            system1 = load_language_model(config.base_model, **options)
+            base_model = with_home(config.base_model)
+            options = {**options, "local_files_only": is_local(base_model)}
+            system1 = load_language_model(base_model, **options)
         else:
             system1 = lora.clone_sharing_weights(system1)
         verifier = cls.from_language_model(system1, config.base_model, config.lora, config.score, config.prefix_head)
@@ -207,7 +216,7 @@ class ProcessVerifier(PreTrainedModel):
         """A verifier on this backbone itself, not a copy. Its head is not initialised."""
         config = ProcessVerifierConfig(
             backbone.config,
-            base_model=base_model,
+            base_model=without_home(base_model),
             dtype=backbone.dtype,
             attn_implementation=backbone.config._attn_implementation,
             score=score,

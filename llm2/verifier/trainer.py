@@ -4,13 +4,16 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from llm2.errors import UserError
+from llm2.verifier.checkpoints import PathsWithoutHome
 from llm2.verifier.collate import verifier_batch
 from llm2.verifier.frozen_states import FrozenExample, FrozenStates, frozen_batch
 from llm2.verifier.loss import IGNORE_INDEX, NO_PAIR, pairwise_loss
@@ -107,6 +110,7 @@ class VerifierTrainer(Trainer):
             compute_metrics=None if eval_pairs is None else metrics,
             **options,
         )
+        self.add_callback(PathsWithoutHome())
         # compute_loss divides by the pairs of the whole step: the Trainer must not divide by accumulation steps again.
         self.model_accepts_loss_kwargs = True
 
@@ -170,6 +174,11 @@ class VerifierTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return PaddedSampler(len(self.train_dataset), step_size, self.args.seed)
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Without the Trainer's own pickle of its arguments, which holds absolute paths and which nothing reads."""
+        super()._save(output_dir, state_dict)
+        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     # The Trainer looks for all weights, or for an adapter in a PeftModel, which a verifier is not.
 

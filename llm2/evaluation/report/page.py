@@ -17,7 +17,7 @@ from llm2.evaluation.report.plots import as_svg
 from llm2.evaluation.report.read import Metrics
 from llm2.evaluation.report.table import HEADER, choice, cost_lines, notes, rows, settings, title
 
-MAX_BYTES = 80_000_000  # Chromium opens such a page in seconds; 20,000 problems in four modes have their first traces
+MAX_BYTES = 100_000_000  # Chromium shows such a page within seconds; 20,000 problems in four modes have first traces
 
 
 def write_page(folder: Path, metrics: Metrics, plots: dict[str, Figure]) -> None:
