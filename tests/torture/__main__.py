@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.torture.row import Row
 
-PARTS = ["bad_input", "kills", "fuzz", "determinism", "exits", "soak"]
+PARTS = ["bad_input", "kills", "fuzz", "determinism", "exits", "soak", "network", "page"]
 RESULTS = Path("results", "torture")
 
 
