@@ -17,7 +17,7 @@ if [ "${1:-}" = --lowest ]; then
     cp pyproject.toml "$venv/pyproject.installed"
   fi
   export HF_HUB_OFFLINE=1 PATH=$venv/bin:$PATH
-  exec env LLM2_LOWEST=1 "$venv/bin/python" -m pytest "${@:2}"
+  exec "$venv/bin/python" -m pytest "${@:2}"
 fi
 source "$(dirname "$0")/setup.sh"
 export HF_HUB_OFFLINE=1
