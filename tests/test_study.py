@@ -131,6 +131,19 @@ def test_the_summary_averages_over_seeds_and_pairs_equal_seeds(config):
     assert old.figures["speed"] == 0.5 and "speed" not in new.figures
 
 
+def test_a_run_with_both_ways_of_decoding_keeps_the_modes_apart_in_all_runs(config):
+    for name, modes in (("0-old", ["plain_greedy", "guided_greedy"]), ("0-new", ["guided_greedy"])):
+        folder = Path(config.output_dir, name, "greedy")
+        write_evaluation(folder, [True, False])
+        lines = [{"mode": mode, "samples": [{"answer": "1", "correct": True}]} for mode in modes]
+        (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        figures = {mode: {"tokens_per_problem": 5} for mode in modes}
+        (folder / "metrics.json").write_text(json.dumps({"modes": figures}))
+    old, new = rows(config, results(config))
+    assert list(old.accuracies) == ["plain greedy", "guided greedy"] and list(new.accuracies) == ["guided greedy"]
+    assert new.figures["guided greedy tokens_per_problem"] == 5 and "guided greedy" in new.against_baseline
+
+
 def test_the_bootstrap_covers_seeds_and_problems():
     generator = np.random.default_rng(0)
     problems = generator.random((1, 400)) < 0.5

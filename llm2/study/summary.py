@@ -1,13 +1,13 @@
 """The results of a study: every run's figures, means over seeds with intervals, paired tests.
 
 A run that decodes plainly and a guided one stand in one column, `greedy` or `sampling`: they are ways to the same end.
-Only where a run has both do the columns keep the modes' names.
+Only where a run of the study has both do the columns keep the modes' names.
 
 Letters: S seeds, N problems.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from llm2.study.run import Run, runs, step_folders, wanted_steps
 TRAINING = ("eval_choice_quality", "eval_choice_beta", "eval_pair_accuracy", "eval_margin_spearman")
 TRAINING += ("eval_benign_suppressed", "eval_harmful_suppressed")
 TRAINING += ("trainable_parameters", "train_seconds", "peak_memory_mib")
+ENDS = ("greedy", "sampling")
 COST = ("tokens_per_problem", "verifier_tokens_per_token")
 
 
@@ -60,7 +61,21 @@ def results(config: StudyConfig) -> list[Result]:
     before = [Run(step.values, Path(config.output_dir)) for step in config.once]
     found = [read_result(config, one, [step]) for one, step in zip(before, config.once, strict=True)]
     found += [read_result(config, one, wanted_steps(config, one)) for one in runs(config)]
-    return [result for result in found if result.problems]
+    both = {end for result in found for end in ENDS if {f"plain {end}", f"guided {end}"} <= result.problems.keys()}
+    return [_renamed(result, set(ENDS) - both) for result in found if result.problems]
+
+
+def _renamed(result: Result, ends: Set[str]) -> Result:
+    """Without the way in the names that begin with `plain END` or `guided END`."""
+
+    def name(old: str) -> str:
+        way, _, rest = old.partition(" ")
+        return rest if way in ("plain", "guided") and rest.split(" ")[0] in ends else old
+
+    figures, problems = (
+        {name(key): value for key, value in each.items()} for each in (result.figures, result.problems)
+    )
+    return Result(result.values, figures, problems)
 
 
 def read_result(config: StudyConfig, one: Run, steps: Sequence[StudyStep]) -> Result:
@@ -77,9 +92,7 @@ def read_result(config: StudyConfig, one: Run, steps: Sequence[StudyStep]) -> Re
             evaluations |= {mode: (values, folder / "predictions.jsonl") for mode, values in modes.items()}
     problems: dict[str, np.ndarray] = {}
     for mode, (values, path) in evaluations.items():
-        way, end = mode.split("_")
-        both = any(other != mode and other.endswith(end) for other in evaluations)
-        column = f"{way} {end}" if both else end
+        column = mode.replace("_", " ")
         figures |= {f"{column} {key}": values[key] for key in COST if key in values}
         problems |= {column + suffix: shares for suffix, shares in read_problems(path, mode).items()}
     return Result(one.values, figures, problems)
