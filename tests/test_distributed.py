@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,7 @@ def scores(folder: Path) -> torch.Tensor:
     ids=["lora", "head"],
 )
 def test_zero2_trains_an_adapter_or_a_head_as_one_process_does(config, tmp_path, changes):
-    changed = TrainConfig(**as_dict(config) | changes)
+    changed = replace(config, **changes)
     expected, found = train(changed), train_with_deepspeed(changed, 2, tmp_path)
     for key in ("eval_pair_loss", "eval_mean_margin", "eval_pairs", "system1_pair_accuracy"):
         assert found[key] == pytest.approx(expected[key], abs=1e-4), key
@@ -113,7 +114,7 @@ def test_zero2_trains_an_adapter_or_a_head_as_one_process_does(config, tmp_path,
 @pytest.mark.slow
 @pytest.mark.parametrize("score", ["candidate", "prefix"])
 def test_zero3_trains_as_one_process_does_and_its_shards_make_the_same_verifier(config, tmp_path, score):
-    config = TrainConfig(**as_dict(config) | {"score": score})
+    config = replace(config, score=score)
     expected, found = train(config), train_with_deepspeed(config, 3, tmp_path)
     for key in ("eval_pair_loss", "eval_mean_margin", "eval_pairs"):
         assert found[key] == pytest.approx(expected[key], abs=1e-4), key
