@@ -27,6 +27,16 @@ def report(tmp_path_factory):
     return folder / "report.html"
 
 
+def test_no_two_elements_share_an_id(browser, report):
+    """The charts are three documents in one."""
+    with opened(browser, report) as page:
+        ids = page.evaluate("() => [...document.querySelectorAll('[id]')].map((element) => element.id)")
+        assert len(ids) == len(set(ids)) > 100
+        used = page.evaluate("() => [...document.querySelectorAll('use, [clip-path]')].length")
+        assert used > 10 and page.evaluate("""() => [...document.querySelectorAll('[clip-path]')].every(
+            (each) => document.getElementById(each.getAttribute('clip-path').slice(5, -1)))""")
+
+
 @pytest.mark.parametrize("width", [1400, 420])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_to_mend(scheme, width, browser, report):
@@ -61,7 +71,7 @@ def test_problems_are_listed_filtered_and_searched(browser, report):
 def test_the_address_names_the_problem_and_opens_it_again(browser, report):
     with opened(browser, report) as page:
         page.click(".row >> nth=3")
-        page.wait_for_url("**#test-3")
+        page.wait_for_url("**#test-3", wait_until="commit")
         for address, problem in (("#test-150", "test-150"), ("#%zz", "test-0")):
             page.evaluate("address => location.hash = address", address)
             page.reload()

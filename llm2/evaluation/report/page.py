@@ -25,7 +25,7 @@ def write_page(folder: Path, metrics: Metrics, plots: dict[str, Figure]) -> None
     source = Path(__file__).parent
     templates = Environment(loader=FileSystemLoader(source), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     style, script = ((source / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    charts = {name: as_svg(figure) for name, figure in plots.items()}
+    charts = {name: as_svg(figure, name) for name, figure in plots.items()}
     data, shown = pack(folder, metrics, MAX_BYTES - sum(map(len, charts.values())) - 200_000)
     page = templates.get_template("page.html").render(
         title=title(metrics),

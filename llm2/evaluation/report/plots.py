@@ -49,12 +49,13 @@ def draw(metrics: Metrics, panels: Sequence[Panel], heading: str | None = None) 
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.tick_params(colors=INK, length=0)
-    figure.suptitle(heading or title(metrics), fontsize=12, fontweight="bold", color=INK)
+    figure.suptitle(heading or title(metrics), fontsize=12, fontweight="bold", color=INK, parse_math=False)
     return figure
 
 
-def as_svg(figure: Figure) -> str:
-    """An <svg> element for the page: text stays text, and the palette's colours become CSS variables."""
+def as_svg(figure: Figure, name: str) -> str:
+    """An <svg> element for the page: text stays text, the palette's colours become CSS variables, and ids, which begin
+    with `name`, are its own."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llm2"}):
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -63,6 +64,7 @@ def as_svg(figure: Figure) -> str:
     svg = re.sub(r'\s(?:xmlns(?::\w+)?)="[^"]*"', "", svg[svg.index("<svg") :]).replace("xlink:href", "href")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", svg, count=1)
+    svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\1{name}-", svg)
     for color, variable in THEMED.items():
         svg = svg.replace(color.lower(), variable)
     return svg
