@@ -154,7 +154,11 @@ def _quickstart(folder: Path) -> Row:
     for name in filter(None, listed.split("\0")):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, checkout / name)
-    (checkout / ".venv").symlink_to((ROOT / ".venv").resolve())
+    (checkout / ".venv").mkdir()
+    for path in (ROOT / ".venv").iterdir():
+        (checkout / ".venv" / path.name).symlink_to(path.resolve())
+    (checkout / ".venv" / "requirements.installed").unlink(missing_ok=True)
+    shutil.copy(ROOT / "requirements.txt", checkout / ".venv" / "requirements.installed")  # it is set up
     environment["PYTHONPATH"] = str(folder / "guard")
     line = [*without_network(), "bash", "scripts/quickstart.sh"]
     finished = subprocess.run(line, cwd=checkout, env=environment, capture_output=True, text=True)
