@@ -184,12 +184,12 @@ def test_no_script_but_its_own_would_run(browser, report, tmp_path):
     injected = "<script>window.pwned = 1</script><img src='https://example.com/x' onerror='window.pwned = 2'></body>"
     (tmp_path / "page.html").write_text(report.read_text().replace("</body>", injected))
     page = browser.new_page()
-    loaded, refused = [], []
-    page.on("requestfinished", lambda request: loaded.append(request.url))
+    failures, refused = [], []
+    page.on("requestfailed", lambda request: failures.append((request.url, request.failure)))
     page.on("console", lambda message: refused.append(message.text))
     page.goto((tmp_path / "page.html").as_uri())
     assert page.evaluate("window.pwned") is None
-    assert [url for url in loaded if not url.startswith("file://")] == []
+    assert failures == [("https://example.com/x", "csp")], "refused before it left"
     assert len([text for text in refused if "Content Security Policy" in text]) >= 2
     page.close()
 

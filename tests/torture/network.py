@@ -137,7 +137,12 @@ def run(folder: Path, scale: float) -> list[Row]:
     where = "a namespace without network" if without_network() else "sockets that refuse"
     asked = reached(small)
     rows = [
-        Row(f"commands in {where}", len(commands(home)), int(finished.returncode != 0), finished.stderr[-300:]),
+        Row(
+            f"commands in {where}",
+            len(commands(home)),
+            int(finished.returncode != 0),
+            finished.stderr[-300:] * (finished.returncode != 0),
+        ),
         Row("addresses asked for", len(commands(home)), len(asked), ", ".join(asked[:3])),
         Row("files searched for tokens, user, host and home", searched, len(found), ", ".join(found[:3])),
     ]
