@@ -12,8 +12,15 @@ from llm2.errors import UserError
 
 def read_text(path: str | Path, what: str) -> str:
     """A file of UTF-8, with or without a byte order mark. Raises UserError that names `what` it should hold."""
-    try:
+    with reading(path, what):
         return Path(path).read_text(encoding="utf-8-sig")
+
+
+@contextmanager
+def reading(path: str | Path, what: str) -> Iterator[None]:
+    """Raises UserError where `path`, which should hold `what`, cannot be opened or is no UTF-8."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"cannot read the {what} {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llm2.common.files import reading
 from llm2.errors import UserError, shortened, shown
 
 
@@ -20,15 +21,10 @@ def read_jsonl(
 
     Raises UserError that names file and line where the file cannot be read or does not have this format.
     """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip() and not (skip_torn_line and not line.endswith("\n")):
-                    yield number, _parse(line, f"{path}, line {number}", text_keys)
-    except OSError as error:
-        raise UserError(f"cannot read the {what} {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from error
+    with reading(path, what), open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip() and not (skip_torn_line and not line.endswith("\n")):
+                yield number, _parse(line, f"{path}, line {number}", text_keys)
 
 
 def parse_json(text: str, where: str) -> Any:

@@ -101,12 +101,13 @@ def check(config: EvaluateConfig) -> None:
 
 def describe(config: EvaluateConfig, n: int) -> dict:
     """The head of metrics.json: task, settings and versions."""
+    values = as_dict(config)
     return {
         "benchmark": config.task,
         "split": config.split,
         "n": n,
         "seed": config.seed,
-        "settings": {key: as_dict(config)[key] for key in SETTINGS},
+        "settings": {key: values[key] for key in SETTINGS},
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
         "git_commit": git_commit(),
     }

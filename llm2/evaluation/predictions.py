@@ -84,8 +84,8 @@ class Predictions:
         keys = [(problem.id, mode) for mode in lines for problem in problems]
         others = sorted(self.done_before - set(keys))  # of other problems or incomplete modes: kept for a later run
         write_config(self.config, self.folder / "config.yaml")
-        files = (self.folder / name for name in ("predictions.jsonl", "traces.jsonl"))
-        with whole_file(next(files)) as predictions, whole_file(next(files)) as traces:
+        texts, details = self.folder / "predictions.jsonl", self.folder / "traces.jsonl"
+        with whole_file(texts) as predictions, whole_file(details) as traces:
             for index, entry in enumerate(self.journal.read([*keys, *others])):
                 predictions.write(_prediction_line(entry))
                 traces.write(_json_line({key: entry[key] for key in ("id", "mode", "traces")}))
@@ -115,7 +115,8 @@ class Predictions:
         if not (folder / "predictions.jsonl").exists():
             raise UserError(f"reuse_from: {folder} holds no predictions.jsonl; evaluate there first")
         earlier, checked = read_values(folder / "config.yaml"), set()
-        same_scores = all(without_home(earlier.get(key)) == as_dict(self.config)[key] for key in SCORE_KEYS)
+        now = as_dict(self.config)
+        same_scores = all(without_home(earlier.get(key)) == now[key] for key in SCORE_KEYS)
         for entry in _read_entries(folder):
             mode = Mode(entry["mode"])
             if mode not in checked:
