@@ -309,7 +309,8 @@ def run_benchmark(options: argparse.Namespace) -> None:
 
     path, overrides = _file_and_overrides(options.arguments)
     config = load_config(benchmark_class(path, overrides), path, overrides)
-    print(import_module(f"llm2.benchmarks.{config.benchmark}").measure(config))
+    with _claim(config):
+        print(import_module(f"llm2.benchmarks.{config.benchmark}").measure(config))
     print(f"written to {config.output}")
 
 

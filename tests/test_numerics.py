@@ -7,12 +7,15 @@ import torch
 from conftest import tiny_system1
 from test_collate import model_inputs
 from test_decoder import EOS, of_family, prompts, use_padded_batches
+from test_prefix_score import prefix_verifier
 
 from llm2.common.loading import load_tokenizer
 from llm2.config import TrainConfig
 from llm2.decoding import scheduler
 from llm2.decoding.candidates import plausible
 from llm2.decoding.decoder import Decoder
+from llm2.decoding.logits_processor import GuidedLogitsProcessor
+from llm2.decoding.output_layer import guided_model
 from llm2.decoding.sampling import Guidance, SamplingParams
 from llm2.errors import UserError
 from llm2.verifier.collate import verifier_batch
@@ -138,6 +141,25 @@ def test_a_solution_whose_score_is_not_finite_is_named(verifier):
         UserError, match=r"^problem 'b', position 2 \(token 0 of the solution\): the verifier's score is nan"
     ):
         score_tokens(broken.eval(), [[3, 4], [5, 6]], [[7, 8], [9, 7]], names=["a", "b"])
+
+
+@pytest.mark.parametrize("kind", ["logits processor", "output layer"])
+def test_a_score_that_is_not_finite_ends_transformers_generate(kind, system1, verifier, tmp_path):
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 2}
+    if kind == "logits processor":
+        broken = ProcessVerifier(verifier.config)
+        broken.load_state_dict(verifier.state_dict())
+        with torch.no_grad():
+            broken.score.weight[:] = math.nan
+        model = system1
+        options["logits_processor"] = [GuidedLogitsProcessor(Guidance(verifier=broken.eval(), alpha=0.001))]
+    else:
+        head = prefix_verifier(tmp_path, system1, "bilinear")
+        with torch.no_grad():
+            next(head.score.parameters())[:] = math.nan
+        model = guided_model(system1, Guidance(verifier=head, alpha=0.001))
+    with pytest.raises(UserError, match=r"^row 0: the verifier's score of token \d+ is nan, expected a finite number"):
+        model.generate(torch.tensor([[5, 6, 7], [8, 9, 10]]), **options)
 
 
 @pytest.mark.parametrize("changes", [{}, {"score": "prefix"}, {"lm_loss_coef": 0.1, "logging_steps": 1}])

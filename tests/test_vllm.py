@@ -20,6 +20,7 @@ from conftest import VOCABULARY, tiny_system1
 from llm2.common.config_file import write_config
 from llm2.common.loading import load_tokenizer
 from llm2.config import EvaluateConfig, GuidanceConfig, Mode, ServeConfig, TrainConfig
+from llm2.decoding.candidates import plausible
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.model_runner import ModelRunner
 from llm2.decoding.sampling import Guidance
@@ -447,6 +448,31 @@ def test_a_shared_prefix_is_read_once(system1, verifier):
         alone.leave(sequence)
         assert logits[row].tolist() == pytest.approx(expected[0].tolist(), abs=1e-4)
     assert alone.tokens_read == 41 + 3 + 4 * branches  # a slot that is free still holds the prefix
+
+
+def test_a_score_that_is_not_finite_leaves_the_token_to_system_1_and_is_logged_once(system1, verifier, caplog):
+    guidance = GuidanceConfig(alpha=0.001, beta=2.0)
+    batch = VerifierBatch(verifier, 2, 40)
+    sequences = [batch.join(guidance, prompt) for prompt in ([5, 6, 7], [8, 9])]
+    logits = torch.randn(2, system1.config.vocab_size)
+    candidates, valid = plausible(logits, 0.001)
+    expected = logits[0, candidates[0]][valid[0]].sort().values
+    score = batch.score
+
+    def spoilt(proposals):
+        scores = score(proposals)
+        scores[0][0, 1] = torch.nan
+        return scores
+
+    batch.score = spoilt
+    for _ in range(2):
+        guided = logits.clone()
+        batch.guide(guided, list(enumerate(sequences)))
+        assert torch.equal(guided[0][guided[0].isfinite()].sort().values, expected)
+        assert not torch.equal(guided[1], logits[1]) and not guided.isnan().any()
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "a score of System 2 is not finite at token 3 of a request"
+    ]
 
 
 def test_nothing_is_allocated_after_the_start(system1, verifier):

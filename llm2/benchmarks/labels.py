@@ -39,10 +39,10 @@ def measure(config: LabelsBenchmark) -> str:
     settings = load_config(ExploreConfig, config.explore, [*keys, *files])
     if not triplets.exists():
         explore(settings)
-    report = json.loads((folder / "triplets.jsonl.report.json").read_text())
+    report = json.loads((folder / "triplets.jsonl.report.json").read_text(encoding="utf-8"))
     verdicts = {
         (line["id"], *pair["triplet"][::2]): pair["verdict"]
-        for line in map(json.loads, (folder / "triplets.jsonl.pairs.jsonl").read_text().splitlines())
+        for line in map(json.loads, (folder / "triplets.jsonl.pairs.jsonl").read_text(encoding="utf-8").splitlines())
         for pair in line["pairs"]
     }
     gaps, tokens = reference(config, settings, folder / "reference")

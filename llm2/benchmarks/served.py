@@ -44,7 +44,7 @@ def measure(config: ServedBenchmark) -> str:
         for name, (run, ratio_to) in runs.items():
             case = BenchmarkCase(name, in_turn(run, rounds), "tokens/s", batch_size, ratio_to)
             cases.append(case)
-    run_interleaved(cases, config.rounds, "served")
+    run_interleaved(cases, config, "served")
     return report(config, cases)
 
 

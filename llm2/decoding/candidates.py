@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from llm2.errors import UserError
+
 BLOCK = 64  # vocabulary entries ruled out together by their maximum
 
 
@@ -56,6 +58,17 @@ def guided_logits(logits: torch.Tensor, valid: torch.Tensor, scores: torch.Tenso
     """
     guided = logits if scores is None else logits + beta * scores
     return guided.masked_fill(~valid, -math.inf)
+
+
+def check_scores(scores: torch.Tensor, candidates: torch.Tensor, valid: torch.Tensor) -> None:
+    """Raises UserError with row and token of the first candidate's score, all (B, K), that is not finite."""
+    if (spoilt := ~scores.isfinite() & valid).any():
+        row, column = spoilt.nonzero()[0].tolist()
+        token, score = candidates[row, column].item(), scores[row, column].item()
+        raise UserError(
+            f"row {row}: the verifier's score of token {token} is {score}, "
+            "expected a finite number; a wider dtype (dtype=float32) may do"
+        )
 
 
 def over_vocabulary(logits: torch.Tensor, candidates: torch.Tensor, guided: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import torch
 from transformers import LogitsProcessor
 
 from llm2.common.prefix import common_prefix
-from llm2.decoding.candidates import guided_logits, over_vocabulary, plausible
+from llm2.decoding.candidates import check_scores, guided_logits, over_vocabulary, plausible
 from llm2.decoding.forward_batch import Chunk
 from llm2.decoding.kv_cache import SlotCache
 from llm2.decoding.model_runner import VerifierRunner
@@ -31,7 +31,10 @@ class GuidedLogitsProcessor(LogitsProcessor):
 
     @torch.inference_mode()
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """input_ids (B, T), System 1's logits (B, V) -> guided logits (B, V), -inf where not plausible."""
+        """input_ids (B, T), System 1's logits (B, V) -> guided logits (B, V), -inf where not plausible.
+
+        Raises UserError for a score that is not finite, with its row.
+        """
         if len(input_ids) > self.cache.num_slots:
             self.cache, self.cached_ids = SlotCache(len(input_ids)), [[] for _ in input_ids]
         logits = scores.float()
@@ -56,6 +59,7 @@ class GuidedLogitsProcessor(LogitsProcessor):
                     verifier_scores[slot, :size] = self.runner.prefix_scores(
                         hidden[chunk.last], candidates[slot, :size]
                     )
+        check_scores(verifier_scores, candidates, valid)
         guided = guided_logits(logits.gather(-1, candidates), valid, verifier_scores, self.guidance.beta)
         return over_vocabulary(scores, candidates, guided)
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llm2.decoding.candidates import guided_logits, over_vocabulary, plausible
+from llm2.decoding.candidates import check_scores, guided_logits, over_vocabulary, plausible
 from llm2.decoding.sampling import Guidance
 from llm2.verifier.lora import clone_sharing_weights
 
@@ -24,10 +24,11 @@ class GuidedOutputLayer(nn.Module):
 
     @torch.no_grad()  # not inference_mode: `generate` changes logits in place
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """(..., D) -> (..., V) float32."""
+        """(..., D) -> (..., V) float32. Raises UserError for a score that is not finite."""
         guidance, logits = self.guidance, self.output(states).float().flatten(end_dim=-2)
         candidates, valid = plausible(logits, guidance.alpha, guidance.top_k)  # (n, K)
         scores = guidance.verifier.prefix_scores(states.flatten(end_dim=-2), candidates)
+        check_scores(scores, candidates, valid)
         guided = guided_logits(logits.gather(-1, candidates), valid, scores, guidance.beta)
         return over_vocabulary(logits, candidates, guided).view(*states.shape[:-1], -1)
 

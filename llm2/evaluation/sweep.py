@@ -33,7 +33,7 @@ def sweep(config: SweepConfig) -> dict | None:
         point = validation_config(config, settings)
         with claimed(point.output_dir):
             evaluate(point)
-        metrics = json.loads(Path(point.output_dir, "metrics.json").read_text())  # in every process
+        metrics = json.loads(Path(point.output_dir, "metrics.json").read_text(encoding="utf-8"))  # in every process
         points.append({**settings, **_accuracy(metrics, config.choose_by)})
     best = max(points, key=lambda point: point["accuracy"])  # of equal ones the first in the order of the lists
     chosen = {key: best[key] for key in SWEPT}

@@ -63,7 +63,7 @@ def explore(config: ExploreConfig) -> dict | None:
         if not dist_info().is_main:
             return None
         shutil.rmtree(partial)
-        return json.loads(Path(f"{output}.report.json").read_text())
+        return json.loads(Path(f"{output}.report.json").read_text(encoding="utf-8"))
     task, problems, repeated = prepare(config)
     tokenizer = load_tokenizer(config.model)
     engine = open_engine(config, tokenizer)

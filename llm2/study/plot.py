@@ -1,11 +1,13 @@
 """The plot of a study: accuracy against a cost, greedy and sampled."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
+from llm2.common.files import write_bytes
 from llm2.config import StudyConfig, StudyPlot
 from llm2.evaluation.report.palette import GRID, INK
 from llm2.study.summary import Row
@@ -57,4 +59,6 @@ def draw(config: StudyConfig, plot: StudyPlot, summary: Sequence[Row]) -> Figure
 def save(figure: Figure, path: Path) -> None:
     """As SVG, the same bytes for the same figures."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llm2"}):
-        figure.savefig(path, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        image = io.BytesIO()
+        figure.savefig(image, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    write_bytes(path, image.getvalue())

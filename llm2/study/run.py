@@ -109,7 +109,7 @@ def run_step(config: StudyConfig, step: StudyStep, one: Run) -> str | None:
     log = one.folder / f"{step.name}.log"
     files = [] if step.config is None else [step.config]
     threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1) // config.workers)
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         status = subprocess.run(
             [sys.executable, "-m", "llm2", step.command, *files, *arguments(config, step, names)],
             stdout=file,

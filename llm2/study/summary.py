@@ -85,10 +85,10 @@ def read_result(config: StudyConfig, one: Run, steps: Sequence[StudyStep]) -> Re
     evaluations: dict[str, tuple[dict, Path]] = {}  # mode -> its metrics, and the predictions
     for folder in step_folders(config, one, steps).values():
         if (folder / "training.json").exists():
-            training = json.loads((folder / "training.json").read_text())
+            training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
             figures |= {key: training[key] for key in TRAINING if key in training}
         if (folder / "metrics.json").exists():
-            modes = json.loads((folder / "metrics.json").read_text())["modes"]
+            modes = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["modes"]
             evaluations |= {mode: (values, folder / "predictions.jsonl") for mode, values in modes.items()}
     problems: dict[str, np.ndarray] = {}
     for mode, (values, path) in evaluations.items():

@@ -34,7 +34,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
     for path in sorted(checkpoints, key=lambda path: -int(path.name.split("-")[-1])):
         try:
-            json.loads((path / TRAINER_STATE_NAME).read_text())
+            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             continue
         return path

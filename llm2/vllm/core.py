@@ -8,6 +8,7 @@ unread ones: moving its branch into place would save nothing, since the forward 
 Letters: R rows of a step, n of them guided, K candidates, V vocabulary.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +29,8 @@ from llm2.verifier.model import ProcessVerifier
 
 MAX_BRANCHES = 64  # candidates of a sequence in one forward; more take several
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(eq=False)
 class GuidedSequence:
@@ -37,6 +40,7 @@ class GuidedSequence:
     guidance: GuidanceConfig
     token_ids: list[int] = field(default_factory=list)  # as far as the engine has told; grows at the end
     num_read: int = 0  # of token_ids, whose keys and values the slot holds
+    spoilt: bool = False  # whether a score was not finite
 
 
 class Proposals(NamedTuple):
@@ -55,7 +59,11 @@ class GuidedBatch(ABC):
 
     @torch.inference_mode()
     def guide(self, logits: torch.Tensor, rows: Sequence[tuple[int, GuidedSequence]]) -> None:
-        """Replace System 1's logits (R, V) float32, in the given rows, by guided ones, -inf where not plausible."""
+        """Replace System 1's logits (R, V) float32, in the given rows, by guided ones, -inf where not plausible.
+
+        A row with a score that is not finite gets System 1's on its candidates, and an error is logged once for each
+        sequence: an exception here would end all requests of a server.
+        """
         groups: dict[tuple[float, int | None], list[tuple[int, GuidedSequence]]] = {}
         for row, sequence in rows:
             groups.setdefault((sequence.guidance.alpha, sequence.guidance.top_k), []).append((row, sequence))
@@ -65,8 +73,17 @@ class GuidedBatch(ABC):
             candidates = plausible(logits[index], alpha, top_k)  # (n, K), (n, K)
             proposals.append(Proposals(index, [sequence for _, sequence in members], *candidates))
         for proposal, scores in zip(proposals, self.score(proposals), strict=True):
+            finite = scores.isfinite().all(dim=-1)  # (n,)
+            for sequence, fine in zip(proposal.sequences, finite.tolist(), strict=True):
+                if not (fine or sequence.spoilt):
+                    sequence.spoilt = True
+                    logger.error(
+                        "a score of System 2 is not finite at token %d of a request: such tokens are chosen by "
+                        "System 1 alone; a wider dtype may do",
+                        len(sequence.token_ids),
+                    )
             beta = torch.tensor([[sequence.guidance.beta] for sequence in proposal.sequences], device=logits.device)
-            _write(logits, proposal, scores, beta)
+            _write(logits, proposal, scores.masked_fill(~finite[:, None], 0.0), beta)
 
     @abstractmethod
     def score(self, proposals: Sequence[Proposals]) -> Sequence[torch.Tensor]:

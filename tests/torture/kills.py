@@ -24,7 +24,7 @@ import psutil
 from tests.torture.bad_input import ROOT, Stock, _keep_to_permissions
 from tests.torture.row import Row
 
-KILLS = 20  # of each command at full scale
+KILLS = 10  # of each command with one process and with two, at full scale
 CHAIN = 3  # kills of one run, at most, before it may go on to its end
 PATIENCE = 300.0  # seconds in which a run must end, or after a kill its launcher
 TIMES = ("seconds", "tokens_per_second", "peak_rss_mib", "peak_memory_mib", "train_seconds")
