@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from llm2.decoding.cuda_graphs import CUDAGraphs
 from llm2.decoding.model_runner import LMRunner, SharedRunner, VerifierRunner
+from llm2.decoding.runners import ModelRunners
 from llm2.decoding.sampling import Completion, DecodeRequest, Guidance
-from llm2.decoding.scheduler import ModelRunners, Scheduler
+from llm2.decoding.scheduler import Scheduler
 from llm2.errors import UserError
 
 

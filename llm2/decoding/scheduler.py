@@ -7,14 +7,11 @@ on its prompt and seed alone, never on the schedule; in 16 bits kernels round di
 Letters: n sequences, V vocabulary, K candidates.
 """
 
-import logging
 import math
 import warnings
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 
@@ -22,117 +19,17 @@ from llm2.common.seeds import uniforms
 from llm2.decoding.candidates import guided_logits, plausible
 from llm2.decoding.forward_batch import MAX_BATCHED_TOKENS, Chunk, padded_width
 from llm2.decoding.kv_cache import HEADROOM, SlotCache
-from llm2.decoding.memory import GB, MemoryPlan, addresses, num_prefix_slots, plan_memory
-from llm2.decoding.model_runner import LMRunner, ModelRunner, VerifierRunner
+from llm2.decoding.memory import num_prefix_slots
+from llm2.decoding.model_runner import ModelRunner
 from llm2.decoding.prefix_cache import PrefixCache, SharedPrefix
-from llm2.decoding.sampling import DecodeRequest, Guidance, TokenTrace, sample
+from llm2.decoding.runners import ModelRunners
+from llm2.decoding.sampling import DecodeRequest, TokenTrace, sample
+from llm2.decoding.sequence import Proposal, SequenceState
 from llm2.errors import UserError
 
 ADMIT_SHARE = 8  # in padded batches one in so many slots must be free before prompts are read: few forwards for all
 MIN_IN_PLACE_TOKENS = 2_000  # prefix length times sequences from which reading in place beats a copy for each sequence
 SYSTEM1, SYSTEM2 = "system1", "system2"
-
-logger = logging.getLogger(__name__)
-
-
-class Proposal(NamedTuple):
-    """System 1's plausible next tokens for a sequence, best first."""
-
-    candidates: list[int]
-    values: list[float]  # their logits
-    logprobs: list[float] | None  # for a trace
-    logits: torch.Tensor | None  # (V,), with keep_logits
-
-
-@dataclass(eq=False)
-class SequenceState:
-    """A sequence in flight. Cache position i of its slot holds token_ids[i]; a prefix read in place stands before."""
-
-    prompt_index: int
-    sample_index: int
-    seed: int
-    slot: int
-    token_ids: list[int]  # the prompt behind the prefix, and the new tokens
-    num_prompt_tokens: int  # of token_ids
-    prefix: SharedPrefix | None = None  # read in place
-    prefix_len: int = 0  # how much of the prefix belongs to this sequence
-    num_cached_lm: int = 0  # tokens whose keys and values System 1 has computed
-    num_cached_verifier: int = 0
-    num_verifier_calls: int = 0
-    num_verifier_tokens: int = 0  # read for this sequence alone, its candidates included
-    trace: list[TokenTrace] = field(default_factory=list)
-    proposal: Proposal | None = None  # waits for the verifier
-    done: bool = False
-
-    @property
-    def completion_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
-
-    def restart(self) -> None:
-        """Forget what is cached of this sequence, not what is written."""
-        if self.prefix is not None:
-            self.token_ids = [*self.prefix.token_ids[: self.prefix_len], *self.token_ids]
-            self.num_prompt_tokens += self.prefix_len
-        self.prefix, self.prefix_len, self.proposal = None, 0, None
-        self.num_cached_lm = self.num_cached_verifier = 0
-
-    def chunk(self, start: int, candidates: Sequence[int] = (), slot_offset: int = 0) -> Chunk:
-        """The tokens from cache position `start` on, and behind them the candidates as branches."""
-        prefix = None if self.prefix is None else (self.prefix.slot + slot_offset, self.prefix_len)
-        return Chunk(self.slot + slot_offset, start, [*self.token_ids[start:], *candidates], len(candidates), prefix)
-
-
-@dataclass(eq=False)
-class ModelRunners:
-    """Both systems, the counts over all calls, and caches to reuse."""
-
-    lm: LMRunner
-    verifier: VerifierRunner | None  # the same SharedRunner as `lm` where they share forwards; None without a verifier
-    # and for a prefix head, which computes no tokens
-    guidance: Guidance | None
-    counts: Counter[str] = field(default_factory=Counter)
-    saved_caches: tuple[MemoryPlan, SlotCache, SlotCache] | None = None
-    stated: bool = False  # whether the memory has been stated
-    weights: dict[int, int] = field(init=False)  # addresses and bytes when the runners were made
-
-    def __post_init__(self) -> None:
-        self.weights = addresses(*self._modules())
-
-    def _modules(self) -> list[torch.nn.Module]:
-        verifier = [] if self.guidance is None else [self.guidance.verifier]
-        return [self.lm.body, self.lm.head, *verifier]
-
-    @property
-    def moved(self) -> bool:
-        """Whether weights have been moved or replaced since the runners were made, which hold copies and addresses."""
-        return addresses(*self._modules()) != self.weights
-
-    @property
-    def shared(self) -> bool:
-        return self.lm is self.verifier
-
-    def take_caches(
-        self, batch_size: int | str, num_sequences: int, capacity: int
-    ) -> tuple[MemoryPlan, SlotCache, SlotCache]:
-        """Their sizes, and the caches of System 1 and of the verifier, the same one where they share forwards.
-
-        Saved caches are handed out once, so that two calls under way never write to the same ones.
-        """
-        saved, self.saved_caches = self.saved_caches, None
-        rows = 1 if batch_size == "auto" else min(batch_size, num_sequences)
-        if saved is not None and saved[0].rows >= rows and saved[0].capacity >= capacity:
-            return saved
-        del saved  # its memory is free for the new ones
-        bodies = [runner.body for runner in (self.lm, self.verifier) if runner is not None]
-        plan = plan_memory(bodies, self.lm.device, batch_size, num_sequences, capacity)
-        if plan.free_bytes and not self.stated:
-            logger.info("memory: %.2f GB of weights, %s", sum(self.weights.values()) / GB, plan)
-            self.stated = True
-        num_slots = plan.rows + num_prefix_slots(plan.rows)
-        if self.shared:  # the verifier has the second half
-            cache = SlotCache(2 * num_slots, plan.capacity, (0, num_slots))
-            return plan, cache, cache
-        return plan, SlotCache(num_slots, plan.capacity), SlotCache(num_slots, plan.capacity)
 
 
 class Scheduler:

@@ -1,0 +1,67 @@
+"""What the calls of one decoder share: the runners of both systems, counts, caches."""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+from llm2.decoding.kv_cache import SlotCache
+from llm2.decoding.memory import GB, MemoryPlan, addresses, num_prefix_slots, plan_memory
+from llm2.decoding.model_runner import LMRunner, VerifierRunner
+from llm2.decoding.sampling import Guidance
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class ModelRunners:
+    """Both systems, the counts over all calls, and caches to reuse."""
+
+    lm: LMRunner
+    verifier: VerifierRunner | None  # the same SharedRunner as `lm` where they share forwards; None without a verifier
+    # and for a prefix head, which computes no tokens
+    guidance: Guidance | None
+    counts: Counter[str] = field(default_factory=Counter)
+    saved_caches: tuple[MemoryPlan, SlotCache, SlotCache] | None = None
+    stated: bool = False  # whether the memory has been stated
+    weights: dict[int, int] = field(init=False)  # addresses and bytes when the runners were made
+
+    def __post_init__(self) -> None:
+        self.weights = addresses(*self._modules())
+
+    def _modules(self) -> list[torch.nn.Module]:
+        verifier = [] if self.guidance is None else [self.guidance.verifier]
+        return [self.lm.body, self.lm.head, *verifier]
+
+    @property
+    def moved(self) -> bool:
+        """Whether weights have been moved or replaced since the runners were made, which hold copies and addresses."""
+        return addresses(*self._modules()) != self.weights
+
+    @property
+    def shared(self) -> bool:
+        return self.lm is self.verifier
+
+    def take_caches(
+        self, batch_size: int | str, num_sequences: int, capacity: int
+    ) -> tuple[MemoryPlan, SlotCache, SlotCache]:
+        """Their sizes, and the caches of System 1 and of the verifier, the same one where they share forwards.
+
+        Saved caches are handed out once, so that two calls under way never write to the same ones.
+        """
+        saved, self.saved_caches = self.saved_caches, None
+        rows = 1 if batch_size == "auto" else min(batch_size, num_sequences)
+        if saved is not None and saved[0].rows >= rows and saved[0].capacity >= capacity:
+            return saved
+        del saved  # its memory is free for the new ones
+        bodies = [runner.body for runner in (self.lm, self.verifier) if runner is not None]
+        plan = plan_memory(bodies, self.lm.device, batch_size, num_sequences, capacity)
+        if plan.free_bytes and not self.stated:
+            logger.info("memory: %.2f GB of weights, %s", sum(self.weights.values()) / GB, plan)
+            self.stated = True
+        num_slots = plan.rows + num_prefix_slots(plan.rows)
+        if self.shared:  # the verifier has the second half
+            cache = SlotCache(2 * num_slots, plan.capacity, (0, num_slots))
+            return plan, cache, cache
+        return plan, SlotCache(num_slots, plan.capacity), SlotCache(num_slots, plan.capacity)

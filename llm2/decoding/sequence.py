@@ -1,0 +1,61 @@
+"""A sequence in flight: its tokens, what is cached of it, and what waits for the verifier.
+
+Letters: V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from llm2.decoding.forward_batch import Chunk
+from llm2.decoding.prefix_cache import SharedPrefix
+from llm2.decoding.sampling import TokenTrace
+
+
+class Proposal(NamedTuple):
+    """System 1's plausible next tokens for a sequence, best first."""
+
+    candidates: list[int]
+    values: list[float]  # their logits
+    logprobs: list[float] | None  # for a trace
+    logits: torch.Tensor | None  # (V,), with keep_logits
+
+
+@dataclass(eq=False)
+class SequenceState:
+    """A sequence in flight. Cache position i of its slot holds token_ids[i]; a prefix read in place stands before."""
+
+    prompt_index: int
+    sample_index: int
+    seed: int
+    slot: int
+    token_ids: list[int]  # the prompt behind the prefix, and the new tokens
+    num_prompt_tokens: int  # of token_ids
+    prefix: SharedPrefix | None = None  # read in place
+    prefix_len: int = 0  # how much of the prefix belongs to this sequence
+    num_cached_lm: int = 0  # tokens whose keys and values System 1 has computed
+    num_cached_verifier: int = 0
+    num_verifier_calls: int = 0
+    num_verifier_tokens: int = 0  # read for this sequence alone, its candidates included
+    trace: list[TokenTrace] = field(default_factory=list)
+    proposal: Proposal | None = None  # waits for the verifier
+    done: bool = False
+
+    @property
+    def completion_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    def restart(self) -> None:
+        """Forget what is cached of this sequence, not what is written."""
+        if self.prefix is not None:
+            self.token_ids = [*self.prefix.token_ids[: self.prefix_len], *self.token_ids]
+            self.num_prompt_tokens += self.prefix_len
+        self.prefix, self.prefix_len, self.proposal = None, 0, None
+        self.num_cached_lm = self.num_cached_verifier = 0
+
+    def chunk(self, start: int, candidates: Sequence[int] = (), slot_offset: int = 0) -> Chunk:
+        """The tokens from cache position `start` on, and behind them the candidates as branches."""
+        prefix = None if self.prefix is None else (self.prefix.slot + slot_offset, self.prefix_len)
+        return Chunk(self.slot + slot_offset, start, [*self.token_ids[start:], *candidates], len(candidates), prefix)
