@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from llm2.common.home import with_home, without_home
 
+TRAINER_STATE = "trainer_state.json"  # transformers.trainer has the name too, but its import takes most of a second
 DEEPSPEED_LATEST = "latest"  # the file that names the newest of DeepSpeed's own checkpoints
 
 
@@ -22,7 +22,7 @@ class PathsWithoutHome(TrainerCallback):
         state.best_model_checkpoint = with_home(state.best_model_checkpoint)
 
     def on_save(self, args, state, control, **others) -> None:
-        path = Path(args.output_dir, f"checkpoint-{state.global_step}", TRAINER_STATE_NAME)
+        path = Path(args.output_dir, f"checkpoint-{state.global_step}", TRAINER_STATE)
         if state.is_world_process_zero and path.is_file():
             saved = replace(state, best_model_checkpoint=without_home(state.best_model_checkpoint))
             saved.save_to_json(f"{path}.new")
@@ -34,7 +34,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
     for path in sorted(checkpoints, key=lambda path: -int(path.name.split("-")[-1])):
         try:
-            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             continue
         return path
