@@ -432,7 +432,7 @@ class StudyConfig:
     given: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     """Axis -> its values -> figures that were measured elsewhere."""
     plots: dict[str, StudyPlot] = field(default_factory=dict)
-    """Name -> what REPORT_NAME.svg shows."""
+    """Name -> what REPORT_NAME.svg shows; when empty, REPORT.svg shows the rows with their intervals."""
     workers: Count = 1
     """Runs side by side; each gets an equal share of the CPU's threads."""
 

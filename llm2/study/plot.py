@@ -1,4 +1,4 @@
-"""The plot of a study: accuracy against a cost, greedy and sampled."""
+"""The plots of a study: every row with its interval, or accuracy against a cost."""
 
 import io
 from collections.abc import Sequence
@@ -15,6 +15,43 @@ from llm2.study.summary import Row
 MARKERS = "osD^vPX*"
 COLOURS = ("#3A6EA5", "#E69F00", "#009E73", "#B5494E", "#CC79A7", "#56B4E9", "#8C6BB1", "#7F7F7F", "#A6761D", "#2B2F36")
 PANELS = {"greedy": "greedy", "sampling": "majority of all samples"}  # end of a column's name -> title
+
+
+def draw_rows(config: StudyConfig, summary: Sequence[Row]) -> Figure:
+    """A line for each row, a panel for each value of `config.across`; dots are means, bars 95 % intervals."""
+    names = [axis for axis in config.axes if axis not in (config.over, config.across)]
+    lines = list(dict.fromkeys(", ".join(row.values.get(axis, "") for axis in names) for row in summary))
+    panels = list(dict.fromkeys(row.values.get(config.across, "") for row in summary))
+    columns = list(dict.fromkeys(column for row in summary for column in row.accuracies))
+    figure = Figure(figsize=(2.4 * len(panels) + 2.4, 0.3 * len(lines) + 1.2), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
+    for axes, panel in zip(grid, panels, strict=True):
+        for row in (row for row in summary if row.values.get(config.across, "") == panel):
+            line = lines.index(", ".join(row.values.get(axis, "") for axis in names))
+            for column, test in row.accuracies.items():
+                number = columns.index(column)
+                axes.errorbar(
+                    100 * test.mean,
+                    line + 0.22 * (number - (len(columns) - 1) / 2),
+                    xerr=[[100 * (test.mean - test.ci95[0])], [100 * (test.ci95[1] - test.mean)]],
+                    color=COLOURS[number % len(COLOURS)],
+                    marker=MARKERS[number % len(MARKERS)],
+                    markersize=5,
+                    elinewidth=1.2,
+                )
+        axes.set_title(panel, color=INK)
+        axes.set_xlabel("accuracy, %", color=INK)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+    grid[0].set_yticks(range(len(lines)), lines, color=INK)
+    grid[0].set_ylim(len(lines) - 0.5, -0.5)  # the first row on top
+    if len(columns) > 1:
+        styles = zip(columns, COLOURS, MARKERS, strict=False)
+        handles = [grid[0].plot([], [], m, color=c, label=PANELS.get(column, column))[0] for column, c, m in styles]
+        figure.legend(handles=handles, loc="outside upper right", ncols=len(columns), frameon=False, fontsize=9)
+    return figure
 
 
 def draw(config: StudyConfig, plot: StudyPlot, summary: Sequence[Row]) -> Figure:

@@ -30,11 +30,12 @@ def write_summary(config: StudyConfig) -> str:
     text = "\n".join([*tables, *(f"- {each}" for each in sentences)]) + "\n"
     write_text(path.with_suffix(".md"), text)
     write_text(path.with_suffix(".json"), json.dumps(as_json(summary, compared), indent=1) + "\n")
-    if config.plots:
-        from llm2.study.plot import draw, save  # matplotlib is an extra
+    from llm2.study.plot import draw, draw_rows, save  # matplotlib is an extra
 
-        for name, plot in config.plots.items():
-            save(draw(config, plot, summary), path.with_name(f"{path.name}_{name}.svg"))
+    for name, plot in config.plots.items():
+        save(draw(config, plot, summary), path.with_name(f"{path.name}_{name}.svg"))
+    if not config.plots:
+        save(draw_rows(config, summary), path.with_suffix(".svg"))
     return text
 
 
