@@ -1,6 +1,7 @@
 """A study runs every combination once, goes on where it stopped, and averages over seeds."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,9 @@ def test_the_summary_averages_over_seeds_and_pairs_equal_seeds(config):
     assert "| new  | 1     | 75.0" in text
     assert "over 3 runs: Spearman -1.00, Pearson -1.00" in text
     assert {path.name for path in Path(config.report).parent.iterdir()} == {"small.md", "small.json", "small_cost.svg"}
+    write_summary(replace(config, plots={}))
+    plot = Path(config.report).with_suffix(".svg").read_text()
+    assert ">old<" in plot and ">new<" in plot, "without plots, one with every row"
     assert old.figures["speed"] == 0.5 and "speed" not in new.figures
 
 
