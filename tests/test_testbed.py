@@ -19,6 +19,7 @@ from llm2.tasks import load_task
 from llm2.testbed import facts, words
 from llm2.testbed.foreign import NESTED, UNWORKED, foreign_answer
 from llm2.testbed.generator import REGIMES, SIZES, gold_solution, problems, split_of, stories
+from llm2.testbed.mistakes import has_false_equation
 from llm2.testbed.sorting import sorting_problems
 from llm2.testbed.stories import Computed, Given, Step, Story
 from llm2.testbed.train import corpus
@@ -192,6 +193,21 @@ def test_an_error_is_carried_through_to_the_answer():
     ]
     assert {solution.answer for solution in misread} == {45}
     assert {solution.answer for solution in drawn if not solution.errors} == {30}
+
+
+@pytest.mark.parametrize("sign, right, wrong", [("+", 15, 16), ("-", 9, 3), ("*", 36, 26), ("/", 4, 5)])
+def test_a_false_equation_is_found_wherever_it_stands(sign, right, wrong):
+    held = f"Nina has 12 {sign} 3 = {right} shells. "
+    broken = held.replace(f"= {right}", f"= {wrong}")
+    assert not has_false_equation(held + held) and not has_false_equation("So the answer is 4.")
+    assert has_false_equation(held + broken) and has_false_equation(broken + held)
+    assert has_false_equation("Each friend gets 7 / 0 = 7 shells.") and has_false_equation("They get 7 / 2 = 3.")
+
+
+def test_gold_solutions_have_no_false_equation_in_any_regime():
+    for regime in ("testbed", "testbed_foreign", "testbed_careful"):
+        solutions = [problem.solution for problem in load_task(regime).problems("train", 300)]
+        assert len(solutions) == 300 and not any(map(has_false_equation, solutions))
 
 
 def test_solutions_without_an_error_have_the_right_answer_and_all_steps():
