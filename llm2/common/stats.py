@@ -94,6 +94,7 @@ class SeedsTest(NamedTuple):
     mean: float
     ci95: tuple[float, float]
     p: float
+    seeds: int
 
 
 def seeds_bootstrap(values: np.ndarray, seed: int = 0) -> SeedsTest:
@@ -112,7 +113,7 @@ def seeds_bootstrap(values: np.ndarray, seed: int = 0) -> SeedsTest:
         means.append((problems @ values.T * seeds).sum(-1) / (n * num_seeds))
     resampled = np.concatenate(means)
     low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return SeedsTest(float(values.mean()), (float(low), float(high)), bootstrap_p(resampled))
+    return SeedsTest(float(values.mean()), (float(low), float(high)), bootstrap_p(resampled), num_seeds)
 
 
 def bootstrap_p(resampled: np.ndarray) -> float:

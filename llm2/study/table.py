@@ -63,8 +63,9 @@ def across(config: StudyConfig, summary: Sequence[Row]) -> Iterator[str]:
             key = tuple(row.values.get(axis, "") for axis in axes)
             cells = lines.setdefault(key, ["not run"] * len(values))
             if column in row.accuracies:
-                seeds = f" ({row.seeds})" if config.over is not None else ""
-                cells[values.index(row.values[config.across])] = _accuracy(row.accuracies[column]) + seeds
+                test = row.accuracies[column]
+                seeds = f" ({test.seeds})" if config.over is not None else ""
+                cells[values.index(row.values[config.across])] = _accuracy(test) + seeds
         head = [*axes, *(f"{value}, %" for value in values)]
         yield f"{_heading(column)}\n\n" + _markdown([head, *([*key, *cells] for key, cells in lines.items())])
 
