@@ -11,8 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
+
+from llm2.errors import UserError
 
 SAMPLED = 16  # values per weight that a fingerprint is made of
 
@@ -47,6 +51,14 @@ class PrefixHead(nn.Module):
             return (self.state(states) * self.token(embeddings)).sum(-1) + self.bias(embeddings).squeeze(-1)
         both = torch.cat([states.expand_as(embeddings), embeddings], dim=-1)
         return self.layers(both).squeeze(-1)
+
+    def load_weights(self, name: str, **options) -> None:
+        """Read a verifier's folder or hub id. Raises UserError where its weights are not those of this head."""
+        state = load_file(cached_file(name, SAFE_WEIGHTS_NAME, **options))
+        try:
+            self.load_state_dict({key.removeprefix("score."): tensor for key, tensor in state.items()})
+        except RuntimeError as error:  # missing or unknown keys, other shapes
+            raise UserError(f"its weights are not those of its head: {str(error).splitlines()[1].strip()}") from None
 
 
 def fingerprint(backbone: PreTrainedModel) -> str:

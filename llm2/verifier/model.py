@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.integrations.flex_attention import flex_attention_forward
-from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
+from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput
 
 from llm2.common.home import with_home, without_home
 from llm2.common.loading import is_local, load_backbone, load_language_model
@@ -268,12 +268,8 @@ class ProcessVerifier(PreTrainedModel):
         """Read the adapter or the prefix head of a folder or hub id."""
         if self.config.lora is not None:
             lora.load_adapter(name, self, **options)
-            return
-        state = load_file(cached_file(name, SAFE_WEIGHTS_NAME, **options))
-        try:
-            self.score.load_state_dict({key.removeprefix("score."): tensor for key, tensor in state.items()})
-        except RuntimeError as error:  # missing or unknown keys, other shapes
-            raise UserError(f"its weights are not those of its head: {str(error).splitlines()[1].strip()}") from None
+        else:
+            self.score.load_weights(name, **options)
 
     def merge(self) -> "ProcessVerifier":
         """Fold a LoRA adapter into new weights, which makes this a full verifier; System 1's weights do not change."""

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from safetensors.torch import load_file
 from transformers import AutoConfig
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from llm2.common.loading import is_local
 from llm2.config import GuidanceConfig
@@ -62,8 +60,7 @@ def load_head(name: str, config: ProcessVerifierConfig) -> PrefixHead:
     """The head alone, without System 1."""
     width = config.backbone_config.get_text_config().hidden_size
     head = PrefixHead(config.prefix_head, torch.ones(1, width, device="cpu"))
-    state = load_file(cached_file(name, SAFE_WEIGHTS_NAME, local_files_only=is_local(name)))
-    head.load_state_dict({key.removeprefix("score."): tensor for key, tensor in state.items()})
+    head.load_weights(name, local_files_only=is_local(name))
     return head.float().eval().requires_grad_(False)
 
 
