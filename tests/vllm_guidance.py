@@ -170,9 +170,9 @@ def test_small_chunks_and_few_blocks_change_nothing(verifier, prompts, eos, guid
 
 
 def test_tensor_parallel_ranks_answer_alike(prompts, eos, tmp_path, log, monkeypatch):
-    """With a model whose heads two ranks can share; the testbed's has five."""
+    """With a model whose heads two ranks can share; the testbed's has five. vLLM wants heads of 32 on a CPU."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # a core each: by itself vLLM wants a NUMA node each
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
     for name in ("system1", "other"):
         llama = LlamaForCausalLM(LlamaConfig(vocab_size=640, initializer_range=0.2, eos_token_id=3, **sizes))
