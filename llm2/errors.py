@@ -47,6 +47,8 @@ def of_the_machine(error: Exception) -> str | None:
     writers = ("PytorchStreamWriter", "inline_container", "iostream error", "unexpected pos")  # torch.save
     if type(error).__name__ == "SafetensorError" or any(word in str(error) for word in writers):
         return f"weights could not be read or written, is the disk full? {reason(error)}"
+    if type(error).__name__.startswith("Dist") or "Connection closed by peer" in str(error):  # torch.distributed, gloo
+        return f"the processes of this run lost each other; one that failed says why: {reason(error)}"
     return None
 
 

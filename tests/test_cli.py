@@ -83,6 +83,22 @@ def test_an_interrupt_ends_with_130(monkeypatch, capsys):
     assert main(["report", "anywhere"]) == 130
 
 
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (OSError(28, "No space left on device", "out/a"), "out/a: No space left on device"),
+        (RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:17315."), "one that failed says why"),
+        (torch.distributed.DistNetworkError("Broken pipe"), "the processes of this run lost each other"),
+    ],
+)
+def test_errors_of_the_machine_are_sentences(error, message, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("llm2.__main__.run_check", fail)
+    assert message in refusal(capsys, "check", "x.jsonl", "--tokenizer", "x")
+
+
 def test_check_accepts_and_refuses(system1_folder, tmp_path, capsys):
     from test_train import write_triplets
 

@@ -16,7 +16,9 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -35,7 +37,8 @@ from llm2.tasks import load_task
 from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.train import train
 from llm2.vllm.client import ServerBackend
-from llm2.vllm.engine import InProcessBackend
+from llm2.vllm.engine import InProcessBackend, engine_options
+from llm2.vllm.serve import command_line
 from llm2.vllm.settings import guidance_args
 
 PROBLEMS, SOAK = int(os.environ.get("LLM2_PROBLEMS", 300)), int(os.environ.get("LLM2_SOAK", 5_000))
@@ -244,24 +247,13 @@ def close(a, b) -> bool:
     return abs(a - b) < 0.02 if isinstance(a, float) and isinstance(b, float) else a == b
 
 
-@pytest.fixture(scope="module")
-def server(verifier, tmp_path_factory):
-    """(URL, process, log of steps, output) of `llm2 serve`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("server")
-    keys = {"verifier": verifier, "port": port, "batch_size": 64, "max_model_len": 512, "beta": 0.5}
-    command = [sys.executable, "-m", "llm2", "serve", "configs/testbed/serve.yaml"]
+@contextmanager
+def running(folder: Path, *command: str, port: int) -> Iterator[tuple[str, subprocess.Popen]]:
+    """(URL, process) of a server that this command starts; its output is in FOLDER/output."""
     output = (folder / "output").open("w")
     environment = {**os.environ, "LLM2_LOG": str(folder / "steps")}
-    process = subprocess.Popen(
-        [*command, *(f"{key}={value}" for key, value in keys.items())],
-        stdout=output,
-        stderr=output,
-        env=environment,
-        start_new_session=True,
-    )
+    command = [sys.executable, "-m", *command]
+    process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
     url = f"http://127.0.0.1:{port}/v1"
     for _ in range(300):
         time.sleep(1)
@@ -270,9 +262,25 @@ def server(verifier, tmp_path_factory):
             break
         except OSError:
             assert process.poll() is None, (folder / "output").read_text()[-3000:]
-    yield url, process, folder / "steps", folder / "output"
+    yield url, process
     os.killpg(process.pid, signal.SIGTERM)
     process.wait(60)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(verifier, tmp_path_factory):
+    """(URL, process, log of steps, output) of `llm2 serve`."""
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    keys = {"verifier": verifier, "port": port, "batch_size": 64, "max_model_len": 512, "beta": 0.5}
+    command = ("llm2", "serve", "configs/testbed/serve.yaml", *(f"{key}={value}" for key, value in keys.items()))
+    with running(folder, *command, port=port) as (url, process):
+        yield url, process, folder / "steps", folder / "output"
 
 
 def test_served_tokens_equal_the_decoders(server, prompts, eos, guided, plain):
@@ -352,20 +360,19 @@ def test_the_harness_gets_the_same_figures_from_the_server_and_from_our_engine(s
     assert figures["llm2"] == figures["local-completions"] and len(figures["llm2"]) == 2
 
 
-def test_soak(server, prompts, eos):
-    """Requests with random aborts and disconnects: no error, memory stays, slots are free at the end."""
-    url, process, log, _ = server
+def soak(url: str, process: subprocess.Popen, prompts, eos, guided: bool) -> dict[str, list[float]]:
+    """Requests with random aborts and disconnects; MiB of each of the server's processes at every tenth of them."""
     generator, counts, lock = random.Random(0), Counter(), threading.Lock()
-    tree = [process_ for process_ in psutil.Process(process.pid).children(recursive=True)] + [
-        psutil.Process(process.pid)
-    ]
+    main = psutil.Process(process.pid)
+    tree = [main, *main.children(recursive=True)]
     jobs = [(generator.choice(prompts), generator.random(), generator.random()) for _ in range(SOAK)]
-    memory = []
+    memory: dict[str, list[float]] = {}
 
     def one(job) -> None:
         prompt, kind, patience = job
-        xargs = {} if kind < 0.2 else guidance_args(GUIDANCE)
-        content = {"model": "testbed", "prompt": prompt, "max_tokens": 200, "stop_token_ids": eos, "vllm_xargs": xargs}
+        content = {"model": "testbed", "prompt": prompt, "max_tokens": 200, "stop_token_ids": eos}
+        if guided and kind >= 0.2:
+            content["vllm_xargs"] = guidance_args(GUIDANCE)
         body = json.dumps(content | {"stream": kind > 0.6, "n": 1 + (kind > 0.9)}).encode()
         http = urllib.request.Request(f"{url}/completions", body, {"Content-Type": "application/json"})
         try:
@@ -380,16 +387,35 @@ def test_soak(server, prompts, eos):
         with lock:
             counts[result] += 1
             if sum(counts.values()) % (SOAK // 10) == 0:
-                memory.append(sum(process_.memory_info().rss for process_ in tree) / 2**20)
+                for each in tree:
+                    name = f"{each.name()} {each.pid}"
+                    memory.setdefault(name, []).append(round(each.memory_info().rss / 2**20))
 
     start = time.time()
     with ThreadPoolExecutor(64) as pool:
         list(pool.map(one, jobs))
+    print(f"{dict(counts)} in {time.time() - start:.0f} s; MiB: {memory}")
+    assert sum(counts.values()) == SOAK and not any(result.startswith("HTTP") for result in counts)
+    assert counts["closed early"] > SOAK // 20 and counts["timed out"] > SOAK // 50
+    return memory
+
+
+def test_soak(server, prompts, eos):
+    """No error, memory stays, slots are free at the end."""
+    url, process, log, _ = server
+    memory = soak(url, process, prompts, eos, guided=True)
     time.sleep(5)
     backend = ServerBackend(url, "testbed", 1, guides=True)
     write(backend, prompts[:1], [request(eos, None)])
-    print(f"{dict(counts)} in {time.time() - start:.0f} s; MiB: {[round(value) for value in memory]}")
-    assert sum(counts.values()) == SOAK and not any(result.startswith("HTTP") for result in counts)
-    assert counts["closed early"] > SOAK // 20 and counts["timed out"] > SOAK // 50
-    assert memory[-1] < 1.05 * memory[2]
+    total = [sum(values) for values in zip(*memory.values(), strict=True)]
+    assert total[-1] < 1.05 * total[2]
     assert steps(log)[-1]["free_slots"] == 64
+
+
+def test_soak_of_vllm_without_guidance(prompts, eos, tmp_path):
+    """The same load, for its figures of memory: what grows here is vLLM's."""
+    port = free_port()
+    options = engine_options(config(), None) | {"max_num_seqs": 64, "served_model_name": "testbed"}
+    command = ("vllm.entrypoints.openai.api_server", *command_line(options | {"host": "127.0.0.1", "port": port}))
+    with running(tmp_path, *command, port=port) as (url, process):
+        soak(url, process, prompts, eos, guided=False)
