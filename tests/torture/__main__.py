@@ -12,6 +12,7 @@ from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
+from llm2.common.files import write_text
 from tests.torture.row import Row
 
 PARTS = ["bad_input", "kills", "fuzz", "determinism", "exits", "soak", "network", "page"]
@@ -43,14 +44,13 @@ def result(name: str) -> Path:
 
 
 def run_part(name: str, scale: float) -> None:
-    folder, start = RESULTS / name, time.perf_counter()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    rows = import_module(f"tests.torture.{name}").run(folder.resolve(), scale)
+    folder, start, part = RESULTS / name, time.perf_counter(), import_module(f"tests.torture.{name}")
+    if not hasattr(part, "RESUMES"):
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = part.run(folder.resolve(), scale)
     content = {"scale": scale, "seconds": round(time.perf_counter() - start), "rows": [asdict(row) for row in rows]}
-    new = result(name).with_suffix(".new")
-    new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    new.replace(result(name))
+    write_text(result(name), json.dumps(content, indent=2) + "\n")
 
 
 def read_rows(name: str) -> list[Row]:

@@ -16,15 +16,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
+from llm2.common.files import write_text
 from tests.torture.bad_input import ROOT, Stock, _keep_to_permissions
 from tests.torture.row import Row
 
 KILLS = 10  # of each command with one process and with two, at full scale
+RESUMES = True  # after a job that is complete
 CHAIN = 3  # kills of one run, at most, before it may go on to its end
 PATIENCE = 300.0  # seconds in which a run must end, or after a kill its launcher
 TIMES = ("seconds", "tokens_per_second", "peak_rss_mib", "peak_memory_mib", "train_seconds")
@@ -269,6 +271,12 @@ def run(folder: Path, scale: float, only: Sequence[str] = (), processes: Sequenc
     stock, rows = Stock(folder), []
     for job in [job for job in jobs(stock, processes) if not only or job.arguments[0] in only]:
         here, draw = folder / job.name.replace(", ", "-").replace(" ", "-"), random.Random(job.name)
+        done = here.with_suffix(".json")
+        if done.exists():
+            rows += [Row(**row) for row in json.loads(done.read_text())]
+            continue
+        shutil.rmtree(here, ignore_errors=True)
+        first = len(rows)
         expected = Undisturbed(job, here / "undisturbed")
         hits, problems, wanted = 0, [], max(1, round(KILLS * scale))
         for number in range(10 * wanted):  # a run may be faster than its kill
@@ -289,4 +297,5 @@ def run(folder: Path, scale: float, only: Sequence[str] = (), processes: Sequenc
             problems = [problem for problem in problems if problem]
             print(f"{job.name}: {name}: {problems or 'survived'}", flush=True)
             rows.append(Row(f"{name}: {job.name}", tries, len(problems), problems[0][:300] if problems else ""))
+        write_text(done, json.dumps([asdict(row) for row in rows[first:]], indent=2) + "\n")
     return rows
