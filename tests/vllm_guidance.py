@@ -255,16 +255,18 @@ def running(folder: Path, *command: str, port: int) -> Iterator[tuple[str, subpr
     command = [sys.executable, "-m", *command]
     process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
     url = f"http://127.0.0.1:{port}/v1"
-    for _ in range(300):
-        time.sleep(1)
-        try:
-            urllib.request.urlopen(f"{url}/models", timeout=5).close()
-            break
-        except OSError:
-            assert process.poll() is None, (folder / "output").read_text()[-3000:]
-    yield url, process
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait(60)
+    try:
+        for _ in range(300):
+            time.sleep(1)
+            try:
+                urllib.request.urlopen(f"{url}/models", timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None, (folder / "output").read_text()[-3000:]
+        yield url, process
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
 
 
 def free_port() -> int:
