@@ -25,11 +25,11 @@ from llm2.config import (
     PretrainConfig,
     SelfConsistencyConfig,
     ServeConfig,
-    StudyConfig,
     SweepConfig,
     TrainConfig,
 )
 from llm2.errors import UserError, of_the_machine
+from llm2.study.config import StudyConfig
 
 
 def main(arguments: list[str] | None = None) -> int:

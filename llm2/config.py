@@ -4,7 +4,6 @@ The sentence under each key is what `python -m llm2 COMMAND --help` prints; llm2
 and overrides.
 """
 
-from dataclasses import field
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
@@ -12,7 +11,6 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
-NESTED = ConfigDict(extra="forbid", strict=False, use_attribute_docstrings=True)  # a YAML file holds mappings
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -355,86 +353,6 @@ class SweepConfig(EvaluateConfig):
     """Number of validation problems, the first ones; all when null."""
     choose_by: ModeKey = Mode.GUIDED_GREEDY
     """Mode whose accuracy decides; in a sampling mode majority@k of the largest k."""
-
-
-@dataclass(frozen=True, config=NESTED, kw_only=True)
-class StudyStep:
-    """One command of a study."""
-
-    name: str
-    """What axes and reports call it."""
-    command: str
-    """Command of `python -m llm2`."""
-    config: str | None = None
-    """Its config file."""
-    set: dict[str, Any] = field(default_factory=dict)
-    """Overrides of its keys; {study}, {run} and the axes' names in braces stand for folders and values."""
-    done: str
-    """File whose presence says that the step is done."""
-    only: dict[str, list[str]] = field(default_factory=dict)
-    """Values of axes with which the step is run; all when empty."""
-    values: dict[str, str] = field(default_factory=dict)
-    """For a step of `once`: values of axes under which its figures stand in the tables."""
-
-
-@dataclass(frozen=True, config=NESTED, kw_only=True)
-class StudyPlot:
-    """What the plot of a study shows."""
-
-    x: str
-    """Figure of the table on the horizontal axis; {column} stands for greedy or sampling."""
-    label: str
-    """Text of that axis."""
-    colour: str
-    """Axis that the colours tell."""
-    marker: str
-    """Axis that the markers tell."""
-
-
-@dataclass(frozen=True, config=NESTED, kw_only=True)
-class StudyPair:
-    """Two values of some axes to be tested against each other."""
-
-    first: dict[str, str]
-    """Axis -> value of the runs that should be better."""
-    second: dict[str, str]
-    """Axis -> value of the runs that they are tested against."""
-
-
-@dataclass(frozen=True, config=STRICT, kw_only=True)
-class StudyConfig:
-    """Run the same steps for every combination of some settings, and compare: one table, one plot."""
-
-    output_dir: str
-    """Folder of all runs; a study that was stopped goes on where it was."""
-    report: str
-    """Path, without its ending, of the table, the data and the plots."""
-    once: tuple[StudyStep, ...] = ()
-    """Steps before all runs, side by side."""
-    axes: dict[str, dict[str, dict[str, dict[str, Any]]]]
-    """Axis -> its values -> step -> overrides; every combination is a run, the last axis varies fastest."""
-    skip: tuple[dict[str, list[str]], ...] = ()
-    """Axis -> values; combinations of them are left out."""
-    steps: tuple[StudyStep, ...]
-    """Steps of a run."""
-    over: str | None = "seed"
-    """Axis whose values are averaged; null where nothing is."""
-    baseline: dict[str, str] = field(default_factory=dict)
-    """Axis -> value of the runs that the others are tested against; none when empty."""
-    compare: tuple[StudyPair, ...] = ()
-    """Further tests of one value of some axes against another, for all values of the other axes."""
-    across: str | None = None
-    """Axis whose values stand side by side, in one table for each way of decoding; null: one long table."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Figures of training.json and metrics.json in the table, and their headings."""
-    correlate: tuple[str, ...] = ()
-    """Figures whose correlation with the accuracy of each mode is told, over all runs."""
-    given: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    """Axis -> its values -> figures that were measured elsewhere."""
-    plots: dict[str, StudyPlot] = field(default_factory=dict)
-    """Name -> what REPORT_NAME.svg shows; when empty, REPORT.svg shows the rows with their intervals."""
-    workers: Count = 1
-    """Runs side by side; each gets an equal share of the CPU's threads."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

@@ -10,8 +10,9 @@ from accelerate.utils import DistributedType
 from llm2.benchmarks.configs import benchmark_class
 from llm2.common.config_file import as_dict, load_config, write_config
 from llm2.config import CONFIGS as CLASSES
-from llm2.config import EvaluateConfig, ExploreConfig, ServeConfig, StudyConfig, TrainConfig
+from llm2.config import EvaluateConfig, ExploreConfig, ServeConfig, TrainConfig
 from llm2.errors import UserError
+from llm2.study.config import StudyConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 COMMAND_FILES = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "accelerate")

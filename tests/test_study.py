@@ -10,9 +10,9 @@ import yaml
 
 from llm2.common.config_file import load_config
 from llm2.common.stats import seeds_bootstrap
-from llm2.config import StudyConfig
 from llm2.errors import UserError
 from llm2.study import run as study
+from llm2.study.config import StudyConfig
 from llm2.study.summary import results, rows
 from llm2.study.table import write_summary
 

@@ -8,8 +8,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from llm2.common.files import write_bytes
-from llm2.config import StudyConfig, StudyPlot
 from llm2.evaluation.report.palette import GRID, INK
+from llm2.study.config import StudyConfig, StudyPlot
 from llm2.study.summary import Row
 
 MARKERS = "osD^vPX*"

@@ -15,8 +15,9 @@ import yaml
 from tqdm import tqdm
 
 from llm2.common.config_file import load_config
-from llm2.config import CONFIGS, StudyConfig, StudyStep
+from llm2.config import CONFIGS
 from llm2.errors import UserError, explained, shown
+from llm2.study.config import StudyConfig, StudyStep
 
 ALL = "all"  # in place of a step: all steps that have the key
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from llm2.common.jsonl import read_jsonl
 from llm2.common.stats import SeedsTest, best_of_k, majority_curve, seeds_bootstrap
-from llm2.config import Mode, StudyConfig, StudyStep
+from llm2.config import Mode
 from llm2.evaluation.metrics import right_answer
+from llm2.study.config import StudyConfig, StudyStep
 from llm2.study.run import Run, runs, step_folders, wanted_steps
 
 TRAINING = ("eval_choice_quality", "eval_choice_beta", "eval_pair_accuracy", "eval_margin_spearman")

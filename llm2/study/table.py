@@ -10,8 +10,8 @@ from scipy import stats
 
 from llm2.common.files import write_text
 from llm2.common.stats import SeedsTest
-from llm2.config import StudyConfig
 from llm2.errors import UserError
+from llm2.study.config import StudyConfig
 from llm2.study.summary import Comparison, Result, Row, comparisons, results, rows
 
 HEADINGS = {"sampling": "majority of all samples", "sampling best": "best score of all samples"}

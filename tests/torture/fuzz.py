@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from llm2.common.chat import LLAMA3_PLAIN, encode_chats
 from llm2.common.config_file import load_config, write_config
 from llm2.common.journal import Journal
-from llm2.config import CONFIGS, GenerateConfig, StudyConfig
+from llm2.config import CONFIGS, GenerateConfig
 from llm2.errors import UserError
 from llm2.evaluation.report import read_metrics, table
 from llm2.evaluation.report.pack import pack
 from llm2.evaluation.report.plots import figures
+from llm2.study.config import StudyConfig
 from llm2.tasks.grading import LONGEST_NUMBER, extract_answer, grade_numbers, is_correct
 from llm2.verifier.triplets import load_examples
 from tests.conftest import tiny_tokenizer
