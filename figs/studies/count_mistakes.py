@@ -1,6 +1,6 @@
 """What is still wrong: the greedy solutions of a study with a wrong answer, with and without a false equation.
 
-python figs/studies/count_mistakes.py results/studies/regimes   # prints a table, writes figs/studies/mistakes.md
+python -m figs.studies.count_mistakes results/studies/regimes   # prints a table, writes figs/studies/mistakes.md
 """
 
 import json
@@ -16,6 +16,8 @@ def count(folder: Path) -> dict[tuple[str, str], list[tuple[int, int, int]]]:
     counts = defaultdict(list)
     for path in sorted(folder.glob("*-[0-9]-*/greedy/predictions.jsonl")):
         method, _, regime = path.parts[-3].rsplit("-", 2)
+        if regime == "sorting":
+            continue  # lists, no equations
         samples = [json.loads(line)["samples"][0] for line in path.read_text(encoding="utf-8").splitlines()]
         wrong = [sample["text"] for sample in samples if not sample["correct"]]
         counts[method, regime].append((len(samples), len(wrong), sum(map(has_false_equation, wrong))))

@@ -86,7 +86,8 @@ def train(config: TrainConfig) -> dict:
         "train_seconds": time.perf_counter() - begun,  # of this run, without the time before an interruption
         "peak_memory_mib": peak_memory_mib(device),  # of this process
         "trainable_parameters": verifier.num_parameters(only_trainable=True),
-        "steps": trainer.state.global_step,
+        # After its last step a resumed Trainer takes one more, whose weights are no checkpoint's.
+        "steps": min(trainer.state.global_step, trainer.state.max_steps),
         "best_step": trainer.state.best_global_step,
     }
     verifier.config.beta = metrics.get("eval_choice_beta")

@@ -71,4 +71,5 @@ def as_table(results: dict[str, list[Row]]) -> str:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest does: modules of tests import each other by name
     sys.exit(main())

@@ -11,7 +11,15 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from llm2.common.chat import encode_chats
 from llm2.common.distributed import dist_info
@@ -21,7 +29,7 @@ from llm2.errors import UserError
 from llm2.testbed.train.corpus import careless_conversations
 from llm2.testbed.train.model_card import measured_card
 from llm2.testbed.train.tokenizer import MIN_VOCABULARY, train_tokenizer
-from llm2.verifier.checkpoints import last_whole_checkpoint
+from llm2.verifier.checkpoints import TRAINER_STATE, last_whole_checkpoint
 from llm2.verifier.loss import IGNORE_INDEX
 
 TOKENIZER_SAMPLE = 20_000  # conversations that the tokenizer is trained on
@@ -65,11 +73,17 @@ def pretrain(config: PretrainConfig) -> None:
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
     )
     last = last_whole_checkpoint(checkpoints)
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    if last is not None and last.name == f"checkpoint-{config.max_steps}":  # the Trainer would take one more step
+        model = LlamaForCausalLM.from_pretrained(last, local_files_only=True)
+        history = TrainerState.load_from_json(str(last / TRAINER_STATE)).log_history
+    else:
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        trainer.accelerator.wait_for_everyone()  # the others still look at the checkpoints, which are deleted below
+        history = trainer.state.log_history
     if not dist_info().is_main:
         return
     # Of the whole run, whereas the Trainer's own figure begins anew when a run is resumed.
-    loss = fmean(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    loss = fmean(entry["loss"] for entry in history if "loss" in entry)
     model.config.use_cache = True  # the Trainer turned it off
     card = measured_card(config, model.eval(), tokenizer, loss)
     with whole_files(output) as new:
