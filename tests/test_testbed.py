@@ -282,7 +282,7 @@ def tiny_config(folder: Path) -> PretrainConfig:
 
 @pytest.mark.parametrize("last", [2, 4])
 def test_an_interrupted_pretraining_resumes_to_the_same_files(last, tmp_path, monkeypatch):
-    """Interrupted within training, and after its last step, while the model card is measured."""
+    """Interrupted within training, and twice after its last step, while the model card is measured."""
     pretrain(tiny_config(tmp_path / "whole"))
     step = Trainer.training_step
 
@@ -294,12 +294,13 @@ def test_an_interrupted_pretraining_resumes_to_the_same_files(last, tmp_path, mo
     def killed_at_the_card(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        if last == 2:
-            patch.setattr(Trainer, "training_step", killed_at_the_fourth)
-        else:
-            patch.setattr("llm2.testbed.train.pretrain.measured_card", killed_at_the_card)
-        pretrain(tiny_config(tmp_path / "parts"))
+    for _ in range(last // 2):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            if last == 2:
+                patch.setattr(Trainer, "training_step", killed_at_the_fourth)
+            else:
+                patch.setattr("llm2.testbed.train.pretrain.measured_card", killed_at_the_card)
+            pretrain(tiny_config(tmp_path / "parts"))
     assert (tmp_path / f"parts/checkpoints/checkpoint-{last}").is_dir()
     pretrain(tiny_config(tmp_path / "parts"))
     whole, parts = (

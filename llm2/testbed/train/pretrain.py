@@ -73,7 +73,7 @@ def pretrain(config: PretrainConfig) -> None:
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
     )
     last = last_whole_checkpoint(checkpoints)
-    if last is not None and last.name == f"checkpoint-{config.max_steps}":  # the Trainer would take one more step
+    if last is not None and last.name == f"checkpoint-{config.max_steps}":  # the Trainer would go beyond it
         model = LlamaForCausalLM.from_pretrained(last, local_files_only=True)
         history = TrainerState.load_from_json(str(last / TRAINER_STATE)).log_history
     else:
