@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from llm2.common.config_file import load_config
 from llm2.common.jsonl import read_jsonl
 from llm2.config import GenerateConfig, PretrainConfig
+from llm2.errors import UserError
 from llm2.tasks import load_task
 from llm2.testbed import facts, words
 from llm2.testbed.foreign import NESTED, UNWORKED, foreign_answer
@@ -278,6 +279,12 @@ def tiny_config(folder: Path) -> PretrainConfig:
     )
     run = dict(documents=24, max_steps=4, batch_size=2, save_steps=2, card_problems=1)
     return PretrainConfig(output_dir=str(folder), **tiny, **run)
+
+
+def test_pretraining_refuses_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="pretrain: found 2 processes, expected 1"):
+        pretrain(tiny_config(tmp_path))
 
 
 @pytest.mark.parametrize("last", [2, 4])

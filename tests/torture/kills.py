@@ -105,7 +105,12 @@ def jobs(stock: Stock, processes: Sequence[int] = (1, 2)) -> list[Job]:
             "out",
         ),
     ]  # fmt: skip
-    return [Job(job.arguments, job.output, number) for job in commands for number in processes]
+    return [
+        Job(job.arguments, job.output, number)
+        for job in commands
+        for number in processes
+        if number == 1 or job.arguments[0] != "pretrain"  # which refuses several
+    ]
 
 
 class Undisturbed:

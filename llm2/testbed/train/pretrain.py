@@ -39,7 +39,9 @@ Conversation = list[dict[str, str]]
 
 
 def check(config: PretrainConfig) -> None:
-    """Raises UserError for a shape that no Llama has."""
+    """Raises UserError for a shape that no Llama has, and for several processes."""
+    if (found := dist_info().world_size) > 1:
+        raise UserError(f"pretrain: found {found} processes, expected 1: the model is too small to share")
     for key, divisor in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
         if getattr(config, key) % getattr(config, divisor):
             expected = f"a multiple of {divisor}={getattr(config, divisor)}"
@@ -78,10 +80,7 @@ def pretrain(config: PretrainConfig) -> None:
         history = TrainerState.load_from_json(str(last / TRAINER_STATE)).log_history
     else:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        trainer.accelerator.wait_for_everyone()  # the others still look at the checkpoints, which are deleted below
         history = trainer.state.log_history
-    if not dist_info().is_main:
-        return
     # Of the whole run, whereas the Trainer's own figure begins anew when a run is resumed.
     loss = fmean(entry["loss"] for entry in history if "loss" in entry)
     model.config.use_cache = True  # the Trainer turned it off
