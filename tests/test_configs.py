@@ -215,3 +215,11 @@ def test_a_resolved_config_reads_back_as_itself(write, tmp_path):
     write_config(config, tmp_path / "resolved.yaml")
     assert load_config(EvaluateConfig, tmp_path / "resolved.yaml") == config
     assert as_dict(config)["majority_at"] == [1, 4]
+
+
+def test_a_key_that_cannot_be_printed_is_refused(tmp_path):
+    (tmp_path / "odd.yaml").write_text('"\\ud800": 1')
+    with pytest.raises(UserError, match=r"override '.ud800=': found the key '.ud800', expected a name"):
+        load_config(EvaluateConfig, None, ["\ud800="])
+    with pytest.raises(UserError, match=r"odd\.yaml"):
+        load_config(EvaluateConfig, tmp_path / "odd.yaml")

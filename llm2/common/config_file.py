@@ -50,6 +50,9 @@ def load_config(cls: type[Config], path: str | Path | None, overrides: Sequence[
         if not equals or not key:
             raise UserError(f"the override {override!r} is not of the form key=value")
         values[key], places[key] = _parse_override(override, text), f"override {shown(override)}"
+    for key in values:
+        if not str(key).isprintable():  # pydantic could not name it
+            raise UserError(f"{places.get(key, path)}: found the key {shown(key)}, expected a name")
     try:
         return cls(**_tuples(values))
     except ValidationError as error:
