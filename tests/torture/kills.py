@@ -25,7 +25,7 @@ from llm2.common.files import write_text
 from tests.torture.bad_input import ROOT, Stock, _keep_to_permissions
 from tests.torture.row import Row
 
-KILLS = 10  # of each command with one process and with two, at full scale
+KILLS = 20  # of each command with one process and with two, at full scale
 RESUMES = True  # after a job that is complete
 CHAIN = 3  # kills of one run, at most, before it may go on to its end
 PATIENCE = 300.0  # seconds in which a run must end, or after a kill its launcher
@@ -193,7 +193,7 @@ def after(job: Job, folder: Path, expected: Undisturbed, story: str) -> str | No
     """Go on, and compare. A run that was complete already may say so in its one sentence."""
     status = job.start(folder).wait(PATIENCE)
     log = (folder / "log").read_text()
-    complete = status != 0 and "exists already" in log and not has_traceback(job, log)
+    complete = status != 0 and "exists already" in log and not has_traceback(log)
     if status and not complete:
         return f"{story}: going on ended with status {status}: {log[-1500:]}"
     if wrong := differences(outcome(folder, job), expected.files):
@@ -201,7 +201,7 @@ def after(job: Job, folder: Path, expected: Undisturbed, story: str) -> str | No
     return None
 
 
-def has_traceback(job: Job, log: str) -> bool:
+def has_traceback(log: str) -> bool:
     """Whether a process of the run left one: where one of several fails, the launcher always adds its own."""
     return log.count("Traceback") > log.count("ChildFailedError:")
 
@@ -210,7 +210,7 @@ def refused(job: Job, folder: Path, *says: str) -> str | None:
     """What is wrong with the answer of a run that had to give up."""
     log = (folder / "log").read_text()
     sentences = [line for line in log.replace("\r", "\n").splitlines() if line.startswith(f"llm2 {job.arguments[0]}: ")]
-    if has_traceback(job, log) or len(sentences) != job.processes and len(sentences) != 1:
+    if has_traceback(log) or len(sentences) != job.processes and len(sentences) != 1:
         return f"expected one sentence, found {log[-1500:]}"
     missing = [part for part in says if part not in sentences[0]]
     return f"expected {missing}, found {sentences[0]}" if missing else None
