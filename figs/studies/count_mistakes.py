@@ -3,11 +3,12 @@
 python -m figs.studies.count_mistakes results/studies/regimes   # prints a table, writes figs/studies/mistakes.md
 """
 
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
 
+from llm2.common.files import write_text
+from llm2.common.jsonl import read_jsonl
 from llm2.testbed.mistakes import has_false_equation
 
 
@@ -18,7 +19,7 @@ def count(folder: Path) -> dict[tuple[str, str], list[tuple[int, int, int]]]:
         method, _, regime = path.parts[-3].rsplit("-", 2)
         if regime == "sorting":
             continue  # lists, no equations
-        samples = [json.loads(line)["samples"][0] for line in path.read_text(encoding="utf-8").splitlines()]
+        samples = [line["samples"][0] for _, line in read_jsonl(path, "predictions")]
         wrong = [sample["text"] for sample in samples if not sample["correct"]]
         counts[method, regime].append((len(samples), len(wrong), sum(map(has_false_equation, wrong))))
     return counts
@@ -39,5 +40,5 @@ def table(counts: dict[tuple[str, str], list[tuple[int, int, int]]]) -> str:
 
 if __name__ == "__main__":
     text = table(count(Path(sys.argv[1])))
-    Path(__file__).with_name("mistakes.md").write_text(text, encoding="utf-8")
+    write_text(Path(__file__).with_name("mistakes.md"), text)
     print(text)

@@ -8,6 +8,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from llm2.common.files import write_bytes
+from llm2.common.stats import SeedsTest
 from llm2.evaluation.report.palette import GRID, INK
 from llm2.study.config import StudyConfig, StudyPlot
 from llm2.study.summary import Row
@@ -33,7 +34,7 @@ def draw_rows(config: StudyConfig, summary: Sequence[Row]) -> Figure:
                 axes.errorbar(
                     100 * test.mean,
                     line + 0.22 * (number - (len(columns) - 1) / 2),
-                    xerr=[[100 * (test.mean - test.ci95[0])], [100 * (test.ci95[1] - test.mean)]],
+                    xerr=_bar(test),
                     color=COLOURS[number % len(COLOURS)],
                     marker=MARKERS[number % len(MARKERS)],
                     markersize=5,
@@ -74,7 +75,7 @@ def draw(config: StudyConfig, plot: StudyPlot, summary: Sequence[Row]) -> Figure
             axes.errorbar(
                 value,
                 100 * test.mean,
-                yerr=[[100 * (test.mean - test.ci95[0])], [100 * (test.ci95[1] - test.mean)]],
+                yerr=_bar(test),
                 color=colours[row.values[plot.colour]],
                 marker=markers[row.values[plot.marker]],
                 markersize=6,
@@ -91,6 +92,11 @@ def draw(config: StudyConfig, plot: StudyPlot, summary: Sequence[Row]) -> Figure
     handles += [axes.plot([], [], marker, color=INK, label=value)[0] for value, marker in markers.items()]
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
     return figure
+
+
+def _bar(test: SeedsTest) -> list[list[float]]:
+    """The interval as matplotlib draws it: below and above the mean, in %."""
+    return [[100 * (test.mean - test.ci95[0])], [100 * (test.ci95[1] - test.mean)]]
 
 
 def save(figure: Figure, path: Path) -> None:
