@@ -15,10 +15,31 @@ from llm2.common.home import with_home, without_home
 from llm2.errors import UserError, reason, shown
 
 Config = TypeVar("Config")
+MAX_DEPTH = 50  # of lists and mappings in a file or an override
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `2e-5` as a number, which YAML 1.1 reads as a string, and refuses a repeated key."""
+    """SafeLoader that reads `2e-5` as a number, which YAML 1.1 reads as a string.
+
+    It refuses a repeated key, a list or mapping within itself, and deep nesting, for which its time grows with the
+    square of the depth.
+    """
+
+    depth = 0
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        self.deep_construct = True  # whole values at once: what refers to itself has none
+        return super().construct_document(node)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.depth == MAX_DEPTH:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(problem=f"nested more than {MAX_DEPTH} deep", problem_mark=mark)
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         first: dict[str, int] = {}
@@ -32,8 +53,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# Besides its own: what int, float and datetime raise for texts like `0b_`, and what deep nesting raises.
-YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+# Besides its own: what int, float and datetime raise for texts like `0b_`.
+YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )

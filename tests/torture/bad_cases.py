@@ -173,7 +173,8 @@ CASES = [
     yaml("Python object", "model: !!python/object:os.system {}\n", "line 1", "not valid YAML"),
     yaml("Latin-1", GOOD.encode() + "verifier: caf\xe9\n".encode("latin-1"), "expected UTF-8 text, found byte 0xe9"),
     yaml("control characters", GOOD + "verifier: \x00\n", "not valid YAML"),
-    yaml("deep nesting", "model: " + "[" * 1500, "not valid YAML"),
+    yaml("deep nesting", "model: " + "[" * 1500, "line 1", "not valid YAML: nested more than 50 deep"),
+    yaml("a list within itself", GOOD + "modes: &a [*a]\n", "not valid YAML", "recursive"),
     yaml("a study's unknown key", "output_dir: o\nreportt: r\n", "line 2", "did you mean 'report'", command="study"),
     yaml(
         "a study's unknown name in braces",

@@ -155,10 +155,15 @@ def configs(draw: st.DrawFn) -> tuple[type, bytes, list[str]]:
     cls = CLASSES[draw(st.sampled_from(sorted(CLASSES)))]
     fields = sorted(cls.__dataclass_fields__)
     key = st.sampled_from(fields) | st.sampled_from(fields) | TEXT | st.integers()
-    if draw(st.booleans()):
-        values = {name: REQUIRED[name] for name in fields if name in REQUIRED}
-        values |= draw(st.dictionaries(key, JSON_VALUES, max_size=3))
-        text = yaml.safe_dump(values, allow_unicode=draw(st.booleans()))
+    required = {name: REQUIRED[name] for name in fields if name in REQUIRED}
+    kind = draw(st.sampled_from(["values", "pieces", "noise"]))
+    if kind == "values":
+        text = yaml.safe_dump(
+            required | draw(st.dictionaries(key, JSON_VALUES, max_size=3)), allow_unicode=draw(st.booleans())
+        )
+    elif kind == "pieces":
+        pieces = draw(st.dictionaries(st.sampled_from(fields), st.sampled_from(YAML_PIECES), min_size=1, max_size=2))
+        text = "\n".join(f"{name}: {value}" for name, value in (required | pieces).items())
     else:
         piece = (
             st.sampled_from(YAML_PIECES)

@@ -33,8 +33,9 @@ def fuzz(each: Property, folder: Path, scale: float) -> Row:
         tried += 1
         began = time.process_time()
         each.check(value, folder)
-        slowest = max(slowest, time.process_time() - began)
-        assert slowest < each.seconds, f"took {slowest:.1f} s"
+        seconds = time.process_time() - began
+        slowest = max(slowest, seconds)
+        assert seconds < each.seconds, f"took {seconds:.1f} s"
 
     while tried < total:
         before, count = tried, min(ROUND, total - tried)
