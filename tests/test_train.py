@@ -1,6 +1,7 @@
 """The trainer: every parameter moves, the loss falls, and batching, accumulation and padding change no gradient."""
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -177,11 +178,13 @@ def test_no_tensor_is_as_wide_as_the_vocabulary(tmp_path):
 
 
 def test_every_example_occurs_once_an_epoch_and_steps_are_full():
-    order = PaddedSampler(10, 4, seed=0)
+    order = PaddedSampler(10, 4, seed=0, num_epochs=3.5)
     first = list(order)
     assert sorted(first) == list(range(12)) == sorted([*first[:10], 10, 11]) and len(order) == 12
     order.set_epoch(1)
     assert list(order) != first and sorted(order) == list(range(12))
+    order.set_epoch(3)
+    assert len(set(order)) == len(list(order)) == 8, "11 steps in all"
 
 
 def test_every_parameter_moves(system1_folder, tmp_path):
@@ -267,20 +270,18 @@ def test_train_learns_and_leaves_a_verifier_that_loads(config):
     ProcessVerifier.from_pretrained(config.output_dir)
 
 
+def kill(self, *arguments, **options):
+    raise InterruptedError
+
+
 @pytest.mark.parametrize("rank", [None, 4], ids=["full", "lora"])
 def test_a_killed_run_resumes_and_ends_as_an_undisturbed_one(config, tmp_path, monkeypatch, rank):
     config = replace(config, lora_r=rank)
     whole = train(config)
 
-    class Killed(Exception):
-        pass
-
-    def kill(self, *arguments, **options):
-        raise Killed
-
     torn = replace(config, output_dir=str(tmp_path / "torn"))
     monkeypatch.setattr(VerifierTrainer, "_load_best_model", kill)  # after the last checkpoint, before the end
-    with pytest.raises(Killed):
+    with pytest.raises(InterruptedError):
         train(torn)
     monkeypatch.undo()
     newest = max(Path(torn.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -288,6 +289,20 @@ def test_a_killed_run_resumes_and_ends_as_an_undisturbed_one(config, tmp_path, m
     again = train(torn)
     assert again["steps"] == whole["steps"]
     assert again["eval_mean_margin"] == pytest.approx(whole["eval_mean_margin"], abs=1e-4)
+
+
+@pytest.mark.parametrize("epochs", [1.25, 2.0])
+def test_a_run_killed_after_its_last_step_takes_no_further_one(config, tmp_path, monkeypatch, epochs):
+    config = replace(config, num_train_epochs=epochs, lr_scheduler_type="constant", evaluations=20)
+    whole = train(config)
+    torn = replace(config, output_dir=str(tmp_path / "torn"))
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+            patch.setattr(VerifierTrainer, "_load_best_model", kill)
+            train(torn)
+    again = train(torn)
+    assert again["steps"] == whole["steps"] == math.ceil(epochs * 4)
+    assert last_whole_checkpoint(Path(torn.output_dir)).name == f"checkpoint-{whole['steps']}"
 
 
 def test_checkpoints_of_another_config_are_not_resumed(config):

@@ -86,8 +86,7 @@ def train(config: TrainConfig) -> dict:
         "train_seconds": time.perf_counter() - begun,  # of this run, without the time before an interruption
         "peak_memory_mib": peak_memory_mib(device),  # of this process
         "trainable_parameters": verifier.num_parameters(only_trainable=True),
-        # Resumed after its last step, where epochs are no whole number, the Trainer takes one more, at a rate of 0.
-        "steps": min(trainer.state.global_step, trainer.state.max_steps),
+        "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
     }
     verifier.config.beta = metrics.get("eval_choice_beta")

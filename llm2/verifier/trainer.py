@@ -38,11 +38,13 @@ class LossConfig:
 class PaddedSampler(Sampler[int]):
     """The examples of an epoch, shuffled by seed and epoch, then indices beyond them until the last step is full.
 
-    So every rank gets as many batches, and no example is repeated to fill the last one.
+    So every rank gets as many batches, and no example is repeated to fill the last one. Where epochs are no whole
+    number, the last one ends after a part of them: a Trainer that resumes after its last step would go on.
     """
 
-    def __init__(self, num_examples: int, step_size: int, seed: int) -> None:
-        self.num_examples, self.step_size, self.seed, self.epoch = num_examples, step_size, seed, 0
+    def __init__(self, num_examples: int, step_size: int, seed: int, num_epochs: float) -> None:
+        self.num_examples, self.step_size, self.seed, self.num_epochs = num_examples, step_size, seed, num_epochs
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -52,8 +54,10 @@ class PaddedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        yield from torch.randperm(self.num_examples, generator=generator).tolist()
-        yield from range(self.num_examples, len(self))
+        order = torch.randperm(self.num_examples, generator=generator).tolist()
+        steps = len(self) // self.step_size
+        left = math.ceil(self.num_epochs * steps) - self.epoch * steps
+        yield from [*order, *range(self.num_examples, len(self))][: left * self.step_size]
 
 
 class PaddedDataset(Dataset):
@@ -173,7 +177,7 @@ class VerifierTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return PaddedSampler(len(self.train_dataset), step_size, self.args.seed)
+        return PaddedSampler(len(self.train_dataset), step_size, self.args.seed, self.args.num_train_epochs)
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
         """Without the Trainer's own pickle of its arguments, which holds absolute paths and which nothing reads."""
