@@ -26,7 +26,7 @@ from tests.torture.bad_input import ROOT, Stock, _keep_to_permissions
 from tests.torture.row import Row
 
 KILLS = 20  # of each command with one process and with two, at full scale
-RESUMES = True  # after a job that is complete
+RESUMES = True  # after the last disturbed run
 CHAIN = 3  # kills of one run, at most, before it may go on to its end
 PATIENCE = 300.0  # seconds in which a run must end, or after a kill its launcher
 TIMES = ("seconds", "tokens_per_second", "peak_rss_mib", "peak_memory_mib", "train_seconds")
@@ -167,12 +167,10 @@ def kill(process: subprocess.Popen, number: signal.Signals, draw: random.Random)
     return "none: it had ended"
 
 
-def killed_run(
-    job: Job, folder: Path, expected: Undisturbed, draw: random.Random, kills: int
-) -> tuple[int, str | None]:
-    """Kill a run up to `kills` times, let it go on to its end: (kills that hit it, what went wrong)."""
+def killed_run(job: Job, folder: Path, expected: Undisturbed, draw: random.Random, most: int) -> tuple[int, str | None]:
+    """Kill a run some times, let it go on to its end: (kills that hit it, what went wrong)."""
     hits, story = 0, []
-    for _ in range(kills):
+    for _ in range(min(CHAIN, most)):
         process = job.start(folder)
         if draw.random() < 0.85:  # else while it starts
             wait_for_lock(process, folder / job.lock)
@@ -264,43 +262,47 @@ def two_runs(job: Job, folder: Path, expected: Undisturbed, draw: random.Random)
     return problem or str(differences(outcome(folder, job), expected.files) or "") or None
 
 
-FAULTS = {
-    "no room on the disk": without_room,
-    "a folder that may not be written": read_only,
-    "two runs on one folder": two_runs,
+FAULTS = {  # and how often, at full scale
+    "kills": (killed_run, KILLS),
+    "no room on the disk": (without_room, 3),
+    "a folder that may not be written": (read_only, 1),
+    "two runs on one folder": (two_runs, 1),
 }
 
 
 def run(folder: Path, scale: float, only: Sequence[str] = (), processes: Sequence[int] = (1, 2)) -> list[Row]:
     """Args: only: commands; all when empty."""
-    stock, rows = Stock(folder), []
-    for job in [job for job in jobs(stock, processes) if not only or job.arguments[0] in only]:
-        here, draw = folder / job.name.replace(", ", "-").replace(" ", "-"), random.Random(job.name)
-        done = here.with_suffix(".json")
-        if done.exists():
-            rows += [Row(**row) for row in json.loads(done.read_text())]
-            continue
-        shutil.rmtree(here, ignore_errors=True)
-        first = len(rows)
-        expected = Undisturbed(job, here / "undisturbed")
-        hits, problems, wanted = 0, [], max(1, round(KILLS * scale))
-        for number in range(10 * wanted):  # a run may be faster than its kill
-            if hits >= wanted:
+    chosen = [job for job in jobs(Stock(folder), processes) if not only or job.arguments[0] in only]
+    return [
+        row for job in chosen for row in run_job(job, folder / job.name.replace(", ", "-").replace(" ", "-"), scale)
+    ]
+
+
+def run_job(job: Job, folder: Path, scale: float) -> list[Row]:
+    """A row for each kind of fault; they are kept after every disturbed run, and it goes on from there."""
+    kept = folder.with_suffix(".json")
+    rows = {row["what"]: Row(**row) for row in json.loads(kept.read_text())} if kept.exists() else {}
+    expected = None
+    for name, (fault, most) in FAULTS.items():
+        what, wanted = f"{name}: {job.name}", max(1, round(most * scale))
+        row = rows.get(what, Row(what, 0, 0))
+        draw = random.Random(f"{what}, from {row.tried}")
+        for _ in range(10 * wanted):  # a run may be faster than its kill
+            if row.tried >= wanted:
                 break
-            chain = min(CHAIN, wanted - hits)
-            hit, problem = killed_run(job, here / f"kills-{number}", expected, draw, chain)
-            hits += hit
-            problems += [problem] if problem else []
-            print(f"{job.name}: {hits} kills: {problem or 'same files'}", flush=True)
+            if expected is None:
+                shutil.rmtree(folder, ignore_errors=True)
+                expected = Undisturbed(job, folder / "undisturbed")
+            place = folder / f"{fault.__name__}-{row.tried}"
+            shutil.rmtree(place, ignore_errors=True)
+            if fault is killed_run:
+                hits, problem = killed_run(job, place, expected, draw, wanted - row.tried)
+            else:
+                hits, problem = 1, fault(job, place, expected, draw)
+            row = Row(what, row.tried + hits, row.failed + bool(problem), problem[:300] if problem else row.detail)
+            print(f"{what}: {row.tried}: {problem or 'survived'}", flush=True)
             if not problem:
-                shutil.rmtree(here / f"kills-{number}")
-        detail = f"SIGKILL, SIGTERM; run of {expected.seconds:.1f} s"
-        rows.append(Row(f"kills of {job.name}", hits, len(problems), problems[0][:300] if problems else detail))
-        for name, fault in FAULTS.items():
-            tries = max(1, round(3 * scale)) if fault is without_room else 1
-            problems = [fault(job, here / f"{fault.__name__}-{i}", expected, draw) for i in range(tries)]
-            problems = [problem for problem in problems if problem]
-            print(f"{job.name}: {name}: {problems or 'survived'}", flush=True)
-            rows.append(Row(f"{name}: {job.name}", tries, len(problems), problems[0][:300] if problems else ""))
-        write_text(done, json.dumps([asdict(row) for row in rows[first:]], indent=2) + "\n")
-    return rows
+                shutil.rmtree(place)
+            rows[what] = row
+            write_text(kept, json.dumps([asdict(row) for row in rows.values()], indent=2) + "\n")
+    return list(rows.values())
