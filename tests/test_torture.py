@@ -15,7 +15,7 @@ from pathlib import Path
 journal = Path(sys.argv[1]); journal.mkdir(); kept = []
 for number in range(60):
     if sys.argv[2] == "leak":
-        kept.append(open(tempfile.mkstemp()[1]))
+        kept += open(tempfile.mkstemp()[1]), bytearray(2**22)
     time.sleep(0.05)
 journal.rmdir()
 time.sleep(0.3)
@@ -23,7 +23,7 @@ time.sleep(0.3)
 
 
 @pytest.mark.parametrize("kind", ["flat", "leak"])
-def test_a_leak_of_files_shows_in_the_samples(kind, tmp_path, monkeypatch):
+def test_a_leak_shows_in_the_samples(kind, tmp_path, monkeypatch):
     journal, temporary = tmp_path / "journal", tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
@@ -32,9 +32,9 @@ def test_a_leak_of_files_shows_in_the_samples(kind, tmp_path, monkeypatch):
     assert process.wait() == 0 and samples[-1].done
     steady = [sample for sample in samples if not sample.done]
     assert len(steady) > 10
-    for key in ("open_files", "temporary_files"):
+    for key in ("open_files", "temporary_files", "address_space_mib"):
         rise = soak.rise([s.seconds for s in steady], [getattr(s, key) for s in steady])
-        assert (rise > 20) == (kind == "leak") and (abs(rise) < 1) == (kind == "flat")
+        assert (rise > 20) == (kind == "leak") and (abs(rise) < 1) == (kind == "flat"), key
     soak.save(soak.draw("a plot", samples, 1.0), tmp_path / "plot.svg")
     assert "temp. files" in (tmp_path / "plot.svg").read_text()
 
