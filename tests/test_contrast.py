@@ -81,6 +81,7 @@ def test_an_evaluation_takes_a_second_model_in_the_verifiers_place(system1_folde
     plain, guided = (metrics["modes"][mode] for mode in (Mode.PLAIN_GREEDY, Mode.GUIDED_GREEDY))
     assert plain["tokens_per_problem"] == guided["tokens_per_problem"]  # the same model twice changes nothing
     assert (plain["verifier_forwards_per_token"], guided["verifier_forwards_per_token"]) == (0, 1)
+    assert guided["verifier_tokens_per_token"] > 1 - 1 / 6 > plain["verifier_tokens_per_token"] == 0  # and the prompt
 
 
 def test_a_verifier_and_a_second_model_together_are_refused():

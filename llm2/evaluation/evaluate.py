@@ -197,9 +197,15 @@ class Evaluator:
                 trace=mode.guided and not contrasts and config.traced_samples > 0,
             )
         for index, completions in finished:
-            if contrasts:  # the second model takes a verifier's place at every token
-                completions = [row._replace(num_verifier_calls=len(row.token_ids)) for row in completions]
-            yield Decoded(problems[index], prompts[index], completions)
+            prompt = prompts[index]
+            if contrasts:  # the second model takes a verifier's place, and reads every token but the last
+                completions = [
+                    row._replace(
+                        num_verifier_calls=len(row.token_ids), num_verifier_tokens=len(prompt) + len(row.token_ids) - 1
+                    )
+                    for row in completions
+                ]
+            yield Decoded(problems[index], prompt, completions)
 
     def _entries(self, mode: Mode, group: Sequence[Decoded]) -> Iterator[dict]:
         """One journal entry per problem: its line of predictions.jsonl, plus `traces`."""
