@@ -435,6 +435,8 @@ class FinetuneConfig(SolutionsConfig, OptimizerConfig):
 
     output_dir: str
     """Folder for the fine-tuned System 1."""
+    replay_task: str | None = None
+    """Another task, of which as many gold solutions are mixed in, so that System 1 does not forget it."""
     output_rank: Count | None = None
     """Train only a low-rank edit of the output layer, of this rank; everything when null."""
 

@@ -81,6 +81,11 @@ def test_fine_tuning_makes_gold_solutions_likelier_and_the_result_is_a_system1(f
         finetune(finetune_config)
 
 
+def test_solutions_of_another_task_are_mixed_in(finetune_config):
+    counts = finetune(replace(finetune_config, replay_task="testbed_sorting", num_train_epochs=0.1))
+    assert counts["solutions"] == 16
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_low_rank_edit_changes_the_output_layer_alone(finetune_config, tmp_path, tied):
     system1 = load_system1(finetune_config.model, CPU)

@@ -37,6 +37,11 @@ def finetune(config: FinetuneConfig) -> dict:
     template, eos = resolve_template(config.chat_template), eos_ids(model, tokenizer)
     solutions = tokenize_solutions(task, problems, tokenizer, template, eos)
     task.close()
+    if config.replay_task is not None:
+        replayed = load_task(config.replay_task)
+        problems, _ = load_problems(replayed, config.split, config.limit)
+        solutions += tokenize_solutions(replayed, problems, tokenizer, template, eos)
+        replayed.close()
     set_seed(config.seed)  # the edit is drawn before the trainer sets the seed itself
     edited = config.output_rank and edit_output_layer(model, config.output_rank)
     trainer = trl.SFTTrainer(
