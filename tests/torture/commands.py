@@ -1,12 +1,14 @@
 """The product's own commands in processes of their own, as the scripts start them."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 MULTI = "configs/accelerate/multi_gpu.yaml"  # what scripts/launch.sh takes for several processes
@@ -34,11 +36,17 @@ def start(arguments: Sequence[str], log: Path, processes: int = 1, **environment
 
 
 def kill_once(process: subprocess.Popen, ripe: Callable[[], bool]) -> bool:
-    """SIGKILL the process and its children as soon as it is `ripe`; False where it ended before."""
+    """SIGKILL the process and those it started as soon as it is `ripe`; False where it ended before.
+
+    Workers of a launcher have sessions of their own, so that they are no part of its process group.
+    """
     while process.poll() is None:
         if ripe():
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+            for each in tree:
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+            psutil.wait_procs(tree)
             return True
         time.sleep(POLL)
     return False
