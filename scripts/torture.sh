@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The long tests: faults, bad input, long runs. Hours on a CPU; goes on where it was stopped, since a part that has left
-# results/torture/PART.json is skipped. Prints one table and writes it to results/torture/table.md.
+# results/torture/PART.json is skipped. Prints one table and writes it to results/torture/table.md and, when every part is
+# done at full scale, to figs/torture/.
 #
 #   bash scripts/torture.sh [PART ...] [--scale SHARE]
 #

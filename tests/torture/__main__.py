@@ -1,22 +1,26 @@
 """The long tests: python -m tests.torture [PART ...] [--scale SHARE]; bash scripts/torture.sh calls it.
 
 Each part has a folder under results/torture/ and leaves NAME.json there when it is done, after which it is skipped.
+When all are done at full scale, the table is written to figs/torture/, with the plots of the soak.
 """
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
 from dataclasses import asdict
+from datetime import date
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 from llm2.common.files import write_text
 from tests.torture.row import Row
 
 PARTS = ["bad_input", "kills", "fuzz", "determinism", "exits", "soak", "network", "page"]
-RESULTS = Path("results", "torture")
+RESULTS, PAGE = Path("results", "torture"), Path("figs", "torture")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,9 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: done already; delete {result(name)} to run it anew", flush=True)
         else:
             run_part(name, options.scale)
-    table = as_table(read_results())
-    (RESULTS / "table.md").write_text(table, encoding="utf-8")
+    table = as_table({name: read_rows(name) for name in PARTS if result(name).exists()})
+    write_text(RESULTS / "table.md", table)
     print(table)
+    if all(result(name).exists() and read(name)["scale"] == 1 for name in PARTS):
+        publish(table)
     return int(any(row.failed for name in asked for row in read_rows(name)))
 
 
@@ -53,21 +59,39 @@ def run_part(name: str, scale: float) -> None:
     write_text(result(name), json.dumps(content, indent=2) + "\n")
 
 
+def read(name: str) -> dict:
+    return json.loads(result(name).read_text(encoding="utf-8"))
+
+
 def read_rows(name: str) -> list[Row]:
-    return [Row(**row) for row in json.loads(result(name).read_text(encoding="utf-8"))["rows"]]
-
-
-def read_results() -> dict[str, list[Row]]:
-    """Of all parts that are done, in the order of PARTS."""
-    return {name: read_rows(name) for name in PARTS if result(name).exists()}
+    return [Row(**row) for row in read(name)["rows"]]
 
 
 def as_table(results: dict[str, list[Row]]) -> str:
     """Markdown."""
     lines = ["| part | what | tried | failed | |", "|---|---|---|---|---|"]
     for name, rows in results.items():
-        lines += [f"| {name} | {row.what} | {row.tried:,} | {row.failed:,} | {row.detail} |" for row in rows]
+        lines += [f"| {name} | {row.what} | {row.tried:,} | {row.failed:,} | {cell(row.detail)} |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def publish(table: str) -> None:
+    """The page of a whole run."""
+    plots = [RESULTS / "soak" / name / f"{name}.svg" for name in ("evaluate", "explore")]
+    lines = ["# Faults, bad input, long runs", ""]
+    lines += [
+        f"By `bash scripts/torture.sh`, {date.today()}, {os.cpu_count()} CPU cores, torch {version('torch')}.",
+        "",
+    ]
+    lines += [table, *(f"![Soak: {plot.stem}]({plot.name})" for plot in plots)]
+    PAGE.mkdir(parents=True, exist_ok=True)
+    write_text(PAGE / "README.md", "\n".join(lines) + "\n")
+    for plot in plots:
+        shutil.copy(plot, PAGE)
 
 
 if __name__ == "__main__":
