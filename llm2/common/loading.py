@@ -4,7 +4,9 @@ A name is a local folder, a hub id, or `testbed` for the embedded System 1. Loca
 weights are safetensors; remote code is never run.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -141,19 +143,34 @@ def _load(auto_class, name: str, **options):
         )
 
 
-def _load_weights(auto_class, name: str, new: Sequence[str] = (), **options) -> PreTrainedModel:
-    """A model none of whose weights, but those in `new`, is drawn at random since the files lack it."""
-    model, found = _load(auto_class, name, use_safetensors=True, output_loading_info=True, **options)
-    refuse_missing_weights(f"model {name!r}", set(found["missing_keys"]) - set(new))
+def _load_weights(auto_class, name: str, new: Collection[str] = (), **options) -> PreTrainedModel:
+    return load_whole(partial(_load, auto_class, name), f"model {name!r}: its weights", new, **options)
+
+
+def load_whole(load: Callable[..., tuple], what: str, new: Collection[str] = (), **options) -> PreTrainedModel:
+    """The model of a from_pretrained, none of whose weights, but those in `new`, is drawn at random.
+
+    Raises UserError, in which `what` hold them, where the files lack some or hold some of another shape; transformers
+    would log a table of them.
+    """
+    logger, no_table = logging.getLogger("transformers.modeling_utils"), _NoTable()
+    logger.addFilter(no_table)
+    try:
+        options = {"use_safetensors": True, **options}
+        model, found = load(output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    finally:
+        logger.removeFilter(no_table)
+    if other := sorted(found["mismatched_keys"]):
+        key, shape, expected = other[0]
+        raise UserError(f"{what} hold {key!r} of shape {[*shape]}, expected {[*expected]} as config.json says")
+    if missing := sorted({*found["missing_keys"]} - {*new}):
+        raise UserError(f"{what} do not hold {missing[0]!r}, expected all of the model, found {len(missing)} missing")
     return model
 
 
-def refuse_missing_weights(what: str, missing: Collection[str]) -> None:
-    """Raise UserError where there are any: transformers would draw them at random."""
-    if missing:
-        raise UserError(
-            f"{what}: its weights do not hold {min(missing)!r}, expected all of the model, found {len(missing)} missing"
-        )
+class _NoTable(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
 
 
 def _probe_hub(name: str) -> None:

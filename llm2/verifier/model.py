@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput
 
 from llm2.common.home import with_home, without_home
-from llm2.common.loading import is_local, load_backbone, load_language_model
+from llm2.common.loading import is_local, load_backbone, load_language_model, load_whole
 from llm2.errors import UserError
 from llm2.verifier import lora
 from llm2.verifier.checkpoints import is_sharded, sharded_state
@@ -164,11 +165,7 @@ class ProcessVerifier(PreTrainedModel):
             dtype = options.get("dtype")  # the shards hold float32
             return verifier.eval().to(dtype if isinstance(dtype, torch.dtype) else torch.float32)
         if has_own_backbone:
-            options = {"use_safetensors": True, **options}
-            verifier, found = super().from_pretrained(name, *inputs, output_loading_info=True, **options)
-            if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
-                raise UserError(f"its weights do not hold {missing[0]!r}, found {len(missing)} missing in all")
-            return verifier
+            return load_whole(partial(super().from_pretrained, name, *inputs), "its weights", **options)
         if system1 is None:
             base_model = with_home(config.base_model)
             options = {**options, "local_files_only": is_local(base_model)}

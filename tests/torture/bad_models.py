@@ -124,6 +124,12 @@ def other_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
+def wider_backbone(folder: Path) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    content["backbone_config"]["intermediate_size"] = 500
+    (folder / "config.json").write_text(json.dumps(content))
+
+
 def more_tokens(folder: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -176,7 +182,8 @@ CASES = [
     model("broken config", write("config.json", "{"), "config.json"),
     model("empty config", write("config.json", "{}"), "could not be loaded", "model_type"),
     model("unknown type", config(model_type="nonsense"), "could not be loaded", "nonsense"),
-    model("a shape that is not the weights'", config(hidden_size=320), "could not be loaded"),
+    model("a shape that is not the weights'", config(hidden_size=320), "of shape [", "expected ["),
+    model("weights of another shape", config(intermediate_size=64), "'model.layers.0.mlp", "expected [160, 64]"),
     model("a width of text", config(hidden_size="wide"), "could not be loaded", "hidden_size"),
     model("remote code", remote_code, "could not be loaded", "custom code"),
     model("an encoder", encoder, "expected a decoder-only language model", "'bert'"),
@@ -195,6 +202,7 @@ CASES = [
     verifier("truncated", truncate, "could not be loaded"),
     verifier("no head", without("score"), "do not hold 'score.weight'"),
     verifier("no layer", without("layers.0."), "do not hold 'backbone.layers.0."),
+    verifier("weights of another shape", wider_backbone, "'backbone.layers.0.mlp", "expected ["),
     verifier("a pickle", pickled, "model.safetensors"),
     verifier("no config", lambda folder: (folder / "config.json").unlink(), "expected a folder with config.json"),
     verifier("a broken verifier config", write("config.json", "{"), "config.json"),
