@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,8 +23,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
 
+from llm2.common.files import write_text
 from tests.torture.row import Row
 
+RESUMES = True
 ROOT = Path(__file__).parent.parent.parent
 PROGRESS = re.compile(r"\d+%\||\d+(\.\d+)?(s/)?(it|problem|run)s?(/s)?\b")  # bars of tqdm
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, PR_CAPBSET_DROP = 1, 2, 24
@@ -183,20 +186,31 @@ def all_cases() -> list[Case]:
 
 
 def run(folder: Path, scale: float) -> list[Row]:
-    """Every case as a process, and again with --debug; with a scale below 1 the first ones of each kind."""
+    """Every case as a process, and again with --debug; with a scale below 1 the first ones of each kind.
+
+    Cases that have been refused as they should are in refused.json, and are not tried again.
+    """
     tried, failed, details, debug_failed = Counter(), Counter(), {}, []
-    stock, cases = Stock(folder), all_cases()
+    stock, cases, kept = Stock(folder / "stock"), all_cases(), folder / "refused.json"
+    refused = json.loads(kept.read_text()) if kept.exists() else []
     totals = Counter(case.kind for case in cases)
     for number, case in enumerate(cases):
         if tried[case.kind] >= max(1, scale * totals[case.kind]):
             continue
         tried[case.kind] += 1
-        problem = attack(case, folder / str(number), stock, as_process=True)
+        name, place = f"{case.kind}: {case.name}", folder / str(number)
+        if name in refused:
+            continue
+        shutil.rmtree(place, ignore_errors=True)
+        problem = attack(case, place / "case", stock, as_process=True)
         if problem is not None:
             failed[case.kind] += 1
             details.setdefault(case.kind, case.name)
-        if not debug_shows_traceback(case, folder / f"{number}-debug", stock):
+        if not (debug := debug_shows_traceback(case, place / "debug", stock)):
             debug_failed.append(case.name)
-        print(f"{case.kind}: {case.name}: {problem or 'refused'}", flush=True)
+        if problem is None and debug:
+            write_text(kept, json.dumps(refused := [*refused, name], indent=1) + "\n")
+            shutil.rmtree(place)
+        print(f"{name}: {problem or 'refused'}", flush=True)
     rows = [Row(f"bad input: {kind}", tried[kind], failed[kind], details.get(kind, "")) for kind in tried]
     return [*rows, Row("--debug shows the traceback", tried.total(), len(debug_failed), ", ".join(debug_failed[:3]))]
