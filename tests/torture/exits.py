@@ -3,13 +3,16 @@
 Once, and never again, such a process aborted when its interpreter shut down, its work done.
 """
 
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
 
+from llm2.common.files import write_text
 from tests.torture.commands import last_words, settings, start
 from tests.torture.row import Row
 
+RESUMES = True  # after the last start
 STARTS = 200
 LONGEST = 300  # seconds
 COMMON = {"model": "testbed", "device": "cpu", "limit": 24}
@@ -28,26 +31,25 @@ COMMANDS = {
 
 def run(folder: Path, scale: float) -> list[Row]:
     """Both commands in turn: one shares work through the store alone, the other reduces gradients over gloo."""
-    statuses: dict[str, Counter[int]] = {name: Counter() for name in COMMANDS}
+    kept = folder / "statuses.json"
+    statuses: list[int] = json.loads(kept.read_text()) if kept.exists() else []
     words = ""
-    for number in range(max(2, round(STARTS * scale))):
+    for number in range(len(statuses), max(2, round(STARTS * scale))):
         name = list(COMMANDS)[number % len(COMMANDS)]
         output, log = folder / str(number), folder / f"{number}.log"
+        shutil.rmtree(output, ignore_errors=True)
         arguments = [name, *settings({**COMMON, **COMMANDS[name], "output_dir": output})]
         # Each abort of a worker ends the launcher with a status that is not 0.
         status = start(arguments, log, processes=2).wait(LONGEST)
-        statuses[name][status] += 1
         if status:
             words = f"; {log}: {last_words(log)}"
         else:
             shutil.rmtree(output)
             log.unlink()
-    return [
-        Row(
-            f"exits of two processes: {name}",
-            counts.total(),
-            counts.total() - counts[0],
-            ", ".join(f"status {status}: {count}" for status, count in sorted(counts.items())) + words,
-        )
-        for name, counts in statuses.items()
-    ]
+        write_text(kept, json.dumps(statuses := [*statuses, status]) + "\n")
+    rows = []
+    for index, name in enumerate(COMMANDS):
+        counts = Counter(statuses[index :: len(COMMANDS)])
+        detail = ", ".join(f"status {status}: {count}" for status, count in sorted(counts.items())) + words
+        rows.append(Row(f"exits of two processes: {name}", counts.total(), counts.total() - counts[0], detail))
+    return rows
