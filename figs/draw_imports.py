@@ -1,7 +1,8 @@
 """Draw figs/imports.svg, which package of llm2 imports which: python -m figs.draw_imports
 
 An arrow points from a package to one that it imports, the thicker the more imports there are between their modules.
-Left out: __main__, which imports every command, and common, config and errors, which every package may import.
+Left out: __main__, which imports every command, commands, the table of their configs, and common, config and errors,
+which every package may import.
 """
 
 import ast

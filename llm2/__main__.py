@@ -13,17 +13,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llm2.baselines.config import FinetuneConfig, OutcomeConfig, PreferConfig, SelfConsistencyConfig
+from llm2.commands import CONFIGS
 from llm2.common.config_file import help_text, load_config
 from llm2.config import (
-    CONFIGS,
     EvaluateConfig,
     ExploreConfig,
-    FinetuneConfig,
     GenerateConfig,
-    OutcomeConfig,
-    PreferConfig,
     PretrainConfig,
-    SelfConsistencyConfig,
     ServeConfig,
     SweepConfig,
     TrainConfig,

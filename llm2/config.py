@@ -132,15 +132,21 @@ class RolloutConfig(ModelConfig, GuidanceConfig, EngineConfig):
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
-class SolutionsConfig(TaskConfig, RolloutConfig):
-    """The right solutions of which problems: the task's gold ones, or own ones, for which a grader is enough."""
+class SamplesConfig(TaskConfig, RolloutConfig):
+    """Solutions that System 1 writes itself, alone or guided."""
 
     split: str = "train"
-    """Split of the task whose solutions are used."""
+    """Split of the task whose problems are solved."""
+    solution_samples: Count = 8
+    """Solutions sampled per problem."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class SolutionsConfig(SamplesConfig):
+    """The right solutions of which problems: the task's gold ones, or own ones, for which a grader is enough."""
+
     solutions: Literal["gold", "own"] = "gold"
     """The task's gold solutions, or right ones sampled from System 1, guided if there is a verifier."""
-    solution_samples: Count = 8
-    """Solutions sampled per problem with solutions=own."""
     max_solutions: Count = 1
     """Distinct right solutions kept per problem with solutions=own, the first ones."""
 
@@ -427,75 +433,3 @@ class GenerateConfig:
     """Write limit conversations of the corpus of two skills instead, for task=chats."""
     seed: Seed = 0
     """Seed of the corpus."""
-
-
-@dataclass(frozen=True, config=STRICT, kw_only=True)
-class FinetuneConfig(SolutionsConfig, OptimizerConfig):
-    """Fine-tune System 1 on gold solutions, or by rejection sampling on its own right ones (solutions=own)."""
-
-    output_dir: str
-    """Folder for the fine-tuned System 1."""
-    replay_task: str | None = None
-    """Another task, of which as many gold solutions are mixed in, so that System 1 does not forget it."""
-    output_rank: Count | None = None
-    """Train only a low-rank edit of the output layer, of this rank; everything when null."""
-
-
-@dataclass(frozen=True, config=STRICT, kw_only=True)
-class PreferConfig(ModelConfig, OptimizerConfig):
-    """Fine-tune System 1 to prefer gold tokens to negatives: DPO's loss on the triplets of a verifier."""
-
-    train_file: str
-    """What to train on, JSON lines: triplets, or an exploration's verdicts (OUTPUT.pairs.jsonl) as soft targets."""
-    output_dir: str
-    """Folder for the fine-tuned System 1."""
-    preference_beta: Positive = 0.1
-    """Weight b of the log-ratios to System 1 in -log sigmoid(b * (log-ratio of gold - log-ratio of the negative))."""
-
-
-@dataclass(frozen=True, config=STRICT, kw_only=True)
-class OutcomeConfig(TaskConfig, RolloutConfig, OptimizerConfig):
-    """Train a verifier of finished solutions on right and wrong samples of System 1: an outcome score."""
-
-    output_dir: str
-    """Folder for the verifier; evaluate it with modes=[plain_sampling] solution_score=last."""
-    split: str = "train"
-    """Split of the task whose problems are solved."""
-    solution_samples: Count = 8
-    """Solutions sampled per problem."""
-    max_pairs: Count = 4
-    """Pairs of a right and a wrong solution per problem, at most."""
-
-
-@dataclass(frozen=True, config=STRICT, kw_only=True)
-class SelfConsistencyConfig:
-    """Compare a majority of plain samples with a mode of another evaluation at equal generated tokens."""
-
-    samples: str
-    """Results folder with the mode plain_sampling."""
-    against: str
-    """Results folder of the same problems to compare with."""
-    mode: ModeKey = Mode.GUIDED_GREEDY
-    """Its mode."""
-    majority_at: Count = 1
-    """Samples of that mode, if it samples, that vote."""
-    output: str
-    """JSON file to write."""
-    seed: Seed = 0
-    """Seed of the bootstrap."""
-
-
-# Command of `python -m llm2` -> its config.
-CONFIGS = {
-    "explore": ExploreConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "sweep": SweepConfig,
-    "finetune": FinetuneConfig,
-    "prefer": PreferConfig,
-    "outcome": OutcomeConfig,
-    "self-consistency": SelfConsistencyConfig,
-    "generate": GenerateConfig,
-    "serve": ServeConfig,
-    "pretrain": PretrainConfig,
-}

@@ -12,12 +12,12 @@ from conftest import tiny_system1
 from test_train import write_triplets
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
+from llm2.baselines.config import FinetuneConfig, OutcomeConfig, PreferConfig, SelfConsistencyConfig
 from llm2.baselines.finetune import examples, finetune
 from llm2.baselines.outcome import as_verifier, outcome_pairs, train_outcome
 from llm2.baselines.prefer import PreferenceTrainer, prefer, preference_batch
 from llm2.baselines.self_consistency import compare
 from llm2.common.loading import load_system1, load_tokenizer
-from llm2.config import FinetuneConfig, OutcomeConfig, PreferConfig, SelfConsistencyConfig
 from llm2.errors import UserError
 from llm2.exploration.own_solutions import Sample
 from llm2.exploration.solutions import tokenize_solutions
@@ -84,6 +84,12 @@ def test_fine_tuning_makes_gold_solutions_likelier_and_the_result_is_a_system1(f
 def test_solutions_of_another_task_are_mixed_in(finetune_config):
     counts = finetune(replace(finetune_config, replay_task="testbed_sorting", num_train_epochs=0.1))
     assert counts["solutions"] == 16
+
+
+def test_an_unknown_task_to_replay_is_refused_before_solutions_are_sampled(finetune_config):
+    with pytest.raises(UserError, match="key 'replay_task': found 'sortign'"):
+        finetune(replace(finetune_config, replay_task="sortign", solutions="own"))
+    assert not Path(finetune_config.output_dir, "solutions").exists()
 
 
 @pytest.mark.parametrize("tied", [True, False])

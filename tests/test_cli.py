@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm2.__main__ import CONFIGS, main
+from llm2.__main__ import main
+from llm2.commands import CONFIGS
 from llm2.common.loading import load_system1
 from llm2.errors import UserError
 from llm2.verifier.load import load_verifier

@@ -8,8 +8,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
 from llm2.benchmarks.configs import benchmark_class
+from llm2.commands import CONFIGS as CLASSES
 from llm2.common.config_file import as_dict, load_config, write_config
-from llm2.config import CONFIGS as CLASSES
 from llm2.config import EvaluateConfig, ExploreConfig, ServeConfig, TrainConfig
 from llm2.errors import UserError
 from llm2.study.config import StudyConfig

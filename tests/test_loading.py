@@ -1,7 +1,11 @@
 """Models by name: `testbed` is the embedded System 1 wherever the process runs; others are refused in one sentence."""
 
+import logging
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llm2.common.loading import (
     TESTBED,
@@ -9,6 +13,7 @@ from llm2.common.loading import (
     eos_ids_by_name,
     is_local,
     load_backbone,
+    load_language_model,
     load_system1,
     load_tokenizer,
     require_model,
@@ -35,6 +40,28 @@ def test_a_missing_folder_is_refused_in_one_sentence(load):
     with pytest.raises(UserError, match="'./nowhere': expected a folder with config.json, found none") as refusal:
         load("./nowhere")
     assert "\n" not in str(refusal.value)
+
+
+def test_weights_that_a_model_does_not_take_are_reported_and_those_that_it_lacks_are_an_error(tmp_path, caplog):
+    name, weights = "model.norm.weight", load_file(TESTBED / "model.safetensors")
+    logging.getLogger("transformers.modeling_utils").addHandler(caplog.handler)
+    shutil.copytree(TESTBED, tmp_path, dirs_exist_ok=True)
+
+    def load(changed: dict[str, torch.Tensor]) -> list[str]:
+        caplog.clear()
+        save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
+        load_language_model(str(tmp_path))
+        return [message for message in caplog.messages if "REPORT" in message]
+
+    assert load(weights) == []
+    (report,) = load({**weights, "a.stranger": torch.zeros(2)})
+    assert "a.stranger" in report and "UNEXPECTED" in report
+    with pytest.raises(UserError, match=f"do not hold '{name}', expected all of the model, found 1 missing"):
+        load({key: value for key, value in weights.items() if key != name})
+    with pytest.raises(UserError, match=rf"hold '{name}' of shape \[3\], expected \[160\] as config.json says"):
+        load({**weights, name: torch.zeros(3)})
+    assert caplog.messages == []
+    logging.getLogger("transformers.modeling_utils").removeHandler(caplog.handler)
 
 
 def test_devices_are_resolved_without_starting_cuda(monkeypatch):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llm2.__main__ import CONFIGS
 from llm2.benchmarks.configs import BENCHMARKS
+from llm2.commands import CONFIGS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

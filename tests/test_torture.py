@@ -50,22 +50,6 @@ def test_times_and_folders_are_left_out_of_the_comparison_and_nothing_else(tmp_p
     assert a == b != c and a["report.json"] == b'{"rows": [{"value": 5}], "at": "FOLDER"}'
 
 
-@pytest.mark.parametrize(
-    "old, new, differing",
-    [
-        ("-1.52", "-1.521", 1),
-        ("-1.52", "-1.522", None),
-        ("7.25", "7.26", 1),
-        ("7.25", "7.28", None),
-        ("1,", "2,", None),
-    ],
-)
-def test_figures_of_a_trace_may_differ_in_their_last_digit_and_nothing_else_may(old, new, differing):
-    trace = '{"id": "a", "traces": [{"scores": [7.25], "choices": [{"at": 1, "logprobs": [-1.52], "scores": [0.5]}]}]}'
-    assert determinism.last_digits(trace.encode(), trace.encode()) == 0
-    assert determinism.last_digits(trace.replace(old, new).encode(), trace.encode()) == differing
-
-
 @pytest.mark.slow
 def test_runs_are_equal_to_the_byte(tmp_path):
     rows = determinism.run(tmp_path, 0.05, only=("an ASCII locale", "killed, then resumed"))
@@ -83,5 +67,5 @@ def test_a_short_evaluation_and_exploration_are_watched_from_begin_to_end(tmp_pa
     """Too short to be flat: what is tested is that samples are taken and drawn."""
     monkeypatch.setattr(soak, "TOLERANCE", dict.fromkeys(soak.TOLERANCE, 10_000.0))
     rows = soak.run(tmp_path, 0.01, interval=0.2)
-    assert [row.failed for row in rows] == [0, 0], rows
+    assert [row.failed for row in rows] == [0, 0, 0], rows
     assert all(Path(tmp_path, name, f"{name}.svg").exists() for name in soak.PROBLEMS)

@@ -185,6 +185,8 @@ def test_every_example_occurs_once_an_epoch_and_steps_are_full():
     assert list(order) != first and sorted(order) == list(range(12))
     order.set_epoch(3)
     assert len(set(order)) == len(list(order)) == 8, "11 steps in all"
+    order.set_epoch(5)
+    assert not list(order), "none beyond the last epoch"
 
 
 def test_every_parameter_moves(system1_folder, tmp_path):

@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from llm2.baselines.config import FinetuneConfig
 from llm2.baselines.training import import_trl, refuse_existing, save, trainer_arguments
 from llm2.common.chat import resolve_template
 from llm2.common.distributed import process_device
 from llm2.common.loading import eos_ids, load_system1, load_tokenizer, resolve_device
-from llm2.config import FinetuneConfig
 from llm2.exploration.engines import open_engine
 from llm2.exploration.own_solutions import own_solutions
 from llm2.exploration.solutions import TokenizedSolution, load_problems, tokenize_solutions
@@ -32,15 +32,15 @@ def finetune(config: FinetuneConfig) -> dict:
     device = process_device(resolve_device(config.device))
     arguments = trainer_arguments(config, device)
     tokenizer, task = load_tokenizer(config.model), load_task(config.task, config.data_file, config.grader)
+    replayed = config.replay_task and load_task(config.replay_task, key="replay_task")
+    replayed_problems = load_problems(replayed, config.split, config.limit)[0] if replayed else []
     problems, counts = right_solutions(config, task, tokenizer)
     model = load_system1(config.model, device, "float32")
     template, eos = resolve_template(config.chat_template), eos_ids(model, tokenizer)
     solutions = tokenize_solutions(task, problems, tokenizer, template, eos)
     task.close()
-    if config.replay_task is not None:
-        replayed = load_task(config.replay_task)
-        problems, _ = load_problems(replayed, config.split, config.limit)
-        solutions += tokenize_solutions(replayed, problems, tokenizer, template, eos)
+    if replayed:
+        solutions += tokenize_solutions(replayed, replayed_problems, tokenizer, template, eos)
         replayed.close()
     set_seed(config.seed)  # the edit is drawn before the trainer sets the seed itself
     edited = config.output_rank and edit_output_layer(model, config.output_rank)

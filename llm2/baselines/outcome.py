@@ -15,11 +15,11 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llm2.baselines.config import OutcomeConfig
 from llm2.baselines.training import import_trl, refuse_existing, save, trainer_arguments
 from llm2.common.chat import resolve_template
 from llm2.common.loading import eos_ids_by_name, load_classifier, load_tokenizer, resolve_device
 from llm2.common.seeds import row_seed
-from llm2.config import OutcomeConfig
 from llm2.errors import UserError
 from llm2.exploration.engines import open_engine
 from llm2.exploration.own_solutions import Sample, sample_solutions

@@ -12,11 +12,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from llm2.baselines.config import PreferConfig
 from llm2.baselines.training import refuse_existing, save, trainer_arguments
 from llm2.common.chat import resolve_template
 from llm2.common.distributed import process_device
 from llm2.common.loading import load_system1, load_tokenizer, resolve_device
-from llm2.config import PreferConfig
 from llm2.verifier.loss import pairwise_loss
 from llm2.verifier.pair_metrics import system1_margins
 from llm2.verifier.triplets import Example, load_examples

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from llm2.baselines.config import SelfConsistencyConfig
 from llm2.common.files import write_text
 from llm2.common.jsonl import read_jsonl
 from llm2.common.stats import majority_at_k, mean_intervals, paired_bootstrap
-from llm2.config import Mode, SelfConsistencyConfig
+from llm2.config import Mode
 from llm2.errors import UserError
 
 

@@ -150,27 +150,24 @@ def _load_weights(auto_class, name: str, new: Collection[str] = (), **options) -
 def load_whole(load: Callable[..., tuple], what: str, new: Collection[str] = (), **options) -> PreTrainedModel:
     """The model of a from_pretrained, none of whose weights, but those in `new`, is drawn at random.
 
-    Raises UserError, in which `what` hold them, where the files lack some or hold some of another shape; transformers
-    would log a table of them.
+    Raises UserError, in which `what` hold them, where the files lack some or hold some of another shape. What
+    transformers logs is held back until then: a table of the same, or of weights that the model does not take.
     """
-    logger, no_table = logging.getLogger("transformers.modeling_utils"), _NoTable()
-    logger.addFilter(no_table)
+    logger, held = logging.getLogger("transformers.modeling_utils"), []
+    logger.addFilter(held.append)  # it returns None: the record is dropped
     try:
         options = {"use_safetensors": True, **options}
         model, found = load(output_loading_info=True, ignore_mismatched_sizes=True, **options)
     finally:
-        logger.removeFilter(no_table)
+        logger.removeFilter(held.append)
     if other := sorted(found["mismatched_keys"]):
         key, shape, expected = other[0]
         raise UserError(f"{what} hold {key!r} of shape {[*shape]}, expected {[*expected]} as config.json says")
     if missing := sorted({*found["missing_keys"]} - {*new}):
         raise UserError(f"{what} do not hold {missing[0]!r}, expected all of the model, found {len(missing)} missing")
+    for record in held:
+        logger.handle(record)
     return model
-
-
-class _NoTable(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
 
 
 def _probe_hub(name: str) -> None:

@@ -16,7 +16,7 @@ from llm2.common.chat import encode_chats, resolve_template
 from llm2.common.distributed import barrier, dist_info, iter_shared_work
 from llm2.common.journal import Journal
 from llm2.common.seeds import row_seed
-from llm2.config import OutcomeConfig, SolutionsConfig
+from llm2.config import SamplesConfig, SolutionsConfig
 from llm2.errors import UserError
 from llm2.exploration.engines import Engine, Request
 from llm2.tasks import Problem, Task
@@ -86,7 +86,7 @@ def own_solutions(
 
 
 def sample_solutions(
-    config: SolutionsConfig | OutcomeConfig,
+    config: SamplesConfig,
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,

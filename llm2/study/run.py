@@ -14,8 +14,8 @@ from threading import Lock
 import yaml
 from tqdm import tqdm
 
+from llm2.commands import CONFIGS
 from llm2.common.config_file import load_config
-from llm2.config import CONFIGS
 from llm2.errors import UserError, explained, shown
 from llm2.study.config import StudyConfig, StudyStep
 

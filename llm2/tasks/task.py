@@ -86,16 +86,17 @@ class NumberTask(Task):
         return grade_numbers(texts, gold)
 
 
-def load_task(name: str, data_file: str | None = None, grader: str | None = None) -> Task:
+def load_task(name: str, data_file: str | None = None, grader: str | None = None, key: str = "task") -> Task:
     """A task by its name or as MODULE:CLASS, installed or in the working directory.
 
     Args:
         grader: MODULE:FUNCTION of (text, gold) -> bool that replaces the task's grading.
+        key: what errors call the name.
     """
-    cls = _load("task", BUILT_IN.get(name, name), f"one of {', '.join(BUILT_IN)}, or MODULE:CLASS")
+    cls = _load(key, BUILT_IN.get(name, name), f"one of {', '.join(BUILT_IN)}, or MODULE:CLASS")
     if not (isinstance(cls, type) and issubclass(cls, Task)):
-        raise UserError(f"key 'task': {name!r} is no subclass of llm2.tasks.Task")
-    with explained(f"key 'task': {name!r} fails on data_file={data_file}"):
+        raise UserError(f"key {key!r}: {name!r} is no subclass of llm2.tasks.Task")
+    with explained(f"key {key!r}: {name!r} fails on data_file={data_file}"):
         task = cls(data_file)
     if grader is not None:
         is_correct = _guarded(grader, _load("grader", grader, "MODULE:FUNCTION"))

@@ -56,7 +56,7 @@ class PaddedSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.num_examples, generator=generator).tolist()
         steps = len(self) // self.step_size
-        left = math.ceil(self.num_epochs * steps) - self.epoch * steps
+        left = max(0, math.ceil(self.num_epochs * steps) - self.epoch * steps)
         yield from [*order, *range(self.num_examples, len(self))][: left * self.step_size]
 
 

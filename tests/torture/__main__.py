@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     asked = options.parts or PARTS
     for name in asked:
         if result(name).exists():
-            print(f"{name}: done already; delete {result(name)} to run it anew", flush=True)
+            print(f"{name}: done already; delete {result(name)} and {RESULTS / name}/ to run it anew", flush=True)
         else:
             run_part(name, options.scale)
     table = as_table({name: read_rows(name) for name in PARTS if result(name).exists()})
@@ -81,7 +81,7 @@ def cell(text: str) -> str:
 
 def publish(table: str) -> None:
     """The page of a whole run."""
-    plots = [RESULTS / "soak" / name / f"{name}.svg" for name in ("evaluate", "explore")]
+    plots = sorted((RESULTS / "soak").glob("*/*.svg"))
     lines = ["# Faults, bad input, long runs", ""]
     lines += [
         f"By `bash scripts/torture.sh`, {date.today()}, {os.cpu_count()} CPU cores, torch {version('torch')}.",

@@ -35,15 +35,18 @@ def start(arguments: Sequence[str], log: Path, processes: int = 1, **environment
         )
 
 
-def kill_once(process: subprocess.Popen, ripe: Callable[[], bool]) -> bool:
-    """SIGKILL the process and those it started as soon as it is `ripe`; False where it ended before.
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all that it started; a launcher's workers have sessions, so process groups, of their own."""
+    first = psutil.Process(pid)
+    return [first, *first.children(recursive=True)]
 
-    Workers of a launcher have sessions of their own, so that they are no part of its process group.
-    """
+
+def kill_once(process: subprocess.Popen, ripe: Callable[[], bool]) -> bool:
+    """SIGKILL the process and those it started as soon as it is `ripe`; False where it ended before."""
     while process.poll() is None:
         if ripe():
-            tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-            for each in tree:
+            tree = family(process.pid)
+            for each in reversed(tree):
                 with suppress(psutil.NoSuchProcess):
                     each.kill()
             psutil.wait_procs(tree)

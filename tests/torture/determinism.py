@@ -1,8 +1,8 @@
 """Byte for byte: the files of explore, train, evaluate and pretrain over everything that must not change them.
 
 Every run has one thread per process: sums of floats depend on their number. Training in several processes is left out:
-it adds gradients in another order. Over batch sizes, figures of a trace may differ by one in their last digit. Left out
-of the comparison: the keys of LEFT_OUT, which hold times, and config.yaml and train.yaml, which hold what was varied.
+it adds gradients in another order. Left out of the comparison: the keys of LEFT_OUT, which hold times, and config.yaml
+and train.yaml, which hold what was varied.
 """
 
 import json
@@ -17,7 +17,6 @@ from tests.torture.row import Row
 LEFT_OUT = ("seconds", "tokens_per_second", "peak_rss_mib", "train_seconds", "peak_memory_mib")
 LEFT_OUT += ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 NOT_COMPARED = ("config.yaml", "train.yaml", "training_args.bin")  # the last holds the folder's name
-TRACES = "results/traces.jsonl"
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # the narrowest locale there is
 
 
@@ -86,7 +85,7 @@ def run(folder: Path, scale: float, only: tuple[str, ...] = ()) -> list[Row]:
     """Args: only: names of variations; all when empty."""
     rows = []
     for command in commands(folder, scale):
-        failures, notes, first = [], [], folder / command.name / "0"
+        failures, first = [], folder / command.name / "0"
         error = execute(command, Variation("the first"), first)
         expected = contents(first)
         chosen = [each for each in command.variations if not only or each.what in only]
@@ -95,16 +94,11 @@ def run(folder: Path, scale: float, only: tuple[str, ...] = ()) -> list[Row]:
             error = error or execute(command, variation, place)
             found = {} if error else contents(place)
             differing = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
-            rounded = None
-            if differing == [TRACES] and "batch_size" in variation.overrides:
-                rounded = last_digits(found[TRACES], expected[TRACES])
-            if rounded is not None:
-                notes.append(f"{variation.what}: {rounded} figures of {TRACES} by one in the last digit")
-            elif error or differing:
+            if error or differing:
                 failures.append(f"{variation.what}: {error or ', '.join(differing)}")
             error = None
         same = f"{len(expected)} files, {sum(map(len, expected.values())):,} bytes"
-        detail = "; ".join(failures) or "; ".join([f"{same}: {', '.join(each.what for each in chosen)}", *notes])
+        detail = "; ".join(failures) or f"{same}: {', '.join(each.what for each in chosen)}"
         rows.append(Row(f"{command.name} gives the same bytes", len(chosen), len(failures), detail))
     return rows
 
@@ -139,27 +133,6 @@ def contents(place: Path) -> dict[str, bytes]:
         content = path.read_bytes().replace(str(place).encode(), b"FOLDER")
         files[name] = json.dumps(without_times(json.loads(content))).encode() if path.suffix == ".json" else content
     return files
-
-
-def last_digits(found: bytes, expected: bytes) -> int | None:
-    """The figures of two traces.jsonl that differ, each by one in its last digit; None where anything else differs.
-
-    Another batch size has other rounding errors, which show where a figure is on the edge of being rounded up.
-    """
-    count = 0
-
-    def same(one: object, other: object, digit: float) -> bool:
-        nonlocal count
-        if isinstance(one, dict) and isinstance(other, dict):
-            digits = {"choices": 1e-3, "scores": digit}  # as llm2/evaluation/tracing.py rounds them
-            return list(one) == list(other) and all(same(one[k], other[k], digits.get(k, digit)) for k in one)
-        if isinstance(one, list) and isinstance(other, list):
-            return len(one) == len(other) and all(same(a, b, digit) for a, b in zip(one, other, strict=True))
-        count += one != other
-        return one == other or (isinstance(one, float) and isinstance(other, float) and abs(one - other) < 1.01 * digit)
-
-    lines = [[json.loads(line) for line in content.splitlines()] for content in (found, expected)]
-    return count if same(*lines, 1e-2) else None
 
 
 def without_times(value: object) -> object:

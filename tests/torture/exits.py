@@ -33,7 +33,6 @@ def run(folder: Path, scale: float) -> list[Row]:
     """Both commands in turn: one shares work through the store alone, the other reduces gradients over gloo."""
     kept = folder / "statuses.json"
     statuses: list[int] = json.loads(kept.read_text()) if kept.exists() else []
-    words = ""
     for number in range(len(statuses), max(2, round(STARTS * scale))):
         name = list(COMMANDS)[number % len(COMMANDS)]
         output, log = folder / str(number), folder / f"{number}.log"
@@ -41,15 +40,15 @@ def run(folder: Path, scale: float) -> list[Row]:
         arguments = [name, *settings({**COMMON, **COMMANDS[name], "output_dir": output})]
         # Each abort of a worker ends the launcher with a status that is not 0.
         status = start(arguments, log, processes=2).wait(LONGEST)
-        if status:
-            words = f"; {log}: {last_words(log)}"
-        else:
+        if not status:
             shutil.rmtree(output)
             log.unlink()
         write_text(kept, json.dumps(statuses := [*statuses, status]) + "\n")
     rows = []
     for index, name in enumerate(COMMANDS):
         counts = Counter(statuses[index :: len(COMMANDS)])
-        detail = ", ".join(f"status {status}: {count}" for status, count in sorted(counts.items())) + words
+        detail = ", ".join(f"status {status}: {count}" for status, count in sorted(counts.items()))
+        failed = [number for number in range(index, len(statuses), len(COMMANDS)) if statuses[number]]
+        detail += "".join(f"; {number}.log: {last_words(folder / f'{number}.log')}" for number in failed[:1])
         rows.append(Row(f"exits of two processes: {name}", counts.total(), counts.total() - counts[0], detail))
     return rows

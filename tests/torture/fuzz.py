@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
+from llm2.commands import CONFIGS
 from llm2.common.chat import LLAMA3_PLAIN, encode_chats
 from llm2.common.config_file import load_config, write_config
 from llm2.common.journal import Journal
-from llm2.config import CONFIGS, GenerateConfig
+from llm2.config import GenerateConfig
 from llm2.errors import UserError
 from llm2.evaluation.report import read_metrics, table
 from llm2.evaluation.report.pack import pack

@@ -23,6 +23,7 @@ import psutil
 
 from llm2.common.files import write_text
 from tests.torture.bad_input import ROOT, Stock, _keep_to_permissions
+from tests.torture.commands import family
 from tests.torture.row import Row
 
 KILLS = 20  # of each command with one process and with two, at full scale
@@ -154,11 +155,11 @@ def differences(found: dict[str, bytes], expected: dict[str, bytes]) -> list[str
 
 def kill(process: subprocess.Popen, number: signal.Signals, draw: random.Random) -> str:
     """All processes of a run, or one of several; returns which."""
-    tree = psutil.Process(process.pid)
     with contextlib.suppress(psutil.NoSuchProcess):
-        workers = [child for child in tree.children(recursive=True) if "llm2" in child.cmdline()]
+        tree = family(process.pid)
+        workers = [child for child in tree[1:] if "llm2" in child.cmdline()]
         whole = len(workers) < 2 or draw.random() < 0.5
-        for victim in [tree, *tree.children(recursive=True)] if whole else [draw.choice(workers)]:
+        for victim in tree if whole else [draw.choice(workers)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.send_signal(number)
         process.wait(PATIENCE)  # the launcher ends the others
@@ -242,8 +243,7 @@ def two_runs(job: Job, folder: Path, expected: Undisturbed, draw: random.Random)
     """The second run on the same output is refused and names the first, which is not disturbed."""
     first = job.start(folder)
     wait_for_lock(first, folder / job.lock)
-    tree = psutil.Process(first.pid)
-    tree = [tree, *tree.children(recursive=True)]
+    tree = family(first.pid)
     for process in tree:
         process.suspend()  # else it could end before the second one has started
     (folder / "log").rename(folder / "first.log")
