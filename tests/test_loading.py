@@ -42,9 +42,13 @@ def test_a_missing_folder_is_refused_in_one_sentence(load):
     assert "\n" not in str(refusal.value)
 
 
-def test_weights_that_a_model_does_not_take_are_reported_and_those_that_it_lacks_are_an_error(tmp_path, caplog):
+def test_weights_that_a_model_does_not_take_are_reported_and_those_that_it_lacks_are_an_error(
+    tmp_path, caplog, monkeypatch
+):
+    logger = logging.getLogger("transformers.modeling_utils")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "propagate", False)
     name, weights = "model.norm.weight", load_file(TESTBED / "model.safetensors")
-    logging.getLogger("transformers.modeling_utils").addHandler(caplog.handler)
     shutil.copytree(TESTBED, tmp_path, dirs_exist_ok=True)
 
     def load(changed: dict[str, torch.Tensor]) -> list[str]:
@@ -61,7 +65,6 @@ def test_weights_that_a_model_does_not_take_are_reported_and_those_that_it_lacks
     with pytest.raises(UserError, match=rf"hold '{name}' of shape \[3\], expected \[160\] as config.json says"):
         load({**weights, name: torch.zeros(3)})
     assert caplog.messages == []
-    logging.getLogger("transformers.modeling_utils").removeHandler(caplog.handler)
 
 
 def test_devices_are_resolved_without_starting_cuda(monkeypatch):
