@@ -1,5 +1,6 @@
 """The long parts of tests/torture at a tiny scale, and that each of them can fail."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.torture import __main__ as torture
 from tests.torture import determinism, exits, soak
 
 LEAK = """
@@ -48,6 +50,29 @@ def test_times_and_folders_are_left_out_of_the_comparison_and_nothing_else(tmp_p
         (tmp_path / name / "report.json").write_text(text)
     a, b, c = (determinism.contents(tmp_path / name) for name in "abc")
     assert a == b != c and a["report.json"] == b'{"rows": [{"value": 5}], "at": "FOLDER"}'
+
+
+def test_the_page_is_written_once_every_part_is_done_at_full_scale(tmp_path, monkeypatch, capsys):
+    results, page = tmp_path / "results", tmp_path / "page"
+    monkeypatch.setattr(torture, "RESULTS", results)
+    monkeypatch.setattr(torture, "PAGE", page)
+    for name in torture.PARTS:
+        write_result(results, name, 0.5 if name == "fuzz" else 1.0, failed=int(name == "exits"))
+    (results / "soak" / "explore").mkdir(parents=True)
+    (results / "soak" / "explore" / "explore.svg").write_text("<svg/>")
+    assert torture.main(["soak"]) == 0 and torture.main(["exits"]) == 1
+    assert "soak: done already; delete" in capsys.readouterr().out and not page.exists()
+    write_result(results, "fuzz", 1.0)
+    assert torture.main([]) == 1, "one has failed"
+    text = (page / "README.md").read_text()
+    assert "| fuzz | a try | 1,000 | 0 | a \\| b |\n" in text and "| exits | a try | 1,000 | 1 | a \\| b |\n" in text
+    assert "![Soak: explore](explore.svg)" in text and (page / "explore.svg").exists()
+
+
+def write_result(results: Path, name: str, scale: float, failed: int = 0) -> None:
+    results.mkdir(exist_ok=True)
+    row = {"what": "a try", "tried": 1000, "failed": failed, "detail": "a | b"}
+    (results / f"{name}.json").write_text(json.dumps({"scale": scale, "seconds": 1, "rows": [row]}))
 
 
 @pytest.mark.slow
