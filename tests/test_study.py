@@ -132,6 +132,9 @@ def test_the_summary_averages_over_seeds_and_pairs_equal_seeds(config):
     write_summary(replace(config, plots={}))
     plot = Path(config.report).with_suffix(".svg").read_text()
     assert ">old<" in plot and ">new<" in plot, "without plots, one with every row"
+    text = write_summary(replace(config, seen_problems=2))
+    assert text.startswith(write_summary(config)) and "Without the first 2 problems" in text
+    assert "| new  | 1     | 50.0" in text.partition("Without")[2], "of the last two"
     assert old.figures["speed"] == 0.5 and "speed" not in new.figures
 
 

@@ -1,9 +1,9 @@
 """The config of a study, which is a file of configs/studies/."""
 
 from dataclasses import field
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from llm2.config import STRICT, Count
@@ -79,6 +79,8 @@ class StudyConfig:
     """Further tests of one value of some axes against another, for all values of the other axes."""
     across: str | None = None
     """Axis whose values stand side by side, in one table for each way of decoding; null: one long table."""
+    seen_problems: Annotated[int, Field(ge=0)] = 0
+    """Problems, the first ones, that earlier work has looked at; the others then have a table of their own too."""
     columns: dict[str, str] = field(default_factory=dict)
     """Figures of training.json and metrics.json in the table, and their headings."""
     correlate: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ Letters: S seeds, N problems.
 
 import json
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +117,14 @@ def read_problems(path: Path, mode: str) -> dict[str, np.ndarray]:
         if None not in scores:
             shares.setdefault(" best", []).append(best_of_k(scores, correct, len(scores)))
     return {suffix: np.array(values) for suffix, values in shares.items()}
+
+
+def unseen(config: StudyConfig, found: Sequence[Result]) -> list[Result]:
+    """The results on the problems behind the first `config.seen_problems`."""
+    return [
+        replace(result, problems={name: shares[config.seen_problems :] for name, shares in result.problems.items()})
+        for result in found
+    ]
 
 
 def rows(config: StudyConfig, found: Sequence[Result]) -> list[Row]:

@@ -12,7 +12,7 @@ from llm2.common.files import write_text
 from llm2.common.stats import SeedsTest
 from llm2.errors import UserError
 from llm2.study.config import StudyConfig
-from llm2.study.summary import Comparison, Result, Row, comparisons, results, rows
+from llm2.study.summary import Comparison, Result, Row, comparisons, results, rows, unseen
 
 HEADINGS = {"sampling": "majority of all samples", "sampling best": "best score of all samples"}
 
@@ -26,10 +26,15 @@ def write_summary(config: StudyConfig) -> str:
     path = Path(config.report)
     path.parent.mkdir(parents=True, exist_ok=True)
     sentences = [*map(sentence, compared), *correlations(config, found)]
-    tables = [table(config, summary)] if config.across is None else across(config, summary)
-    text = "\n".join([*tables, *(f"- {each}" for each in sentences)]) + "\n"
+    lines, data = [*tables(config, summary), *(f"- {each}" for each in sentences)], as_json(summary, compared)
+    if config.seen_problems:
+        others = rows(config, unseen(config, found))
+        lines += [f"\nWithout the first {config.seen_problems:,} problems\n"]
+        lines += tables(config, others)
+        data["unseen"] = as_json(others, [])["rows"]
+    text = "\n".join(lines).rstrip("\n") + "\n"
     write_text(path.with_suffix(".md"), text)
-    write_text(path.with_suffix(".json"), json.dumps(as_json(summary, compared), indent=1) + "\n")
+    write_text(path.with_suffix(".json"), json.dumps(data, indent=1) + "\n")
     from llm2.study.plot import draw, draw_rows, save  # matplotlib is an extra
 
     for name, plot in config.plots.items():
@@ -37,6 +42,14 @@ def write_summary(config: StudyConfig) -> str:
     if not config.plots:
         save(draw_rows(config, summary), path.with_suffix(".svg"))
     return text
+
+
+def tables(config: StudyConfig, summary: Sequence[Row]) -> Iterator[str]:
+    """One table, or one for each way of decoding."""
+    if config.across is None:
+        yield table(config, summary)
+    else:
+        yield from across(config, summary)
 
 
 def table(config: StudyConfig, summary: Sequence[Row]) -> str:
