@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from tests.torture import __main__ as torture
-from tests.torture import determinism, exits, soak
+from tests.torture import determinism, exits, kills, soak
 
 LEAK = """
 import sys, time, tempfile
@@ -79,6 +79,12 @@ def write_result(results: Path, name: str, scale: float, failed: int = 0) -> Non
 def test_runs_are_equal_to_the_byte(tmp_path):
     rows = determinism.run(tmp_path, 0.05, only=("an ASCII locale", "killed, then resumed"))
     assert [row.tried for row in rows] == [2] * 4 and not any(row.failed for row in rows), rows
+
+
+@pytest.mark.slow
+def test_a_disturbed_exploration_goes_on_to_the_files_of_an_undisturbed_one(tmp_path):
+    rows = kills.run(tmp_path, 0.05, only=("explore",), processes=(1,))
+    assert [(row.tried, row.failed) for row in rows] == [(1, 0)] * 4, rows
 
 
 @pytest.mark.slow

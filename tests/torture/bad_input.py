@@ -5,10 +5,8 @@
 """
 
 import contextlib
-import ctypes
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -24,12 +22,11 @@ from pathlib import Path
 from unittest import mock
 
 from llm2.common.files import write_text
+from tests.torture.commands import ROOT, environment, keep_to_permissions
 from tests.torture.row import Row
 
 RESUMES = True
-ROOT = Path(__file__).parent.parent.parent
 PROGRESS = re.compile(r"\d+%\||\d+(\.\d+)?(s/)?(it|problem|run)s?(/s)?\b")  # bars of tqdm
-CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, PR_CAPBSET_DROP = 1, 2, 24
 
 
 @dataclass(frozen=True)
@@ -147,26 +144,17 @@ def here(arguments: list[str], folder: Path) -> tuple[int, str]:
 
 def in_process(arguments: list[str], folder: Path) -> tuple[int, str]:
     """Exit status and stderr of the command as a user starts it."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     finished = subprocess.run(
         [sys.executable, "-m", "llm2", *arguments],
         cwd=folder,
-        env=environment,
+        env=environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=600,
-        preexec_fn=_keep_to_permissions,
+        preexec_fn=keep_to_permissions,
     )
     return finished.returncode, finished.stderr
-
-
-def _keep_to_permissions() -> None:
-    """For root, from the next exec on: a file's permissions hold for it as for anyone."""
-    if os.geteuid() == 0:
-        for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
-            ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,38 +1,72 @@
 """The product's own commands in processes of their own, as the scripts start them."""
 
+import ctypes
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import psutil
 
 ROOT = Path(__file__).parents[2]
-MULTI = "configs/accelerate/multi_gpu.yaml"  # what scripts/launch.sh takes for several processes
+MULTI = ROOT / "configs" / "accelerate" / "multi_gpu.yaml"  # what scripts/launch.sh takes for several processes
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, PR_CAPBSET_DROP = 1, 2, 24
 POLL = 0.05
 
 
-def start(arguments: Sequence[str], log: Path, processes: int = 1, **environment: str) -> subprocess.Popen:
-    """`python -m llm2` or, for several processes, `accelerate launch`; one thread each, output to a file."""
-    command = [sys.executable, "-m", "llm2", *arguments]
+def start(
+    arguments: Sequence[str],
+    log: Path | None,
+    processes: int = 1,
+    folder: Path = ROOT,
+    before: Callable[[], None] | None = None,
+    **more: str,
+) -> subprocess.Popen:
+    """`python -m llm2` or, for several processes, `accelerate launch` with a port of its own.
+
+    Args:
+        log: the file to which the output is added; None for a pipe.
+        folder: the working directory.
+        before: what the process does before the command begins.
+        more: as for `environment`.
+    """
+    command = [sys.executable, "-m"]
     if processes > 1:
-        launcher = ["-m", "accelerate.commands.launch", "--quiet", "--config_file", MULTI, "--num_processes"]
-        launcher += [str(processes), "--num_cpu_threads_per_process", "1", "-m", "llm2"]
-        command = [sys.executable, *launcher, *arguments]
-    log.parent.mkdir(parents=True, exist_ok=True)
-    fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with log.open("ab") as output:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        command += ["accelerate.commands.launch", "--quiet", "--config_file", str(MULTI), "--main_process_port", port]
+        command += ["--num_processes", str(processes), "--num_cpu_threads_per_process", "1", "-m"]
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") if log is not None else nullcontext(subprocess.PIPE) as output:
         return subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **fixed, **environment},
+            [*command, "llm2", *arguments],
+            cwd=folder,
+            env=environment(**more),
+            stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            preexec_fn=before,
         )
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, for commands in any folder: one thread each, no network, no GPU."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    fixed = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **fixed, "DS_ACCELERATOR": "cpu", **more}
+
+
+def keep_to_permissions() -> None:
+    """For root, from the next exec on: a file's permissions hold for it as for anyone."""
+    if os.geteuid() == 0:
+        for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+            ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
 
 
 def family(pid: int) -> list[psutil.Process]:

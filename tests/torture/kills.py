@@ -6,14 +6,11 @@ between any two runs; the rest is equal byte for byte.
 
 import contextlib
 import json
-import os
 import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,8 +19,8 @@ from pathlib import Path
 import psutil
 
 from llm2.common.files import write_text
-from tests.torture.bad_input import ROOT, Stock, _keep_to_permissions
-from tests.torture.commands import family
+from tests.torture.bad_input import Stock
+from tests.torture.commands import ROOT, family, keep_to_permissions, start
 from tests.torture.row import Row
 
 KILLS = 20  # of each command with one process and with two, at full scale
@@ -51,28 +48,10 @@ class Job:
         return f"{self.output}.lock" if self.output.endswith(".jsonl") else f"{self.output}/.lock"
 
     def start(self, folder: Path, before: Callable[[], None] | None = None, piped: bool = False) -> subprocess.Popen:
-        """Its output goes to FOLDER/log, or to a pipe, which no limit on files touches."""
+        """In this folder; its output goes to the file log there, or to a pipe, which no limit on files touches."""
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m"]
-        if self.processes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = str(free.getsockname()[1])
-            config = str(ROOT / "configs" / "accelerate" / "multi_gpu.yaml")
-            command += ["accelerate.commands.launch", "--quiet", "--config_file", config, "--main_process_port", port]
-            command += ["--num_processes", str(self.processes), "--num_cpu_threads_per_process", "1", "-m"]
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        with (folder / "log").open("w") as log:
-            return subprocess.Popen(
-                [*command, "llm2", *self.arguments],
-                cwd=folder,
-                env=environment | {"DS_ACCELERATOR": "cpu"},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE if piped else log,
-                stderr=subprocess.STDOUT,
-                preexec_fn=before,
-            )
+        (folder / "log").write_text("")
+        return start(self.arguments, None if piped else folder / "log", self.processes, folder, before)
 
 
 def jobs(stock: Stock, processes: Sequence[int] = (1, 2)) -> list[Job]:
@@ -233,7 +212,7 @@ def read_only(job: Job, folder: Path, expected: Undisturbed, draw: random.Random
     (folder / "log").touch()
     target.chmod(0o555)
     try:
-        job.start(folder, _keep_to_permissions).wait(PATIENCE)
+        job.start(folder, keep_to_permissions).wait(PATIENCE)
     finally:
         target.chmod(0o755)
     return refused(job, folder, "Permission denied") or after(job, folder, expected, "read-only")

@@ -13,10 +13,9 @@ import zipfile
 from functools import cache
 from pathlib import Path
 
-import llm2
+from tests.torture.commands import ROOT
 from tests.torture.row import Row
 
-ROOT = Path(llm2.__file__).parent.parent
 MARK = "marked7f3a"
 SECRETS = {
     "HF_TOKEN": f"hf_{MARK}HuggingFaceToken",
