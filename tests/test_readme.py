@@ -61,6 +61,30 @@ def test_accuracies_with_intervals_are_those_of_committed_results():
         assert found and found <= committed, f"{path}: {sorted(found - committed)}"
 
 
+def test_the_figures_of_the_long_tests_are_those_of_their_table():
+    rows = re.findall(
+        r"^\| (\w+) \| (.+?) \| ([\d,]+) \| ([\d,]+) \|", (ROOT / "figs" / "torture" / "README.md").read_text(), re.M
+    )
+
+    def count(part: str, what: str = "", column: int = 2) -> int:
+        return sum(int(row[column].replace(",", "")) for row in rows if row[0] == part and row[1].startswith(what))
+
+    varied, differing = count("determinism"), count("determinism", column=3)
+    text = " ".join(README.split())
+    for words in (
+        f"Killed {count('kills', 'kills:')} times",
+        f"out of disk {count('kills', 'no room')} times",
+        f"started twice on one folder {count('kills', 'two runs')} times",
+        f"{count('bad_input', 'bad input')} bad inputs are refused",
+        f"none of {count('fuzz'):,} fuzzed inputs",
+        f"{count('exits')} of {count('exits')} pairs of processes",
+        f"{count('soak', 'soak: guided'):,} problems in one go",
+        f"in {varied - differing} of {varied} variations",
+    ):
+        assert words in text, words
+    assert not any(count(part, column=3) for part in ("kills", "bad_input", "fuzz", "exits", "soak"))
+
+
 def interval(mean: float, ci95: list[float]) -> str:
     return f"{100 * mean:.1f} [{100 * ci95[0]:.1f}, {100 * ci95[1]:.1f}]"
 

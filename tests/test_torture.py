@@ -65,6 +65,7 @@ def test_the_page_is_written_once_every_part_is_done_at_full_scale(tmp_path, mon
     write_result(results, "fuzz", 1.0)
     assert torture.main([]) == 1, "one has failed"
     text = (page / "README.md").read_text()
+    assert "\n| fuzz | 1,000 | 0 |\n" in text and "\n| exits | 1,000 | 1 |\n" in text
     assert "| fuzz | a try | 1,000 | 0 | a \\| b |\n" in text and "| exits | a try | 1,000 | 1 | a \\| b |\n" in text
     assert "![Soak: explore](explore.svg)" in text and (page / "explore.svg").exists()
 

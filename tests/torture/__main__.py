@@ -82,12 +82,12 @@ def cell(text: str) -> str:
 def publish(table: str) -> None:
     """The page of a whole run."""
     plots = sorted((RESULTS / "soak").glob("*/*.svg"))
-    lines = ["# Faults, bad input, long runs", ""]
-    lines += [
-        f"By `bash scripts/torture.sh`, {date.today()}, {os.cpu_count()} CPU cores, torch {version('torch')}.",
-        "",
-    ]
-    lines += [table, *(f"![Soak: {plot.stem}]({plot.name})" for plot in plots)]
+    by = f"By `bash scripts/torture.sh`, {date.today()}, {os.cpu_count()} CPU cores, torch {version('torch')}."
+    lines = ["# Faults, bad input, long runs", "", by, "", "| part | tried | failed |", "|---|---|---|"]
+    for name in PARTS:
+        rows = read_rows(name)
+        lines.append(f"| {name} | {sum(row.tried for row in rows):,} | {sum(row.failed for row in rows):,} |")
+    lines += ["", table, *(f"![Soak: {plot.stem}]({plot.name})" for plot in plots)]
     PAGE.mkdir(parents=True, exist_ok=True)
     write_text(PAGE / "README.md", "\n".join(lines) + "\n")
     for plot in plots:
