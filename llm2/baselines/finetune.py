@@ -32,7 +32,7 @@ def finetune(config: FinetuneConfig) -> dict:
     device = process_device(resolve_device(config.device))
     arguments = trainer_arguments(config, device)
     tokenizer, task = load_tokenizer(config.model), load_task(config.task, config.data_file, config.grader)
-    replayed = config.replay_task and load_task(config.replay_task, key="replay_task")
+    replayed = None if config.replay_task is None else load_task(config.replay_task, key="replay_task")
     replayed_problems = load_problems(replayed, config.split, config.limit)[0] if replayed else []
     problems, counts = right_solutions(config, task, tokenizer)
     model = load_system1(config.model, device, "float32")
