@@ -12,7 +12,8 @@ from llm2.common.config_file import load_config
 from llm2.common.stats import seeds_bootstrap
 from llm2.errors import UserError
 from llm2.study import run as study
-from llm2.study.config import StudyConfig
+from llm2.study.config import StudyConfig, StudyCurves, StudyStep
+from llm2.study.plot import draw_curves
 from llm2.study.summary import results, rows
 from llm2.study.table import write_summary
 
@@ -99,12 +100,26 @@ def test_done_steps_are_skipped_and_a_failure_is_told_after_the_others(config, m
         assert len(started) == expected
 
 
+def test_a_step_without_a_command_takes_what_another_study_has_written(config, tmp_path):
+    other = StudyStep(name="other", done=f"{tmp_path}/other/{{kind}}/metrics.json", only={"kind": ["old"]})
+    config = replace(config, steps=(other,), skip=(), axes=config.axes | {"kind": {"old": {}, "new": {}}})
+    assert [one.values for one in study.runs(config)] == [{"seed": s, "kind": "old"} for s in "01"], "new has no step"
+    with pytest.raises(UserError, match="other: expected .*other/old/metrics.json, which another study writes"):
+        study.run(config)
+    write_evaluation(tmp_path / "other" / "old", [True, False])
+    study.run(config)
+    (row,) = rows(config, results(config))
+    assert row.accuracies["greedy"].mean == 0.5
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"axes": {"seed": {"0": {"greedi": {}}}, "kind": {"old": {}}}}, "no step is called 'greedi'"),
         ({"skip": [{"kind": ["odd"]}]}, "skip: expected values of an axis, found kind"),
         ({"over": "sed"}, "expected axes, found 'sed'"),
+        ({"curves": {"x": "sizes"}}, "expected axes, found 'sizes'"),
+        ({"curves": {"x": "kind"}}, "curves: x: kind: expected numbers, found 'old'"),
         ({"steps": [{**STEP, "command": "evalu"}]}, "command: found 'evalu', expected one of explore"),
         ({"steps": [{**STEP, "set": {"bata": 1}}]}, "unknown key 'bata'; did you mean 'beta'"),
         ({"steps": [{**STEP, "only": {"kind": ["odd"]}}]}, "only: expected values of an axis, found kind"),
@@ -136,6 +151,23 @@ def test_the_summary_averages_over_seeds_and_pairs_equal_seeds(config):
     assert text.startswith(write_summary(config)) and "Without the first 2 problems" in text
     assert "| new  | 1     | 50.0" in text.partition("Without")[2], "of the last two"
     assert old.figures["speed"] == 0.5 and "speed" not in new.figures
+
+
+def test_tables_across_an_axis_and_curves_over_numbers(config):
+    config = replace(config, across="kind", plots={}, curves=StudyCurves(x="seed", panels="kind"), over=None)
+    for seed, right in (("0", [True, True, False, False]), ("1", [True, False, False, False])):
+        write_evaluation(Path(config.output_dir, f"{seed}-old", "greedy"), right)
+    text = write_summary(config)
+    accuracy, tokens = (part.split("\n\n")[0].splitlines() for part in text.split("| seed")[1:])
+    assert accuracy[2].endswith("100.0] | not run |") and tokens[2:] == [
+        "| 0    | 6   | not run |",
+        "| 1    | 8   | not run |",
+    ]
+    (panel,) = draw_curves(config, rows(config, results(config))).axes
+    assert panel.get_title() == "old" and panel.get_xlabel() == "seed"
+    (points,) = [line for line in panel.lines if len(line.get_xdata()) == 2 and line.get_marker() == "o"]
+    assert points.get_xydata().tolist() == [[0, 50], [1, 25]]
+    assert ">old<" in Path(config.report).with_suffix(".svg").read_text()
 
 
 def test_a_run_with_both_ways_of_decoding_keeps_the_modes_apart_in_all_runs(config):

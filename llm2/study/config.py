@@ -17,8 +17,8 @@ class StudyStep:
 
     name: str
     """What axes and reports call it."""
-    command: str
-    """Command of `python -m llm2`."""
+    command: str | None = None
+    """Command of `python -m llm2`; null: another study writes the file `done`."""
     config: str | None = None
     """Its config file."""
     set: dict[str, Any] = field(default_factory=dict)
@@ -43,6 +43,16 @@ class StudyPlot:
     """Axis that the colours tell."""
     marker: str
     """Axis that the markers tell."""
+
+
+@dataclass(frozen=True, config=NESTED, kw_only=True)
+class StudyCurves:
+    """Accuracy as curves over an axis whose values are numbers."""
+
+    x: str
+    """That axis."""
+    panels: str | None = None
+    """Axis whose values have a panel each; null: one panel."""
 
 
 @dataclass(frozen=True, config=NESTED, kw_only=True)
@@ -82,12 +92,14 @@ class StudyConfig:
     seen_problems: Annotated[int, Field(ge=0)] = 0
     """Problems, the first ones, that earlier work has looked at; the others then have a table of their own too."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Figures of training.json and metrics.json in the table, and their headings."""
+    """Figures of training.json and metrics.json and their headings: columns of the table, with `across` tables."""
     correlate: tuple[str, ...] = ()
     """Figures whose correlation with the accuracy of each mode is told, over all runs."""
     given: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     """Axis -> its values -> figures that were measured elsewhere."""
     plots: dict[str, StudyPlot] = field(default_factory=dict)
     """Name -> what REPORT_NAME.svg shows; when empty, REPORT.svg shows the rows with their intervals."""
+    curves: StudyCurves | None = None
+    """Axes of the curves that REPORT.svg then shows in place of the rows."""
     workers: Count = 1
     """Runs side by side; each gets an equal share of the CPU's threads."""

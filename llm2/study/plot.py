@@ -1,10 +1,11 @@
-"""The plots of a study: every row with its interval, or accuracy against a cost."""
+"""The plots of a study: every row with its interval, curves over an axis of numbers, or accuracy against a cost."""
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 from llm2.common.files import write_bytes
@@ -52,6 +53,50 @@ def draw_rows(config: StudyConfig, summary: Sequence[Row]) -> Figure:
         styles = zip(columns, COLOURS, MARKERS, strict=False)
         handles = [grid[0].plot([], [], m, color=c, label=PANELS.get(column, column))[0] for column, c, m in styles]
         figure.legend(handles=handles, loc="outside upper right", ncols=len(columns), frameon=False, fontsize=9)
+    return figure
+
+
+def draw_curves(config: StudyConfig, summary: Sequence[Row]) -> Figure:
+    """Accuracy over the axis `config.curves.x`, a line for each combination of the other axes and each column."""
+    x, of = config.curves.x, config.curves.panels
+    panels = list(dict.fromkeys(row.values.get(of, "") for row in summary))
+    lines: dict[tuple[str, str], list[tuple[float, SeedsTest]]] = {}  # panel, label -> points
+    for row in summary:
+        names = [value for axis, value in row.values.items() if axis not in (x, of)]
+        for column, test in row.accuracies.items():
+            label = ", ".join([*names, *([PANELS.get(column, column)] if len(row.accuracies) > 1 else [])])
+            lines.setdefault((row.values.get(of, ""), label), []).append((float(row.values[x]), test))
+    labels = list(dict.fromkeys(label for _, label in lines))
+    figure = Figure(figsize=(3.4 * len(panels) + 2, 3.6), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, panel in zip(grid, panels, strict=True):
+        drawn = {
+            label: sorted(points, key=lambda point: point[0]) for (at, label), points in lines.items() if at == panel
+        }
+        for label, points in drawn.items():
+            number = labels.index(label)
+            axes.errorbar(
+                [value for value, _ in points],
+                [100 * test.mean for _, test in points],
+                yerr=np.hstack([_bar(test) for _, test in points]),
+                color=COLOURS[number % len(COLOURS)],
+                marker=MARKERS[number % len(MARKERS)],
+                markersize=5,
+                elinewidth=1,
+            )
+        ticks = sorted({value for points in drawn.values() for value, _ in points})
+        axes.set_xscale("symlog", linthresh=min((value for value in ticks if value > 0), default=1))
+        axes.set_xticks(ticks, [f"{value:g}" for value in ticks], rotation=45)
+        axes.minorticks_off()
+        axes.set_title(panel, color=INK)
+        axes.set_xlabel(x, color=INK)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+    grid[0].set_ylabel("accuracy, %", color=INK)
+    styles = zip(labels, COLOURS, MARKERS, strict=False)
+    handles = [grid[0].plot([], [], marker, color=colour, label=label)[0] for label, colour, marker in styles]
+    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
     return figure
 
 

@@ -31,10 +31,11 @@ class Run:
 
 
 def runs(config: StudyConfig) -> list[Run]:
-    """Every combination that is not skipped."""
+    """Every combination that is not skipped and that some step is for."""
     combinations = (dict(zip(config.axes, values, strict=True)) for values in product(*config.axes.values()))
     kept = [values for values in combinations if not any(_among(values, skipped) for skipped in config.skip)]
-    return [Run(values, Path(config.output_dir, "-".join(values.values()))) for values in kept]
+    planned = [Run(values, Path(config.output_dir, "-".join(values.values()))) for values in kept]
+    return [one for one in planned if wanted_steps(config, one)]
 
 
 def _among(values: Mapping[str, str], choice: Mapping[str, Sequence[str]]) -> bool:
@@ -54,18 +55,23 @@ def check(config: StudyConfig) -> None:
             if not set(values) <= config.axes.get(axis, {}).keys():
                 raise UserError(f"{where}: expected values of an axis, found {axis}: {values}")
     compared = [axis for pair in config.compare for axis in (*pair.first, *pair.second)]
-    for axis in (config.over, config.across, *config.baseline, *compared):
+    curves = (config.curves.x, config.curves.panels) if config.curves else ()
+    for axis in (config.over, config.across, *config.baseline, *compared, *curves):
         if axis is not None and axis not in config.axes:
-            axes = ", ".join(config.axes)
-            raise UserError(f"over, across, baseline and compare: expected axes, found {axis!r}; the axes are {axes}")
+            axes, keys = ", ".join(config.axes), "over, across, baseline, compare and curves"
+            raise UserError(f"{keys}: expected axes, found {axis!r}; the axes are {axes}")
+    for value in config.axes[config.curves.x] if config.curves else ():
+        with explained(f"curves: x: {config.curves.x}: expected numbers, found {shown(value)}"):
+            float(value)
     for step in (*config.once, *config.steps):
-        if step.command not in CONFIGS:
+        if step.command not in (None, *CONFIGS):
             raise UserError(f"{step.name}: command: found {step.command!r}, expected one of {', '.join(CONFIGS)}")
     before = Run({}, Path(config.output_dir))
     planned = [(one, step) for one in runs(config) for step in wanted_steps(config, one)]
     for one, step in [(before, step) for step in config.once] + planned:
         filled(step, step.done, names_of(config, one))
-        load_config(CONFIGS[step.command], step.config, list(arguments(config, step, names_of(config, one))))
+        if step.command is not None:
+            load_config(CONFIGS[step.command], step.config, list(arguments(config, step, names_of(config, one))))
 
 
 def run(config: StudyConfig) -> None:
@@ -104,8 +110,11 @@ def wanted_steps(config: StudyConfig, one: Run) -> list[StudyStep]:
 def run_step(config: StudyConfig, step: StudyStep, one: Run) -> str | None:
     """Run a step unless it is done; returns a sentence if it fails."""
     names = names_of(config, one)
-    if Path(filled(step, step.done, names)).exists():
+    done = Path(filled(step, step.done, names))
+    if done.exists():
         return None
+    if step.command is None:
+        return f"{step.name}: expected {done}, which another study writes, found nothing; run that study first"
     one.folder.mkdir(parents=True, exist_ok=True)
     log = one.folder / f"{step.name}.log"
     files = [] if step.config is None else [step.config]

@@ -1,8 +1,9 @@
 """What a study writes: tables in Markdown, comparisons and correlations in sentences, all figures as JSON, plots."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,12 @@ def write_summary(config: StudyConfig) -> str:
     text = "\n".join(lines).rstrip("\n") + "\n"
     write_text(path.with_suffix(".md"), text)
     write_text(path.with_suffix(".json"), json.dumps(data, indent=1) + "\n")
-    from llm2.study.plot import draw, draw_rows, save  # matplotlib is an extra
+    from llm2.study.plot import draw, draw_curves, draw_rows, save  # matplotlib is an extra
 
     for name, plot in config.plots.items():
         save(draw(config, plot, summary), path.with_name(f"{path.name}_{name}.svg"))
     if not config.plots:
-        save(draw_rows(config, summary), path.with_suffix(".svg"))
+        save((draw_curves if config.curves else draw_rows)(config, summary), path.with_suffix(".svg"))
     return text
 
 
@@ -67,20 +68,26 @@ def table(config: StudyConfig, summary: Sequence[Row]) -> str:
 
 
 def across(config: StudyConfig, summary: Sequence[Row]) -> Iterator[str]:
-    """A table for each column of accuracies: the values of the axis `across` stand side by side."""
+    """A table for each column of accuracies and each figure: the values of the axis `across` stand side by side."""
     axes = [axis for axis in config.axes if axis not in (config.over, config.across)]
     values = list(config.axes[config.across])
-    for column in _columns(summary):
+
+    def side_by_side(heading: str, cell: Callable[[Row], str]) -> str:
         lines: dict[tuple[str, ...], list[str]] = {}
         for row in summary:
             key = tuple(row.values.get(axis, "") for axis in axes)
             cells = lines.setdefault(key, ["not run"] * len(values))
-            if column in row.accuracies:
-                test = row.accuracies[column]
-                seeds = f" ({test.seeds})" if config.over is not None else ""
-                cells[values.index(row.values[config.across])] = _accuracy(test) + seeds
-        head = [*axes, *(f"{value}, %" for value in values)]
-        yield f"{_heading(column)}\n\n" + _markdown([head, *([*key, *cells] for key, cells in lines.items())])
+            cells[values.index(row.values[config.across])] = cell(row) or "not run"
+        return f"{heading}\n\n" + _markdown([[*axes, *values], *([*key, *cells] for key, cells in lines.items())])
+
+    def accuracy(row: Row, column: str) -> str:
+        test = row.accuracies.get(column)
+        return _accuracy(test) + (f" ({test.seeds})" if test and config.over is not None else "")
+
+    for column in _columns(summary):
+        yield side_by_side(f"{_heading(column)}, %", partial(accuracy, column=column))
+    for name, heading in config.columns.items():
+        yield side_by_side(heading, lambda row, name=name: _number(row.figures.get(name)))
 
 
 def sentence(comparison: Comparison) -> str:
