@@ -45,12 +45,16 @@ def test_links_lead_to_files():
 
 
 def test_accuracies_with_intervals_are_those_of_committed_results():
-    """In the README and on the page of studies: 53.5 [51.3, 55.7] stands in a study's JSON, or in a quickstart's."""
-    committed = set()
+    """In the README and on the page of studies: 53.5 [51.3, 55.7] stands in a study's JSON, or in a quickstart's, and a
+    difference, -1.5 points [-2.5, -0.5], in a study's."""
+    committed, differences = set(), set()
     for path in ROOT.glob("figs/studies/*.json"):
         study = json.loads(path.read_text())
         for row in study["rows"] + study.get("unseen", []):
             committed |= {interval(test["mean"], test["ci95"]) for test in row["accuracy"].values()}
+            differences |= {interval(test["mean"], test["ci95"], "+") for test in row["against_baseline"].values()}
+        for pair in study["comparisons"]:
+            differences |= {interval(test["mean"], test["ci95"], "+") for test in pair["differences"].values()}
     for path in ROOT.glob("figs/quickstart/*.json"):
         for mode in json.loads(path.read_text())["modes"].values():
             committed.add(interval(mode["accuracy"], mode["ci95"]))
@@ -59,6 +63,29 @@ def test_accuracies_with_intervals_are_those_of_committed_results():
     for path in (ROOT / "README.md", ROOT / "figs" / "studies" / "README.md"):
         found = set(re.findall(r"\d+\.\d \[\d+\.\d, \d+\.\d\]", path.read_text()))
         assert found and found <= committed, f"{path}: {sorted(found - committed)}"
+        text = " ".join(path.read_text().split()).replace(" points [", " [")
+        found = set(re.findall(r"[+-]\d+\.\d \[[+-]\d+\.\d, [+-]\d+\.\d\]", text))
+        assert found <= differences, f"{path}: {sorted(found - differences)}"
+    assert found, "the page of studies has differences"
+
+
+REGIMES = ("same", "foreign", "answers", "two skills", "sorting")
+METHODS = {
+    "as it is": "System 1",
+    "fine-tuned on gold solutions": "fine-tuned",
+    "fine-tuned on its own right solutions": "fine-tuned on own",
+    "guided, explored along gold solutions": "prefix, gold",
+    "guided, explored along its own right solutions": "prefix, own",
+}
+
+
+def test_the_table_of_when_to_use_llm2_is_that_of_the_study():
+    study = json.loads((ROOT / "figs" / "studies" / "regimes.json").read_text())
+    means = {(row["method"], row["regime"]): row["accuracy"]["greedy"]["mean"] for row in study["rows"]}
+    for label, method in METHODS.items():
+        cells = re.search(rf"^\| {label} \|(.*)\|$", README, re.M).group(1).split("|")
+        expected = [means.get((method, regime)) for regime in REGIMES]
+        assert [cell.strip() for cell in cells] == ["" if mean is None else f"{100 * mean:.1f}" for mean in expected]
 
 
 def test_the_figures_of_the_long_tests_are_those_of_their_table():
@@ -85,8 +112,9 @@ def test_the_figures_of_the_long_tests_are_those_of_their_table():
     assert not any(count(part, column=3) for part in ("kills", "bad_input", "fuzz", "exits", "soak"))
 
 
-def interval(mean: float, ci95: list[float]) -> str:
-    return f"{100 * mean:.1f} [{100 * ci95[0]:.1f}, {100 * ci95[1]:.1f}]"
+def interval(mean: float, ci95: list[float], sign: str = "") -> str:
+    mean, low, high = (format(100 * share, f"{sign}.1f") for share in (mean, *ci95))
+    return f"{mean} [{low}, {high}]"
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
