@@ -74,8 +74,8 @@ METHODS = {
     "as it is": "System 1",
     "fine-tuned on gold solutions": "fine-tuned",
     "fine-tuned on its own right solutions": "fine-tuned on own",
-    "guided, explored along gold solutions": "prefix, gold",
-    "guided, explored along its own right solutions": "prefix, own",
+    "guided, explored along gold solutions": "prefix with lm loss, gold",
+    "guided, explored along its own right solutions": "prefix with lm loss, own",
 }
 
 

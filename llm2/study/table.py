@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def write_summary(config: StudyConfig) -> str:
     if config.seen_problems:
         others = rows(config, unseen(config, found))
         lines += [f"\nWithout the first {config.seen_problems:,} problems\n"]
-        lines += tables(config, others)
+        lines += tables(replace(config, columns={}), others)  # whose figures are of all problems
         data["unseen"] = as_json(others, [])["rows"]
     text = "\n".join(lines).rstrip("\n") + "\n"
     write_text(path.with_suffix(".md"), text)
