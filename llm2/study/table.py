@@ -75,9 +75,10 @@ def across(config: StudyConfig, summary: Sequence[Row]) -> Iterator[str]:
     def side_by_side(heading: str, cell: Callable[[Row], str]) -> str:
         lines: dict[tuple[str, ...], list[str]] = {}
         for row in summary:
-            key = tuple(row.values.get(axis, "") for axis in axes)
-            cells = lines.setdefault(key, ["not run"] * len(values))
-            cells[values.index(row.values[config.across])] = cell(row) or "not run"
+            if text := cell(row):
+                key = tuple(row.values.get(axis, "") for axis in axes)
+                cells = lines.setdefault(key, ["not run"] * len(values))
+                cells[values.index(row.values[config.across])] = text
         return f"{heading}\n\n" + _markdown([[*axes, *values], *([*key, *cells] for key, cells in lines.items())])
 
     def accuracy(row: Row, column: str) -> str:
