@@ -166,7 +166,7 @@ def test_tables_across_an_axis_and_curves_over_numbers(config):
     (panel,) = draw_curves(config, rows(config, results(config))).axes
     assert panel.get_title() == "old" and panel.get_xlabel() == "seed"
     (points,) = [line for line in panel.lines if len(line.get_xdata()) == 2 and line.get_marker() == "o"]
-    assert points.get_xydata().tolist() == [[0, 50], [1, 25]]
+    assert points.get_xydata().tolist() == [[0, 0.5], [1, 0.25]]
     assert ">old<" in Path(config.report).with_suffix(".svg").read_text()
 
 

@@ -16,6 +16,7 @@ from llm2.study.summary import Row
 
 MARKERS = "osD^vPX*"
 COLOURS = ("#3A6EA5", "#E69F00", "#009E73", "#B5494E", "#CC79A7", "#56B4E9", "#8C6BB1", "#7F7F7F", "#A6761D", "#2B2F36")
+TICKS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # of accuracies, where they differ much
 PANELS = {"greedy": "greedy", "sampling": "majority of all samples"}  # end of a column's name -> title
 
 
@@ -68,8 +69,9 @@ def draw_curves(config: StudyConfig, summary: Sequence[Row]) -> Figure:
             lines.setdefault((row.values.get(of, ""), label), []).append((float(row.values[x]), test))
     labels = list(dict.fromkeys(label for _, label in lines))
     figure = Figure(figsize=(3.4 * len(panels) + 2, 3.6), layout="constrained")
-    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, panel in zip(grid, panels, strict=True):
+        axes.set_yscale("logit")  # as far from 90 to 95 % as from 5 to 10
         drawn = {
             label: sorted(points, key=lambda point: point[0]) for (at, label), points in lines.items() if at == panel
         }
@@ -77,8 +79,8 @@ def draw_curves(config: StudyConfig, summary: Sequence[Row]) -> Figure:
             number = labels.index(label)
             axes.errorbar(
                 [value for value, _ in points],
-                [100 * test.mean for _, test in points],
-                yerr=np.hstack([_bar(test) for _, test in points]),
+                [test.mean for _, test in points],
+                yerr=np.hstack([_bar(test) for _, test in points]) / 100,
                 color=COLOURS[number % len(COLOURS)],
                 marker=MARKERS[number % len(MARKERS)],
                 markersize=5,
@@ -87,6 +89,9 @@ def draw_curves(config: StudyConfig, summary: Sequence[Row]) -> Figure:
         ticks = sorted({value for points in drawn.values() for value, _ in points})
         axes.set_xscale("symlog", linthresh=min((value for value in ticks if value > 0), default=1))
         axes.set_xticks(ticks, [f"{value:g}" for value in ticks], rotation=45)
+        low, high = axes.get_ylim()
+        shown = [share for share in (TICKS if high - low > 0.3 else np.arange(0.02, 1, 0.02)) if low <= share <= high]
+        axes.set_yticks(shown, [f"{100 * share:g}" for share in shown])
         axes.minorticks_off()
         axes.set_title(panel, color=INK)
         axes.set_xlabel(x, color=INK)
