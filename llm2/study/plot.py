@@ -3,10 +3,13 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from llm2.common.files import write_bytes
 from llm2.common.stats import SeedsTest
@@ -37,22 +40,17 @@ def draw_rows(config: StudyConfig, summary: Sequence[Row]) -> Figure:
                     100 * test.mean,
                     line + 0.22 * (number - (len(columns) - 1) / 2),
                     xerr=_bar(test),
-                    color=COLOURS[number % len(COLOURS)],
-                    marker=MARKERS[number % len(MARKERS)],
+                    **_style(number),
                     markersize=5,
                     elinewidth=1.2,
                 )
-        axes.set_title(panel, color=INK)
-        axes.set_xlabel("accuracy, %", color=INK)
-        axes.spines[["top", "right", "left"]].set_visible(False)
+        _frame(axes, panel, "accuracy, %")
+        axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        axes.grid(color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
     grid[0].set_yticks(range(len(lines)), lines, color=INK)
     grid[0].set_ylim(len(lines) - 0.5, -0.5)  # the first row on top
     if len(columns) > 1:
-        styles = zip(columns, COLOURS, MARKERS, strict=False)
-        handles = [grid[0].plot([], [], m, color=c, label=PANELS.get(column, column))[0] for column, c, m in styles]
+        handles = _handles(grid[0], [PANELS.get(column, column) for column in columns])
         figure.legend(handles=handles, loc="outside upper right", ncols=len(columns), frameon=False, fontsize=9)
     return figure
 
@@ -76,13 +74,11 @@ def draw_curves(config: StudyConfig, summary: Sequence[Row]) -> Figure:
             label: sorted(points, key=lambda point: point[0]) for (at, label), points in lines.items() if at == panel
         }
         for label, points in drawn.items():
-            number = labels.index(label)
             axes.errorbar(
                 [value for value, _ in points],
                 [test.mean for _, test in points],
                 yerr=np.hstack([_bar(test) for _, test in points]) / 100,
-                color=COLOURS[number % len(COLOURS)],
-                marker=MARKERS[number % len(MARKERS)],
+                **_style(labels.index(label)),
                 markersize=5,
                 elinewidth=1,
             )
@@ -93,15 +89,9 @@ def draw_curves(config: StudyConfig, summary: Sequence[Row]) -> Figure:
         shown = [share for share in (TICKS if high - low > 0.3 else np.arange(0.02, 1, 0.02)) if low <= share <= high]
         axes.set_yticks(shown, [f"{100 * share:g}" for share in shown])
         axes.minorticks_off()
-        axes.set_title(panel, color=INK)
-        axes.set_xlabel(x, color=INK)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
+        _frame(axes, panel, x)
     grid[0].set_ylabel("accuracy, %", color=INK)
-    styles = zip(labels, COLOURS, MARKERS, strict=False)
-    handles = [grid[0].plot([], [], marker, color=colour, label=label)[0] for label, colour, marker in styles]
-    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
+    figure.legend(handles=_handles(grid[0], labels), loc="outside right center", frameon=False, fontsize=9)
     return figure
 
 
@@ -132,16 +122,32 @@ def draw(config: StudyConfig, plot: StudyPlot, summary: Sequence[Row]) -> Figure
                 elinewidth=1,
                 linestyle="none",
             )
-        axes.set_title(PANELS[panel], color=INK)
-        axes.set_xlabel(plot.label, color=INK)
+        _frame(axes, PANELS[panel], plot.label, grid="y")
         axes.set_ylabel("accuracy, %", color=INK)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
     handles = [axes.plot([], [], "o", color=colour, label=value)[0] for value, colour in colours.items()]
     handles += [axes.plot([], [], marker, color=INK, label=value)[0] for value, marker in markers.items()]
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
     return figure
+
+
+def _frame(axes: Axes, title: str, label: str, grid: Literal["both", "y"] = "both") -> None:
+    axes.set_title(title, color=INK)
+    axes.set_xlabel(label, color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _style(number: int) -> dict[str, str]:
+    """Colour and marker of a plot's line or column."""
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def _handles(axes: Axes, labels: Sequence[str]) -> list[Line2D]:
+    """What a legend shows of them."""
+    return [
+        axes.plot([], [], linestyle="none", label=label, **_style(number))[0] for number, label in enumerate(labels)
+    ]
 
 
 def _bar(test: SeedsTest) -> list[list[float]]:

@@ -1,9 +1,8 @@
 """What a study writes: tables in Markdown, comparisons and correlations in sentences, all figures as JSON, plots."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,23 +71,23 @@ def across(config: StudyConfig, summary: Sequence[Row]) -> Iterator[str]:
     axes = [axis for axis in config.axes if axis not in (config.over, config.across)]
     values = list(config.axes[config.across])
 
-    def side_by_side(heading: str, cell: Callable[[Row], str]) -> str:
+    def side_by_side(heading: str, texts: Sequence[str]) -> str:
         lines: dict[tuple[str, ...], list[str]] = {}
-        for row in summary:
-            if text := cell(row):
+        for row, text in zip(summary, texts, strict=True):
+            if text:
                 key = tuple(row.values.get(axis, "") for axis in axes)
                 cells = lines.setdefault(key, ["not run"] * len(values))
                 cells[values.index(row.values[config.across])] = text
         return f"{heading}\n\n" + _markdown([[*axes, *values], *([*key, *cells] for key, cells in lines.items())])
 
-    def accuracy(row: Row, column: str) -> str:
-        test = row.accuracies.get(column)
-        return _accuracy(test) + (f" ({test.seeds})" if test and config.over is not None else "")
-
     for column in _columns(summary):
-        yield side_by_side(f"{_heading(column)}, %", partial(accuracy, column=column))
+        tests = [row.accuracies.get(column) for row in summary]
+        seeds = [f" ({test.seeds})" if test and config.over is not None else "" for test in tests]
+        yield side_by_side(
+            f"{_heading(column)}, %", [_accuracy(test) + n for test, n in zip(tests, seeds, strict=True)]
+        )
     for name, heading in config.columns.items():
-        yield side_by_side(heading, lambda row, name=name: _number(row.figures.get(name)))
+        yield side_by_side(heading, [_number(row.figures.get(name)) for row in summary])
 
 
 def sentence(comparison: Comparison) -> str:
