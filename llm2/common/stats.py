@@ -103,17 +103,26 @@ def seeds_bootstrap(values: np.ndarray, seed: int = 0) -> SeedsTest:
     Each resample draws seeds and, for all of them, problems, both with replacement: the interval covers another seed as
     well as other problems.
     """
-    generator = np.random.default_rng(seed)
     num_seeds, n = values.shape
-    means = []
-    for start in range(0, RESAMPLES, BATCH):
-        count = min(BATCH, RESAMPLES - start)
-        problems = generator.multinomial(n, np.full(n, 1 / n), size=count)  # (count, N) how often each was drawn
-        seeds = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=count)  # (count, S)
-        means.append((problems @ values.T * seeds).sum(-1) / (n * num_seeds))
-    resampled = np.concatenate(means)
+    resampled = np.concatenate(
+        [(problems @ values.T * seeds).sum(-1) / (n * num_seeds) for problems, seeds in _draws(num_seeds, n, seed)]
+    )
     low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return SeedsTest(float(values.mean()), (float(low), float(high)), bootstrap_p(resampled), num_seeds)
+
+
+@lru_cache(maxsize=2)  # 40 MB each for 2,000 problems
+def _draws(num_seeds: int, n: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Batches of resamples: how often each problem was drawn, (R, N), and each seed, (R, S).
+
+    Kept, since drawing takes far longer than using the draws, and a study uses the same ones for every row.
+    """
+    generator, draws = np.random.default_rng(seed), []
+    for start in range(0, RESAMPLES, BATCH):
+        count = min(BATCH, RESAMPLES - start)
+        problems, seeds = (generator.multinomial(m, np.full(m, 1 / m), size=count) for m in (n, num_seeds))
+        draws.append((problems.astype(np.int16), seeds.astype(np.int16)))
+    return draws
 
 
 def bootstrap_p(resampled: np.ndarray) -> float:
