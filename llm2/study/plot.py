@@ -66,7 +66,7 @@ def draw_curves(config: StudyConfig, summary: Sequence[Row]) -> Figure:
             label = ", ".join([*names, *([PANELS.get(column, column)] if len(row.accuracies) > 1 else [])])
             lines.setdefault((row.values.get(of, ""), label), []).append((float(row.values[x]), test))
     labels = list(dict.fromkeys(label for _, label in lines))
-    figure = Figure(figsize=(3.4 * len(panels) + 2, 3.6), layout="constrained")
+    figure = Figure(figsize=(3.8 * len(panels) + 2, 3.6), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, panel in zip(grid, panels, strict=True):
         axes.set_yscale("logit")  # as far from 90 to 95 % as from 5 to 10
@@ -83,7 +83,7 @@ def draw_curves(config: StudyConfig, summary: Sequence[Row]) -> Figure:
                 elinewidth=1,
             )
         ticks = sorted({value for points in drawn.values() for value, _ in points})
-        axes.set_xscale("symlog", linthresh=min((value for value in ticks if value > 0), default=1))
+        axes.set_xscale("symlog", linthresh=min((value for value in ticks if value > 0), default=1), linscale=0.5)
         axes.set_xticks(ticks, [f"{value:g}" for value in ticks], rotation=45)
         low, high = axes.get_ylim()
         shown = [share for share in (TICKS if high - low > 0.3 else np.arange(0.02, 1, 0.02)) if low <= share <= high]
