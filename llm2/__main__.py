@@ -322,11 +322,13 @@ def run_check(options: argparse.Namespace) -> None:
 
 
 def run_study(options: argparse.Namespace) -> None:
-    from llm2.study.run import run
+    from llm2.study.run import check, run
     from llm2.study.table import write_summary
 
     config = load_config(StudyConfig, options.config)
-    if not options.summary:
+    if options.summary:
+        check(config)
+    else:
         with _claim(config):
             run(config)
     print(write_summary(config))

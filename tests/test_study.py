@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import yaml
 
-from llm2.common.config_file import load_config
+from llm2.__main__ import main
+from llm2.common.config_file import load_config, write_config
 from llm2.common.stats import seeds_bootstrap
+from llm2.config import EvaluateConfig
 from llm2.errors import UserError
 from llm2.study import run as study
 from llm2.study.config import StudyConfig, StudyCurves, StudyStep
@@ -98,6 +100,22 @@ def test_done_steps_are_skipped_and_a_failure_is_told_after_the_others(config, m
         with pytest.raises(UserError, match="1 of 3 runs failed; the first: evaluate ended with status 2; its log is"):
             study.run(config)
         assert len(started) == expected
+
+
+def test_a_step_that_was_done_with_other_settings_is_told_not_skipped(config):
+    one, step = study.runs(config)[1], config.steps[0]
+    written = one.folder / "greedy" / "config.yaml"
+    write_evaluation(written.parent, [True])
+    study.check(config)  # a folder without its config is taken as it is
+    asked = list(study.arguments(config, step, study.names_of(config, one)))
+    same = load_config(EvaluateConfig, step.config, asked)
+    moved = replace(same, output_dir="elsewhere", verifier="elsewhere", batch_size=7)
+    write_config(moved, written)
+    study.check(config)  # paths with names in braces, and keys that the study leaves alone
+    write_config(replace(moved, top_k=4), written)
+    with pytest.raises(UserError, match=f"{written}: top_k was 4 and now is 5 in the study; delete this folder"):
+        study.run(config)
+    assert main(["study", str(Path(config.output_dir).parent / "small.yaml"), "--summary"]) == 2
 
 
 def test_a_step_without_a_command_takes_what_another_study_has_written(config, tmp_path):

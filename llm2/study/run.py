@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import yaml
 from tqdm import tqdm
 
 from llm2.commands import CONFIGS
-from llm2.common.config_file import load_config
+from llm2.common.config_file import as_dict, difference, load_config, read_values
 from llm2.errors import UserError, explained, shown
 from llm2.study.config import StudyConfig, StudyStep
 
@@ -71,7 +72,24 @@ def check(config: StudyConfig) -> None:
     for one, step in [(before, step) for step in config.once] + planned:
         filled(step, step.done, names_of(config, one))
         if step.command is not None:
-            load_config(CONFIGS[step.command], step.config, list(arguments(config, step, names_of(config, one))))
+            check_done(config, step, one)
+
+
+def check_done(config: StudyConfig, step: StudyStep, one: Run) -> None:
+    """Raises UserError for a config with mistakes, and for a step that was done with other settings than the study's.
+
+    Compared are the keys of its overrides, but for null, which the command resolves, and texts with names in braces:
+    folders may have been moved.
+    """
+    names = names_of(config, one)
+    wanted = load_config(CONFIGS[step.command], step.config, list(arguments(config, step, names)))
+    compared = {k for k, v in overrides(config, step, names).items() if v is not None and "{" not in str(v)}
+    done = Path(filled(step, step.done, names))
+    records = [done.with_name(name) for name in ("config.yaml", f"{step.command}.yaml")]  # as the commands write them
+    for record in records if done.exists() else ():
+        ignored = tuple(as_dict(wanted).keys() - compared)
+        if record.exists() and (change := difference(read_values(record), wanted, ignored)):
+            raise UserError(f"{record}: {change} in the study; delete this folder, or choose another output_dir")
 
 
 def run(config: StudyConfig) -> None:
@@ -140,15 +158,20 @@ def filled(step: StudyStep, text: str, names: Mapping[str, str]) -> str:
         return text.format(**names)
 
 
-def arguments(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) -> Iterator[str]:
-    """key=value for a step: of the axes' values for all steps, its own (`set`), of the axes' values for this step."""
+def overrides(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) -> dict[str, Any]:
+    """Keys of a step: of the axes' values for all steps, its own (`set`), of the axes' values for this step."""
     chosen = [values[names[axis]] for axis, values in config.axes.items() if axis in names]
     keys = CONFIGS[step.command].__dataclass_fields__
-    overrides = {key: value for each in chosen for key, value in each.get(ALL, {}).items() if key in keys}
-    overrides |= step.set
+    found = {key: value for each in chosen for key, value in each.get(ALL, {}).items() if key in keys}
+    found |= step.set
     for each in chosen:
-        overrides |= each.get(step.name, {})
-    for key, value in overrides.items():
+        found |= each.get(step.name, {})
+    return found
+
+
+def arguments(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) -> Iterator[str]:
+    """The step's overrides as key=value, with names in braces replaced."""
+    for key, value in overrides(config, step, names).items():
         if isinstance(value, str):
             yield f"{key}={filled(step, value, names)}"
             continue
