@@ -18,6 +18,7 @@ import torch
 from conftest import tiny_verifier
 
 from llm2.common.chat import LLAMA3_PLAIN
+from llm2.common.config_file import as_dict
 from llm2.common.journal import Journal
 from llm2.common.loading import eos_ids, load_system1, load_tokenizer
 from llm2.config import ExploreConfig
@@ -84,6 +85,7 @@ def test_forks_are_where_more_than_one_token_is_plausible(loaded, config):
 def test_explored_triplets_fit_the_format_and_prefer_gold(config, loaded, limit):
     report = explore(replace(config, limit=limit))
     examples, summary = load_examples(config.output, loaded[1], LLAMA3_PLAIN)
+    assert report["config"] == as_dict(replace(config, limit=limit))
     assert summary.triplets == report["triplets"] > 0 and summary.duplicates == 0
     soft, _ = load_examples(config.output + ".pairs.jsonl", loaded[1], LLAMA3_PLAIN)
     assert sum(len(example.triplets) for example in soft) > summary.triplets

@@ -113,9 +113,16 @@ def test_a_step_that_was_done_with_other_settings_is_told_not_skipped(config):
     write_config(moved, written)
     study.check(config)  # paths with names in braces, and keys that the study leaves alone
     write_config(replace(moved, top_k=4), written)
-    with pytest.raises(UserError, match=f"{written}: top_k was 4 and now is 5 in the study; delete this folder"):
+    with pytest.raises(UserError, match="metrics.json: top_k was 4 and now is 5 in the study; delete what"):
         study.run(config)
     assert main(["study", str(Path(config.output_dir).parent / "small.yaml"), "--summary"]) == 2
+    report = written.with_name("t.jsonl.report.json")
+    report.write_text(json.dumps({"config": {"limit": 4, "top_k": 5}}))
+    explored = StudyStep(
+        name="e", command="explore", config="configs/testbed/explore.yaml", set={"limit": 5}, done=str(report)
+    )
+    with pytest.raises(UserError, match="report.json: limit was 4 and now is 5"):
+        study.check_done(config, explored, one)
 
 
 def test_a_step_without_a_command_takes_what_another_study_has_written(config, tmp_path):

@@ -92,7 +92,7 @@ def explore(config: ExploreConfig) -> dict | None:
         return None
     seconds = time.perf_counter() - start
     order = [problem.id for problem in problems]
-    return write_outputs(journal, output, order, earlier, seconds, {"repeated_problems": repeated, **sampling})
+    return write_outputs(config, journal, order, earlier, seconds, {"repeated_problems": repeated, **sampling})
 
 
 def prepare(config: ExploreConfig) -> tuple[Task, list[Problem], int]:

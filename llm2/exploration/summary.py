@@ -3,11 +3,12 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
+from llm2.common.config_file import as_dict
 from llm2.common.files import whole_file, write_text
 from llm2.common.journal import Journal
 from llm2.common.memory import peak_rss_mib
+from llm2.config import ExploreConfig
 from llm2.errors import UserError
 
 BINS = 10  # of the histogram of qualities
@@ -15,8 +16,8 @@ BAR = 40  # characters of its longest bar
 
 
 def write_outputs(
+    config: ExploreConfig,
     journal: Journal,
-    output: Path,
     order: Sequence[str],
     earlier: frozenset[str],
     seconds: float,
@@ -30,7 +31,7 @@ def write_outputs(
         seconds: how long this run took.
         sources: counts of the report about where the solutions come from.
     """
-    total, histogram, tokens_now = Counter(), [0] * BINS, 0
+    output, total, histogram, tokens_now = config.output, Counter(), [0] * BINS, 0
     with whole_file(output) as lines, whole_file(f"{output}.pairs.jsonl") as verdicts:
         for entry in journal.read(order):
             total.update(entry["counts"])
@@ -50,6 +51,7 @@ def write_outputs(
             "tokens_per_second": tokens_now / seconds,
             "peak_rss_mib": peak_rss_mib(),  # of the main process
             "quality_histogram": histogram,  # of all tokens rolled out, in equal parts of [0, 1]
+            "config": as_dict(config),
         }
         write_text(f"{output}.report.json", json.dumps(report, indent=2) + "\n")
     journal.discard()
@@ -59,7 +61,7 @@ def write_outputs(
 def render(report: dict) -> str:
     """The report as it is printed."""
     histogram = report["quality_histogram"]
-    lines = [f"{key:>20}  {value:,.0f}" for key, value in report.items() if key != "quality_histogram"]
+    lines = [f"{key:>20}  {value:,.0f}" for key, value in report.items() if key not in ("quality_histogram", "config")]
     lines.append("quality of the plausible tokens:")
     for i, count in enumerate(histogram):
         low, high = i / len(histogram), (i + 1) / len(histogram)

@@ -1,5 +1,6 @@
 """Run a study: a step is a command of its own, is skipped when its result exists, and resumes as the command does."""
 
+import json
 import os
 import subprocess
 import sys
@@ -85,11 +86,20 @@ def check_done(config: StudyConfig, step: StudyStep, one: Run) -> None:
     wanted = load_config(CONFIGS[step.command], step.config, list(arguments(config, step, names)))
     compared = {k for k, v in overrides(config, step, names).items() if v is not None and "{" not in str(v)}
     done = Path(filled(step, step.done, names))
-    records = [done.with_name(name) for name in ("config.yaml", f"{step.command}.yaml")]  # as the commands write them
-    for record in records if done.exists() else ():
-        ignored = tuple(as_dict(wanted).keys() - compared)
-        if record.exists() and (change := difference(read_values(record), wanted, ignored)):
-            raise UserError(f"{record}: {change} in the study; delete this folder, or choose another output_dir")
+    earlier = recorded(step, done)
+    ignored = tuple(as_dict(wanted).keys() - compared)
+    if earlier is not None and (change := difference(earlier, wanted, ignored)):
+        raise UserError(f"{done}: {change} in the study; delete what this step wrote, or choose another output_dir")
+
+
+def recorded(step: StudyStep, done: Path) -> dict[str, Any] | None:
+    """The config with which a step was done, where its command writes one."""
+    if not done.exists():
+        return None
+    if step.command == "explore":
+        return json.loads(done.read_text(encoding="utf-8")).get("config")
+    record = done.with_name("config.yaml" if step.command == "evaluate" else f"{step.command}.yaml")
+    return read_values(record) if record.exists() else None
 
 
 def run(config: StudyConfig) -> None:
