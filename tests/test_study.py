@@ -123,6 +123,9 @@ def test_a_step_that_was_done_with_other_settings_is_told_not_skipped(config):
     )
     with pytest.raises(UserError, match="report.json: limit was 4 and now is 5"):
         study.check_done(config, explored, one)
+    report.write_text('{"config": ')
+    with pytest.raises(UserError, match="report.json.* not valid YAML"):
+        study.check_done(config, explored, one)
 
 
 def test_a_step_without_a_command_takes_what_another_study_has_written(config, tmp_path):

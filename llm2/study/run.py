@@ -1,6 +1,5 @@
 """Run a study: a step is a command of its own, is skipped when its result exists, and resumes as the command does."""
 
-import json
 import os
 import subprocess
 import sys
@@ -97,7 +96,7 @@ def recorded(step: StudyStep, done: Path) -> dict[str, Any] | None:
     if not done.exists():
         return None
     if step.command == "explore":
-        return json.loads(done.read_text(encoding="utf-8")).get("config")
+        return read_values(done).get("config")  # JSON is YAML
     record = done.with_name("config.yaml" if step.command == "evaluate" else f"{step.command}.yaml")
     return read_values(record) if record.exists() else None
 
