@@ -74,6 +74,13 @@ def build_parser() -> argparse.ArgumentParser:
     command.epilog = f"keys:\n{help_text(StudyConfig)}"
     command.add_argument("config", help="a file of configs/studies")
     command.add_argument("--summary", action="store_true", help="run nothing; summarise what is there")
+    command.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="AXIS=VALUE",
+        help="run these alone (repeatable); the others are taken as published",
+    )
     command = _add_command(commands, "report", "Rebuild table, plots and report.html of a results folder.", run_report)
     command.add_argument("folder", help="results folder with metrics.json")
     return parser
@@ -330,9 +337,9 @@ def run_study(options: argparse.Namespace) -> None:
         check(config)
     else:
         with _claim(config):
-            run(config)
+            run(config, options.only)
     print(write_summary(config))
-    print(f"table and data in {config.report}.md and .json")
+    print(f"table and data in {config.report}.md, .json and .runs.jsonl")
 
 
 def run_report(options: argparse.Namespace) -> None:

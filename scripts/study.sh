@@ -2,7 +2,7 @@
 # Run a study of configs/studies/ (NAME), or go on with one that was stopped; writes its table, data and plot to
 # figs/studies/.
 #
-#   bash scripts/study.sh NAME [--summary]
+#   bash scripts/study.sh NAME [--summary | --only AXIS=VALUE ...]
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 export HF_HUB_OFFLINE=1

@@ -1,6 +1,7 @@
 """A study runs every combination once, goes on where it stopped, and averages over seeds."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from llm2.errors import UserError
 from llm2.study import run as study
 from llm2.study.config import StudyConfig, StudyCurves, StudyStep
 from llm2.study.plot import draw_curves
-from llm2.study.summary import results, rows
+from llm2.study.results import in_one_column, published, results
+from llm2.study.summary import rows
 from llm2.study.table import write_summary
 
 STEP = {"name": "greedy", "command": "evaluate", "done": "{run}/greedy/metrics.json"}
@@ -136,7 +138,7 @@ def test_a_step_without_a_command_takes_what_another_study_has_written(config, t
         study.run(config)
     write_evaluation(tmp_path / "other" / "old", [True, False])
     study.run(config)
-    (row,) = rows(config, results(config))
+    (row,) = rows(config, in_one_column(results(config)))
     assert row.accuracies["greedy"].mean == 0.5
 
 
@@ -164,14 +166,16 @@ def test_the_summary_averages_over_seeds_and_pairs_equal_seeds(config):
     for seed, right in (("0", [True, True, False, False]), ("1", [True, False, False, False])):
         write_evaluation(Path(config.output_dir, f"{seed}-old", "greedy"), right)
     write_evaluation(Path(config.output_dir, "0-new", "greedy"), [True, True, True, False])
-    old, new = rows(config, results(config))
+    old, new = rows(config, in_one_column(results(config)))
     assert old.values == {"kind": "old"} and old.seeds == 2 and not old.against_baseline
     assert old.accuracies["greedy"].mean == pytest.approx(3 / 8)
     assert new.against_baseline["greedy"].mean == pytest.approx(1 / 4), "against seed 0 alone"
     text = write_summary(config)
     assert "| new  | 1     | 75.0" in text
     assert "over 3 runs: Spearman -1.00, Pearson -1.00" in text
-    assert {path.name for path in Path(config.report).parent.iterdir()} == {"small.md", "small.json", "small_cost.svg"}
+    assert {path.name for path in Path(config.report).parent.iterdir()} == {
+        *("small.md", "small.json", "small.runs.jsonl", "small_cost.svg"),
+    }
     write_summary(replace(config, plots={}))
     plot = Path(config.report).with_suffix(".svg").read_text()
     assert ">old<" in plot and ">new<" in plot, "without plots, one with every row"
@@ -179,6 +183,54 @@ def test_the_summary_averages_over_seeds_and_pairs_equal_seeds(config):
     assert text.startswith(write_summary(config)) and "Without the first 2 problems" in text
     assert "| new  | 1     | 50.0" in text.partition("Without")[2], "of the last two"
     assert old.figures["speed"] == 0.5 and "speed" not in new.figures
+
+
+def test_runs_of_another_machine_are_taken_as_published_unless_their_settings_changed(config):
+    write_evaluation(Path(config.output_dir, "0-old", "greedy"), [True, True, False, False])
+    first = write_summary(config)
+    shutil.rmtree(config.output_dir)
+    assert write_summary(config) == first
+    write_evaluation(Path(config.output_dir, "0-new", "greedy"), [True, True, True, False])
+    assert "| new  | 1     | 75.0 [25.0, 100.0]; +25.0" in write_summary(config), "paired with the published run"
+    write_evaluation(Path(config.output_dir, "0-old", "greedy"), [False] * 4)
+    assert "| old  | 1     | 0.0" in write_summary(config), "what is here counts"
+    shutil.rmtree(config.output_dir)
+    assert [one.values["kind"] for one in results(config)] == ["old", "new"]
+    config.axes["kind"]["new"]["greedy"]["beta"] = 2.0
+    assert [one.values["kind"] for one in results(config)] == ["old"]
+    Path(config.report + ".runs.jsonl").write_text('{"values": {}}')
+    with pytest.raises(UserError, match="runs.jsonl, line 1: expected a run as a study publishes it"):
+        results(config)
+
+
+def test_votes_are_published_as_they_are(config):
+    folder = Path(config.output_dir, "0-old", "greedy")
+    write_evaluation(folder, [True])
+    samples = [{"answer": "1", "correct": True}, {"answer": "2", "correct": False}, {"answer": "1", "correct": True}]
+    lines = [{"mode": "guided_sampling", "samples": samples[:n]} for n in (2, 3)]
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "metrics.json").write_text(json.dumps({"modes": {"guided_sampling": {}}}))
+    write_summary(replace(config, plots={}))
+    (one,) = published(config)
+    assert one.problems["guided sampling"].tolist() == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("path", sorted(Path("figs/studies").glob("*.runs.jsonl")), ids=lambda path: path.name)
+def test_published_runs_were_made_with_the_settings_of_their_study(path, tmp_path):
+    name = path.name.removesuffix(".runs.jsonl")
+    config = load_config(StudyConfig, f"configs/studies/{name}.yaml")
+    assert str(path) == f"{config.report}.runs.jsonl"
+    found = results(replace(config, output_dir=str(tmp_path)))
+    assert len(found) == len(published(config)), "runs that its config does not ask for"
+
+
+def test_only_some_runs_are_run(config, monkeypatch):
+    started = []
+    monkeypatch.setattr(study, "run_step", lambda config, step, one: started.append(one.values))
+    study.run(config, ["kind=old", "seed=1", "seed=0"])
+    assert sorted(one["seed"] for one in started) == ["0", "1"] and {one["kind"] for one in started} == {"old"}
+    with pytest.raises(UserError, match="--only 'kind=odd': expected one of seed=0, seed=1, kind=old, kind=new"):
+        study.run(config, ["kind=odd"])
 
 
 def test_tables_across_an_axis_and_curves_over_numbers(config):
@@ -191,7 +243,7 @@ def test_tables_across_an_axis_and_curves_over_numbers(config):
         "| 0    | 6   | not run |",
         "| 1    | 8   | not run |",
     ]
-    (panel,) = draw_curves(config, rows(config, results(config))).axes
+    (panel,) = draw_curves(config, rows(config, in_one_column(results(config)))).axes
     assert panel.get_title() == "old" and panel.get_xlabel() == "seed"
     (points,) = [line for line in panel.lines if len(line.get_xdata()) == 2 and line.get_marker() == "o"]
     assert points.get_xydata().tolist() == [[0, 0.5], [1, 0.25]]
@@ -206,7 +258,7 @@ def test_a_run_with_both_ways_of_decoding_keeps_the_modes_apart_in_all_runs(conf
         (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         figures = {mode: {"tokens_per_problem": 5} for mode in modes}
         (folder / "metrics.json").write_text(json.dumps({"modes": figures}))
-    old, new = rows(config, results(config))
+    old, new = rows(config, in_one_column(results(config)))
     assert list(old.accuracies) == ["plain greedy", "guided greedy"] and list(new.accuracies) == ["guided greedy"]
     assert new.figures["guided greedy tokens_per_problem"] == 5 and "guided greedy" in new.against_baseline
 

@@ -101,10 +101,26 @@ def recorded(step: StudyStep, done: Path) -> dict[str, Any] | None:
     return read_values(record) if record.exists() else None
 
 
-def run(config: StudyConfig) -> None:
-    """Run all steps that are not done. Raises UserError with the log of the first that fails, after all others."""
+def chosen(config: StudyConfig, only: Sequence[str]) -> dict[str, list[str]]:
+    """Axis -> values of texts AXIS=VALUE. Raises UserError for any other text."""
+    choice = defaultdict(list)
+    for text in only:
+        axis, _, value = text.partition("=")
+        if value not in config.axes.get(axis, {}):
+            pairs = ", ".join(f"{axis}={value}" for axis, values in config.axes.items() for value in values)
+            raise UserError(f"--only {shown(text)}: expected one of {pairs}")
+        choice[axis].append(value)
+    return choice
+
+
+def run(config: StudyConfig, only: Sequence[str] = ()) -> None:
+    """Run all steps that are not done, with `only` those of the runs with one of its values on each axis it names.
+
+    Raises UserError with the log of the first step that fails, after all others.
+    """
     check(config)
-    planned, locks = runs(config), defaultdict(Lock)
+    choice = chosen(config, only)
+    planned, locks = [one for one in runs(config) if _among(one.values, choice)], defaultdict(Lock)
     before = Run({}, Path(config.output_dir))
     with ThreadPoolExecutor(config.workers) as pool, tqdm(total=len(planned), desc="study", unit="run") as bar:
         for failure in list(pool.map(lambda step: run_step(config, step, before), config.once)):

@@ -1,39 +1,13 @@
-"""The results of a study: every run's figures, means over seeds with intervals, paired tests.
+"""The summary of a study: means over seeds with intervals, and paired tests."""
 
-A run that decodes plainly and a guided one stand in one column, `greedy` or `sampling`: they are ways to the same end.
-Only where a run of the study has both do the columns keep the modes' names.
-
-Letters: S seeds, N problems.
-"""
-
-import json
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
-from llm2.common.jsonl import read_jsonl
-from llm2.common.stats import SeedsTest, best_of_k, majority_curve, seeds_bootstrap
-from llm2.config import Mode
-from llm2.evaluation.metrics import right_answer
-from llm2.study.config import StudyConfig, StudyStep
-from llm2.study.run import Run, runs, step_folders, wanted_steps
-
-TRAINING = ("eval_choice_quality", "eval_choice_beta", "eval_pair_accuracy", "eval_margin_spearman")
-TRAINING += ("eval_benign_suppressed", "eval_harmful_suppressed")
-TRAINING += ("trainable_parameters", "train_seconds", "peak_memory_mib")
-ENDS = ("greedy", "sampling")
-COST = ("tokens_per_problem", "verifier_tokens_per_token")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run has left."""
-
-    values: dict[str, str]  # of the axes
-    figures: dict[str, float]  # of training.json and metrics.json
-    problems: dict[str, np.ndarray]  # column -> (N,) share or probability of a right answer
+from llm2.common.stats import SeedsTest, seeds_bootstrap
+from llm2.study.config import StudyConfig
+from llm2.study.results import Result
 
 
 @dataclass(frozen=True)
@@ -55,68 +29,6 @@ class Row:
     figures: dict[str, float]  # means over the seeds
     accuracies: dict[str, SeedsTest]  # column -> mean and interval
     against_baseline: dict[str, SeedsTest]  # column -> mean difference, interval and p; empty for the baseline itself
-
-
-def results(config: StudyConfig) -> list[Result]:
-    """Of all runs with at least one evaluation, and of the evaluations before all runs."""
-    before = [Run(step.values, Path(config.output_dir)) for step in config.once]
-    found = [read_result(config, one, [step]) for one, step in zip(before, config.once, strict=True)]
-    found += [read_result(config, one, wanted_steps(config, one)) for one in runs(config)]
-    both = {end for result in found for end in ENDS if {f"plain {end}", f"guided {end}"} <= result.problems.keys()}
-    return [_renamed(result, set(ENDS) - both) for result in found if result.problems]
-
-
-def _renamed(result: Result, ends: Set[str]) -> Result:
-    """Without the way in the names that begin with `plain END` or `guided END`."""
-
-    def name(old: str) -> str:
-        way, _, rest = old.partition(" ")
-        return rest if way in ("plain", "guided") and rest.split(" ")[0] in ends else old
-
-    figures, problems = (
-        {name(key): value for key, value in each.items()} for each in (result.figures, result.problems)
-    )
-    return Result(result.values, figures, problems)
-
-
-def read_result(config: StudyConfig, one: Run, steps: Sequence[StudyStep]) -> Result:
-    """Empty where nothing is done yet."""
-    given = (config.given.get(axis, {}).get(value, {}) for axis, value in one.values.items())
-    figures: dict[str, float] = {name: number for figures in given for name, number in figures.items()}
-    evaluations: dict[str, tuple[dict, Path]] = {}  # mode -> its metrics, and the predictions
-    for folder in step_folders(config, one, steps).values():
-        if (folder / "training.json").exists():
-            training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-            figures |= {key: training[key] for key in TRAINING if key in training}
-        if (folder / "metrics.json").exists():
-            modes = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["modes"]
-            evaluations |= {mode: (values, folder / "predictions.jsonl") for mode, values in modes.items()}
-    problems: dict[str, np.ndarray] = {}
-    for mode, (values, path) in evaluations.items():
-        column = mode.replace("_", " ")
-        figures |= {f"{column} {key}": values[key] for key in COST if key in values}
-        problems |= {column + suffix: shares for suffix, shares in read_problems(path, mode).items()}
-    return Result(one.values, figures, problems)
-
-
-def read_problems(path: Path, mode: str) -> dict[str, np.ndarray]:
-    """For each problem whether the greedy answer is right, or the probability that the vote of all samples is; under
-    " best", where samples have scores, that of the best one."""
-    shares: dict[str, list[float]] = {}
-    for _, line in read_jsonl(path, "predictions"):
-        samples = line["samples"]
-        if line["mode"] != mode:
-            continue
-        correct = [sample["correct"] for sample in samples]
-        if not Mode(mode).sampled:
-            shares.setdefault("", []).append(float(correct[0]))
-            continue
-        vote = majority_curve([sample["answer"] for sample in samples], right_answer(line))[-1]
-        shares.setdefault("", []).append(vote)
-        scores = [sample.get("score") for sample in samples]
-        if None not in scores:
-            shares.setdefault(" best", []).append(best_of_k(scores, correct, len(scores)))
-    return {suffix: np.array(values) for suffix, values in shares.items()}
 
 
 def unseen(config: StudyConfig, found: Sequence[Result]) -> list[Result]:

@@ -12,19 +12,22 @@ from llm2.common.files import write_text
 from llm2.common.stats import SeedsTest
 from llm2.errors import UserError
 from llm2.study.config import StudyConfig
-from llm2.study.summary import Comparison, Result, Row, comparisons, results, rows, unseen
+from llm2.study.results import Result, in_one_column, publish, results
+from llm2.study.summary import Comparison, Row, comparisons, rows, unseen
 
 HEADINGS = {"sampling": "majority of all samples", "sampling best": "best score of all samples"}
 
 
 def write_summary(config: StudyConfig) -> str:
-    """Write the tables, the data and the plots; returns the tables."""
-    found = results(config)
-    summary, compared = rows(config, found), comparisons(config, found)
-    if not summary:
+    """Write the tables, the data, the runs' outcomes and the plots; returns the tables."""
+    every = results(config)
+    if not every:
         raise UserError(f"{config.output_dir}: expected evaluations, found none that is done")
     path = Path(config.report)
     path.parent.mkdir(parents=True, exist_ok=True)
+    publish(config, every)
+    found = in_one_column(every)
+    summary, compared = rows(config, found), comparisons(config, found)
     sentences = [*map(sentence, compared), *correlations(config, found)]
     lines, data = [*tables(config, summary), *(f"- {each}" for each in sentences)], as_json(summary, compared)
     if config.seen_problems:
