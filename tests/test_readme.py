@@ -9,6 +9,9 @@ import pytest
 
 from llm2.benchmarks.configs import BENCHMARKS
 from llm2.commands import CONFIGS
+from llm2.common.config_file import load_config
+from llm2.study.config import StudyConfig
+from llm2.study.run import chosen
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -30,12 +33,17 @@ def test_named_scripts_and_configs_exist(path):
 
 
 def test_commands_use_existing_keys():
-    """In READMEs, script headers and YAML comments; lm_eval.sh takes other arguments."""
+    """In READMEs, script headers and YAML comments; lm_eval.sh takes other arguments, `--only` axes of a study."""
     keys = {key for cls in (*CONFIGS.values(), *BENCHMARKS.values()) for key in cls.__dataclass_fields__} | {"key"}
     others = [*ROOT.glob("scripts/*.sh"), *ROOT.glob("configs/*/*.yaml")]
     for path, text in (DOCUMENTS | {path: path.read_text() for path in others}).items():
         for command in re.findall(r"(?:bash scripts/(?!lm_eval)|python -m llm2 )[^`\n]*", text):
-            assert set(re.findall(r"\s\[?([a-z]\w*)=", command)) <= keys, f"{path}: {command}"
+            only = re.findall(r"--only (\w+=[\w.]+)", command)
+            if only:
+                study = re.search(r"study\.sh (\w+)", command)[1]
+                assert chosen(load_config(StudyConfig, ROOT / "configs" / "studies" / f"{study}.yaml"), only)
+            found = re.findall(r"\s\[?([a-z]\w*)=", re.sub(r"--only \S+", "", command))
+            assert set(found) <= keys, f"{path}: {command}"
 
 
 def test_links_lead_to_files():
