@@ -38,7 +38,7 @@ def test_commands_use_existing_keys():
     others = [*ROOT.glob("scripts/*.sh"), *ROOT.glob("configs/*/*.yaml")]
     for path, text in (DOCUMENTS | {path: path.read_text() for path in others}).items():
         for command in re.findall(r"(?:bash scripts/(?!lm_eval)|python -m llm2 )[^`\n]*", text):
-            only = re.findall(r"--only (\w+=[\w.]+)", command)
+            only = re.findall(r"--only ([a-z]\w*=[\w.]+)", command)
             if only:
                 study = re.search(r"study\.sh (\w+)", command)[1]
                 assert chosen(load_config(StudyConfig, ROOT / "configs" / "studies" / f"{study}.yaml"), only)
