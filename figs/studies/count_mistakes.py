@@ -15,7 +15,7 @@ from llm2.testbed.mistakes import has_false_equation
 
 
 def count(config: StudyConfig) -> dict[tuple[str, ...], list[tuple[int, int, int]]]:
-    """Values of the axes but seeds -> for each seed problems, wrong answers, and those of them with a false equation."""
+    """Values of the axes -> for each seed problems, wrong answers, and those of them with a false equation."""
     counts = defaultdict(list)
     for one in runs(config):
         values = tuple(value for axis, value in one.values.items() if axis != config.over)
