@@ -73,8 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
     command = _add_command(commands, "study", "Run the same steps for many settings, and compare.", run_study)
     command.epilog = f"keys:\n{help_text(StudyConfig)}"
     command.add_argument("config", help="a file of configs/studies")
-    command.add_argument("--summary", action="store_true", help="run nothing; summarise what is there")
-    command.add_argument(
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--summary", action="store_true", help="run nothing; summarise what is there")
+    which.add_argument(
         "--only",
         action="append",
         default=[],

@@ -231,6 +231,8 @@ def test_only_some_runs_are_run(config, monkeypatch):
     assert sorted(one["seed"] for one in started) == ["0", "1"] and {one["kind"] for one in started} == {"old"}
     with pytest.raises(UserError, match="--only 'kind=odd': expected one of seed=0, seed=1, kind=old, kind=new"):
         study.run(config, ["kind=odd"])
+    with pytest.raises(SystemExit):  # of argparse: one or the other
+        main(["study", "small.yaml", "--summary", "--only", "kind=old"])
 
 
 def test_tables_across_an_axis_and_curves_over_numbers(config):
