@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from llm2.common.inputs import Reads
+
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -18,6 +20,13 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+# Keys that name what a run reads, which is known by its content.
+Model = Annotated[str, Reads("model")]
+OptionalModel = Annotated[str | None, Reads("model")]
+File = Annotated[str, Reads("file")]
+OptionalFile = Annotated[str | None, Reads("file")]
+Code = Annotated[str, Reads("code")]
+OptionalCode = Annotated[str | None, Reads("code")]
 
 
 class Mode(StrEnum):
@@ -69,9 +78,9 @@ class GuidanceConfig(CandidateConfig):
 class ModelConfig:
     """System 1 and where it runs."""
 
-    model: str
+    model: Model
     """System 1: a local folder, a hub id, or `testbed` for the embedded one."""
-    chat_template: str | None = None
+    chat_template: OptionalFile = None
     """Chat template: llama3-plain, chatml-plain or a Jinja file; the tokenizer's own when null."""
     device: Device = "auto"
     """Device of the models; auto is the GPU if there is one."""
@@ -83,13 +92,13 @@ class ModelConfig:
 class TaskConfig:
     """Which problems, and what counts as a right answer."""
 
-    task: str
+    task: Code
     """gsm8k, math500, testbed, chats, or MODULE:CLASS of another task (llm2/tasks/README.md)."""
-    data_file: str | None = None
+    data_file: OptionalFile = None
     """Local JSON Lines file in the task's format, read instead of its source; required for chats."""
     limit: Count | None = None
     """Number of problems, the first ones; all when null."""
-    grader: str | None = None
+    grader: OptionalCode = None
     """MODULE:FUNCTION of (text, gold) -> bool that says whether a solution is right; the task's grading when null."""
 
 
@@ -117,7 +126,7 @@ class EngineConfig:
 class RolloutConfig(ModelConfig, GuidanceConfig, EngineConfig):
     """How System 1 continues prefixes, alone or guided, and the engine that runs it."""
 
-    verifier: str | None = None
+    verifier: OptionalModel = None
     """Verifier that guides rollouts and own solutions, with weight beta; System 1 alone when null."""
     temperature: NonNegative = 1.0
     """Sampling temperature of rollouts; 0 is greedy."""
@@ -234,7 +243,7 @@ class ExploreConfig(SolutionsConfig, StoppingRule):
     """Tokens that become negatives: by rollouts, or without them (llm2/exploration/negatives.py)."""
     negatives_per_fork: Count = 4
     """Draws per fork, with replacement, for negatives sampled, contrast and random."""
-    contrast_model: str | None = None
+    contrast_model: OptionalModel = None
     """For negatives=contrast, a better model with System 1's tokenizer, such as System 1 fine-tuned."""
     contrast_weight: NonNegative = 1.0
     """For negatives=contrast, w in the logits z1 + w * (z1 - z2) of System 1 and the contrast model."""
@@ -244,15 +253,15 @@ class ExploreConfig(SolutionsConfig, StoppingRule):
 class TrainConfig(ModelConfig, OptimizerConfig):
     """Train the verifier on triplets."""
 
-    train_file: str
+    train_file: File
     """What to train on, JSON lines: triplets, or an exploration's verdicts (OUTPUT.pairs.jsonl) as soft targets."""
     output_dir: str
     """Folder for the verifier and its checkpoints."""
-    further_files: tuple[str, ...] = ()
+    further_files: Annotated[tuple[str, ...], Reads("file")] = ()
     """More files to train on, each whole, such as the second round of an exploration."""
     limit: Count | None = None
     """Number of solutions of train_file, the first ones; all when null."""
-    eval_file: str | None = None
+    eval_file: OptionalFile = None
     """Held-out triplets; when null a share of train_file is held out."""
     eval_share: Share = 0.05
     """Share of the solutions held out if there is no eval_file."""
@@ -300,15 +309,15 @@ class EvaluateConfig(TaskConfig, ModelConfig, GuidanceConfig, EngineConfig):
 
     output_dir: str
     """Results folder to write."""
-    verifier: str | None = None
+    verifier: OptionalModel = None
     """Trained verifier, a local folder or a hub id; the guided modes need one."""
-    contrast: str | None = None
+    contrast: OptionalModel = None
     """In a verifier's place, a model whose logits less System 1's are the score, such as System 1 fine-tuned."""
     modes: tuple[ModeKey, ...] = (Mode.PLAIN_GREEDY, Mode.GUIDED_GREEDY)
     """Ways of decoding: plain_greedy, guided_greedy, plain_sampling, guided_sampling."""
     split: str = "test"
     """Split of the task to evaluate on."""
-    few_shot: str | None = None
+    few_shot: OptionalFile = None
     """Worked examples before each problem: gsm8k-cot (the 8 published ones) or a JSON lines file."""
     num_fewshot: Count | None = None
     """Number of few-shot examples, the first ones; all when null."""

@@ -1,5 +1,6 @@
 """Tiny seeded models on the CPU, without network."""
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,6 +29,15 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
 
 
+class Deprecations(logging.Handler):
+    """Raises what transformers logs as deprecated, where it is called; pyproject.toml does so for warnings."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecat" in (text := record.getMessage()).lower():
+            raise DeprecationWarning(text)
+
+
+logging.getLogger("transformers").addHandler(Deprecations())
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 

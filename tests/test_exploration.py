@@ -155,7 +155,7 @@ def test_own_solutions_are_right_and_distinct_and_seeded_by_their_problem(quick)
     config, tokenizer = own(quick), load_tokenizer(quick.model)
     task = load_task("chats", quick.data_file, config.grader)
     problems, engine = task.problems("train"), open_engine(config, tokenizer)
-    found, counts = own_solutions(config, engine, tokenizer, task, problems, Path(quick.output + ".a"))
+    found, counts = own_solutions(config, engine, tokenizer, task, problems, Path(quick.output + ".a"), {})
     by_question = {}
     for problem in found:
         by_question.setdefault(problem.question, []).append(problem)
@@ -165,7 +165,7 @@ def test_own_solutions_are_right_and_distinct_and_seeded_by_their_problem(quick)
         assert len({problem.solution for problem in same}) == len(same) <= 2
     assert all(is_even(problem.solution, "") for problem in found)
     some = next(problem for problem in problems if problem.question in by_question)
-    alone, _ = own_solutions(config, engine, tokenizer, task, [some], Path(quick.output + ".b"))
+    alone, _ = own_solutions(config, engine, tokenizer, task, [some], Path(quick.output + ".b"), {})
     assert alone == by_question[some.question]
 
 
@@ -440,7 +440,7 @@ def test_an_existing_output_is_never_overwritten(config):
 
 def test_a_journal_of_other_settings_is_refused(config):
     other, partial = replace(config, quality_margin=0.9), Path(config.output + ".partial")
-    Journal(partial, other, may_differ=(), key=itemgetter("id")).close()
+    Journal(partial, other, {}, may_differ=(), key=itemgetter("id")).close()
     with pytest.raises(UserError, match="begun with another config: quality_margin was 0.9 and now is"):
         explore(config)
 

@@ -19,7 +19,7 @@ CONFIG = Config()
 
 
 def open_journal(folder, config=CONFIG, shard=0) -> Journal:
-    return Journal(folder, config, may_differ=("device",), key=lambda entry: entry["id"], shard=shard)
+    return Journal(folder, config, {}, may_differ=("device",), key=lambda entry: entry["id"], shard=shard)
 
 
 def test_entries_are_read_in_the_given_order_from_all_shards(tmp_path):

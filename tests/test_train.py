@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from llm2 import LLM2
 from llm2.common.config_file import as_dict
 from llm2.common.loading import load_tokenizer
+from llm2.common.training import CHECKPOINTING
 from llm2.config import TrainConfig
 from llm2.errors import UserError
 from llm2.verifier.checkpoints import last_whole_checkpoint
@@ -145,7 +146,7 @@ def test_the_lm_loss_is_added_to_the_mean_over_pairs(system1_folder, tmp_path):
 def test_gradient_checkpointing_changes_no_gradient(system1_folder, tmp_path, lora):
     data = examples(6)
     expected = gradients(system1_folder, tmp_path, data, 6, 1, lora=lora)
-    found = gradients(system1_folder, tmp_path, data, 6, 1, lora=lora, gradient_checkpointing=True)
+    found = gradients(system1_folder, tmp_path, data, 6, 1, lora=lora, **{CHECKPOINTING: True})
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=0, msg=name)
 
@@ -251,7 +252,9 @@ def test_a_card_names_the_base_model_on_the_hub(config):
     metrics = {"train_solutions": 9, "eval_solutions": 1, "steps": 3, "best_step": 3, "eval_pairs": 2}
     metrics |= {f"{who}_pair_accuracy{end}": 0.5 for who in ("eval", "system1") for end in ("", "_low", "_high")}
     hub = replace(config, model="meta-llama/Llama-3.2-1B-Instruct", chat_template="/home/someone/plain.jinja")
-    text = model_card(hub, metrics, [("/home/someone/triplets.jsonl", Summary())])
+    inputs = {"eval_file": {"/home/someone/held_out.jsonl": "0123456789abcdef"}}
+    text = model_card(hub, inputs, metrics, [("/home/someone/triplets.jsonl", Summary())])
+    assert "| SHA-256 of `held_out.jsonl` | 0123456789ab |" in text
     assert "base_model: meta-llama/Llama-3.2-1B-Instruct" in text and "someone" not in text
     assert 'from_pretrained("meta-llama/Llama-3.2-1B-Instruct", "path/to/this/folder")' in text
 

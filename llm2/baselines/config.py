@@ -5,10 +5,12 @@ from pydantic.dataclasses import dataclass
 from llm2.config import (
     STRICT,
     Count,
+    File,
     Mode,
     ModeKey,
     ModelConfig,
     OptimizerConfig,
+    OptionalCode,
     Positive,
     SamplesConfig,
     Seed,
@@ -22,7 +24,7 @@ class FinetuneConfig(SolutionsConfig, OptimizerConfig):
 
     output_dir: str
     """Folder for the fine-tuned System 1."""
-    replay_task: str | None = None
+    replay_task: OptionalCode = None
     """Another task, of which as many gold solutions are mixed in, so that System 1 does not forget it."""
     output_rank: Count | None = None
     """Train only a low-rank edit of the output layer, of this rank; everything when null."""
@@ -32,7 +34,7 @@ class FinetuneConfig(SolutionsConfig, OptimizerConfig):
 class PreferConfig(ModelConfig, OptimizerConfig):
     """Fine-tune System 1 to prefer gold tokens to negatives: DPO's loss on the triplets of a verifier."""
 
-    train_file: str
+    train_file: File
     """What to train on, JSON lines: triplets, or an exploration's verdicts (OUTPUT.pairs.jsonl) as soft targets."""
     output_dir: str
     """Folder for the fine-tuned System 1."""

@@ -14,9 +14,10 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from llm2.baselines.config import FinetuneConfig
-from llm2.baselines.training import import_trl, refuse_existing, save, trainer_arguments
+from llm2.baselines.training import begin, import_trl, save, trainer_arguments
 from llm2.common.chat import resolve_template
 from llm2.common.distributed import process_device
+from llm2.common.inputs import Digests
 from llm2.common.loading import eos_ids, load_system1, load_tokenizer, resolve_device
 from llm2.exploration.engines import open_engine
 from llm2.exploration.own_solutions import own_solutions
@@ -28,13 +29,13 @@ from llm2.verifier.loss import IGNORE_INDEX
 def finetune(config: FinetuneConfig) -> dict:
     """Write the fine-tuned System 1 to `config.output_dir`; returns counts and the mean training loss."""
     trl = import_trl()
-    refuse_existing(config, "finetune")
+    inputs = begin(config, "finetune")
     device = process_device(resolve_device(config.device))
     arguments = trainer_arguments(config, device)
     tokenizer, task = load_tokenizer(config.model), load_task(config.task, config.data_file, config.grader)
     replayed = None if config.replay_task is None else load_task(config.replay_task, key="replay_task")
     replayed_problems = load_problems(replayed, config.split, config.limit)[0] if replayed else []
-    problems, counts = right_solutions(config, task, tokenizer)
+    problems, counts = right_solutions(config, task, tokenizer, inputs)
     model = load_system1(config.model, device, "float32")
     template, eos = resolve_template(config.chat_template), eos_ids(model, tokenizer)
     solutions = tokenize_solutions(task, problems, tokenizer, template, eos)
@@ -55,7 +56,7 @@ def finetune(config: FinetuneConfig) -> dict:
     if edited:
         parametrize.remove_parametrizations(edited, "weight")
     counts |= {"solutions": len(solutions), "training_loss": loss}
-    return save(model, tokenizer, config, "finetune", counts)
+    return save(model, tokenizer, config, inputs, "finetune", counts)
 
 
 class LowRankEdit(nn.Module):
@@ -85,7 +86,7 @@ def edit_output_layer(model: PreTrainedModel, rank: int) -> nn.Module:
 
 
 def right_solutions(
-    config: FinetuneConfig, task: Task, tokenizer: PreTrainedTokenizerBase
+    config: FinetuneConfig, task: Task, tokenizer: PreTrainedTokenizerBase, inputs: Digests
 ) -> tuple[list[Problem], dict[str, int]]:
     """The problems with the solutions to train on, and what own ones cost."""
     need_gold = config.solutions == "gold"
@@ -94,7 +95,7 @@ def right_solutions(
         return problems, {}
     engine = open_engine(config, tokenizer)
     folder = Path(config.output_dir, "solutions")
-    problems, counts = own_solutions(config, engine, tokenizer, task, problems, folder)
+    problems, counts = own_solutions(config, engine, tokenizer, task, problems, folder, inputs)
     engine.close()
     return problems, counts
 

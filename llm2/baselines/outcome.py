@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm2.baselines.config import OutcomeConfig
-from llm2.baselines.training import import_trl, refuse_existing, save, trainer_arguments
+from llm2.baselines.training import begin, import_trl, save, trainer_arguments
 from llm2.common.chat import resolve_template
 from llm2.common.loading import eos_ids_by_name, load_classifier, load_tokenizer, resolve_device
 from llm2.common.seeds import row_seed
@@ -33,7 +33,7 @@ GROUP = 64  # problems that are sampled together
 def train_outcome(config: OutcomeConfig) -> dict:
     """Write the verifier to `config.output_dir`; returns counts and the mean training loss."""
     trl = import_trl()
-    refuse_existing(config, "outcome")
+    inputs = begin(config, "outcome")
     device = resolve_device(config.device)
     arguments = trainer_arguments(config, device)
     tokenizer, task = load_tokenizer(config.model), load_task(config.task, config.data_file, config.grader)
@@ -60,7 +60,7 @@ def train_outcome(config: OutcomeConfig) -> dict:
     loss = trainer.train().training_loss
     tokens = sum(sample.tokens for _, samples in sampled for sample in samples)
     counts = {"problems": len(problems), "pairs": len(pairs), "sampled_tokens": tokens, "training_loss": loss}
-    return save(as_verifier(model, config.model), tokenizer, config, "outcome", counts)
+    return save(as_verifier(model, config.model), tokenizer, config, inputs, "outcome", counts)
 
 
 def sampled_solutions(

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from llm2.baselines.config import PreferConfig
-from llm2.baselines.training import refuse_existing, save, trainer_arguments
+from llm2.baselines.training import begin, save, trainer_arguments
 from llm2.common.chat import resolve_template
 from llm2.common.distributed import process_device
 from llm2.common.loading import load_system1, load_tokenizer, resolve_device
@@ -24,7 +24,7 @@ from llm2.verifier.triplets import Example, load_examples
 
 def prefer(config: PreferConfig) -> dict:
     """Write the fine-tuned System 1 to `config.output_dir`; returns counts and the mean training loss."""
-    refuse_existing(config, "prefer")
+    inputs = begin(config, "prefer")
     device = process_device(resolve_device(config.device))
     arguments = TrainingArguments(**trainer_arguments(config, device), remove_unused_columns=False)
     tokenizer = load_tokenizer(config.model)
@@ -33,7 +33,7 @@ def prefer(config: PreferConfig) -> dict:
     trainer = PreferenceTrainer(model, arguments, examples, config.preference_beta)
     loss = trainer.train().training_loss
     counts = {"solutions": len(examples), "triplets": summary.triplets, "training_loss": loss}
-    return save(model, tokenizer, config, "prefer", counts)
+    return save(model, tokenizer, config, inputs, "prefer", counts)
 
 
 class PreferenceTrainer(Trainer):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llm2.common.config_file import write_config
 from llm2.common.distributed import dist_info
 from llm2.common.files import whole_files
+from llm2.common.inputs import Digests, digests, write_inputs
 from llm2.common.training import optimizer_arguments
 from llm2.config import OptimizerConfig
 from llm2.errors import UserError
@@ -30,7 +31,6 @@ def trainer_arguments(config: OptimizerConfig, device: torch.device) -> dict[str
     return {
         **optimizer_arguments(config, device),
         "output_dir": config.output_dir,
-        "gradient_checkpointing": config.gradient_checkpointing or None,  # False would be a deprecated way to say no
         "save_strategy": "no",
         "logging_steps": 10,
         "report_to": "none",
@@ -39,21 +39,28 @@ def trainer_arguments(config: OptimizerConfig, device: torch.device) -> dict[str
     }
 
 
-def refuse_existing(config: OptimizerConfig, command: str) -> None:
-    """Raise UserError if the output folder already holds a model of this command."""
+def begin(config: OptimizerConfig, command: str) -> Digests:
+    """The digests of what the run will read. Raises UserError if the output folder has a model of this command."""
     if Path(config.output_dir, f"{command}.yaml").exists():
         raise UserError(f"{config.output_dir} holds a model already; choose another output_dir, or delete it")
+    return digests(config)
 
 
 def save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: OptimizerConfig, command: str, counts: dict
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: OptimizerConfig,
+    inputs: Digests,
+    command: str,
+    counts: dict,
 ) -> dict:
-    """Write the model, its tokenizer, the counts (training.json) and, last, the config as COMMAND.yaml, in the main
-    process; returns the counts."""
+    """Write the model, its tokenizer, the counts (training.json), the digests and, last, the config as COMMAND.yaml, in
+    the main process; returns the counts."""
     if dist_info().is_main:
         with whole_files(config.output_dir) as new:
             model.eval().save_pretrained(new)
             tokenizer.save_pretrained(new)
             Path(new, "training.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+        write_inputs(config.output_dir, inputs)
         write_config(config, Path(config.output_dir, f"{command}.yaml"))
     return counts

@@ -1,8 +1,9 @@
 """Finished work on disk, entry by entry, so that a killed run can resume; one run at a time (claim.py).
 
 A journal is a folder with one shard per process: an append-only file with a line of a checksum and a JSON object for
-each entry, the first of which, the header, is the run's config. A kill can leave a torn last line, never more, and a
-damaged line is found out. Any process may finish any entry, so a resumed run can have another number of processes.
+each entry, the first of which, the header, is the run's config with the digests of what it reads (inputs.py). A kill
+can leave a torn last line, never more, and a damaged line is found out. Any process may finish any entry, so a resumed
+run can have another number of processes.
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llm2.common.config_file import as_dict, difference
+from llm2.common.inputs import Digests, change
 from llm2.errors import UserError
 
 CHECKSUM = 9  # bytes: eight digits and a space
@@ -23,21 +25,28 @@ class Journal:
     """One process's handle on the journal in `folder`; `done` holds the keys of all finished entries known to it.
 
     Args:
-        config: the run's config; raises UserError for shards of a run with another one.
+        config, inputs: the run's config and digests; raises UserError for shards of a run with others.
         may_differ: keys of the config that may change between runs.
         key: identifies an entry.
         shard: the number of this process, the only writer of that shard.
     """
 
     def __init__(
-        self, folder: Path, config: Any, *, may_differ: tuple[str, ...], key: Callable[[dict], Hashable], shard: int = 0
+        self,
+        folder: Path,
+        config: Any,
+        inputs: Digests,
+        *,
+        may_differ: tuple[str, ...],
+        key: Callable[[dict], Hashable],
+        shard: int = 0,
     ) -> None:
         self.folder, self.key = folder, key
         folder.mkdir(parents=True, exist_ok=True)
         self.file = (folder / f"shard-{shard}.jsonl").open("a+b")
         for path in self._shards():
-            self._check_header(path, config, may_differ)
-        self._repair(as_dict(config))
+            self._check_header(path, config, inputs, may_differ)
+        self._repair(as_dict(config) | {"inputs": inputs})
         self.done = set(self._offsets())
 
     def add(self, entry: dict) -> None:
@@ -82,11 +91,17 @@ class Journal:
     def _shards(self) -> list[Path]:
         return sorted(self.folder.glob("shard-*.jsonl"))
 
-    def _check_header(self, path: Path, config: Any, may_differ: tuple[str, ...]) -> None:
+    def _check_header(self, path: Path, config: Any, inputs: Digests, may_differ: tuple[str, ...]) -> None:
         with path.open("rb") as file:
-            _, header = next(_complete_lines(file), (0, None))
-        if header is not None and (change := difference(_parse(header, path, 1), config, may_differ)):
-            raise UserError(f"{path} was begun with another config: {change}; set that back, or delete {self.folder}")
+            _, line = next(_complete_lines(file), (0, None))
+        if line is None:
+            return
+        header = _parse(line, path, 1)
+        way_out = f"set that back, or delete {self.folder}"
+        if changed := difference(header, config, may_differ):
+            raise UserError(f"{path} was begun with another config: {changed}; {way_out}")
+        if changed := change(header.get("inputs"), inputs, may_differ):
+            raise UserError(f"{path} cannot be continued: {changed}; {way_out}")
 
     def _offsets(self) -> dict[Hashable, tuple[Path, int]]:
         """Key of every finished entry -> its shard and its offset there in bytes."""

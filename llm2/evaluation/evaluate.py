@@ -17,6 +17,7 @@ from llm2.common.chat import Message, encode_chats, resolve_template
 from llm2.common.config_file import as_dict
 from llm2.common.distributed import barrier, dist_info, process_device
 from llm2.common.files import write_text
+from llm2.common.inputs import Digests, digests
 from llm2.common.loading import load_system1, load_tokenizer, refuse_unknown_ids, resolve_device
 from llm2.common.seeds import row_seed
 from llm2.config import EvaluateConfig, Mode
@@ -58,6 +59,7 @@ def evaluate(config: EvaluateConfig) -> dict | None:
     check(config)
     if config.beta is None and config.verifier is not None:
         config = replace(config, beta=trained_beta(config.verifier))
+    inputs = digests(config)
     task = load_task(config.task, config.data_file, config.grader)
     problems = read_problems(task, config.split, config.limit)
     require_distinct_ids(task, problems)
@@ -65,7 +67,7 @@ def evaluate(config: EvaluateConfig) -> dict | None:
     evaluator = cache(lambda: Evaluator(config, task, examples))
     if not config.resume:
         evaluator()  # earlier results are deleted once both systems are loaded
-    predictions = Predictions(config)
+    predictions = Predictions(config, inputs)
     if any(predictions.missing(problems, mode) for mode in config.modes):
         for mode in config.modes:
             evaluator().run(mode, problems, predictions)
@@ -74,7 +76,7 @@ def evaluate(config: EvaluateConfig) -> dict | None:
     metrics = None
     if dist_info().is_main:
         lines = predictions.publish(problems, config.modes)
-        metrics = describe(config, len(problems)) | summarise(lines, config.majority_at, config.seed)
+        metrics = describe(config, inputs, len(problems)) | summarise(lines, config.majority_at, config.seed)
         write_text(Path(config.output_dir, "metrics.json"), json.dumps(metrics, indent=2) + "\n")
     barrier()  # the files are complete
     return metrics
@@ -99,8 +101,8 @@ def check(config: EvaluateConfig) -> None:
         require_verifier(config.verifier)
 
 
-def describe(config: EvaluateConfig, n: int) -> dict:
-    """The head of metrics.json: task, settings and versions."""
+def describe(config: EvaluateConfig, inputs: Digests, n: int) -> dict:
+    """The head of metrics.json: task, settings, digests and versions."""
     values = as_dict(config)
     return {
         "benchmark": config.task,
@@ -108,6 +110,7 @@ def describe(config: EvaluateConfig, n: int) -> dict:
         "n": n,
         "seed": config.seed,
         "settings": {key: values[key] for key in SETTINGS},
+        "inputs": inputs,
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
         "git_commit": git_commit(),
     }

@@ -1,4 +1,5 @@
-"""The predictions of a results folder: a journal during the run, then config.yaml, predictions.jsonl, traces.jsonl.
+"""The predictions of a results folder: a journal during the run, then config.yaml, inputs.json, predictions.jsonl and
+traces.jsonl.
 
 A journal entry holds one problem in one mode: a line of predictions.jsonl, plus `traces`.
 """
@@ -12,6 +13,7 @@ from llm2.common.config_file import as_dict, difference, read_values, write_conf
 from llm2.common.distributed import barrier, dist_info
 from llm2.common.files import whole_file
 from llm2.common.home import without_home
+from llm2.common.inputs import INPUTS, Digests, change, read_inputs, write_inputs
 from llm2.common.journal import Journal
 from llm2.common.jsonl import read_jsonl
 from llm2.config import EvaluateConfig, Mode
@@ -44,16 +46,19 @@ class Predictions:
     """Writes the predictions of this process, and in the main process publishes those of all.
 
     All processes agree on what is missing, since each opens the journal before any of them adds to it.
+
+    Args:
+        inputs: digests of what the run reads; raises UserError where earlier predictions were made with others.
     """
 
-    def __init__(self, config: EvaluateConfig) -> None:
-        self.config, self.folder = config, Path(config.output_dir)
+    def __init__(self, config: EvaluateConfig, inputs: Digests) -> None:
+        self.config, self.inputs, self.folder = config, inputs, Path(config.output_dir)
         if dist_info().is_main:
             if not config.resume:
                 self._delete_files()
             elif (self.folder / "predictions.jsonl").exists():
                 way_out = "choose another output_dir, or pass resume=false to start over"
-                self._refuse_other_config(self.folder, MAY_DIFFER, way_out)
+                self._refuse_other_run(self.folder, MAY_DIFFER, way_out)
             self.journal = self._open_journal()
             self._add_earlier_predictions()
         barrier()
@@ -76,7 +81,7 @@ class Predictions:
         self.journal.add(entry)
 
     def publish(self, problems: Sequence[Problem], modes: Sequence[Mode]) -> dict[Mode, list[dict]]:
-        """Write config and predictions, delete the journal; return the lines of each mode in order.
+        """Write config, digests and predictions, delete the journal; return the lines of each mode in order.
 
         Modes of earlier runs are included if they cover these problems.
         """
@@ -84,6 +89,7 @@ class Predictions:
         keys = [(problem.id, mode) for mode in lines for problem in problems]
         others = sorted(self.done_before - set(keys))  # of other problems or incomplete modes: kept for a later run
         write_config(self.config, self.folder / "config.yaml")
+        write_inputs(self.folder, self.inputs)
         texts, details = self.folder / "predictions.jsonl", self.folder / "traces.jsonl"
         with whole_file(texts) as predictions, whole_file(details) as traces:
             for index, entry in enumerate(self.journal.read([*keys, *others])):
@@ -96,11 +102,11 @@ class Predictions:
 
     def _open_journal(self) -> Journal:
         shard = dist_info().rank
-        return Journal(self.folder / "journal", self.config, may_differ=MAY_DIFFER, key=_key, shard=shard)
+        return Journal(self.folder / "journal", self.config, self.inputs, may_differ=MAY_DIFFER, key=_key, shard=shard)
 
     def _delete_files(self) -> None:
         shutil.rmtree(self.folder / "journal", ignore_errors=True)
-        for name in ("predictions.jsonl", "traces.jsonl", "metrics.json"):
+        for name in ("predictions.jsonl", "traces.jsonl", "metrics.json", INPUTS):
             (self.folder / name).unlink(missing_ok=True)
 
     def _add_earlier_predictions(self) -> None:
@@ -111,22 +117,26 @@ class Predictions:
                     self.journal.add(entry)
 
     def _read_reusable(self, folder: Path) -> Iterator[dict]:
-        """The entries of another results folder. Raises UserError if this config would have made other ones."""
+        """The entries of another results folder. Raises UserError if this run would have made other ones."""
         if not (folder / "predictions.jsonl").exists():
             raise UserError(f"reuse_from: {folder} holds no predictions.jsonl; evaluate there first")
         earlier, checked = read_values(folder / "config.yaml"), set()
         now = as_dict(self.config)
         same_scores = all(without_home(earlier.get(key)) == now[key] for key in SCORE_KEYS)
+        same_scores &= (read_inputs(folder) or {}).get("verifier") == self.inputs.get("verifier")
         for entry in _read_entries(folder):
             mode = Mode(entry["mode"])
             if mode not in checked:
-                self._refuse_other_config(folder, MAY_DIFFER + _without_effect(mode), "it cannot be reused")
+                self._refuse_other_run(folder, MAY_DIFFER + _without_effect(mode), "it cannot be reused")
                 checked.add(mode)
             yield entry if same_scores else _without_scores(entry)
 
-    def _refuse_other_config(self, folder: Path, may_differ: tuple[str, ...], way_out: str) -> None:
-        if change := difference(read_values(folder / "config.yaml"), self.config, may_differ):
-            raise UserError(f"{folder / 'predictions.jsonl'} was made with another config: {change}; {way_out}")
+    def _refuse_other_run(self, folder: Path, may_differ: tuple[str, ...], way_out: str) -> None:
+        predictions = folder / "predictions.jsonl"
+        if changed := difference(read_values(folder / "config.yaml"), self.config, may_differ):
+            raise UserError(f"{predictions} was made with another config: {changed}; {way_out}")
+        if changed := change(read_inputs(folder), self.inputs, may_differ):
+            raise UserError(f"{predictions} is out of date: {changed}; {way_out}")
 
 
 def _without_effect(mode: Mode) -> tuple[str, ...]:

@@ -20,7 +20,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llm2.common.chat import resolve_template
+from llm2.common.config_file import difference
 from llm2.common.distributed import barrier, dist_info, iter_shared_work
+from llm2.common.inputs import Digests, change, digests
 from llm2.common.journal import Journal
 from llm2.common.loading import load_tokenizer
 from llm2.common.prefix import common_prefix
@@ -57,23 +59,25 @@ def explore(config: ExploreConfig) -> dict | None:
     Returns the report in the main process; None in the others, once their share is done.
     """
     barrier()  # the main process has the claim on the output: no other run touches these files
-    output, partial = Path(config.output), Path(f"{config.output}.partial")
-    if output.exists() and partial.exists():  # killed between the last output file and the journal's end
+    output, partial, inputs = Path(config.output), Path(f"{config.output}.partial"), digests(config)
+    report = finished_report(config, inputs) if output.exists() and partial.exists() else None
+    if report is not None:  # killed between the last output file and the journal's end
         barrier()  # all processes have seen the folder
         if not dist_info().is_main:
             return None
         shutil.rmtree(partial)
-        return json.loads(Path(f"{output}.report.json").read_text(encoding="utf-8"))
+        return report
     task, problems, repeated = prepare(config)
     tokenizer = load_tokenizer(config.model)
     engine = open_engine(config, tokenizer)
     output.parent.mkdir(parents=True, exist_ok=True)
-    journal = Journal(partial, config, may_differ=MAY_DIFFER, key=itemgetter("id"), shard=dist_info().rank)
+    shard = dist_info().rank
+    journal = Journal(partial, config, inputs, may_differ=MAY_DIFFER, key=itemgetter("id"), shard=shard)
     earlier = frozenset(journal.done)
     barrier()  # all processes have read the same journal before one adds to it
     sampling = {}
     if config.solutions == "own":
-        problems, sampling = own_solutions(config, engine, tokenizer, task, problems, partial / "solutions")
+        problems, sampling = own_solutions(config, engine, tokenizer, task, problems, partial / "solutions", inputs)
     waiting = [problem for problem in problems if problem.id not in earlier]
 
     start = time.perf_counter()
@@ -92,7 +96,16 @@ def explore(config: ExploreConfig) -> dict | None:
         return None
     seconds = time.perf_counter() - start
     order = [problem.id for problem in problems]
-    return write_outputs(config, journal, order, earlier, seconds, {"repeated_problems": repeated, **sampling})
+    sources = {"repeated_problems": repeated, **sampling}
+    return write_outputs(config, inputs, journal, order, earlier, seconds, sources)
+
+
+def finished_report(config: ExploreConfig, inputs: Digests) -> dict | None:
+    """The report beside the output; None if it is that of another run."""
+    report = json.loads(Path(f"{config.output}.report.json").read_text(encoding="utf-8"))
+    may_differ = tuple({*MAY_DIFFER} - {"limit"})
+    other = difference(report["config"], config, may_differ) or change(report.get("inputs"), inputs)
+    return None if other else report
 
 
 def prepare(config: ExploreConfig) -> tuple[Task, list[Problem], int]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm2.common.chat import encode_chats, resolve_template
 from llm2.common.distributed import barrier, dist_info, iter_shared_work
+from llm2.common.inputs import Digests
 from llm2.common.journal import Journal
 from llm2.common.seeds import row_seed
 from llm2.config import SamplesConfig, SolutionsConfig
@@ -43,13 +44,15 @@ def own_solutions(
     task: Task,
     problems: Sequence[Problem],
     folder: Path,
+    inputs: Digests,
 ) -> tuple[list[Problem], dict[str, int]]:
     """Each problem with each of its own solutions, as `ID/0`, `ID/1` and so on, and what they cost.
 
-    Processes share the problems; an interrupted run resumes from the journal in `folder`. Raises UserError where no
+    Processes share the problems; an interrupted run resumes from the journal in `folder`, which knows the run's
+    `inputs`. Raises UserError where no
     sample is right.
     """
-    journal = Journal(folder, config, may_differ=MAY_DIFFER, key=itemgetter("id"), shard=dist_info().rank)
+    journal = Journal(folder, config, inputs, may_differ=MAY_DIFFER, key=itemgetter("id"), shard=dist_info().rank)
     barrier()  # all processes have read the same journal before one adds to it
     waiting = [problem for problem in problems if problem.id not in journal.done]
     size = max(1, WINDOW * config.batch_size // config.solution_samples)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from llm2.common.config_file import as_dict
 from llm2.common.files import whole_file, write_text
+from llm2.common.inputs import Digests
 from llm2.common.journal import Journal
 from llm2.common.memory import peak_rss_mib
 from llm2.config import ExploreConfig
@@ -17,6 +18,7 @@ BAR = 40  # characters of its longest bar
 
 def write_outputs(
     config: ExploreConfig,
+    inputs: Digests,
     journal: Journal,
     order: Sequence[str],
     earlier: frozenset[str],
@@ -52,6 +54,7 @@ def write_outputs(
             "peak_rss_mib": peak_rss_mib(),  # of the main process
             "quality_histogram": histogram,  # of all tokens rolled out, in equal parts of [0, 1]
             "config": as_dict(config),
+            "inputs": inputs,
         }
         write_text(f"{output}.report.json", json.dumps(report, indent=2) + "\n")
     journal.discard()
@@ -61,7 +64,7 @@ def write_outputs(
 def render(report: dict) -> str:
     """The report as it is printed."""
     histogram = report["quality_histogram"]
-    lines = [f"{key:>20}  {value:,.0f}" for key, value in report.items() if key not in ("quality_histogram", "config")]
+    lines = [f"{key:>20}  {value:,.0f}" for key, value in report.items() if isinstance(value, int | float)]
     lines.append("quality of the plausible tokens:")
     for i, count in enumerate(histogram):
         low, high = i / len(histogram), (i + 1) / len(histogram)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from llm2.commands import CONFIGS
 from llm2.common.config_file import as_dict, difference, load_config, read_values
+from llm2.common.inputs import Digests, change, digests, read_inputs
 from llm2.errors import UserError, explained, shown
 from llm2.study.config import StudyConfig, StudyStep
 
@@ -76,7 +77,8 @@ def check(config: StudyConfig) -> None:
 
 
 def check_done(config: StudyConfig, step: StudyStep, one: Run) -> None:
-    """Raises UserError for a config with mistakes, and for a step that was done with other settings than the study's.
+    """Raises UserError for a config with mistakes, and for a step that was done with other settings than the study's
+    or with other contents of what it reads, such as a verifier that has been trained anew since.
 
     Compared are the keys of its overrides, but for null, which the command resolves, and texts with names in braces:
     folders may have been moved.
@@ -87,8 +89,12 @@ def check_done(config: StudyConfig, step: StudyStep, one: Run) -> None:
     done = Path(filled(step, step.done, names))
     earlier = recorded(step, done)
     ignored = tuple(as_dict(wanted).keys() - compared)
-    if earlier is not None and (change := difference(earlier, wanted, ignored)):
-        raise UserError(f"{done}: {change} in the study; delete what this step wrote, or choose another output_dir")
+    way_out = "delete what this step wrote, or choose another output_dir"
+    if earlier is not None and (changed := difference(earlier, wanted, ignored)):
+        raise UserError(f"{done}: {changed} in the study; {way_out}")
+    inputs = recorded_inputs(step, done)
+    if inputs is not None and (changed := change(inputs, digests(wanted))):
+        raise UserError(f"{done} is out of date: {changed}; {way_out}")
 
 
 def recorded(step: StudyStep, done: Path) -> dict[str, Any] | None:
@@ -99,6 +105,13 @@ def recorded(step: StudyStep, done: Path) -> dict[str, Any] | None:
         return read_values(done).get("config")  # JSON is YAML
     record = done.with_name("config.yaml" if step.command == "evaluate" else f"{step.command}.yaml")
     return read_values(record) if record.exists() else None
+
+
+def recorded_inputs(step: StudyStep, done: Path) -> Digests | None:
+    """The digests of what a step read; None where it is not done, or where an older version of llm2 did it."""
+    if not done.exists():
+        return None
+    return read_values(done).get("inputs") if step.command == "explore" else read_inputs(done.parent)
 
 
 def chosen(config: StudyConfig, only: Sequence[str]) -> dict[str, list[str]]:

@@ -9,9 +9,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AttentionInterface, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.integrations.flex_attention import flex_attention_forward
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput
 
 from llm2.common.home import with_home, without_home
@@ -22,6 +27,9 @@ from llm2.verifier.checkpoints import is_sharded, sharded_state
 from llm2.verifier.heads import PrefixHead, fingerprint
 from llm2.verifier.loss import IGNORE_INDEX, chunked_cross_entropy
 from llm2.verifier.masks import as_attention_mask, packed_block_mask, packed_mask
+
+FLEX = "flex_attention"  # transformers' FlexAttention
+LLM2_FLEX = "llm2_flex_attention"  # ours, which every verifier has in its place
 
 
 class ProcessVerifierConfig(PreTrainedConfig):
@@ -40,7 +48,7 @@ class ProcessVerifierConfig(PreTrainedConfig):
 
     model_type = "llm2_process_verifier"
     sub_configs = {"backbone_config": AutoConfig}
-    keys_to_ignore_at_inference = ["scores", "lm_loss", "past_key_values"]  # the Trainer gathers the margins alone
+    keys_to_ignore_at_inference = ["scores", "lm_loss"]  # the Trainer gathers the margins alone
 
     def __init__(
         self,
@@ -80,7 +88,6 @@ class VerifierOutput(ModelOutput):
     scores: torch.Tensor | None = None
     margins: torch.Tensor | None = None
     lm_loss: torch.Tensor | None = None
-    past_key_values: Cache | None = None
 
 
 class ProcessVerifier(PreTrainedModel):
@@ -108,6 +115,8 @@ class ProcessVerifier(PreTrainedModel):
         """Without a backbone, one with random weights is created."""
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
+        if self.backbone.config._attn_implementation == FLEX:
+            self.backbone.set_attn_implementation(LLM2_FLEX)
         text = config.backbone_config.get_text_config()
         if config.score == "candidate":
             self.score = nn.Linear(text.hidden_size, 1, bias=False)
@@ -257,6 +266,10 @@ class ProcessVerifier(PreTrainedModel):
             lora.save_adapter(Path(folder), adapter, self.config.lora, self.config.base_model)
 
     @property
+    def uses_flex_attention(self) -> bool:
+        return self.backbone.config._attn_implementation == LLM2_FLEX
+
+    @property
     def has_own_backbone(self) -> bool:
         """False for a LoRA verifier and a prefix head, which are saved without System 1's weights."""
         return self.config.lora is None and self.config.prefix_head is None
@@ -292,14 +305,13 @@ class ProcessVerifier(PreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool = False,
         start: torch.Tensor | None = None,
         prefix_len: torch.Tensor | None = None,
         pair_indices: torch.Tensor | None = None,
         pair_tokens: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
         states: torch.Tensor | None = None,
+        **backbone_options: Any,
     ) -> VerifierOutput:
         """Score every token, or the two tokens of each pair.
 
@@ -312,6 +324,7 @@ class ProcessVerifier(PreTrainedModel):
             pair_tokens: (1, M, 2), where `score` is prefix.
             targets: (R, S) the next token, or IGNORE_INDEX; asks for `lm_loss`.
             states: (N, D) of a prefix head's System 1, in place of input_ids; pair_indices count its rows.
+            backbone_options: passed to the backbone where attention_mask is, such as a cache, which it fills.
         """
         if states is not None:
             hidden = states
@@ -322,10 +335,9 @@ class ProcessVerifier(PreTrainedModel):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
+                **{"use_cache": False, **backbone_options},
             ).last_hidden_state
-        output = VerifierOutput(past_key_values=past_key_values)
+        output = VerifierOutput()
         if self.config.score == "candidate":
             output.scores = self.score(hidden).squeeze(-1)  # (R, S)
             pair_scores = None if pair_indices is None else output.scores.flatten()[pair_indices]  # (1, M, 2)
@@ -361,7 +373,7 @@ class ProcessVerifier(PreTrainedModel):
 
     def states(self, input_ids: torch.Tensor, start: torch.Tensor, prefix_len: torch.Tensor) -> torch.Tensor:
         """The backbone's last hidden states (R, S, D) of packed rows."""
-        if self.backbone.config._attn_implementation == "flex_attention":
+        if self.uses_flex_attention:
             mask = packed_block_mask(start, prefix_len)
         else:
             mask = as_attention_mask(self.backbone, packed_mask(start, prefix_len))
@@ -375,9 +387,11 @@ def flex_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' FlexAttention, in the dtype of the values: under autocast rotary embeddings return queries and keys
     in float32, and not every torch takes them beside values in 16 bits."""
-    return flex_attention_forward(module, query.to(value.dtype), key.to(value.dtype), value, *mask, **options)
+    attend = AttentionInterface()[FLEX]
+    return attend(module, query.to(value.dtype), key.to(value.dtype), value, *mask, **options)
 
 
-AttentionInterface.register("flex_attention", flex_attention)
+AttentionInterface.register(LLM2_FLEX, flex_attention)
+AttentionMaskInterface.register(LLM2_FLEX, AttentionMaskInterface()[FLEX])
 AutoConfig.register(ProcessVerifierConfig.model_type, ProcessVerifierConfig)
 AutoModel.register(ProcessVerifierConfig, ProcessVerifier)

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from llm2.common.config_file import as_dict
+from llm2.common.inputs import SHOWN, Digests
 from llm2.common.loading import is_local
 from llm2.config import TrainConfig
 from llm2.verifier.pair_metrics import table
@@ -37,10 +38,13 @@ System 1 {system1}. By fifth of the solution and by kind of the gold token:
 """
 
 
-def model_card(config: TrainConfig, metrics: Mapping[str, float], data: Sequence[tuple[str, Summary]]) -> str:
+def model_card(
+    config: TrainConfig, inputs: Digests, metrics: Mapping[str, float], data: Sequence[tuple[str, Summary]]
+) -> str:
     """The text of the card, which names only the last part of local paths.
 
     Args:
+        inputs: digests of what the training read.
         metrics: as in training.json.
         data: path and counts of each data file.
     """
@@ -55,6 +59,8 @@ def model_card(config: TrainConfig, metrics: Mapping[str, float], data: Sequence
     values = as_dict(config) | {"chat_template": config.chat_template and Path(config.chat_template).name}
     changed = [key.name for key in fields(config) if key.name in ALWAYS or values[key.name] != key.default]
     rows += [(f"`{name}`", values[name]) for name in changed if name not in NOT_SETTINGS]
+    read = {Path(name).name: digest[:SHOWN] for files in inputs.values() for name, digest in files.items()}
+    rows += [(f"SHA-256 of `{name}`", digest) for name, digest in read.items()]
     if "eval_choice_beta" in metrics:
         rows += [("beta that chooses the best tokens at held-out forks", f"{metrics['eval_choice_beta']:g}")]
     rows += [(package, version(package)) for package in ("torch", "transformers", "peft")]

@@ -17,6 +17,7 @@ from llm2.common.chat import resolve_template
 from llm2.common.config_file import difference, read_values, write_config
 from llm2.common.distributed import dist_info, process_device
 from llm2.common.files import whole_files
+from llm2.common.inputs import Digests, change, digests, read_inputs, write_inputs
 from llm2.common.loading import load_system1, load_tokenizer, resolve_device
 from llm2.common.memory import peak_memory_mib
 from llm2.common.training import optimizer_arguments
@@ -38,9 +39,10 @@ MAY_DIFFER = ("output_dir", "resume", "report_to", "logging_steps")  # between a
 def train(config: TrainConfig) -> dict:
     """Train a verifier and save it, its metrics (training.json) and its model card; returns the metrics."""
     device = process_device(resolve_device(config.device))  # every process loads System 1 onto its own GPU
+    inputs = digests(config)
+    checkpoint = checkpoint_to_resume(config, inputs)
     tokenizer = load_tokenizer(config.model)
     train_set, eval_set, data = load_data(config, tokenizer)
-    checkpoint = checkpoint_to_resume(config)
     if dist_info().is_main:
         for path, summary in data:
             print(f"{path}: {summary}\n{summary.table()}")
@@ -77,6 +79,7 @@ def train(config: TrainConfig) -> dict:
     )
     if dist_info().is_main:
         write_config(config, Path(config.output_dir, "train.yaml"))
+        write_inputs(config.output_dir, inputs)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = {
         **trainer.evaluate(),
@@ -96,24 +99,27 @@ def train(config: TrainConfig) -> dict:
         trainer.save_model(str(new))  # by all processes, some of which may hold a part of the weights
         if is_main:
             Path(new, "training.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-            Path(new, "README.md").write_text(model_card(config, metrics, data), encoding="utf-8")
+            Path(new, "README.md").write_text(model_card(config, inputs, metrics, data), encoding="utf-8")
         wait()
     return metrics
 
 
-def checkpoint_to_resume(config: TrainConfig) -> Path | None:
+def checkpoint_to_resume(config: TrainConfig, inputs: Digests) -> Path | None:
     """The newest checkpoint in the output folder, if there is one.
 
-    Raises UserError if the folder's checkpoints are not to be resumed, or were made with another config.
+    Raises UserError if the folder's checkpoints are not to be resumed, or were made with another config or other data.
     """
     folder = Path(config.output_dir)
     checkpoint, earlier = last_whole_checkpoint(folder), folder / "train.yaml"
-    if checkpoint is not None and not config.resume:
-        raise UserError(f"{folder} holds checkpoints and resume is false; choose another output_dir, or delete them")
-    if checkpoint is not None and (change := difference(read_values(earlier), config, MAY_DIFFER)):
-        raise UserError(
-            f"{folder} holds checkpoints of another config: {change}; choose another output_dir, or delete them"
-        )
+    if checkpoint is None:
+        return None
+    way_out = f"choose another output_dir, or delete {folder}"
+    if not config.resume:
+        raise UserError(f"{folder} holds checkpoints and resume is false; {way_out}")
+    if changed := difference(read_values(earlier), config, MAY_DIFFER):
+        raise UserError(f"{folder} holds checkpoints of another config: {changed}; {way_out}")
+    if changed := change(read_inputs(folder), inputs, MAY_DIFFER):
+        raise UserError(f"{folder} holds checkpoints that are out of date: {changed}; {way_out}")
     return checkpoint
 
 
@@ -211,8 +217,6 @@ def training_arguments(config: TrainConfig, solutions: int, device: torch.device
         **optimizer_arguments(config, device),
         **{name: getattr(config, name) for name in ("output_dir", "logging_steps", "report_to", "seed")},
         per_device_eval_batch_size=config.per_device_train_batch_size,
-        # passed only where it is on: transformers 6 renames it, and 5 warns of that
-        **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
         eval_strategy="steps",
         eval_steps=eval_steps,
         save_strategy="steps",

@@ -123,7 +123,7 @@ class VerifierTrainer(Trainer):
         if isinstance(examples[0], FrozenExample):
             batch = frozen_batch(examples, self.loss.quality_weight)
         else:
-            flex = self.model.backbone.config._attn_implementation == "flex_attention"
+            flex = self.model.uses_flex_attention
             batch = verifier_batch(
                 examples,
                 branches=self.model.config.score == "candidate",
@@ -179,10 +179,11 @@ class VerifierTrainer(Trainer):
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return PaddedSampler(len(self.train_dataset), step_size, self.args.seed, self.args.num_train_epochs)
 
-    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, **options: Any) -> None:
         """Without the Trainer's own pickle of its arguments, which holds absolute paths and which nothing reads."""
-        super()._save(output_dir, state_dict)
-        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        super().save_model(output_dir, **options)
+        if self.args.should_save:
+            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     # The Trainer looks for all weights, or for an adapter in a PeftModel, which a verifier is not.
 
