@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv with everything in requirements.txt, once; do nothing if that is done already.
+# Make .venv with everything in requirements.txt, in the versions of requirements.lock, once; do nothing if that is done.
 #
 #   bash scripts/setup.sh          set up
 #   source scripts/setup.sh        set up and activate; the other scripts do this
@@ -18,11 +18,13 @@ if [ -z "${python:-}" ]; then
   exit 2
 fi
 
-if ! cmp -s requirements.txt .venv/requirements.installed; then
+if ! cat requirements.txt requirements.lock | cmp -s - .venv/requirements.installed; then
   echo "setup.sh: installing requirements.txt into .venv (once, some minutes)" >&2
   [ -x .venv/bin/python ] || "$python" -m venv .venv
-  .venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt
-  cp requirements.txt .venv/requirements.installed
+  # The environment variables, and not -c, also reach what source packages are built with.
+  PIP_CONSTRAINT=$PWD/requirements.lock PIP_BUILD_CONSTRAINT=$PWD/requirements.lock \
+    .venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt
+  cat requirements.txt requirements.lock >.venv/requirements.installed
 fi
 source .venv/bin/activate
 

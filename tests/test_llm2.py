@@ -138,6 +138,20 @@ def test_custom_generate_and_processor_write_what_llm2_writes(system1, verifier)
     assert not torch.equal(custom, plain)
 
 
+def test_continuous_batching_is_refused_where_it_is_ours_and_noticed_where_it_is_not(llm2, inputs, system1, verifier):
+    with pytest.raises(ValueError, match="'paged', which cannot be guided"):
+        llm2.generate(**inputs, max_new_tokens=3, cache_implementation="paged")
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=1, pad_token_id=2)
+    processor = GuidedLogitsProcessor(Guidance(verifier=verifier))
+    assert processor.supports_continuous_batching is False
+    system1.generate_batch([[5, 9, 3, 17]], generation_config=config, logits_processor=[processor])
+    with pytest.warns(RuntimeWarning, match="never called: nothing was guided"):
+        del processor
+    processor = GuidedLogitsProcessor(Guidance(verifier=verifier))
+    with pytest.raises(ValueError, match=r"found the shape \(1, 2, 64\), expected \(batch, vocabulary\)"):
+        processor(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, VOCABULARY))
+
+
 def test_the_processor_follows_reordered_beams(system1, verifier):
     """Beam search permutes rows; a row must not use what was cached for another."""
 

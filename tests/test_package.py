@@ -21,6 +21,7 @@ EXTRAS = [each for extra in OPTIONAL.values() for each in extra]
 NOT_IMPORTED = {
     "pytest-xdist": "pytest's -n",
     "ruff": "a command",
+    "uv": "a command",
 }
 LICENCE_WORDS = {"PSF": "Python Software Foundation"}  # where a package's metadata has other words
 

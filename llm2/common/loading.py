@@ -5,13 +5,17 @@ weights are safetensors; remote code is never run.
 """
 
 import logging
+import re
 from collections.abc import Callable, Collection, Iterable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -21,14 +25,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 
 import llm2
+from llm2.common.distributed import dist_info
 from llm2.errors import UserError, explained
 
+NEWEST_TESTED = "5.24.0"  # of transformers; tests/README.md has all versions
 TESTBED = Path(llm2.__file__).parent / "testbed" / "system1"
 LOCAL_MODEL_HINT = "pass model=<local folder>, or model=testbed for the embedded one (`bash scripts/quickstart.sh`)"
 
@@ -61,9 +63,10 @@ def is_local(name: str) -> bool:
 def require_model(name: str) -> None:
     """Raise UserError where a model's config cannot be loaded or is no decoder's: a cheap check before heavy work."""
     config = _load(AutoConfig, name)
-    kind = config.model_type
-    reads_both_ways = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    if config.is_encoder_decoder or reads_both_ways or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    kind = type(config)
+    reads_both_ways = kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if config.is_encoder_decoder or reads_both_ways or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = config.model_type
         raise UserError(f"model {name!r}: expected a decoder-only language model, found a config of type {kind!r}")
 
 
@@ -131,6 +134,7 @@ def _eos_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -
 
 def _load(auto_class, name: str, **options):
     """`auto_class.from_pretrained`. Raises UserError where there is no such model."""
+    name_newer_transformers()
     name = model_path(name)
     if is_local(name) and not Path(name).is_dir():
         raise UserError(f"model {name!r}: expected a folder with config.json, found none; {LOCAL_MODEL_HINT}")
@@ -140,6 +144,20 @@ def _load(auto_class, name: str, **options):
         # trust_remote_code: where it is left out, transformers asks on the terminal
         return auto_class.from_pretrained(
             name, **{"local_files_only": is_local(name), "trust_remote_code": False, **options}
+        )
+
+
+@cache
+def name_newer_transformers() -> None:
+    """Says once, in the main process, that transformers is newer than what was tested."""
+    found, tested = (
+        tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (transformers.__version__, NEWEST_TESTED)
+    )
+    if found > tested and dist_info().is_main:
+        logging.getLogger("llm2").warning(
+            "transformers %s is newer than %s, the newest that this llm2 was tested with",
+            transformers.__version__,
+            NEWEST_TESTED,
         )
 
 

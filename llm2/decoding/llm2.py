@@ -184,8 +184,11 @@ class LLM2:
     def generate(self, inputs: torch.Tensor | None = None, **options) -> torch.Tensor | GuidedOutput:
         """transformers' `generate` of System 1, guided: its arguments and results, and those of `GuidedGenerate`.
 
-        Without a `generation_config`, a sequence also ends at the tokenizer's end-of-sequence token.
+        Without a `generation_config`, a sequence also ends at the tokenizer's end-of-sequence token. Raises
+        ValueError for cache_implementation="paged".
         """
+        if options.get("cache_implementation") == "paged":  # `generate` would leave for generate_batch, unguided
+            raise ValueError("cache_implementation: found 'paged', which cannot be guided; leave it out")
         if options.get("generation_config") is None:
             options = {"eos_token_id": self.eos, "pad_token_id": self.tokenizer.pad_token_id, **options}
         if strings := options.pop("stop_strings", None):

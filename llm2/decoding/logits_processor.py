@@ -1,5 +1,7 @@
 """The verifier as a transformers LogitsProcessor, for other decoding loops."""
 
+import warnings
+
 import torch
 from transformers import LogitsProcessor
 
@@ -19,7 +21,13 @@ class GuidedLogitsProcessor(LogitsProcessor):
     under beam search. Limits, none of which `LLM2.generate` has: the verifier always runs in a forward of its own, rows
     do not join or leave, and since a processor sees no attention mask, leading pad tokens are taken for padding. It
     must come before temperature and the other warpers, as `generate` orders them.
+
+    transformers' continuous batching (`generate_batch`, `cache_implementation="paged"`) never calls a processor, and
+    says nothing. So one that is thrown away without having been called warns that nothing was guided.
     """
+
+    supports_continuous_batching = False
+    unused = False
 
     def __init__(self, guidance: Guidance, pad_token_id: int | None = None) -> None:
         if guidance.verifier.config.prefix_head is not None:
@@ -28,13 +36,23 @@ class GuidedLogitsProcessor(LogitsProcessor):
         self.runner = VerifierRunner(guidance.verifier)
         self.cache = SlotCache(0)
         self.cached_ids: list[list[int]] = []
+        self.unused = True
+
+    def __del__(self) -> None:
+        if self.unused:
+            text = "GuidedLogitsProcessor was never called: nothing was guided (generate_batch ignores processors)"
+            warnings.warn(text, RuntimeWarning, stacklevel=1)
 
     @torch.inference_mode()
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """input_ids (B, T), System 1's logits (B, V) -> guided logits (B, V), -inf where not plausible.
 
-        Raises UserError for a score that is not finite, with its row.
+        Raises UserError for a score that is not finite, with its row, and ValueError for logits of another shape, as
+        of a paged cache.
         """
+        self.unused = False
+        if scores.dim() != 2:
+            raise ValueError(f"scores: found the shape {tuple(scores.shape)}, expected (batch, vocabulary)")
         if len(input_ids) > self.cache.num_slots:
             self.cache, self.cached_ids = SlotCache(len(input_ids)), [[] for _ in input_ids]
         logits = scores.float()

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Make requirements.lock anew: the newest versions that requirements.txt allows, of everything that it needs, for Python
+# 3.11 to 3.13. Then run scripts/test.sh and update the table in tests/README.md.
+#
+#   bash scripts/lock.sh
+set -euo pipefail
+source "$(dirname "$0")/setup.sh"
+
+uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate \
+  --custom-compile-command "bash scripts/lock.sh" --output-file requirements.lock requirements.txt
