@@ -16,6 +16,7 @@ from llm2.common.loading import (
     load_language_model,
     load_system1,
     load_tokenizer,
+    name_newer_transformers,
     require_model,
     resolve_device,
 )
@@ -65,6 +66,19 @@ def test_weights_that_a_model_does_not_take_are_reported_and_those_that_it_lacks
     with pytest.raises(UserError, match=rf"hold '{name}' of shape \[3\], expected \[160\] as config.json says"):
         load({**weights, name: torch.zeros(3)})
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    "version, newer", [("5.24.0", False), ("5.9.1", False), ("5.25.0.dev0", True), ("6.0.0", True)]
+)
+def test_a_transformers_newer_than_the_tested_ones_is_named_once(monkeypatch, caplog, version, newer):
+    monkeypatch.setattr("transformers.__version__", version)
+    monkeypatch.setattr("llm2.common.loading.NEWEST_TESTED", "5.24.0")
+    name_newer_transformers.cache_clear()
+    load_tokenizer("testbed")
+    load_tokenizer("testbed")
+    expected = f"transformers {version} is newer than 5.24.0, the newest that this llm2 was tested with"
+    assert [record.getMessage() for record in caplog.records if record.name == "llm2"] == [expected] * newer
 
 
 def test_devices_are_resolved_without_starting_cuda(monkeypatch):

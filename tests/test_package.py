@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llm2.common.loading import NEWEST_TESTED
+
 ROOT = Path(__file__).parent.parent
 TOML = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, BUILD = TOML["project"], TOML["build-system"]["requires"]
@@ -96,6 +98,28 @@ def test_requirements_txt_has_every_dependency_but_vllm_within_its_bounds():
     found = {each: bounds for each, (bounds, _) in listed().items()}
     assert found.pop("torch").startswith("==") and expected.pop("torch")
     assert found == expected
+
+
+def locked() -> dict[str, set[str]]:
+    """requirements.lock: name -> its versions, one for each Python."""
+    found: dict[str, set[str]] = {}
+    for line in (ROOT / "requirements.lock").read_text().splitlines():
+        if line[0] != "#":
+            package, _, version = line.split(" ;")[0].partition("==")
+            found.setdefault(name(package), set()).add(version)
+    return found
+
+
+def test_the_lock_has_an_exact_version_of_every_requirement():
+    lock = locked()
+    assert names([*listed()]) <= lock.keys() and all(re.fullmatch(r"[\w.]+", v) for each in lock.values() for v in each)
+    assert lock["transformers"] == {NEWEST_TESTED}
+    table = re.findall(r"^\| ([\w-]+) \| ([\d.]+) \| ([\d.]+) \|", (ROOT / "tests" / "README.md").read_text(), re.M)
+    lowest = {name(each): specifier(each).split(",")[0].removeprefix(">=") for each in RUNTIME + EXTRAS}
+    assert len(table) == 12
+    for package, in_lock, in_lowest in table:
+        assert in_lock in lock[name(package)], package
+        assert in_lowest.startswith(lowest[name(package)]), package
 
 
 @pytest.mark.parametrize("package", sorted(listed()))

@@ -7,8 +7,7 @@ are read: a file that changes in between is noticed by the next run.
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -37,15 +36,16 @@ class Reads:
 def digests(config: Any) -> Digests:
     """Of all that the marked keys of a config name; keys that name no file, or none that is there, are left out."""
     found = {}
-    for key, kind in _marked(type(config)):
+    for key, field in type(config).__pydantic_fields__.items():
+        kinds = [mark.kind for mark in field.metadata if isinstance(mark, Reads)]
         value = getattr(config, key)
-        if isinstance(value, tuple):
-            read = {path: digest for path in value for digest in KINDS[kind](path).values()}
+        if not kinds or value is None:
+            continue
+        if isinstance(value, tuple):  # files, by their paths: two may have one name
+            found[key] = {path: digest for path in value for digest in KINDS[kinds[0]](path).values()}
         else:
-            read = {} if value is None else KINDS[kind](value)
-        if read:
-            found[key] = read
-    return found
+            found[key] = KINDS[kinds[0]](value)
+    return {key: files for key, files in found.items() if files}
 
 
 def change(earlier: Mapping[str, Any] | None, now: Digests, may_differ: tuple[str, ...] = ()) -> str | None:
@@ -72,11 +72,6 @@ def read_inputs(folder: str | Path) -> Digests | None:
         return None
     with explained(f"{path}: expected digests as a run writes them"):
         return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _marked(cls: type) -> Iterator[tuple[str, str]]:
-    for key, field in cls.__pydantic_fields__.items():
-        yield from ((key, mark.kind) for mark in field.metadata if isinstance(mark, Reads))
 
 
 def _model(name: str) -> dict[str, str]:
@@ -106,10 +101,10 @@ def _file(name: str) -> dict[str, str]:
 
 def _code(name: str) -> dict[str, str]:
     """The module of MODULE:NAME, and the package's own tasks, which grade; what that module imports is not followed."""
-    package = Path(llm2.__file__).parent
-    folders = [package / "tasks", *([package / "testbed"] if name.startswith("testbed") else [])]
-    files = [path for folder in folders for path in sorted(folder.glob("*.py"))]
-    found = {f"llm2/{folder.name}": _joined(path for path in files if path.parent == folder) for folder in folders}
+    found, package = {}, Path(llm2.__file__).parent
+    for folder in ("tasks", "testbed") if name.startswith("testbed") else ("tasks",):
+        lines = [f"{path.name} {_digest(path)}" for path in sorted((package / folder).glob("*.py"))]
+        found[f"llm2/{folder}"] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     module, colon, _ = name.partition(":")
     return found | (_file(_module_file(module)) if colon else {})
 
@@ -122,13 +117,8 @@ def _module_file(module: str) -> str:
     return spec.origin if spec and spec.origin else f"{module.replace('.', '/')}.py"  # in the working directory
 
 
-def _joined(paths: Iterator[Path]) -> str:
-    lines = "".join(f"{path.name} {_digest(path)}\n" for path in paths)
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
 def _digest(path: Path) -> str:
-    state = os.stat(path)
+    state = path.stat()
     return _digest_of(path, state.st_ino, state.st_size, state.st_mtime_ns)
 
 

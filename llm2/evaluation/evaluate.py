@@ -36,19 +36,8 @@ from llm2.verifier.scoring import score_tokens, solution_score
 from llm2.vllm.backend import require_engine
 
 SCORING_BATCH = 16  # solutions that the verifier scores in one forward
-SETTINGS = (
-    "model",
-    "verifier",
-    "contrast",
-    "alpha",
-    "beta",
-    "top_k",
-    "temperature",
-    "top_p",
-    "num_samples",
-    "few_shot",
-    "num_fewshot",
-)
+SETTINGS = ("model", "verifier", "contrast", "alpha", "beta", "top_k", "temperature", "top_p", "num_samples")
+SETTINGS += ("few_shot", "num_fewshot")
 
 
 def evaluate(config: EvaluateConfig) -> dict | None:

@@ -21,22 +21,8 @@ from llm2.errors import UserError
 from llm2.tasks import Problem
 
 # Keys that may differ between a run and its continuation: no prediction depends on them.
-MAY_DIFFER = (
-    "output_dir",
-    "modes",
-    "limit",
-    "majority_at",
-    "batch_size",
-    "traced_samples",
-    "reuse_from",
-    "resume",
-    "device",
-    "tensor_parallel",
-    "max_model_len",
-    "memory_share",
-    "server",
-    "server_requests",
-)
+MAY_DIFFER = ("output_dir", "modes", "limit", "majority_at", "batch_size", "traced_samples", "reuse_from", "resume")
+MAY_DIFFER += ("device", "tensor_parallel", "max_model_len", "memory_share", "server", "server_requests")
 SCORE_KEYS = ("verifier", "solution_score")
 GUIDED_ONLY = ("contrast", "alpha", "beta", "top_k", "score_samples", *SCORE_KEYS)  # without effect on plain decoding
 SAMPLED_ONLY = ("num_samples", "temperature", "top_p", "seed")  # without effect on greedy decoding
