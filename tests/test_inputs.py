@@ -124,7 +124,9 @@ def test_plain_predictions_outlive_another_verifier(results):
 
 def test_results_of_a_version_without_digests_are_not_continued(results):
     Path("results", INPUTS).unlink()
-    with pytest.raises(UserError, match="out of date: .* an older version of llm2 wrote it; choose another output_dir"):
+    with pytest.raises(
+        UserError, match="out of date: an older version .* did not record .*; choose another"
+    ):
         evaluate(results)
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import llm2
 from llm2.common.files import write_text
+from llm2.common.home import without_home
 from llm2.errors import explained
 
 Digests = dict[str, dict[str, str]]  # key -> name of a file, without its folder -> SHA-256, or a hub's commit
@@ -42,7 +43,7 @@ def digests(config: Any) -> Digests:
         if not kinds or value is None:
             continue
         if isinstance(value, tuple):  # files, by their paths: two may have one name
-            found[key] = {path: digest for path in value for digest in KINDS[kinds[0]](path).values()}
+            found[key] = {without_home(path): digest for path in value for digest in KINDS[kinds[0]](path).values()}
         else:
             found[key] = KINDS[kinds[0]](value)
     return {key: files for key, files in found.items() if files}
@@ -51,7 +52,7 @@ def digests(config: Any) -> Digests:
 def change(earlier: Mapping[str, Any] | None, now: Digests, may_differ: tuple[str, ...] = ()) -> str | None:
     """The first file, but for those of the keys `may_differ`, with another content than earlier, as a clause."""
     if earlier is None:
-        return "the contents of what it read are not known, since an older version of llm2 wrote it"
+        return "an older version of llm2 wrote it, which did not record the contents of what it read"
     for key in sorted((earlier.keys() | now.keys()) - {*may_differ}):
         before, after = earlier.get(key, {}), now.get(key, {})
         for name in sorted(before.keys() | after.keys()):
@@ -84,7 +85,7 @@ def _model(name: str) -> dict[str, str]:
     files = [path for path in folder.glob("*") if path.suffix in READ_SUFFIXES and path.name not in NOT_READ]
     if (folder / "latest").is_file() and not any(path.suffix == ".safetensors" for path in files):
         files += (folder / (folder / "latest").read_text().strip()).glob("*")  # DeepSpeed's shards
-    return {path.name: _digest(path) for path in sorted(files)}
+    return {path.name: _digest(path) for path in sorted(files) if path.is_file()}
 
 
 def _hub_commit(name: str) -> dict[str, str]:
