@@ -17,7 +17,7 @@ python3 -m venv "$folder/venv"
   torch==2.13.0 transformers==5.24.0 accelerate==1.15.0 psutil==7.2.2 2>/dev/null
 cat >"$folder/probe.py" <<'PYTHON'
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessor
+from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
 torch.manual_seed(0)
 shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -43,7 +43,8 @@ def recipe(model, input_ids, **options):
 model.generate(ids, logits_processor=[Counter()], **settings)
 print(f"generate: processor called {calls} times")
 calls = 0
-model.generate_batch(ids.tolist(), generation_config=GenerationConfig(**settings), logits_processor=[Counter()])
+config, cache = GenerationConfig(**settings), ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+model.generate_batch(ids.tolist(), config, cache, logits_processor=[Counter()])
 print(f"generate_batch: processor called {calls} times")
 calls = 0
 model.generate(ids, cache_implementation="paged", custom_generate=recipe, **settings)

@@ -335,7 +335,7 @@ def run_study(options: argparse.Namespace) -> None:
 
     config = load_config(StudyConfig, options.config)
     if options.summary:
-        check(config)
+        check(config, summary=True)
     else:
         with _claim(config):
             run(config, options.only)

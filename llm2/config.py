@@ -362,7 +362,7 @@ class SweepConfig(EvaluateConfig):
     """Sampling temperatures to try; only the key temperature when empty."""
     validation_split: str = "validation"
     """Split of the task on which settings are compared."""
-    validation_file: str | None = None
+    validation_file: OptionalFile = None
     """Local JSON lines in place of the task's own validation split."""
     validation_limit: Count | None = None
     """Number of validation problems, the first ones; all when null."""

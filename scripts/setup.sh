@@ -20,7 +20,7 @@ fi
 
 if ! cat requirements.txt requirements.lock | cmp -s - .venv/requirements.installed; then
   echo "setup.sh: installing requirements.txt into .venv (once, some minutes)" >&2
-  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
   # The environment variables, and not -c, also reach what source packages are built with.
   PIP_CONSTRAINT=$PWD/requirements.lock PIP_BUILD_CONSTRAINT=$PWD/requirements.lock \
     .venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt

@@ -1,6 +1,7 @@
 """A run that goes on from an earlier one refuses where anything that both read has other contents now."""
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -124,9 +125,7 @@ def test_plain_predictions_outlive_another_verifier(results):
 
 def test_results_of_a_version_without_digests_are_not_continued(results):
     Path("results", INPUTS).unlink()
-    with pytest.raises(
-        UserError, match="out of date: an older version .* did not record .*; choose another"
-    ):
+    with pytest.raises(UserError, match="out of date: an older version .* did not record .*; choose another"):
         evaluate(results)
 
 
@@ -187,12 +186,52 @@ def test_a_verifier_is_never_resumed_with_other_triplets(trained):
     weights = Path(trained.output_dir, "model.safetensors").read_bytes()
     card = Path(trained.output_dir, "README.md").read_text()
     digest = sha256(Path(trained.train_file).read_bytes()).hexdigest()
-    assert f"| SHA-256 of `triplets.jsonl` | {digest[:12]} |" in card and "| SHA-256 of `model.safetensors` |" in card
+    assert f"| SHA-256 of `triplets.jsonl` (train_file) | {digest[:12]} |" in card
+    assert "| SHA-256 of `model.safetensors` (model) |" in card
     train(trained)
     write_triplets(trained.train_file, load_tokenizer(trained.model), 16)
     with pytest.raises(UserError, match=f"out of date: the content of triplets.jsonl .*{CHANGED}; choose another"):
         train(trained)
     assert Path(trained.output_dir, "model.safetensors").read_bytes() == weights
+
+
+def test_a_training_killed_before_its_end_leaves_the_records_of_the_weights_that_are_there(trained, monkeypatch):
+    folder = Path(trained.output_dir)
+    records = ("train.yaml", INPUTS, "README.md", "model.safetensors", "training.json")
+    before = {name: (folder / name).read_bytes() for name in records}
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    write_triplets(trained.train_file, load_tokenizer(trained.model), 16)
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.Trainer.train", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(replace(trained, seed=1))
+    assert {name: (folder / name).read_bytes() for name in records} == before
+    train(replace(trained, seed=1))
+    assert all((folder / name).read_bytes() != content for name, content in before.items())
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"model": null}', '{"model": {"a": 1}}', "{", ""])
+def test_damaged_digests_are_an_error_in_a_sentence(results, content):
+    Path("results", INPUTS).write_text(content)
+    with pytest.raises(UserError, match=r"results/inputs.json: expected digests as a run writes them"):
+        evaluate(results)
+
+
+def test_a_refused_reuse_leaves_nothing_that_binds_the_next_run(results):
+    other = replace(results, output_dir="other", reuse_from=("results",))
+    problems = Path("problems.jsonl").read_text()
+    write_problems(Path("problems.jsonl"), "6")
+    with pytest.raises(UserError, match="cannot be reused"):
+        evaluate(other)
+    Path("problems.jsonl").write_text(problems)
+    assert evaluate(other)["n"] == 3
+
+
+def test_a_pipe_is_refused_as_an_input(results):
+    os.mkfifo("pipe")
+    with pytest.raises(UserError, match="pipe: expected a file, found a pipe or device"):
+        evaluate(replace(results, data_file="pipe"))
 
 
 def test_deleting_checkpoints_leads_to_no_stale_results(results):
@@ -217,7 +256,10 @@ def test_shards_of_deepspeed_count_where_no_other_weights_are(tmp_path):
     (tmp_path / "global_step2").mkdir()
     (tmp_path / "global_step2" / "shard.pt").write_text("weights")
     (tmp_path / "latest").write_text("global_step2")
-    (tmp_path / "training.json").write_text("not read")
+    for name in ("training.json", "notes.txt", "triplets.jsonl.report.json", "._config.json"):
+        (tmp_path / name).write_text("not read")
+    (tmp_path / "config.json").mkdir()
+    (tmp_path / "tokenizer.json").symlink_to("nowhere")
     assert set(digests(OneModel(model=str(tmp_path)))["model"]) == {"shard.pt"}
     (tmp_path / "model.safetensors").write_text("gathered")
     assert set(digests(OneModel(model=str(tmp_path)))["model"]) == {"model.safetensors"}
@@ -227,9 +269,12 @@ def test_a_change_names_the_first_file_that_differs():
     before = {"model": {"a.json": "0" * 64, "b.json": "1" * 64}, "verifier": {"c.json": "2" * 64}}
     assert change(before, before) is None
     after = {"model": {"a.json": "0" * 64, "d.json": "3" * 64}}
-    assert "b.json (key 'model') has changed, SHA-256 111111111111 before and absent now" in change(before, after)
-    assert "c.json (key 'verifier')" in change(before, after, ("model",))
+    assert change(before, after) == "b.json (key 'model') is missing"
+    assert change(after, before) == "b.json (key 'model') is new"
+    assert change(before, after, ("model",)) == "c.json (key 'verifier') is missing"
     assert change(before, after, ("model", "verifier")) is None
+    after = before | {"verifier": {"c.json": "3" * 64}}
+    assert "c.json (key 'verifier') has changed, SHA-256 222222222222 before and 333" in change(before, after)
 
 
 @dataclass
@@ -250,6 +295,10 @@ def test_a_study_notices_that_a_verifier_was_trained_after_its_evaluation(result
     save_verifier(Path("verifier"), 1)
     with pytest.raises(UserError, match=f"metrics.json is out of date: .*model.safetensors .*{CHANGED}; delete what"):
         check_done(None, step, None)
+    shutil.rmtree("verifier")
+    with pytest.raises(UserError, match="config.json .key 'verifier'. is missing"):
+        check_done(None, step, None)
+    check_done(None, step, None, summary=True)
 
 
 def test_the_plain_template_is_no_file():

@@ -62,6 +62,11 @@ def test_a_kill_at_any_byte_loses_at_most_the_entry_being_written(tmp_path):
 
 def test_another_config_is_refused_except_for_keys_that_may_differ(tmp_path):
     open_journal(tmp_path, shard=3).close()
+    journal = open_journal(tmp_path, replace(CONFIG, seed=1, device="cuda"))
+    journal.close()
+    journal = open_journal(tmp_path)  # without an entry it binds nobody
+    journal.add({"id": 1})
+    journal.close()
     open_journal(tmp_path, replace(CONFIG, device="cuda")).close()
     with pytest.raises(UserError, match=r"shard-0.jsonl was begun with another config: seed was 0 and now is 1"):
         open_journal(tmp_path, replace(CONFIG, seed=1))

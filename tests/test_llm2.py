@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_verifier
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
 from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCriteriaList
 
 from llm2 import LLM2
@@ -144,7 +144,9 @@ def test_continuous_batching_is_refused_where_it_is_ours_and_noticed_where_it_is
     config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=1, pad_token_id=2)
     processor = GuidedLogitsProcessor(Guidance(verifier=verifier))
     assert processor.supports_continuous_batching is False
-    system1.generate_batch([[5, 9, 3, 17]], generation_config=config, logits_processor=[processor])
+    cache = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+    options = {"generation_config": config, "continuous_batching_config": cache}
+    system1.generate_batch([[5, 9, 3, 17]], logits_processor=[processor], **options)
     with pytest.warns(RuntimeWarning, match="never called: nothing was guided"):
         del processor
     processor = GuidedLogitsProcessor(Guidance(verifier=verifier))

@@ -11,7 +11,13 @@ from reference import decode_one
 from safetensors.torch import load_file
 from test_collate import examples, model_inputs
 from test_train import write_triplets
-from transformers import GenerationConfig, LogitNormalization, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LogitNormalization,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 
 from llm2.common.loading import load_system1, load_tokenizer
 from llm2.config import TrainConfig
@@ -202,8 +208,10 @@ def test_continuous_batching_is_guided_through_the_output_layer(head_pair):
     guidance = Guidance(verifier=verifier, alpha=0.05, beta=1.0)
     config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=1, pad_token_id=2)
     prompts = torch.randint(3, VOCABULARY, (3, 7)).tolist()
-    found = guided_model(system1, guidance).generate_batch(prompts, generation_config=config)
-    plain = system1.generate_batch(prompts, generation_config=config)
+    cache = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+    options = {"generation_config": config, "continuous_batching_config": cache}
+    found = guided_model(system1, guidance).generate_batch(prompts, **options)
+    plain = system1.generate_batch(prompts, **options)
     decoded = Decoder(system1, guidance).decode(prompts, max_new_tokens=8, eos=[1])
     expected = [completion.token_ids for (completion,) in decoded]
     assert [output.generated_tokens for output in found.values()] == expected

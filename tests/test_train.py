@@ -254,7 +254,7 @@ def test_a_card_names_the_base_model_on_the_hub(config):
     hub = replace(config, model="meta-llama/Llama-3.2-1B-Instruct", chat_template="/home/someone/plain.jinja")
     inputs = {"eval_file": {"/home/someone/held_out.jsonl": "0123456789abcdef"}}
     text = model_card(hub, inputs, metrics, [("/home/someone/triplets.jsonl", Summary())])
-    assert "| SHA-256 of `held_out.jsonl` | 0123456789ab |" in text
+    assert "| SHA-256 of `held_out.jsonl` (eval_file) | 0123456789ab |" in text
     assert "base_model: meta-llama/Llama-3.2-1B-Instruct" in text and "someone" not in text
     assert 'from_pretrained("meta-llama/Llama-3.2-1B-Instruct", "path/to/this/folder")' in text
 

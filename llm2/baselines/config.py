@@ -1,7 +1,10 @@
 """The configs of the rivals' commands."""
 
+from typing import Annotated
+
 from pydantic.dataclasses import dataclass
 
+from llm2.common.inputs import Reads
 from llm2.config import (
     STRICT,
     Count,
@@ -56,9 +59,9 @@ class OutcomeConfig(SamplesConfig, OptimizerConfig):
 class SelfConsistencyConfig:
     """Compare a majority of plain samples with a mode of another evaluation at equal generated tokens."""
 
-    samples: str
+    samples: Annotated[str, Reads("results")]
     """Results folder with the mode plain_sampling."""
-    against: str
+    against: Annotated[str, Reads("results")]
     """Results folder of the same problems to compare with."""
     mode: ModeKey = Mode.GUIDED_GREEDY
     """Its mode."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from llm2.baselines.config import SelfConsistencyConfig
 from llm2.common.files import write_text
+from llm2.common.inputs import digests
 from llm2.common.jsonl import read_jsonl
 from llm2.common.stats import majority_at_k, mean_intervals, paired_bootstrap
 from llm2.config import Mode
@@ -20,6 +21,7 @@ from llm2.errors import UserError
 
 def compare(config: SelfConsistencyConfig) -> dict:
     """Write `config.output`: both accuracies with intervals, tokens per problem and a paired test; returns it."""
+    inputs = digests(config)
     plain = read_mode(config.samples, Mode.PLAIN_SAMPLING)
     other = read_mode(config.against, config.mode)
     if [line["id"] for line in plain] != [line["id"] for line in other]:
@@ -45,7 +47,7 @@ def compare(config: SelfConsistencyConfig) -> dict:
         }
         for name, votes_at, lines, column, interval in sides
     }
-    result |= {"n": len(plain), "mode": config.mode, "paired": asdict(test)}
+    result |= {"n": len(plain), "mode": config.mode, "paired": asdict(test), "inputs": inputs}
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     write_text(config.output, json.dumps(result, indent=2) + "\n")
     return result

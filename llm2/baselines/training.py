@@ -60,7 +60,7 @@ def save(
         with whole_files(config.output_dir) as new:
             model.eval().save_pretrained(new)
             tokenizer.save_pretrained(new)
+            write_inputs(new, inputs)
             Path(new, "training.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
-        write_inputs(config.output_dir, inputs)
         write_config(config, Path(config.output_dir, f"{command}.yaml"))
     return counts

@@ -14,24 +14,29 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 import llm2
 from llm2.common.files import write_text
 from llm2.common.home import without_home
-from llm2.errors import explained
+from llm2.errors import UserError, explained
 
 Digests = dict[str, dict[str, str]]  # key -> name of a file, without its folder -> SHA-256, or a hub's commit
 
 INPUTS = "inputs.json"
 SHOWN = 12  # hexadecimal digits of a digest in sentences
-READ_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")  # of what is loaded from a model's folder
-NOT_READ = ("training.json", "trainer_state.json", INPUTS)
+# What is loaded from the folder of a model or verifier.
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+OTHERS = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer*.json", "vocab*.json", "*.jinja")
+OTHERS += ("special_tokens_map.json", "added_tokens.json", "chat_template.json", "merges.txt", "vocab.txt", "*.model")
 
 
 @dataclass(frozen=True)
 class Reads:
-    """Marks a key of a config that names what a run reads: a model or verifier, a file, or code (MODULE:NAME)."""
+    """Marks a key of a config that names what a run reads: a model or verifier, a file, code (MODULE:NAME), or a
+    results folder."""
 
-    kind: Literal["model", "file", "code"]
+    kind: Literal["model", "file", "code", "results"]
 
 
 def digests(config: Any) -> Digests:
@@ -57,9 +62,17 @@ def change(earlier: Mapping[str, Any] | None, now: Digests, may_differ: tuple[st
         before, after = earlier.get(key, {}), now.get(key, {})
         for name in sorted(before.keys() | after.keys()):
             if before.get(name) != after.get(name):
-                then, found = (each[name][:SHOWN] if name in each else "absent" for each in (before, after))
-                return f"the content of {name} (key {key!r}) has changed, SHA-256 {then} before and {found} now"
+                if name not in before or name not in after:
+                    return f"{name} (key {key!r}) is {'missing' if name in before else 'new'}"
+                digest = f"SHA-256 {before[name][:SHOWN]} before and {after[name][:SHOWN]} now"
+                return f"the content of {name} (key {key!r}) has changed, {digest}"
     return None
+
+
+def as_digests(value: Any, where: str | Path) -> Digests | None:
+    """What a file holds of another run's digests; None where an older version of llm2 wrote it."""
+    with explained(f"{where}: expected digests as a run writes them"):
+        return TypeAdapter(Digests | None).validate_python(value)
 
 
 def write_inputs(folder: str | Path, inputs: Digests) -> None:
@@ -72,7 +85,7 @@ def read_inputs(folder: str | Path) -> Digests | None:
     if not path.exists():
         return None
     with explained(f"{path}: expected digests as a run writes them"):
-        return json.loads(path.read_text(encoding="utf-8"))
+        return as_digests(json.loads(path.read_text(encoding="utf-8")), path)
 
 
 def _model(name: str) -> dict[str, str]:
@@ -82,22 +95,32 @@ def _model(name: str) -> dict[str, str]:
     if not is_local(name):
         return _hub_commit(name)
     folder = Path(model_path(name))
-    files = [path for path in folder.glob("*") if path.suffix in READ_SUFFIXES and path.name not in NOT_READ]
-    if (folder / "latest").is_file() and not any(path.suffix == ".safetensors" for path in files):
-        files += (folder / (folder / "latest").read_text().strip()).glob("*")  # DeepSpeed's shards
-    return {path.name: _digest(path) for path in sorted(files) if path.is_file()}
+    weights = [path for pattern in WEIGHTS for path in folder.glob(pattern)]
+    if not weights and (folder / "latest").is_file():  # DeepSpeed's shards
+        weights = (folder / (folder / "latest").read_text().strip()).glob("*")
+    files = {*weights, *(path for pattern in OTHERS for path in folder.glob(pattern))}
+    return {path.name: _digest(path) for path in sorted(files) if path.is_file() and not path.name.startswith(".")}
 
 
 def _hub_commit(name: str) -> dict[str, str]:
     from huggingface_hub import hf_hub_download
 
-    with explained(f"model {name!r}: its commit on the hub is not known"):
+    try:
         return {name: Path(hf_hub_download(name, "config.json")).parent.name}
+    except Exception:  # the errors of the hub client share no base class; loading says what is wrong
+        return {}
 
 
 def _file(name: str) -> dict[str, str]:
-    """Other names, such as those of built-in templates, stand for what the package holds."""
-    return {Path(name).name: _digest(Path(name))} if Path(name).is_file() else {}
+    """Other names, such as those of built-in templates, stand for what a package holds."""
+    path = Path(name)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{name}: expected a file, found a pipe or device, which cannot be read twice")
+    return {path.name: _digest(path)} if path.is_file() else {}
+
+
+def _results(name: str) -> dict[str, str]:
+    return _file(f"{name}/predictions.jsonl")
 
 
 def _code(name: str) -> dict[str, str]:
@@ -113,7 +136,7 @@ def _code(name: str) -> dict[str, str]:
 def _module_file(module: str) -> str:
     try:
         spec = find_spec(module)
-    except (ImportError, ValueError):
+    except Exception:  # of the user's package; who imports the module explains it
         spec = None
     return spec.origin if spec and spec.origin else f"{module.replace('.', '/')}.py"  # in the working directory
 
@@ -129,4 +152,5 @@ def _digest_of(path: Path, *state: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-KINDS: dict[str, Callable[[str], dict[str, str]]] = {"model": _model, "file": _file, "code": _code}
+KINDS: dict[str, Callable[[str], dict[str, str]]]
+KINDS = {"model": _model, "file": _file, "code": _code, "results": _results}

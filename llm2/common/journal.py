@@ -11,6 +11,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +26,8 @@ class Journal:
     """One process's handle on the journal in `folder`; `done` holds the keys of all finished entries known to it.
 
     Args:
-        config, inputs: the run's config and digests; raises UserError for shards of a run with others.
+        config, inputs: the run's config and digests; raises UserError for shards of a run with others, unless they
+            hold no entry yet.
         may_differ: keys of the config that may change between runs.
         key: identifies an entry.
         shard: the number of this process, the only writer of that shard.
@@ -82,10 +84,10 @@ class Journal:
             raise
 
     def _repair(self, header: dict) -> None:
-        """Cut off a torn last line; write the header if the shard is empty."""
-        end = max((start + len(line) for start, line in _complete_lines(self.file)), default=0)
-        self.file.truncate(end)
-        if end == 0:
+        """Cut off a torn last line; write the header if the shard has no entry."""
+        ends = [start + len(line) for start, line in _complete_lines(self.file)]
+        self.file.truncate(ends[-1] if len(ends) > 1 else 0)
+        if len(ends) < 2:
             self._write(header)
 
     def _shards(self) -> list[Path]:
@@ -93,10 +95,10 @@ class Journal:
 
     def _check_header(self, path: Path, config: Any, inputs: Digests, may_differ: tuple[str, ...]) -> None:
         with path.open("rb") as file:
-            _, line = next(_complete_lines(file), (0, None))
-        if line is None:
+            lines = [line for _, line in islice(_complete_lines(file), 2)]
+        if len(lines) < 2:
             return
-        header = _parse(line, path, 1)
+        header = _parse(lines[0], path, 1)
         way_out = f"set that back, or delete {self.folder}"
         if changed := difference(header, config, may_differ):
             raise UserError(f"{path} was begun with another config: {changed}; {way_out}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from llm2.common.claim import claimed
 from llm2.common.files import write_text
 from llm2.common.home import without_home
+from llm2.common.inputs import digests
 from llm2.config import EvaluateConfig, Mode, SweepConfig
 from llm2.errors import UserError
 from llm2.evaluation.evaluate import evaluate
@@ -28,7 +29,7 @@ def sweep(config: SweepConfig) -> dict | None:
     if same_file and (config.data_file is not None or config.split == config.validation_split):
         problems = config.data_file or config.split
         raise UserError(f"settings must be chosen on other problems than they are reported on, found {problems} twice")
-    points = []
+    points, inputs = [], digests(config)
     for settings in grid(config):
         point = validation_config(config, settings)
         with claimed(point.output_dir):
@@ -44,6 +45,7 @@ def sweep(config: SweepConfig) -> dict | None:
     metrics["sweep"] = {
         "split": config.validation_split,
         "file": without_home(config.validation_file),
+        "inputs": inputs.get("validation_file", {}),
         "n": validation_n,
         "mode": config.choose_by,
         "chosen": chosen,

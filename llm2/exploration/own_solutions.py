@@ -49,8 +49,7 @@ def own_solutions(
     """Each problem with each of its own solutions, as `ID/0`, `ID/1` and so on, and what they cost.
 
     Processes share the problems; an interrupted run resumes from the journal in `folder`, which knows the run's
-    `inputs`. Raises UserError where no
-    sample is right.
+    `inputs`. Raises UserError where no sample is right.
     """
     journal = Journal(folder, config, inputs, may_differ=MAY_DIFFER, key=itemgetter("id"), shard=dist_info().rank)
     barrier()  # all processes have read the same journal before one adds to it

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from llm2.commands import CONFIGS
 from llm2.common.config_file import as_dict, difference, load_config, read_values
-from llm2.common.inputs import Digests, change, digests, read_inputs
+from llm2.common.inputs import Digests, as_digests, change, digests, read_inputs
 from llm2.errors import UserError, explained, shown
 from llm2.study.config import StudyConfig, StudyStep
 
@@ -44,8 +44,8 @@ def _among(values: Mapping[str, str], choice: Mapping[str, Sequence[str]]) -> bo
     return all(values[axis] in allowed for axis, allowed in choice.items())
 
 
-def check(config: StudyConfig) -> None:
-    """Raises UserError where axes and steps do not fit together."""
+def check(config: StudyConfig, summary: bool = False) -> None:
+    """Raises UserError where axes and steps do not fit together, or where a step is out of date (`check_done`)."""
     names = {ALL, *(step.name for step in config.steps)}
     for axis, values in config.axes.items():
         for value, overrides in values.items():
@@ -73,10 +73,10 @@ def check(config: StudyConfig) -> None:
     for one, step in [(before, step) for step in config.once] + planned:
         filled(step, step.done, names_of(config, one))
         if step.command is not None:
-            check_done(config, step, one)
+            check_done(config, step, one, summary)
 
 
-def check_done(config: StudyConfig, step: StudyStep, one: Run) -> None:
+def check_done(config: StudyConfig, step: StudyStep, one: Run, summary: bool = False) -> None:
     """Raises UserError for a config with mistakes, and for a step that was done with other settings than the study's
     or with other contents of what it reads, such as a verifier that has been trained anew since.
 
@@ -93,7 +93,11 @@ def check_done(config: StudyConfig, step: StudyStep, one: Run) -> None:
     if earlier is not None and (changed := difference(earlier, wanted, ignored)):
         raise UserError(f"{done}: {changed} in the study; {way_out}")
     inputs = recorded_inputs(step, done)
-    if inputs is not None and (changed := change(inputs, digests(wanted))):
+    if inputs is None:
+        return
+    now = digests(wanted)
+    gone = tuple(inputs.keys() - now.keys()) if summary else ()  # results may be summarised without what made them
+    if changed := change(inputs, now, gone):
         raise UserError(f"{done} is out of date: {changed}; {way_out}")
 
 
@@ -111,7 +115,9 @@ def recorded_inputs(step: StudyStep, done: Path) -> Digests | None:
     """The digests of what a step read; None where it is not done, or where an older version of llm2 did it."""
     if not done.exists():
         return None
-    return read_values(done).get("inputs") if step.command == "explore" else read_inputs(done.parent)
+    if step.command in ("explore", "self-consistency"):
+        return as_digests(read_values(done).get("inputs"), done)
+    return read_inputs(done.parent)
 
 
 def chosen(config: StudyConfig, only: Sequence[str]) -> dict[str, list[str]]:

@@ -59,8 +59,8 @@ def model_card(
     values = as_dict(config) | {"chat_template": config.chat_template and Path(config.chat_template).name}
     changed = [key.name for key in fields(config) if key.name in ALWAYS or values[key.name] != key.default]
     rows += [(f"`{name}`", values[name]) for name in changed if name not in NOT_SETTINGS]
-    read = {Path(name).name: digest[:SHOWN] for files in inputs.values() for name, digest in files.items()}
-    rows += [(f"SHA-256 of `{name}`", digest) for name, digest in read.items()]
+    for key, files in inputs.items():
+        rows += [(f"SHA-256 of `{Path(name).name}` ({key})", digest[:SHOWN]) for name, digest in files.items()]
     if "eval_choice_beta" in metrics:
         rows += [("beta that chooses the best tokens at held-out forks", f"{metrics['eval_choice_beta']:g}")]
     rows += [(package, version(package)) for package in ("torch", "transformers", "peft")]

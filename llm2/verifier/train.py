@@ -14,10 +14,10 @@ from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedToke
 from transformers.integrations import get_reporting_integration_callbacks
 
 from llm2.common.chat import resolve_template
-from llm2.common.config_file import difference, read_values, write_config
+from llm2.common.config_file import as_dict, difference, read_values, write_config
 from llm2.common.distributed import dist_info, process_device
-from llm2.common.files import whole_files
-from llm2.common.inputs import Digests, change, digests, read_inputs, write_inputs
+from llm2.common.files import whole_files, write_text
+from llm2.common.inputs import Digests, as_digests, change, digests, write_inputs
 from llm2.common.loading import load_system1, load_tokenizer, resolve_device
 from llm2.common.memory import peak_memory_mib
 from llm2.common.training import optimizer_arguments
@@ -34,6 +34,7 @@ from llm2.verifier.triplets import Example, Summary, load_examples
 
 READ_BATCH = 16  # solutions of a forward that reads frozen states
 MAY_DIFFER = ("output_dir", "resume", "report_to", "logging_steps")  # between a run and its continuation
+BEGUN = "begun.json"  # config and digests of the run whose checkpoints a folder holds
 
 
 def train(config: TrainConfig) -> dict:
@@ -78,8 +79,9 @@ def train(config: TrainConfig) -> dict:
         callbacks=[EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else [],
     )
     if dist_info().is_main:
-        write_config(config, Path(config.output_dir, "train.yaml"))
-        write_inputs(config.output_dir, inputs)
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        record = as_dict(config) | {"inputs": inputs}
+        write_text(Path(config.output_dir, BEGUN), json.dumps(record, indent=2) + "\n")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = {
         **trainer.evaluate(),
@@ -98,6 +100,8 @@ def train(config: TrainConfig) -> dict:
         wait()  # the folder is there
         trainer.save_model(str(new))  # by all processes, some of which may hold a part of the weights
         if is_main:
+            write_config(config, Path(new, "train.yaml"))
+            write_inputs(new, inputs)
             Path(new, "training.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
             Path(new, "README.md").write_text(model_card(config, inputs, metrics, data), encoding="utf-8")
         wait()
@@ -110,15 +114,17 @@ def checkpoint_to_resume(config: TrainConfig, inputs: Digests) -> Path | None:
     Raises UserError if the folder's checkpoints are not to be resumed, or were made with another config or other data.
     """
     folder = Path(config.output_dir)
-    checkpoint, earlier = last_whole_checkpoint(folder), folder / "train.yaml"
+    checkpoint = last_whole_checkpoint(folder)
     if checkpoint is None:
         return None
     way_out = f"choose another output_dir, or delete {folder}"
     if not config.resume:
         raise UserError(f"{folder} holds checkpoints and resume is false; {way_out}")
-    if changed := difference(read_values(earlier), config, MAY_DIFFER):
+    begun = folder / BEGUN
+    earlier = read_values(begun if begun.exists() else folder / "train.yaml")  # JSON is YAML
+    if changed := difference(earlier, config, MAY_DIFFER):
         raise UserError(f"{folder} holds checkpoints of another config: {changed}; {way_out}")
-    if changed := change(read_inputs(folder), inputs, MAY_DIFFER):
+    if changed := change(as_digests(earlier.get("inputs"), begun), inputs, MAY_DIFFER):
         raise UserError(f"{folder} holds checkpoints that are out of date: {changed}; {way_out}")
     return checkpoint
 

@@ -2,7 +2,7 @@
 
 Every run has one thread per process: sums of floats depend on their number. Training in several processes is left out:
 it adds gradients in another order. Left out of the comparison: the keys of LEFT_OUT, which hold times, and what holds
-the keys that were varied: config.yaml, train.yaml and `config` in explore's report.
+the keys that were varied: config.yaml, train.yaml, begun.json and `config` in explore's report.
 """
 
 import json
@@ -16,7 +16,7 @@ from tests.torture.row import Row
 
 LEFT_OUT = ("seconds", "tokens_per_second", "peak_rss_mib", "train_seconds", "peak_memory_mib")
 LEFT_OUT += ("config", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
-NOT_COMPARED = ("config.yaml", "train.yaml", "training_args.bin")  # the last holds the folder's name
+NOT_COMPARED = ("config.yaml", "train.yaml", "begun.json", "training_args.bin")  # the last holds the folder's name
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # the narrowest locale there is
 
 
