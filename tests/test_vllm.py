@@ -187,12 +187,13 @@ class V2Engine(FakeEngine):
     def __init__(self, system1, processor, requests, seed: int) -> None:
         super().__init__(system1, processor.batch, requests, seed)
         self.processor, self.state, self.free = processor, processor.requests, list(range(SLOTS))
+        self.needs_processing = np.zeros(SLOTS, dtype=bool)
 
     def join(self, entry: Entry) -> None:
         entry.handle.append(self.free.pop(self.random.randrange(len(self.free))))
         self.state.prefill_len.np[entry.handle[-1]] = len(entry.prompt) + len(entry.written)
         params = SimpleNamespace(extra_args=guidance_args(entry.guidance))
-        assert self.processor.add_request(entry.handle[-1], params) == (entry.guidance is not None)
+        self.needs_processing[entry.handle[-1]] = self.processor.add_request(entry.handle[-1], params)
 
     def apply(self, logits: torch.Tensor, partial: set[int]) -> None:
         lengths = []
@@ -204,7 +205,8 @@ class V2Engine(FakeEngine):
             lengths.append(len(ids) - (row in partial))
         indices = np.array([entry.handle[-1] for entry in self.running])
         ctx = SimpleNamespace(idx_mapping_np=indices, seq_lens_upper_bound_np=np.array(lengths))
-        assert self.processor.apply(logits, ctx) is logits
+        if self.needs_processing[indices].any():
+            assert self.processor.apply(logits, ctx) is logits
 
     def leave(self, entry: Entry) -> None:
         self.running.remove(entry)
@@ -345,6 +347,25 @@ def test_both_interfaces_write_what_the_decoder_writes(vllm, system1, verifier, 
     expect_decoder(engine(system1, processor, requests, seed), system1, verifier, requests)
 
 
+@pytest.mark.parametrize("default, silent", [({}, False), ({"llm2_beta": 1.0}, True)], ids=["plain", "guiding"])
+def test_v2_says_which_requests_it_guides(vllm, system1, folder, default, silent):
+    """`silent`: whether a request without `llm2_beta` is guided."""
+    processor = processor_v2(vllm_config(system1, folder, default))
+    requests = [{"llm2_beta": 0.5}, {"llm2_beta": "off"}, {"llm2_alpha": 0.3}, {}, None]
+    said = [processor.add_request(index, SimpleNamespace(extra_args=each)) for index, each in enumerate(requests)]
+    assert said == [True, False, silent, silent, silent]
+
+
+def test_v2_may_warm_up_first(vllm, system1, verifier, folder, requests):
+    """With requests in all slots, still without tokens: 0.33.0 measures the sampler's memory by them."""
+    processor = processor_v2(vllm_config(system1, folder))
+    for index in range(SLOTS):
+        processor.add_request(index, SimpleNamespace(extra_args=guidance_args(GUIDANCE[0])))
+    ctx = SimpleNamespace(idx_mapping_np=np.arange(SLOTS), seq_lens_upper_bound_np=np.ones(SLOTS, dtype=np.int32))
+    processor.apply(torch.zeros(SLOTS, VOCABULARY), ctx)
+    expect_decoder(V2Engine(system1, processor, requests, 0), system1, verifier, requests)
+
+
 def test_ranks_of_a_pipeline_without_logits_load_nothing(vllm, system1, folder, monkeypatch):
     monkeypatch.setattr(vllm["vllm.distributed"].group, "is_last_rank", False)
     processor = processor_v1(vllm_config(system1, folder))
@@ -359,7 +380,7 @@ def test_another_interface_is_told_in_one_sentence(vllm, system1, folder, monkey
     monkeypatch.setattr(
         vllm["vllm.v1.sample.logits_processor"], "BatchUpdate", struct("BatchUpdate", "removed", "added")
     )
-    with pytest.raises(UserError, match=r"vLLM 9.9 changed .*, BatchUpdate; guidance was tested with vLLM 0.32.0"):
+    with pytest.raises(UserError, match=r"vLLM 9.9 changed .*, BatchUpdate; .* tested with vLLM 0.31 and 0.32"):
         processor_v1(vllm_config(system1, folder))
 
 

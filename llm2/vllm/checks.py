@@ -16,7 +16,7 @@ from llm2.vllm.plugin import ARCHITECTURES, PLUGIN
 from llm2.vllm.prefix_head import check_fingerprint
 from llm2.vllm.settings import engine_settings, request_guidance
 
-TESTED = "0.32.0"
+TESTED = "0.31 and 0.32"
 NO_PENALTY = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 

@@ -1,6 +1,6 @@
 """A vLLM server, through its OpenAI-compatible completions: token ids in, token ids out.
 
-Tested with the server of vLLM 0.32.0, which adds `prompt_logprobs`, `return_token_ids` and `vllm_xargs` to the
+Tested with the servers of vLLM 0.31 and 0.32, which add `prompt_logprobs`, `return_token_ids` and `vllm_xargs` to the
 protocol. Many requests are in flight at once; one that fails is sent again.
 """
 

@@ -104,6 +104,7 @@ class GuidedProcessor(LogitsProcessorV1, LogitsProcessorV2):
     # V2
 
     def add_request(self, req_idx: int, sampling_params) -> bool:
+        """Whether this request is guided. V2 skips `apply` in a step in which no processor said so of any request."""
         self._leave(req_idx)
         return self._join(req_idx, sampling_params, ()) is not None
 
