@@ -79,7 +79,7 @@ class ModelConfig:
     """System 1 and where it runs."""
 
     model: Model
-    """System 1: a local folder, a hub id, or `testbed` for the embedded one."""
+    """System 1: a local folder, a GGUF file, a hub id, `smollm2`, or `testbed` for the embedded one."""
     chat_template: OptionalFile = None
     """Chat template: llama3-plain, chatml-plain or a Jinja file; the tokenizer's own when null."""
     device: Device = "auto"
@@ -93,7 +93,7 @@ class TaskConfig:
     """Which problems, and what counts as a right answer."""
 
     task: Code
-    """gsm8k, math500, testbed, chats, or MODULE:CLASS of another task (llm2/tasks/README.md)."""
+    """gsm8k, math500, mawps, svamp, testbed, chats, or MODULE:CLASS of another task (llm2/tasks/README.md)."""
     data_file: OptionalFile = None
     """Local JSON Lines file in the task's format, read instead of its source; required for chats."""
     limit: Count | None = None

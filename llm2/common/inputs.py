@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 import llm2
-from llm2.common.files import write_text
+from llm2.common.files import digest, write_text
 from llm2.common.home import without_home
 from llm2.errors import UserError, explained
 
@@ -48,7 +47,7 @@ def digests(config: Any) -> Digests:
         if not kinds or value is None:
             continue
         if isinstance(value, tuple):  # files, by their paths: two may have one name
-            found[key] = {without_home(path): digest for path in value for digest in KINDS[kinds[0]](path).values()}
+            found[key] = {without_home(path): content for path in value for content in KINDS[kinds[0]](path).values()}
         else:
             found[key] = KINDS[kinds[0]](value)
     return {key: files for key, files in found.items() if files}
@@ -99,7 +98,7 @@ def _model(name: str) -> dict[str, str]:
     if not weights and (folder / "latest").is_file():  # DeepSpeed's shards
         weights = (folder / (folder / "latest").read_text().strip()).glob("*")
     files = {*weights, *(path for pattern in OTHERS for path in folder.glob(pattern))}
-    return {path.name: _digest(path) for path in sorted(files) if path.is_file() and not path.name.startswith(".")}
+    return {path.name: digest(path) for path in sorted(files) if path.is_file() and not path.name.startswith(".")}
 
 
 def _hub_commit(name: str) -> dict[str, str]:
@@ -116,7 +115,7 @@ def _file(name: str) -> dict[str, str]:
     path = Path(name)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"{name}: expected a file, found a pipe or device, which cannot be read twice")
-    return {path.name: _digest(path)} if path.is_file() else {}
+    return {path.name: digest(path)} if path.is_file() else {}
 
 
 def _results(name: str) -> dict[str, str]:
@@ -127,7 +126,7 @@ def _code(name: str) -> dict[str, str]:
     """The module of MODULE:NAME, and the package's own tasks, which grade; what that module imports is not followed."""
     found, package = {}, Path(llm2.__file__).parent
     for folder in ("tasks", "testbed") if name.startswith("testbed") else ("tasks",):
-        lines = [f"{path.name} {_digest(path)}" for path in sorted((package / folder).glob("*.py"))]
+        lines = [f"{path.name} {digest(path)}" for path in sorted((package / folder).glob("*.py"))]
         found[f"llm2/{folder}"] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     module, colon, _ = name.partition(":")
     return found | (_file(_module_file(module)) if colon else {})
@@ -139,17 +138,6 @@ def _module_file(module: str) -> str:
     except Exception:  # of the user's package; who imports the module explains it
         spec = None
     return spec.origin if spec and spec.origin else f"{module.replace('.', '/')}.py"  # in the working directory
-
-
-def _digest(path: Path) -> str:
-    state = path.stat()
-    return _digest_of(path, state.st_ino, state.st_size, state.st_mtime_ns)
-
-
-@lru_cache(maxsize=4096)  # a study asks for the same System 1 at each of its steps
-def _digest_of(path: Path, *state: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 KINDS: dict[str, Callable[[str], dict[str, str]]]

@@ -1,6 +1,7 @@
 """Names -> loaded models and tokenizers, with a one-sentence error where one is missing.
 
-A name is a local folder, a hub id, or `testbed` for the embedded System 1. Local folders never touch the network;
+A name is a local folder, a GGUF file or `smollm2` (llm2/common/gguf.py), a hub id, or `testbed` for the embedded
+System 1. Local folders never touch the network;
 weights are safetensors; remote code is never run.
 """
 
@@ -28,9 +29,11 @@ from transformers import (
 
 import llm2
 from llm2.common.distributed import dist_info
+from llm2.common.gguf import gguf_folder
 from llm2.errors import UserError, explained
 
 NEWEST_TESTED = "5.24.0"  # of transformers; tests/README.md has all versions
+BUILT_IN = ("testbed", "smollm2")
 TESTBED = Path(llm2.__file__).parent / "testbed" / "system1"
 LOCAL_MODEL_HINT = "pass model=<local folder>, or model=testbed for the embedded one (`bash scripts/quickstart.sh`)"
 
@@ -51,13 +54,16 @@ def resolve_dtype(name: str, device: torch.device) -> str | torch.dtype:
 
 
 def model_path(name: str) -> str:
-    """The folder of the embedded System 1 for `testbed`, any other name unchanged."""
-    return str(TESTBED) if name == "testbed" else name
+    """The folder of a built-in name or a GGUF file, which is converted where it is new; any other name unchanged."""
+    if name == "testbed":
+        return str(TESTBED)
+    return str(gguf_folder(name)) if name == "smollm2" or name.endswith(".gguf") else name
 
 
 def is_local(name: str) -> bool:
-    """Whether a name is a path or `testbed`; a hub id has at most one slash (OWNER/NAME)."""
-    return name == "testbed" or Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    """Whether a name is a path or built in; a hub id has at most one slash (OWNER/NAME)."""
+    is_path = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return name in BUILT_IN or name.endswith(".gguf") or is_path
 
 
 def require_model(name: str) -> None:

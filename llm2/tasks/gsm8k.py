@@ -1,6 +1,7 @@
 r"""GSM8K: {"question": ..., "answer": "a step a line with <<48/2=24>> annotations\n#### 72"}."""
 
 import re
+from collections.abc import Callable
 from itertools import islice
 
 from llm2.common.jsonl import read_jsonl
@@ -35,13 +36,19 @@ class GSM8K(NumberTask):
         ]
 
 
-def read_problems(path: str, split: str, limit: int | None = None) -> list[Problem]:
-    """The problems of a JSON Lines file; an id is the record's `id`, else SPLIT-INDEX."""
+def read_problems(
+    path: str, split: str, limit: int | None = None, read: Callable[[str, str, str], Problem] | None = None
+) -> list[Problem]:
+    """The problems of a JSON Lines file; an id is the record's `id`, else SPLIT-INDEX.
+
+    Args:
+        read: makes a problem of id, question and answer, as `to_problem` does, the default.
+    """
     problems = []
     for index, (line, record) in enumerate(islice(read_jsonl(path, "problems", ("question", "answer")), limit)):
         name = str(record.get("id", f"{split}-{index}"))
         try:
-            problems.append(to_problem(name, record["question"], record["answer"]))
+            problems.append((read or to_problem)(name, record["question"], record["answer"]))
         except ValueError:
             end = record["answer"][-40:]
             raise UserError(

