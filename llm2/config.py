@@ -81,7 +81,7 @@ class ModelConfig:
     model: Model
     """System 1: a local folder, a GGUF file, a hub id, `smollm2`, or `testbed` for the embedded one."""
     chat_template: OptionalFile = None
-    """Chat template: llama3-plain, chatml-plain or a Jinja file; the tokenizer's own when null."""
+    """Chat template: llama3-plain, chatml-plain, base or a Jinja file; the tokenizer's own when null."""
     device: Device = "auto"
     """Device of the models; auto is the GPU if there is one."""
     seed: Seed = 0

@@ -1,6 +1,6 @@
 """Chat messages -> token ids, through a chat template.
 
-The plain templates write only what the messages hold: no system preamble, no date. The published triplets were made
+The built-in templates write only what the messages hold: no system preamble, no date. The published triplets were made
 with such a template; under a model's stock template their positions are wrong.
 """
 
@@ -28,7 +28,14 @@ CHATML_PLAIN = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-TEMPLATES = {"llama3-plain": LLAMA3_PLAIN, "chatml-plain": CHATML_PLAIN}
+# For base models, which know no roles: a blank line ends what is asked, the end-of-sequence token what is answered.
+BASE = (
+    "{{ bos_token or '' }}"
+    "{% for message in messages %}"
+    "{{ message['content'] + (eos_token if message['role'] == 'assistant' else '\n\n') }}"
+    "{% endfor %}"
+)
+TEMPLATES = {"llama3-plain": LLAMA3_PLAIN, "chatml-plain": CHATML_PLAIN, "base": BASE}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 EXPECTED_TEMPLATE = f"one of {', '.join(TEMPLATES)}, or a readable Jinja file"
 
@@ -81,4 +88,19 @@ def encode_chats(
                     list(messages), chat_template=template, tokenize=False, add_generation_prompt=generation_prompt
                 )
             )
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    conversations_ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    if template is not None:
+        _require_bos(tokenizer, template, conversations_ids)
+    return conversations_ids
+
+
+def _require_bos(tokenizer: PreTrainedTokenizerBase, template: str, conversations: Sequence[Sequence[int]]) -> None:
+    """Raises UserError where a tokenizer begins every text with a token, and a template leaves it out: the model was
+    trained with it. A tokenizer's own template is taken as it is."""
+    bos = tokenizer.bos_token_id
+    begins = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    if begins and any(ids[:1] != [bos] for ids in conversations):
+        raise UserError(
+            f"chat_template {shown(template)} leaves out {tokenizer.bos_token!r}, with which the tokenizer "
+            f"{tokenizer.name_or_path} begins a text; expected {{{{ bos_token }}}} at its start"
+        )

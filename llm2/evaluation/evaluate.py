@@ -30,7 +30,7 @@ from llm2.evaluation.metrics import summarise
 from llm2.evaluation.predictions import Predictions
 from llm2.evaluation.tracing import TokenText, recompute_trace, trace_record
 from llm2.tasks import Problem, Task, load_task, read_problems, require_distinct_ids
-from llm2.tasks.few_shot import load_few_shot
+from llm2.tasks.few_shot import load_few_shot, with_examples
 from llm2.verifier.load import require_verifier, trained_beta
 from llm2.verifier.scoring import score_tokens, solution_score
 from llm2.vllm.backend import require_engine
@@ -53,7 +53,13 @@ def evaluate(config: EvaluateConfig) -> dict | None:
     problems = read_problems(task, config.split, config.limit)
     require_distinct_ids(task, problems)
     examples = load_few_shot(config.few_shot, config.num_fewshot)
-    evaluator = cache(lambda: Evaluator(config, task, examples))
+
+    @cache
+    def evaluator() -> Evaluator:
+        first, template = with_examples(examples, task.prompt(problems[0])), resolve_template(config.chat_template)
+        encode_chats(load_tokenizer(config.model), [first], template)  # what is wrong is said before weights are loaded
+        return Evaluator(config, task, examples)
+
     if not config.resume:
         evaluator()  # earlier results are deleted once both systems are loaded
     predictions = Predictions(config, inputs)
@@ -166,7 +172,7 @@ class Evaluator:
     def _decode(self, mode: Mode, problems: Sequence[Problem]) -> Iterator[Decoded]:
         """The problems, in the order in which they are finished."""
         config, llm2 = self.config, self.llm2
-        conversations = [[*self.examples, *self.task.prompt(problem)] for problem in problems]
+        conversations = [with_examples(self.examples, self.task.prompt(problem)) for problem in problems]
         template = resolve_template(config.chat_template)
         prompts = encode_chats(self.tokenizer, conversations, template, generation_prompt=True)
         if llm2 is not None:

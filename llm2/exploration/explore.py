@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llm2.common.chat import resolve_template
+from llm2.common.chat import encode_chats, resolve_template
 from llm2.common.config_file import difference
 from llm2.common.distributed import barrier, dist_info, iter_shared_work
 from llm2.common.inputs import Digests, change, digests
@@ -69,6 +69,9 @@ def explore(config: ExploreConfig) -> dict | None:
         return report
     task, problems, repeated = prepare(config)
     tokenizer = load_tokenizer(config.model)
+    encode_chats(
+        tokenizer, [task.prompt(problems[0])], resolve_template(config.chat_template)
+    )  # refused before weights
     engine = open_engine(config, tokenizer)
     output.parent.mkdir(parents=True, exist_ok=True)
     shard = dist_info().rank

@@ -1,5 +1,6 @@
 """Worked examples before each problem, as turns of the chat. None by default: zero-shot, as in the paper."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,6 +36,12 @@ def load_few_shot(source: str | None, num_fewshot: int | None = None) -> list[Me
         for question, solution in examples[:num_fewshot]
         for role, text in (("user", question), ("assistant", solution))
     ]
+
+
+def with_examples(examples: Sequence[Message], prompt: Sequence[Message]) -> list[Message]:
+    """The prompt with the examples before its first question, and after its system prompt."""
+    start = 1 if prompt[0]["role"] in ("system", "developer") else 0
+    return [*prompt[:start], *examples, *prompt[start:]]
 
 
 def _published() -> list[tuple[str, str]]:
