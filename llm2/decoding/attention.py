@@ -29,6 +29,7 @@ from llm2.decoding.kv_cache import SlotCache
 from llm2.verifier.masks import tree_mask
 
 IMPLEMENTATION = "llm2_slots"
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # what SDPA calls; returns the logarithms too
 
 
 @dataclass(frozen=True)
@@ -49,37 +50,43 @@ class PrefillRead:
     start: int  # cache position of the first token
     branches: int = 0
     prefix: tuple[int, int] | None = None  # slot and length of the shared prefix in front of the sequence's slot
-    biases: dict[int | None, tuple[bool, torch.Tensor | None]] = field(default_factory=dict)  # by window
+    biases: dict[AttentionParams, tuple[bool, torch.Tensor | None]] = field(default_factory=dict)
 
     def attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
         """Query (1, H, N, D) of the whole batch -> (1, Q, H, D)."""
-        if params.window not in self.biases:
-            self.biases[params.window] = self._bias(params.window, query)
-        causal, bias = self.biases[params.window]
-        end = self.start + self.tokens.stop - self.tokens.start
-        context = (buffer[self.slot : self.slot + 1, :, :end] for buffer in (keys, values))
+        query, heads = query[:, :, self.tokens], keys.shape[1]
+        if params not in self.biases:
+            self.biases[params] = self._bias(params, query, query.shape[1] // heads)
+        causal, bias = self.biases[params]
+        count = query.shape[2]
+        context = (buffer[self.slot : self.slot + 1, :, : self.start + count] for buffer in (keys, values))
         if self.prefix is not None:
             slot, length = self.prefix
             shared = (buffer[slot : slot + 1, :, :length] for buffer in (keys, values))
             context = (torch.cat(parts, dim=2) for parts in zip(shared, context, strict=True))
-        return _dot_product(query[:, :, self.tokens], *context, bias, params, causal).transpose(1, 2)
+        if causal:
+            options = {"is_causal": True, "scale": params.scaling, "enable_gqa": True}
+            return scaled_dot_product_attention(query, *context, **options).transpose(1, 2)
+        return _unfolded(_dot_product(_folded(query, heads), *context, bias, params), count)
 
-    def _bias(self, window: int | None, like: torch.Tensor) -> tuple[bool, torch.Tensor | None]:
-        """Whether the mask is plainly causal; otherwise the bias (Q, W), or None where everything is seen."""
+    def _bias(self, params: AttentionParams, like: torch.Tensor, group_size: int) -> tuple[bool, torch.Tensor | None]:
+        """Whether the mask is plainly causal; otherwise the bias (H / J * Q, W), or None where everything is seen."""
         count = self.tokens.stop - self.tokens.start
         width = (0 if self.prefix is None else self.prefix[1]) + self.start + count
-        if window is not None and width > window:
+        if params.window is not None and width > params.window:
             kv_index = torch.arange(width - count, width, device=like.device)[None]
             prefix_len = kv_index.clamp(max=width - self.branches)
-            return False, _bias(kv_index, prefix_len, width, window, like.dtype)[0, 0]
-        if count == 1:
+            bias = _bias(kv_index, prefix_len, width, params.window, like.dtype)[0, 0]
+        elif count == 1:
             return False, None
-        if width == count and self.branches < 2:
+        elif width == count and self.branches < 2 and params.softcap is None:
             return True, None
-        context = 1 << (width - count).bit_length()  # few values, so that the lru_cache hits
-        return False, _prefill_bias(count, self.branches, context, like.dtype, like.device)[:, -width:]
+        else:
+            context = 1 << (width - count).bit_length()  # few values, so that the lru_cache hits
+            bias = _prefill_bias(count, self.branches, context, like.dtype, like.device)[:, -width:]
+        return False, bias.repeat(group_size, 1)
 
 
 @dataclass(eq=False)
@@ -87,17 +94,34 @@ class PrefixGroup:
     """Sequences of a DecodeRead that share a prefix."""
 
     slot: int  # of the prefix
-    rows: torch.Tensor  # (G,) indices into the DecodeRead's slots
+    members: slice  # G of the DecodeRead's `grouped`
     lengths: torch.Tensor  # (G,) how much of the prefix each of them sees
-    width: int  # the largest of the lengths
+    positions: torch.Tensor  # (G,) cache positions of their tokens
+    biases: dict[int | None, torch.Tensor | None] = field(default_factory=dict)  # by window
 
-    def bias(self, positions: torch.Tensor, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """(G, 1, 1, width), for the cache positions (R,) of the DecodeRead's tokens."""
-        position = torch.arange(self.width, device=positions.device)
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query (J, n, H / J, D) of all grouped tokens -> (J, G * H / J, D), and (J, G * H / J) as `_partial`."""
+        width, group_size = int(self.lengths.max()), query.shape[2]
+        if params.window not in self.biases:
+            self.biases[params.window] = self._bias(width, params.window, query.dtype, group_size)
+        context = (buffer[self.slot, :, :width][None] for buffer in (keys, values))
+        folded = query[:, self.members].flatten(1, 2)[None]
+        output, log_total = _partial(folded, *context, self.biases[params.window], params)
+        return output[0], log_total[0]
+
+    def _bias(self, width: int, window: int | None, dtype: torch.dtype, group_size: int) -> torch.Tensor | None:
+        """(1, 1, G * H / J, width); None where everything is seen."""
+        position = torch.arange(width, device=self.lengths.device)
         visible = position < self.lengths[:, None]
         if window is not None:
-            visible &= position > (self.lengths + positions[self.rows])[:, None] - window
-        return _as_bias(visible, dtype)[:, None, None]
+            visible &= position > (self.lengths + self.positions)[:, None] - window
+        if visible.all():
+            return None
+        # Finite, since a token may see nothing of the prefix: it then counts for nothing beside what the token sees.
+        bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min / 2)
+        return bias.repeat_interleave(group_size, dim=0)[None, None]
 
 
 @dataclass(eq=False)
@@ -109,6 +133,7 @@ class DecodeRead:
     positions: torch.Tensor  # (R,) cache position of each slot's token, which sees all positions up to its own
     width: int  # cache positions that are read
     rows: torch.Tensor | None = None  # (n,) those of the R slots that have a token in the batch; all when None
+    grouped: torch.Tensor | None = None  # those of the R slots that have a prefix, group by group
     groups: Sequence[PrefixGroup] = ()
     biases: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window; the same in all layers
 
@@ -116,7 +141,7 @@ class DecodeRead:
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
         """Query (1, H, N, D) of the whole batch -> (1, n, H, D)."""
-        query = query[0, :, self.tokens].transpose(0, 1)[:, :, None]  # (n, H, 1, D)
+        query = query[0, :, self.tokens].transpose(0, 1)  # (n, H, D)
         if self.rows is not None:  # attending for all R slots is cheaper than copying the keys of n of them
             padded = query.new_zeros(len(self.positions), *query.shape[1:])
             padded[self.rows] = query
@@ -124,36 +149,33 @@ class DecodeRead:
         if params.window not in self.biases:
             positions = self.positions[:, None]
             self.biases[params.window] = _bias(positions, positions, self.width, params.window, query.dtype)
+        query = query.unflatten(1, (keys.shape[1], -1))  # (R, J, H / J, D)
+        context = (buffer[self.slots, :, : self.width] for buffer in (keys, values))
+        output, log_total = _partial(query, *context, self.biases[params.window], params)
         if self.groups:
-            output = self._attend_with_prefixes(query, keys, values, params)
-        else:
-            context = (buffer[self.slots, :, : self.width] for buffer in (keys, values))
-            output = _dot_product(query, *context, self.biases[params.window], params)
-        output = output[:, :, 0]  # (R, H, D)
+            output = self._with_prefixes(query, output, log_total, keys, values, params)
+        output = output.flatten(1, 2)  # (R, H, D)
         return (output if self.rows is None else output[self.rows])[None]
 
-    def _attend_with_prefixes(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams
+    def _with_prefixes(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        log_total: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        params: AttentionParams,
     ) -> torch.Tensor:
-        """Query (R, H, 1, D) -> (R, H, 1, D), with one softmax over a sequence's shared prefix and its slot."""
-        slot_keys, slot_values = (buffer[self.slots, :, : self.width] for buffer in (keys, values))
-        heads, width = keys.shape[1], max(group.width for group in self.groups)
-        query = query[:, :, 0].unflatten(1, (heads, -1))  # (R, J, H / J, D)
-        slot_scores = _scaled(query @ slot_keys.transpose(-1, -2), params) + self.biases[params.window]
-        scores = torch.cat([slot_scores.new_full((*slot_scores.shape[:3], width), -math.inf), slot_scores], dim=-1)
-        for group in self.groups:
-            folded = query[group.rows].transpose(0, 1).flatten(1, 2)  # (J, G * H / J, D)
-            prefix_scores = _scaled(folded @ keys[group.slot, :, : group.width].transpose(-1, -2), params)
-            prefix_scores = prefix_scores.unflatten(1, (len(group.rows), -1)).transpose(0, 1)  # (G, J, H / J, width)
-            bias = group.bias(self.positions, params.window, query.dtype)
-            scores[group.rows, :, :, : group.width] = prefix_scores + bias
-        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-        output = weights[..., width:] @ slot_values
-        for group in self.groups:
-            folded = weights[group.rows, :, :, : group.width].transpose(0, 1).flatten(1, 2)
-            from_prefix = folded @ values[group.slot, :, : group.width]
-            output[group.rows] += from_prefix.unflatten(1, (len(group.rows), -1)).transpose(0, 1)
-        return output.flatten(1, 2)[:, :, None]
+        """What `_partial` returned for the slots -> (R, J, H / J, D), shared prefixes under the same softmax."""
+        group_size = query.shape[2]
+        shared = query[self.grouped].transpose(0, 1)  # (J, n, H / J, D)
+        parts = [group.attend(shared, keys, values, params) for group in self.groups]
+        of_prefix, prefix_total = (
+            torch.cat(part, dim=1).unflatten(1, (-1, group_size)).transpose(0, 1) for part in zip(*parts, strict=True)
+        )
+        share = torch.sigmoid(prefix_total - log_total[self.grouped]).to(output.dtype)
+        output[self.grouped] = torch.lerp(output[self.grouped], of_prefix, share[..., None])
+        return output
 
 
 @dataclass(eq=False)
@@ -173,14 +195,13 @@ class PaddedRead:
         """Query (1, H, N, D) of the whole batch -> (1, R * Q, H, D)."""
         query = query[0, :, self.tokens].unflatten(1, self.kv_index.shape).transpose(0, 1)  # (R, H, Q, D)
         context = (buffer[self.slots, :, : self.width] for buffer in (keys, values))
-        # Heads that share keys become tokens of one head: CUDA's kernels with a mask do not support grouped heads.
-        group_size, count = query.shape[1] // keys.shape[1], query.shape[2]
-        folded = query.unflatten(1, (-1, group_size)).flatten(2, 3)  # (R, J, H / J * Q, D)
+        heads, count = keys.shape[1], query.shape[2]
+        group_size = query.shape[1] // heads
         if (params.window, group_size) not in self.biases:
             bias = _bias(self.kv_index, self.prefix_len, self.width, params.window, query.dtype)
             self.biases[params.window, group_size] = bias.repeat(1, 1, group_size, 1)  # (R, 1, H / J * Q, W)
-        output = _dot_product(folded, *context, self.biases[params.window, group_size], params)
-        return output.unflatten(2, (group_size, count)).flatten(1, 2).transpose(1, 2).flatten(0, 1)[None]
+        output = _dot_product(_folded(query, heads), *context, self.biases[params.window, group_size], params)
+        return _unfolded(output, count).flatten(0, 1)[None]
 
 
 @dataclass(eq=False)
@@ -191,14 +212,19 @@ class AttentionMetadata:
     reads: Sequence[PrefillRead | DecodeRead | PaddedRead]
     slots: torch.Tensor  # (N,)
     kv_positions: torch.Tensor  # (N,) within the slots
+    lines: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)  # see `write`; the same in all layers
 
     def write(self, buffer: torch.Tensor, states: torch.Tensor) -> None:
         """Store states (1, J, N, D) of the batch."""
         if len(self.reads) == 1 and isinstance(self.reads[0], PrefillRead):  # much faster for a single token
             read = self.reads[0]
             buffer[read.slot, :, read.start : read.start + states.shape[2]] = states[0]
-        else:
-            buffer[self.slots, :, self.kv_positions] = states[0].transpose(0, 1)
+            return
+        _, heads, capacity, width = buffer.shape
+        if (heads, capacity) not in self.lines:  # (N * J,) of the buffer as lines of D numbers
+            first = self.slots[:, None] * heads + torch.arange(heads, device=self.slots.device)
+            self.lines[heads, capacity] = (first * capacity + (self.kv_positions % capacity)[:, None]).flatten()
+        buffer.view(-1, width)[self.lines[heads, capacity]] = states[0].transpose(0, 1).reshape(-1, width)
 
 
 def attend(
@@ -226,35 +252,42 @@ def attend(
 AttentionInterface.register(IMPLEMENTATION, attend)
 
 
+def _folded(query: torch.Tensor, heads: int) -> torch.Tensor:
+    """(R, H, Q, D) -> (R, J, H / J * Q, D): heads that share keys become tokens of one head.
+
+    CUDA's kernels with a mask do not support grouped heads, and on a CPU SDPA copies the keys for each of them.
+    """
+    return query.unflatten(1, (heads, -1)).flatten(2, 3)
+
+
+def _unfolded(output: torch.Tensor, count: int) -> torch.Tensor:
+    """(R, J, H / J * Q, D) -> (R, Q, H, D)."""
+    return output.unflatten(2, (-1, count)).flatten(1, 2).transpose(1, 2)
+
+
 def _dot_product(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    bias: torch.Tensor | None,
-    params: AttentionParams,
-    causal: bool = False,
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, params: AttentionParams
 ) -> torch.Tensor:
-    """Query (R, H, Q, D), keys and values (R, J, W, D), bias (R, 1, Q, W) or (Q, W) -> (R, H, Q, D)."""
-    grouped = query.shape[1] != keys.shape[1]
-    slow_sdpa = query.device.type == "cpu" and grouped and query.shape[2] == 1 < len(query)
-    if params.softcap is None and not slow_sdpa:
-        return scaled_dot_product_attention(
-            query, keys, values, bias, is_causal=causal, scale=params.scaling, enable_gqa=grouped
-        )
-    if causal:
-        bias = _as_bias(torch.ones(query.shape[2], keys.shape[2], device=query.device).tril().bool(), query.dtype)
-    heads, count = keys.shape[1], query.shape[2]
-    folded = query.unflatten(1, (heads, -1)).flatten(2, 3)  # (R, J, H / J * Q, D)
-    scores = _scaled(folded @ keys.transpose(-1, -2), params).unflatten(2, (-1, count))  # (R, J, H / J, Q, W)
+    """Query (R, J, Q, D), keys and values (R, J, W, D), bias (R, 1, Q, W) or (Q, W) -> (R, J, Q, D)."""
+    if params.softcap is None:
+        return scaled_dot_product_attention(query, keys, values, bias, scale=params.scaling)
+    return _partial(query, keys, values, bias, params)[0]
+
+
+def _partial(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, params: AttentionParams
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to a part of what the tokens see, and the logarithm of what its softmax divides by.
+
+    Shapes as in `_dot_product`; the logarithms are (R, J, Q) float32.
+    """
+    if params.softcap is None:  # on a CPU; a row whose bias is -inf throughout would be wrong
+        return FLASH(query, keys, values, attn_mask=bias, scale=params.scaling)
+    scores = params.softcap * torch.tanh(query @ keys.transpose(-1, -2) * (params.scaling / params.softcap))
     if bias is not None:
-        scores = scores + (bias if bias.dim() == 2 else bias[:, None])
-    weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype).flatten(2, 3)
-    return (weights @ values).unflatten(2, (-1, count)).flatten(1, 2)
-
-
-def _scaled(scores: torch.Tensor, params: AttentionParams) -> torch.Tensor:
-    scores = scores * params.scaling
-    return scores if params.softcap is None else params.softcap * torch.tanh(scores / params.softcap)
+        scores = scores + bias
+    log_total = scores.float().logsumexp(-1)
+    return (scores - log_total[..., None]).exp().to(values.dtype) @ values, log_total
 
 
 def _as_bias(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -227,20 +227,18 @@ def _decode_read(single: Sequence[Chunk], tokens: slice) -> DecodeRead:
         if chunk.prefix is not None:
             by_prefix.setdefault(chunk.prefix[0], []).append(chunk)
     rows = [chunk.slot - slots.start for chunk in single]
-    groups = [
-        PrefixGroup(
-            slot,
-            torch.tensor([chunk.slot - slots.start for chunk in chunks]),
-            torch.tensor([chunk.prefix[1] for chunk in chunks]),
-            max(chunk.prefix[1] for chunk in chunks),
-        )
-        for slot, chunks in by_prefix.items()
-    ]
+    groups, grouped = [], []
+    for slot, chunks in by_prefix.items():
+        members = slice(len(grouped), len(grouped) + len(chunks))
+        grouped += [chunk.slot - slots.start for chunk in chunks]
+        lengths, starts = ([chunk.prefix[1] for chunk in chunks], [chunk.start for chunk in chunks])
+        groups.append(PrefixGroup(slot, members, torch.tensor(lengths), torch.tensor(starts)))
     return DecodeRead(
         tokens,
         slots,
         torch.tensor(positions),
         width=max(positions) + 1,
         rows=None if rows == list(range(len(positions))) else torch.tensor(rows),
+        grouped=torch.tensor(grouped) if groups else None,
         groups=groups,
     )

@@ -3,6 +3,7 @@
 Letters: n sequences, K candidates, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -17,7 +18,11 @@ from transformers import (
 )
 
 from llm2.config import GuidanceConfig
+from llm2.decoding.candidates import BLOCK
 from llm2.verifier.model import ProcessVerifier
+
+MIN_BLOCKED = 4_096  # smaller vocabularies are summed as they are
+ROUNDING = 2e-6  # several times the error of a cumulative probability that float32 has summed by blocks
 
 StopFn = Callable[[int, int, list[int]], bool]
 LogitsFn = Callable[[list[int], list[list[int]], torch.Tensor], torch.Tensor]
@@ -136,8 +141,35 @@ def sample(logits: torch.Tensor, sampling: SamplingParams | None, uniform: torch
     """
     if sampling is None:
         return logits.argmax(dim=-1)
+    logits = sampling.warpers()(None, logits)
+    wide = logits.device.type == "cpu" and logits.shape[-1] >= MIN_BLOCKED
+    return _sample_by_blocks(logits, uniform) if wide else _inverse(logits, uniform)
+
+
+def _inverse(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     # float64: over 100,000 tokens the rounding errors of a float32 sum would shift the probabilities
-    cumulative = sampling.warpers()(None, logits).softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    cumulative = logits.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     total = cumulative[:, -1:]
     index = torch.searchsorted(cumulative, uniform[:, None].double() * total, right=True)
     return torch.where(total.isnan(), logits.argmax(dim=-1, keepdim=True), index).squeeze(-1)
+
+
+def _sample_by_blocks(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """`_inverse` at a sixth of its time: float64 only for sums of blocks, and within the block that is hit.
+
+    Rows where float32's errors could decide, and those without a distribution, are left to `_inverse`.
+    """
+    weights = logits.softmax(dim=-1, dtype=torch.float32)
+    weights = weights.unflatten(-1, (-1, math.gcd(logits.shape[-1], BLOCK)))  # (n, V / block, block)
+    ends = weights.sum(dim=-1).double().cumsum(dim=-1)  # (n, V / block)
+    point = uniform[:, None].double() * ends[:, -1:]
+    block = torch.searchsorted(ends, point, right=True).clamp_(max=ends.shape[-1] - 1)  # (n, 1)
+    inside = weights.take_along_dim(block[..., None], dim=1)[:, 0].double()  # (n, block)
+    before = ends.gather(-1, block) - inside.sum(dim=-1, keepdim=True)
+    bounds = torch.cat([torch.zeros_like(before), inside], dim=-1).cumsum(dim=-1) + before  # (n, block + 1)
+    offset = torch.searchsorted(bounds[:, 1:].contiguous(), point, right=True)
+    index = (block * inside.shape[-1] + offset).squeeze(-1)
+    unsure = ~((bounds - point).abs().amin(dim=-1) > ROUNDING)
+    if unsure.any():
+        index[unsure] = _inverse(logits[unsure], uniform[unsure])
+    return index
