@@ -12,7 +12,7 @@ import pytest
 from pebble import ProcessPool
 
 from llm2.errors import UserError
-from llm2.tasks import Problem, load_task, math500
+from llm2.tasks import Problem, load_task, math500, read_problems
 from llm2.tasks.few_shot import load_few_shot
 from llm2.tasks.grading import Grade, extract_answer
 from llm2.tasks.math500 import MathGrader
@@ -181,6 +181,20 @@ def test_bad_line_is_named_in_one_sentence(write, line, message):
     assert message in str(error.value)
     assert data_file in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def chat(**fields) -> dict:
+    return {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Yes."}], **fields}
+
+
+@pytest.mark.parametrize(("record", "gold"), [(chat(answer="yes", id="q7"), "'yes'"), (chat(id="q7"), "'Yes.'")])
+def test_a_gold_answer_without_a_number_needs_a_grader(write, record, gold):
+    data_file = write(chat(answer=5), record)
+    with pytest.raises(UserError) as error:
+        read_problems(load_task("chats", data_file), "test")
+    said = f"{data_file}: problem q7: expected a number as gold answer, found {gold}; grader=MODULE:FUNCTION"
+    assert str(error.value).startswith(said)
+    assert len(read_problems(load_task("chats", data_file, grader="operator:contains"), "test")) == 2
 
 
 def test_unreadable_file_is_named(tmp_path):
