@@ -116,6 +116,7 @@ def grader():
         ("\\boxed{(1, 2)}", "(1,2)", "(1,2)", True, True),
         ("\\boxed{2\\sqrt{3}}", "\\sqrt{12}", "\\sqrt{12}", True, True),
         ("\\boxed{6}", "5", "6", False, False),
+        ("\\boxed{5}\n\nProblem 2: What is 3 + 3?\n\\boxed{6}", "5", "5", True, True),
         ("no idea", "5", None, False, False),
     ],
 )
