@@ -198,6 +198,17 @@ def test_a_gold_answer_without_a_number_needs_a_grader(write, record, gold):
     assert len(read_problems(load_task("chats", data_file, grader="operator:contains"), "test")) == 2
 
 
+@pytest.mark.parametrize(("number", "text"), [(1e-5, "0.00001"), (1e16, "10,000,000,000,000,000"), (-2.5, "-5/2")])
+def test_a_number_of_json_is_compared_as_a_number(write, number, text):
+    task = load_task("chats", write(chat(answer=number)))
+    [problem] = read_problems(task, "test")
+    assert [grade.correct for grade in task.grade([f"The answer is {text}.", "5", "16"], problem.gold)] == [
+        True,
+        False,
+        False,
+    ]
+
+
 def test_unreadable_file_is_named(tmp_path):
     with pytest.raises(UserError, match="missing.jsonl: No such file"):
         load_task("gsm8k", str(tmp_path / "missing.jsonl")).problems("test")
