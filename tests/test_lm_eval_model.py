@@ -162,6 +162,7 @@ def test_the_harness_grades_as_the_task_does(samples):
         ("She makes $18.", "$18.", "18"),  # the same, until the metric strips the dollar and the dot
         ("Half of it is 1/2.", "2.", "0.5"),  # a fraction is two numbers there
         ("The answer is 18 (9 eggs at $2).", "$2", "18"),  # the last number, even behind an announced answer
+        ("18 eggs.\n\nProblem: Tom has 5 eggs", "5", "18"),  # even the next problem's: `Question:` ends a text
         ("10 - 3 is -3? No: 5-3", "-3", "3"),  # a minus between numbers is a sign there
     ],
 )

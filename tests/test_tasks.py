@@ -12,7 +12,7 @@ import pytest
 from pebble import ProcessPool
 
 from llm2.errors import UserError
-from llm2.tasks import Problem, load_task, math500
+from llm2.tasks import Problem, load_task, math500, read_problems
 from llm2.tasks.few_shot import load_few_shot
 from llm2.tasks.grading import Grade, extract_answer
 from llm2.tasks.math500 import MathGrader
@@ -116,6 +116,7 @@ def grader():
         ("\\boxed{(1, 2)}", "(1,2)", "(1,2)", True, True),
         ("\\boxed{2\\sqrt{3}}", "\\sqrt{12}", "\\sqrt{12}", True, True),
         ("\\boxed{6}", "5", "6", False, False),
+        ("\\boxed{5}\n\nProblem 2: What is 3 + 3?\n\\boxed{6}", "5", "5", True, True),
         ("no idea", "5", None, False, False),
     ],
 )
@@ -181,6 +182,31 @@ def test_bad_line_is_named_in_one_sentence(write, line, message):
     assert message in str(error.value)
     assert data_file in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def chat(**fields) -> dict:
+    return {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Yes."}], **fields}
+
+
+@pytest.mark.parametrize(("record", "gold"), [(chat(answer="yes", id="q7"), "'yes'"), (chat(id="q7"), "'Yes.'")])
+def test_a_gold_answer_without_a_number_needs_a_grader(write, record, gold):
+    data_file = write(chat(answer=5), record)
+    with pytest.raises(UserError) as error:
+        read_problems(load_task("chats", data_file), "test")
+    said = f"{data_file}: problem q7: expected a number as gold answer, found {gold}; grader=MODULE:FUNCTION"
+    assert str(error.value).startswith(said)
+    assert len(read_problems(load_task("chats", data_file, grader="operator:contains"), "test")) == 2
+
+
+@pytest.mark.parametrize(("number", "text"), [(1e-5, "0.00001"), (1e16, "10,000,000,000,000,000"), (-2.5, "-5/2")])
+def test_a_number_of_json_is_compared_as_a_number(write, number, text):
+    task = load_task("chats", write(chat(answer=number)))
+    [problem] = read_problems(task, "test")
+    assert [grade.correct for grade in task.grade([f"The answer is {text}.", "5", "16"], problem.gold)] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_unreadable_file_is_named(tmp_path):

@@ -1,8 +1,9 @@
 r"""Answers of GSM8K-like solutions: extraction and comparison as numbers.
 
-The two modes are lm-evaluation-harness's strict-match and flexible-extract, with three differences on purpose: numbers
-are compared as numbers (there `18.00` is not `18`), flexible prefers an announced answer to a later number, and where
-an answer is announced more than once, the last one counts (there strict takes the first).
+The two modes are lm-evaluation-harness's strict-match and flexible-extract, with four differences on purpose: numbers
+are compared as numbers (there `18.00` is not `18`), flexible prefers an announced answer to a later number, where an
+answer is announced more than once, the last one counts (there strict takes the first), and a solution ends at any other
+prompt behind its first number (there at any `Question:`, the solution's own too, and at no `Problem:`).
 """
 
 import re
@@ -16,20 +17,35 @@ LONGEST_SOLUTION = 10_000  # characters that are read, from the end: bounds the 
 LONGEST_STATEMENT = 200
 LONGEST_NUMBER = 50  # a longer one is a model in a loop, not an answer
 
-STOP = re.compile(r"\nQ(?:uestion)?:|</s>|<\|im_end\|>")  # the harness's `until`: another question follows
+END_OF_TURN = re.compile(r"</s>|<\|im_end\|>")
+NEXT_PROMPT = re.compile(  # where a base model that runs on asks itself another question
+    r"""\n[ \t>\#*]{0,9}+(?:(?:q|question|problem)(?:\ ?\#?\d{1,3})?|instruction|user|human)\*{0,2}(?:[:\n]|$)
+    |<\|(?:im_start|start_header_id)\|>""",
+    re.IGNORECASE | re.VERBOSE,
+)
+NO_DIGITS = re.compile(r"\D*")
+MINUS = re.compile("[\u2010-\u2013\u2212\ufe63\uff0d]")  # hyphens, the en dash, the typographic minus
 THIN_SPACE = re.compile(r",?\\[,!]|\{,\}")  # LaTeX between thousands
 FRAC = re.compile(r"\\[dt]?frac\{(\d{1,9})\}\{(\d{1,9})\}")
 NUMBER = re.compile(
     r"""(?:(?<![\w)])(-))?  # a sign, but not the minus of `5-3`
-    \\?\$?
-    ((?:\d+(?:,\d\d+)*(?:\.\d+)?|(?<![\w.])\.\d+)(?:\ ?/\ ?\d+)?)""",
+    \\?[$£€¥₹]?
+    ((?:\d+(?:,\d\d+)*(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][-+]?\d{1,3}(?!\w)|\ ?/\ ?\d+)?)""",
     re.VERBOSE,
 )
 ANNOUNCEMENTS = {
     "strict": re.compile(r"####|\banswer is\b", re.IGNORECASE),
-    "flexible": re.compile(r"####|\banswer is\b|\\boxed\{", re.IGNORECASE),
+    "flexible": re.compile(
+        r"""\#\#\#\#|\banswer\ is\b|\bfinal\ answer\b(?:\ is\b)?|\\(?:boxed|fbox)\{
+        |(?P<heading>\banswer[\s*_]{0,5}:|<answer>)""",
+        re.IGNORECASE | re.VERBOSE,
+    ),
 }
-DECORATION = re.compile(r"(?:[\s:*$]|\\boxed\{){0,20}(?=\\?[-$.\d])")  # between an announcement and its number
+DECORATION = re.compile(  # between an announcement and its number, which is not the first of a numbered list
+    r"""(?:[\s:=*_`$£€¥₹]|\\[(\[]|\\(?:boxed|fbox|math\w{2}|text\w{0,6})\{){0,20}
+    (?=\\?[-$.\d])(?!(?<=[\n*])1[.)]\s)""",
+    re.VERBOSE,
+)
 STATEMENT_END = re.compile(r"[.!?,;](?=\s|$)|[\n}]|\s(?:because|since)\s")
 
 
@@ -45,18 +61,28 @@ def extract_answer(text: str, mode: MatchMode = "flexible") -> str | None:
     r"""The solution's final answer in canonical form (see `canonical`), or None.
 
     strict: the number right behind the last `####` or `answer is`, in upper or lower case. flexible: the number right
-    behind the last of these and of `\boxed{`; the last number of the text where there is none.
+    behind the last of these, of `final answer`, `answer:` and `\boxed{`; the last number where there is none of them.
     """
-    text = text.rpartition("</think>")[2]  # a reasoning model's thoughts hold no answer
-    text = STOP.split(text, maxsplit=1)[0][-LONGEST_SOLUTION:].replace("\u2212", "-")  # the typographic minus
-    text = FRAC.sub(r"\1/\2", THIN_SPACE.sub(",", text))
+    text = own_solution(text.rpartition("</think>")[2])  # a reasoning model's thoughts hold no answer
+    text = FRAC.sub(r"\1/\2", THIN_SPACE.sub(",", MINUS.sub("-", text[-LONGEST_SOLUTION:])))
     for announcement in reversed(list(ANNOUNCEMENTS[mode].finditer(text))):
         if decoration := DECORATION.match(text, announcement.end()):
             statement = text[decoration.end() : decoration.end() + LONGEST_STATEMENT]
-            if number := _stated(STATEMENT_END.split(statement, maxsplit=1)[0]):
+            statement = STATEMENT_END.split(statement, maxsplit=1)[0]
+            before, behind = text.find("=") < announcement.start(), text.rfind("=") < decoration.end() + len(statement)
+            if announcement.lastgroup == "heading" and not (before or behind):
+                continue  # it heads a whole solution: the calculations follow
+            if number := _stated(statement):
                 return _read(number)
     numbers = list(NUMBER.finditer(text)) if mode == "flexible" else []
     return _read(numbers[-1]) if numbers else None
+
+
+def own_solution(text: str) -> str:
+    """The text up to another prompt. One before any number is the solution's own: its question repeated or divided."""
+    text = END_OF_TURN.split(text, maxsplit=1)[0]
+    begin = NO_DIGITS.match(text)[0]
+    return begin + NEXT_PROMPT.split(text[len(begin) :], maxsplit=1)[0]
 
 
 def is_correct(text: str, gold: str, mode: MatchMode = "flexible") -> bool:

@@ -18,7 +18,7 @@ from pebble import ProcessPool
 from llm2.common.chat import Message
 from llm2.common.jsonl import read_jsonl
 from llm2.errors import UserError
-from llm2.tasks.grading import Grade
+from llm2.tasks.grading import Grade, own_solution
 from llm2.tasks.hub import hub_rows
 from llm2.tasks.task import Problem, Task
 
@@ -102,7 +102,7 @@ def grade(text: str, gold: str) -> Grade:
     """
     from math_verify import parse, verify
 
-    text = text[-LONGEST:]
+    text = own_solution(text)[-LONGEST:]
     answer = parse(text, parsing_timeout=None)
     if not answer:
         return Grade(None, False, False)

@@ -74,6 +74,10 @@ class Task:
         answers = [self.extract_answer(text) for text in texts]
         return [Grade(answer, answer == gold, answer == gold) for answer in answers]
 
+    def can_compare(self, gold: str) -> bool:
+        """Whether `grade` can compare solutions with this gold answer."""
+        return True
+
     def close(self) -> None:
         """Release what the task holds, such as processes."""
 
@@ -86,6 +90,9 @@ class NumberTask(Task):
 
     def grade(self, texts: Sequence[str], gold: str) -> list[Grade]:
         return grade_numbers(texts, gold)
+
+    def can_compare(self, gold: str) -> bool:
+        return extract_answer(gold) is not None
 
 
 def load_task(name: str, data_file: str | None = None, grader: str | None = None, key: str = "task") -> Task:
@@ -101,18 +108,25 @@ def load_task(name: str, data_file: str | None = None, grader: str | None = None
     with explained(f"key {key!r}: {name!r} fails on data_file={data_file}"):
         task = cls(data_file)
     if grader is not None:
+        task.can_compare = lambda gold: True
         is_correct = _guarded(grader, _load("grader", grader, "MODULE:FUNCTION"))
         task.grade = lambda texts, gold: [_graded(task, text, gold, is_correct(text, gold)) for text in texts]
     return task
 
 
 def read_problems(task: Task, split: str, limit: int | None = None) -> list[Problem]:
-    """The problems of a task. Raises UserError where there are none."""
+    """The problems of a task. Raises UserError where there are none, or one that no solution could solve."""
     where = task.data_file or f"the split {split!r} of {type(task).__name__}"
     with explained(f"{where}: the problems could not be read"):
         problems = task.problems(split, limit)
     if not problems:
         raise UserError(f"{where}: expected at least one problem, found none")
+    for problem in problems:
+        if not task.can_compare(problem.gold):
+            raise UserError(
+                f"{where}: problem {problem.id}: expected a number as gold answer, found {shown(problem.gold)}; "
+                "grader=MODULE:FUNCTION compares other answers"
+            )
     return problems
 
 

@@ -263,6 +263,13 @@ GRADED = [
 GRADED += [
     "</think>",
     "Question:",
+    "\nProblem 2:",
+    "Answer: ",
+    "final answer",
+    "\\text{",
+    "e-5",
+    "\u2013",
+    "£",
     "**",
     "because",
     "1,000",
