@@ -283,6 +283,15 @@ def test_cost_is_counted_in_forwards_per_problem(config):
     assert metrics["scoring_forwards_per_problem"] == 4
 
 
+def test_a_verifier_that_was_trained_with_another_chat_template_is_refused(config, untrained, tmp_path):
+    verifier = tmp_path / "verifier"
+    shutil.copytree(untrained, verifier)
+    (verifier / "train.yaml").write_text("chat_template: chatml-plain\n")
+    with pytest.raises(UserError, match="chat_template: found None, expected 'chatml-plain': the verifier"):
+        evaluate(replace(config, verifier=str(verifier), output_dir=str(tmp_path / "results")))
+    assert not (tmp_path / "results").exists()
+
+
 def test_few_shot_examples_change_the_prompt(config, tmp_path):
     examples = tmp_path / "examples.jsonl"
     examples.write_text(json.dumps({"question": "Two and two?", "answer": "2 + 2 = 4\n#### 4"}) + "\n")

@@ -148,6 +148,15 @@ def test_an_adapter_of_another_system1_is_refused(folder, changes):
         load_verifier(folder, CPU, "auto", VOCABULARY, system1=tiny_system1(**changes))
 
 
+def test_an_adapter_of_another_system1_of_equal_shape_is_refused(folder, tmp_path):
+    with pytest.raises(UserError, match="it was trained on the states of .*, found another System 1"):
+        load_verifier(folder, CPU, "auto", VOCABULARY, system1=tiny_system1(seed=3))
+    load_verifier(folder, CPU, "auto", VOCABULARY, system1=tiny_system1().to(torch.bfloat16))
+    config = tmp_path / "verifier" / "config.json"  # adapters of earlier versions name no weights
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"system1_fingerprint": None}))
+    load_verifier(folder, CPU, "auto", VOCABULARY, system1=tiny_system1(seed=3))
+
+
 def test_a_missing_base_model_is_refused_in_one_sentence(folder, tmp_path):
     shutil.rmtree(tmp_path / "system1")
     with pytest.raises(UserError, match="verifier .*: model .*system1': expected a folder"):

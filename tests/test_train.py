@@ -443,6 +443,14 @@ def test_flex_attention_without_a_gpu_is_refused(config):
         train(replace(config, attn_implementation="flex_attention"))
 
 
+def test_a_language_model_loss_on_logits_that_are_capped_is_refused(config, tmp_path):
+    capped = Gemma2ForCausalLM(Gemma2Config(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, head_dim=8, intermediate_size=16))
+    capped.save_pretrained(tmp_path / "capped")
+    load_tokenizer(config.model).save_pretrained(tmp_path / "capped")
+    with pytest.raises(UserError, match="lm_loss_coef: .* has final_logit_softcapping, by which its loss"):
+        train(replace(config, model=str(tmp_path / "capped"), lm_loss_coef=1.0))
+
+
 def test_soft_targets_train_and_choose_checkpoint_and_beta_by_what_guidance_would_choose(config, tmp_path):
     """The verdicts of an exploration: at each fork one token that is worse, one that is as good as gold."""
     lines = []

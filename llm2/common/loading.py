@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -74,6 +75,13 @@ def require_model(name: str) -> None:
     if config.is_encoder_decoder or reads_both_ways or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
         kind = config.model_type
         raise UserError(f"model {name!r}: expected a decoder-only language model, found a config of type {kind!r}")
+
+
+def changes_logits(config: PreTrainedConfig) -> str | None:
+    """The key of a model's config by which it scales or caps what its output layer returns; None for most models."""
+    text = config.get_text_config()
+    values = {key: getattr(text, key, None) for key in ("final_logit_softcapping", "logit_scale", "logits_scaling")}
+    return next((key for key, value in values.items() if value not in (None, 1)), None)
 
 
 def vocabulary_size(name: str) -> int:

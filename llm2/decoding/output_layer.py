@@ -4,11 +4,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from llm2.common.loading import changes_logits
 from llm2.decoding.candidates import check_scores, guided_logits, over_vocabulary, plausible
 from llm2.decoding.sampling import Guidance
 from llm2.verifier.lora import clone_sharing_weights
-
-CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # config keys of models that go on
 
 
 class GuidedOutputLayer(nn.Module):
@@ -41,8 +40,7 @@ def guided_model(system1: PreTrainedModel, guidance: Guidance) -> PreTrainedMode
     """
     if guidance.verifier.config.prefix_head is None:
         raise ValueError("expected a prefix head: any other verifier has to read tokens; use LLM2 or Decoder")
-    text = system1.config.get_text_config()
-    if changing := [key for key in CHANGES_LOGITS if getattr(text, key, None) is not None]:
-        raise ValueError(f"{changing[0]} changes the logits behind the output layer; use LLM2 or Decoder")
+    if (key := changes_logits(system1.config)) is not None:
+        raise ValueError(f"{key} changes the logits behind the output layer; use LLM2 or Decoder")
     output = system1.get_output_embeddings()
     return clone_sharing_weights(system1, {output: GuidedOutputLayer(output, guidance)}).eval()

@@ -5,7 +5,7 @@ import platform
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -31,7 +31,7 @@ from llm2.evaluation.predictions import Predictions
 from llm2.evaluation.tracing import TokenText, recompute_trace, trace_record
 from llm2.tasks import Problem, Task, load_task, read_problems, require_distinct_ids
 from llm2.tasks.few_shot import load_few_shot, with_examples
-from llm2.verifier.load import require_verifier, trained_beta
+from llm2.verifier.load import require_same_template, require_verifier, trained_beta
 from llm2.verifier.scoring import score_tokens, solution_score
 from llm2.vllm.backend import require_engine
 
@@ -94,6 +94,7 @@ def check(config: EvaluateConfig) -> None:
         )
     if config.verifier is not None:
         require_verifier(config.verifier)
+        require_same_template(config.verifier, config.model, config.chat_template)
 
 
 def describe(config: EvaluateConfig, inputs: Digests, n: int) -> dict:
@@ -112,10 +113,13 @@ def describe(config: EvaluateConfig, inputs: Digests, n: int) -> dict:
 
 
 def git_commit() -> str | None:
-    """The code's commit, with `-dirty` if there are local changes; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--match="]
+    """The code's commit, with `-dirty` if there are local changes; None where the code is part of no repository, even
+    if it is installed within one."""
+    path = Path(__file__)
+    git = partial(subprocess.run, capture_output=True, text=True, check=True, cwd=path.parent)
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        git(["git", "ls-files", "--error-unmatch", path.name])
+        return git(["git", "describe", "--always", "--abbrev=40", "--dirty", "--match="]).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from llm2.common.chat import resolve_template
+from llm2.common.config_file import read_values
 from llm2.common.loading import is_local, load_tokenizer, resolve_dtype
 from llm2.errors import UserError, explained
 from llm2.verifier.model import ProcessVerifier, ProcessVerifierConfig
@@ -16,6 +18,19 @@ def require_verifier(name: str) -> None:
         raise UserError(
             f"verifier {name!r}: expected a folder with config.json, found none; "
             "`llm2 train` makes one (`bash scripts/train_verifier.sh`)"
+        )
+
+
+def require_same_template(verifier: str, model: str, chat_template: str | None) -> None:
+    """Raise UserError where a local verifier was trained with another chat template: its scores fit no other."""
+    trained = Path(verifier, "train.yaml")
+    if not trained.exists():
+        return
+    trained_name, own = read_values(trained).get("chat_template"), load_tokenizer(model).chat_template
+    if (resolve_template(trained_name) or own) != (resolve_template(chat_template) or own):
+        raise UserError(
+            f"chat_template: found {chat_template!r}, expected {trained_name!r}: the verifier {verifier} was trained "
+            f"with it ({trained})"
         )
 
 

@@ -42,7 +42,7 @@ class ProcessVerifierConfig(PreTrainedConfig):
             at the token before it, so that no candidate is read.
         prefix_head: with `prefix`, kind and size of a head on System 1's frozen states (`heads.PrefixHead`); None for
             all layers, whose output embedding gives the scores.
-        system1_fingerprint: of the weights that a prefix head was trained on (`heads.fingerprint`).
+        system1_fingerprint: of the weights that a prefix head or an adapter was trained on (`heads.fingerprint`).
         beta: weight of the score that was best on held-out forks; None if training did not choose one.
     """
 
@@ -182,10 +182,11 @@ class ProcessVerifier(PreTrainedModel):
         else:
             system1 = lora.clone_sharing_weights(system1)
         verifier = cls.from_language_model(system1, config.base_model, config.lora, config.score, config.prefix_head)
-        if verifier.config.system1_fingerprint != config.system1_fingerprint:
+        found, expected = verifier.config.system1_fingerprint, config.system1_fingerprint
+        if found != expected and (config.lora is None or expected is not None):  # earlier adapters name none
             raise UserError(
-                f"it was trained on the states of {config.base_model}, found another System 1; a prefix head is of "
-                "no use to any other model"
+                f"it was trained on the states of {config.base_model}, found another System 1; it is of no use to any "
+                "other model"
             )
         verifier.config.beta = config.beta
         if sharded and config.lora is not None:
@@ -227,7 +228,7 @@ class ProcessVerifier(PreTrainedModel):
             attn_implementation=backbone.config._attn_implementation,
             score=score,
             prefix_head=prefix_head and dict(prefix_head),
-            system1_fingerprint=prefix_head and fingerprint(backbone),
+            system1_fingerprint=fingerprint(backbone) if prefix_head or lora_settings else None,
         )
         with torch.device("meta"):  # keeps transformers from initialising the backbone's weights anew
             verifier = cls(config, backbone)

@@ -4,15 +4,12 @@ import json
 import runpy
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 from llm2.common.chat import resolve_template
-from llm2.common.config_file import read_values
-from llm2.common.loading import load_tokenizer
 from llm2.config import GuidanceConfig, ServeConfig
 from llm2.errors import UserError
-from llm2.verifier.load import require_verifier
+from llm2.verifier.load import require_same_template, require_verifier
 from llm2.vllm.checks import resolve_guidance
 from llm2.vllm.engine import check_options, engine_options, require_vllm
 
@@ -24,15 +21,7 @@ def check(config: ServeConfig) -> None:
     require_verifier(config.verifier)
     if config.server is not None:
         raise UserError(f"server: found {config.server!r}, expected null: this command starts one")
-    trained = Path(config.verifier, "train.yaml")
-    if not trained.exists():
-        return
-    trained_name, own = read_values(trained)["chat_template"], load_tokenizer(config.model).chat_template
-    if (resolve_template(trained_name) or own) != (resolve_template(config.chat_template) or own):
-        raise UserError(
-            f"chat_template: found {config.chat_template!r}, expected {trained_name!r}: the verifier "
-            f"{config.verifier} was trained with it ({trained})"
-        )
+    require_same_template(config.verifier, config.model, config.chat_template)
 
 
 def serve(config: ServeConfig) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm2.config import RolloutConfig
 from llm2.errors import UserError
-from llm2.verifier.load import require_verifier, trained_beta
+from llm2.verifier.load import require_same_template, require_verifier, trained_beta
 from llm2.vllm.backend import require_engine
 
 Candidate = tuple[int, float]  # a token and its probability
@@ -68,6 +68,7 @@ def check_engine(config: RolloutConfig) -> None:
     require_engine(config)
     if config.verifier is not None:
         require_verifier(config.verifier)
+        require_same_template(config.verifier, config.model, config.chat_template)
         if config.beta is None:
             trained_beta(config.verifier)
     if config.engine == "vllm" and config.top_k is None:
