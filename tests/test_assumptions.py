@@ -69,6 +69,7 @@ RELIED_ON = {
     "_load_from_checkpoint": "trainer",
     "_linear_pointwise": "onednn",
     "_reorder_linear_weight": "onednn",
+    "_scaled_dot_product_flash_attention_for_cpu": "flash_attention",
 }
 NOT_OTHERS = {"_asdict", "_replace", "_run"}  # of named tuples, and our own
 
@@ -266,6 +267,17 @@ def test_onednn_operators_of_torch_compute_a_linear_layer():
     reordered = operators._reorder_linear_weight(weight)
     found = operators._linear_pointwise(states, reordered, None, "none", [], "")
     hold("torch", torch.allclose(found, states @ weight.T, atol=1e-5), "changed the oneDNN operators of torch.compile")
+
+
+def test_flash_attention_of_torch_returns_the_logarithm_of_its_total_on_a_cpu():
+    query, keys, bias = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 1, 1, 5)
+    output, log_total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, keys, keys, attn_mask=bias, scale=0.5
+    )
+    scores = 0.5 * query @ keys.transpose(-1, -2) + bias
+    holds = torch.allclose(log_total, scores.logsumexp(-1), atol=1e-5)
+    holds &= torch.allclose(output, scores.softmax(-1) @ keys, atol=1e-5)
+    hold("torch", holds, "changed what flash attention on a CPU returns")
 
 
 def test_datasets_read_their_offline_switch_when_they_load():

@@ -16,6 +16,7 @@ from llm2.config import (
     LlamaShape,
     ModelConfig,
     NonNegative,
+    OptionalModel,
     RolloutConfig,
     Share,
 )
@@ -24,10 +25,12 @@ from llm2.errors import UserError
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class DecodeBenchmark(LlamaShape, GuidanceConfig):
-    """Guided decoding against transformers' `generate`, with random weights."""
+    """Guided decoding against transformers' `generate`."""
 
     benchmark: Literal["decode"]
     """Which benchmark to run."""
+    model: OptionalModel = None
+    """System 1, as in other configs, and the verifier's weights; null for random ones in the shape given here."""
     output: str = "results/benchmark/decode.json"
     """JSON file for the results."""
     batch_sizes: tuple[Count, ...] = (1, 32, 64)

@@ -1,9 +1,10 @@
 """Guided decoding against transformers' `generate`: what does System 2 cost?
 
-Both systems are Llamas with random weights. A random System 1 is unsure of every token, so its logits are scaled until
-a given share of the steps has more than one candidate, as with a trained one.
+Both systems are Llamas with random weights, or have those of a given model. A System 1 is unsure of most tokens behind
+random prompts, so its logits are scaled until a given share of the steps has more than one candidate.
 """
 
+import copy
 import math
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llm2.benchmarks.configs import DecodeBenchmark
 from llm2.benchmarks.runner import BenchmarkCase, peak_memory, report, run_interleaved, spread
-from llm2.common.loading import resolve_device, resolve_dtype
+from llm2.common.loading import load_system1, resolve_device, resolve_dtype
 from llm2.decoding.candidates import guided_logits, plausible
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.sampling import Guidance
@@ -43,7 +44,7 @@ def measure(config: DecodeBenchmark) -> str:
     system1, separate, shared = build(config, device, torch.bfloat16 if dtype == "auto" else dtype)
     measured = []
     for batch_size in config.batch_sizes:
-        prompts = torch.randint(config.vocab_size, (batch_size, config.prompt_tokens)).tolist()
+        prompts = torch.randint(system1.config.vocab_size, (batch_size, config.prompt_tokens)).tolist()
         scale_logits(system1, prompts, config)
         cases = benchmark_cases(config, system1, separate, shared, prompts)
         run_interleaved(cases, config, f"batch {batch_size}", measured, COLUMNS)
@@ -70,9 +71,15 @@ def build(
     """System 1, a verifier with separate weights, and a LoRA verifier that shares System 1's."""
     shape = LlamaConfig(**config.shape(), max_position_embeddings=config.prompt_tokens + config.new_tokens)
     with device:
-        system1 = LlamaForCausalLM(shape).to(dtype).eval()
-        separate = ProcessVerifier.from_backbone(LlamaForCausalLM(shape).to(dtype).model, "").eval()
-        backbone = lora.clone_sharing_weights(system1.model)
+        if config.model is None:
+            system1, backbone = (LlamaForCausalLM(shape).to(dtype).eval() for _ in range(2))
+        else:
+            system1 = load_system1(config.model, device, str(dtype).removeprefix("torch."))
+            backbone = copy.deepcopy(system1)
+            head = system1.get_output_embeddings()
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())  # untied for `scale_logits`
+        separate = ProcessVerifier.from_backbone(backbone.base_model, "").eval()
+        backbone = lora.clone_sharing_weights(system1.base_model)
         shared = ProcessVerifier.from_backbone(backbone, "", {"rank": config.lora_r}).eval()
     for verifier in (separate, shared):
         for name, parameter in verifier.named_parameters():
@@ -106,7 +113,7 @@ def scale_logits(system1: PreTrainedModel, prompts: list[list[int]], config: Dec
     )
     top = torch.stack([token.logits.topk(2).values for (completion,) in completions for token in completion.trace])
     gap = (top[:, 0] - top[:, 1]).quantile(config.choice_share).item()
-    system1.lm_head.weight.data *= -math.log(config.alpha) / gap
+    system1.get_output_embeddings().weight.data *= -math.log(config.alpha) / gap
 
 
 def benchmark_cases(
@@ -210,10 +217,11 @@ class HostReads(TorchFunctionMode):
 def layout_counts(decoder: Decoder, config: DecodeBenchmark) -> dict[str, float]:
     """See LAYOUT; on a CPU the layout for CUDA graphs is the one of a GPU."""
     rows, base = 16, config.prompt_tokens
+    vocabulary = decoder.runners.lm.body.config.vocab_size
     generator = torch.Generator().manual_seed(config.seed)
     lengths = torch.randint(max(1, base // 2), 2 * base + 1, (2 * rows,), generator=generator).tolist()
     lengths[rows // 2] = 8 * base  # one long prompt among the others
-    prompts = [torch.randint(config.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+    prompts = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
     runners = {runner for runner in (decoder.runners.lm, decoder.runners.verifier) if runner is not None}
     reads = {}
     for traced in (False, True):

@@ -24,6 +24,7 @@ class MemoryPlan:
 
     rows: int  # sequences in flight
     capacity: int  # positions of each slot
+    prefixes: int  # slots for prefixes that sequences share
     cache_bytes: int = 0
     free_bytes: int = 0  # before the caches are allocated
 
@@ -55,9 +56,9 @@ def addresses(*modules: nn.Module) -> dict[int, int]:
     return {parameter.data_ptr(): parameter.nbytes for module in modules for parameter in module.parameters()}
 
 
-def num_prefix_slots(rows: int) -> int:
-    """Slots for prefixes that sequences share."""
-    return max(1, rows // 8)
+def num_prefix_slots(rows: int, free_of_charge: bool = False) -> int:
+    """Slots for prefixes that sequences share; as many as there can be at once where unused ones take no memory."""
+    return max(1, rows // (2 if free_of_charge else 8))
 
 
 def plan_memory(
@@ -76,7 +77,7 @@ def plan_memory(
     limit = (AUTO_ROWS if free is None else MAX_AUTO_ROWS) if batch_size == "auto" else batch_size
     rows = max(1, min(limit, num_sequences))
     if free is None:
-        return MemoryPlan(rows, capacity)
+        return MemoryPlan(rows, capacity, num_prefix_slots(rows, free_of_charge=True))
     per_position = sum(position_bytes(body.config, body.dtype) for body in bodies)
     per_row = LOGITS_COPIES * 4 * bodies[0].config.get_text_config().vocab_size
 
@@ -88,4 +89,5 @@ def plan_memory(
         while rows > 1 and fits(rows) < capacity:
             rows -= 1
     capacity = max(1, min(capacity, fits(rows)))
-    return MemoryPlan(rows, capacity, (rows + num_prefix_slots(rows)) * capacity * per_position, free)
+    prefixes = num_prefix_slots(rows)
+    return MemoryPlan(rows, capacity, prefixes, (rows + prefixes) * capacity * per_position, free)

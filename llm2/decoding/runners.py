@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from llm2.decoding.kv_cache import SlotCache
-from llm2.decoding.memory import GB, MemoryPlan, addresses, num_prefix_slots, plan_memory
+from llm2.decoding.memory import GB, MemoryPlan, addresses, plan_memory
 from llm2.decoding.model_runner import LMRunner, VerifierRunner
 from llm2.decoding.sampling import Guidance
 
@@ -60,7 +60,7 @@ class ModelRunners:
         if plan.free_bytes and not self.stated:
             logger.info("memory: %.2f GB of weights, %s", sum(self.weights.values()) / GB, plan)
             self.stated = True
-        num_slots = plan.rows + num_prefix_slots(plan.rows)
+        num_slots = plan.rows + plan.prefixes
         if self.shared:  # the verifier has the second half
             cache = SlotCache(2 * num_slots, plan.capacity, (0, num_slots))
             return plan, cache, cache

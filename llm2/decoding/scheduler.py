@@ -19,7 +19,6 @@ from llm2.common.seeds import uniforms
 from llm2.decoding.candidates import guided_logits, plausible
 from llm2.decoding.forward_batch import MAX_BATCHED_TOKENS, Chunk, padded_width
 from llm2.decoding.kv_cache import HEADROOM, SlotCache
-from llm2.decoding.memory import num_prefix_slots
 from llm2.decoding.model_runner import ModelRunner
 from llm2.decoding.prefix_cache import PrefixCache, SharedPrefix
 from llm2.decoding.runners import ModelRunners
@@ -28,7 +27,7 @@ from llm2.decoding.sequence import Proposal, SequenceState
 from llm2.errors import UserError
 
 ADMIT_SHARE = 8  # in padded batches one in so many slots must be free before prompts are read: few forwards for all
-MIN_IN_PLACE_TOKENS = 2_000  # prefix length times sequences from which reading in place beats a copy for each sequence
+MIN_IN_PLACE_TOKENS = 400  # prefix length times sequences from which reading in place beats a copy for each sequence
 SYSTEM1, SYSTEM2 = "system1", "system2"
 
 
@@ -51,9 +50,8 @@ class Scheduler:
             capacity = padded_width(capacity) + 1
         self.plan, self.lm_cache, self.verifier_cache = runners.take_caches(batch_size, total, capacity)
         self.max_running = max(1, min(self.plan.rows if batch_size == "auto" else batch_size, total))
-        num_prefixes = num_prefix_slots(self.plan.rows)
-        self.prefixes = PrefixCache(self.plan.rows, num_prefixes)
-        self.verifier_offset = self.plan.rows + num_prefixes if runners.shared else 0
+        self.prefixes = PrefixCache(self.plan.rows, self.plan.prefixes)
+        self.verifier_offset = self.plan.rows + self.plan.prefixes if runners.shared else 0
 
     # Sequences come and go.
 
