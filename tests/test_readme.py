@@ -21,10 +21,6 @@ DOCUMENTS = {
 }
 
 
-def test_the_readme_has_at_most_1500_words():
-    assert len(README.split()) <= 1500
-
-
 @pytest.mark.parametrize(
     "path", sorted({p for t in DOCUMENTS.values() for p in re.findall(r"(?:configs|scripts)/[\w./-]+\.(?:sh|yaml)", t)})
 )
