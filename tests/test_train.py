@@ -450,7 +450,7 @@ def test_a_language_model_loss_on_logits_that_are_capped_is_refused(config, tmp_
     capped.save_pretrained(tmp_path / "capped")
     load_tokenizer(config.model).save_pretrained(tmp_path / "capped")
     with pytest.raises(UserError, match="lm_loss_coef: .* has final_logit_softcapping, by which its loss"):
-        train(replace(config, model=str(tmp_path / "capped"), lm_loss_coef=1.0))
+        train(replace(config, model=str(tmp_path / "capped"), lm_loss_coef=1.0, attn_implementation="eager"))
 
 
 def test_soft_targets_train_and_choose_checkpoint_and_beta_by_what_guidance_would_choose(config, tmp_path):
