@@ -1,8 +1,7 @@
 """Names -> loaded models and tokenizers, with a one-sentence error where one is missing.
 
 A name is a local folder, a GGUF file or `smollm2` (llm2/common/gguf.py), a hub id, or `testbed` for the embedded
-System 1. Local folders never touch the network;
-weights are safetensors; remote code is never run.
+System 1. Local folders never touch the network; weights are safetensors; remote code is never run.
 """
 
 import logging
@@ -80,8 +79,8 @@ def require_model(name: str) -> None:
 def changes_logits(config: PreTrainedConfig) -> str | None:
     """The key of a model's config by which it scales or caps what its output layer returns; None for most models."""
     text = config.get_text_config()
-    values = {key: getattr(text, key, None) for key in ("final_logit_softcapping", "logit_scale", "logits_scaling")}
-    return next((key for key, value in values.items() if value not in (None, 1)), None)
+    keys = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    return next((key for key in keys if getattr(text, key, None) is not None), None)
 
 
 def vocabulary_size(name: str) -> int:

@@ -62,9 +62,15 @@ def to_problem(name: str, question: str, answer: str) -> Problem:
 
     Raises ValueError where the answer does not end in `#### number`.
     """
-    steps_text, marker, _ = answer.rpartition("####")
-    gold = extract_answer(answer[len(steps_text) :], "strict") if marker else None
-    if gold is None:
-        raise ValueError("no `#### number`")
+    steps_text, gold = split_answer(answer)
     steps = (ANNOTATION.sub("", line).strip() for line in steps_text.splitlines())
     return Problem(name, question, gold, " ".join([*filter(None, steps), f"So the answer is {gold}."]))
+
+
+def split_answer(answer: str) -> tuple[str, str]:
+    """The text before `#### number`, and the number. Raises ValueError where the answer does not end so."""
+    text, marker, _ = answer.rpartition("####")
+    gold = extract_answer(answer[len(text) :], "strict") if marker else None
+    if gold is None:
+        raise ValueError("no `#### number`")
+    return text, gold

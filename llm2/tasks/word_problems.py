@@ -9,8 +9,7 @@ from pathlib import Path
 
 import llm2
 from llm2.errors import UserError
-from llm2.tasks.grading import extract_answer
-from llm2.tasks.gsm8k import read_problems
+from llm2.tasks.gsm8k import read_problems, split_answer
 from llm2.tasks.task import NumberTask, Problem
 
 FOLDER = Path(llm2.__file__).parents[1] / "dataset" / "word_problems"
@@ -50,10 +49,7 @@ def to_problem(name: str, question: str, answer: str) -> Problem:
 
     Raises ValueError where the answer does not end in `#### number`.
     """
-    equation, marker, _ = answer.rpartition("####")
-    gold = extract_answer(answer[len(equation) :], "strict") if marker else None
-    if gold is None:
-        raise ValueError("no `#### number`")
+    equation, gold = split_answer(answer)
     compact = re.sub(r"(?<=\() | (?=\))", "", equation.strip())
     if _is_enclosed(compact):
         compact = compact[1:-1]
