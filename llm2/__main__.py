@@ -181,6 +181,11 @@ def run_train(config: TrainConfig) -> None:
         f"[{metrics['eval_pair_accuracy_low']:.1%}, {metrics['eval_pair_accuracy_high']:.1%}], "
         f"System 1 in {metrics['system1_pair_accuracy']:.1%} (n = {metrics['eval_pairs']:.0f} pairs)"
     )
+    if "eval_guided_beta" in metrics:
+        print(
+            f"their guided order, logits and scores together: {metrics['eval_guided_pair_accuracy']:.1%} with "
+            f"beta={metrics['eval_guided_beta']:g}, {metrics['eval_guided_pair_accuracy_plain']:.1%} without guidance"
+        )
     if "eval_choice_beta" in metrics:
         print(
             f"quality of the chosen token less gold's at {metrics['eval_forks']:.0f} held-out forks: "

@@ -67,7 +67,7 @@ class GuidanceConfig(CandidateConfig):
     """Guided logits on the plausible set: z + beta * s (arXiv 2412.20372)."""
 
     beta: NonNegative | None = 0.25
-    """Weight of the verifier's score in the guided logits; null: the one that its training chose (soft targets)."""
+    """Weight of the verifier's score in the guided logits; null: the one that its training chose."""
 
     def guidance(self) -> dict[str, Any]:
         """alpha, beta and top_k, as `Guidance` and `LLM2.from_pretrained` take them."""
@@ -283,8 +283,18 @@ class TrainConfig(ModelConfig, OptimizerConfig):
     """Dropout probability on the input of the LoRA adapters."""
     lora_target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Names of the layers that get LoRA adapters."""
+    token_weight: bool = False
+    """With score: prefix, learn a factor of the scores from each prefix's state: how far to trust them there."""
+    guided_beta: Positive | None = None
+    """Train on guided margins, System 1's plus this times the scores', as decoding adds them; null: on scores alone."""
+    best_by: Literal["pair_accuracy", "choice_quality", "guided_pair_loss"] | None = None
+    """Held-out metric that chooses the checkpoint; null: that of the loss, or choice_quality with soft targets."""
     quality_weight: bool = False
     """Weight each pair by the difference in quality of its tokens (key `quality` of the file)."""
+    label_smoothing: Share = 0.0
+    """Share of each pair's target that is moved to 0.5, so that the loss asks for no infinite margin."""
+    dropout: Share = 0.0
+    """Dropout probability on the states that scores are read from."""
     margin: NonNegative = 0.0
     """Margin m in the loss -log sigmoid(s(gold) - s(negative) - m)."""
     lm_loss_coef: NonNegative = 0.0

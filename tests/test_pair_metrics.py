@@ -1,5 +1,7 @@
 """Metrics of held-out pairs by hand: parts, kinds of tokens, accuracies, and System 1's margins."""
 
+import math
+
 import pytest
 import torch
 from test_collate import examples
@@ -7,11 +9,13 @@ from test_collate import examples
 from llm2.verifier.pair_metrics import (
     PairInfo,
     Rival,
+    WithSystem1Margins,
     calibration,
     choice_metrics,
     choice_quality,
     compute_metrics,
     fork_rivals,
+    guided_metrics,
     pair_info,
     system1_margins,
     table,
@@ -91,9 +95,36 @@ def test_calibration_by_hand():
     assert equal == {}
 
 
-def test_only_solutions_with_soft_targets_have_forks():
+def test_guided_metrics_by_hand():
+    """z + beta * s is 1 and 0.5 with beta 0.5, 2.5 and -1 with 2; z alone orders one of the two pairs."""
+    scores, z = {4: 1.0, 5: -1.0, 9: 70.0}, {4: 0.5, 5: 1.0, 9: -9.0}
+    found = guided_metrics(scores, [4, 5], z)
+    losses = {beta: sum(math.log1p(math.exp(-z[i] - beta * scores[i])) for i in (4, 5)) / 2 for beta in (0.25, 0.5)}
+    assert losses[0.25] < losses[0.5]
+    assert found["guided_beta"] == 0.25 and found["guided_pair_loss"] == pytest.approx(losses[0.25])
+    assert (found["guided_pair_accuracy"], found["guided_pair_accuracy_plain"]) == (1.0, 1.0)
+    found = guided_metrics(scores, [4, 5, 9], z)
+    assert found["guided_beta"] == 0.25 and found["guided_pair_accuracy_plain"] == pytest.approx(2 / 3)
+    assert found["guided_pair_accuracy"] == 1.0
+
+
+def test_examples_get_the_margins_of_their_own_pairs():
+    data = examples(3)
+    margins = {pair: float(pair) for each in data for pair in range(each.first_pair_id, each.first_pair_id + 99)}
+    for example, plain in zip(WithSystem1Margins(data, margins), data, strict=True):
+        first, count = plain.first_pair_id, len(plain.triplets)
+        assert example.system1_margins == [float(pair) for pair in range(first, first + count)]
+        assert example._replace(system1_margins=()) == plain
+
+
+def test_a_pair_without_qualities_counts_as_a_whole_loss():
     triplets = [Triplet(3, 7, 5), Triplet(3, 7, 6), Triplet(5, 8, 9)]
     soft = Example([0] * 9, triplets, first_pair_id=2, quality_gaps=[0.5, 0.0, -0.5], gold_better=[0.9, 0.5, 0.1])
-    hard = soft._replace(gold_better=[], first_pair_id=5)
+    hard = soft._replace(gold_better=[], quality_gaps=[], first_pair_id=5)
     margins = dict.fromkeys(range(2, 8), 1.0)
-    assert fork_rivals([soft, hard], margins) == [[Rival(2, 0.5, 1.0), Rival(3, 0.0, 1.0)], [Rival(4, -0.5, 1.0)]]
+    of_soft = [[Rival(2, 0.5, 1.0), Rival(3, 0.0, 1.0)], [Rival(4, -0.5, 1.0)]]
+    assert fork_rivals([soft, hard], margins) == [
+        *of_soft,
+        [Rival(5, 1.0, 1.0), Rival(6, 1.0, 1.0)],
+        [Rival(7, 1.0, 1.0)],
+    ]

@@ -35,15 +35,25 @@ from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.train import train
 from llm2.verifier.triplets import Example, Triplet
 
-HEADS = {"bilinear": {"kind": "bilinear", "size": 4}, "mlp": {"kind": "mlp", "size": 16}}
-KINDS = [*HEADS, "layers", "tied layers", "lora", "tied lora"]
+HEADS = {
+    "bilinear": {"kind": "bilinear", "size": 4},
+    "mlp": {"kind": "mlp", "size": 16},
+    "weighted mlp": {"kind": "mlp", "size": 16, "token_weight": True},
+}
+KINDS = [*HEADS, "layers", "weighted tied layers", "lora", "weighted lora", "tied lora"]
 
 
 def prefix_verifier(folder: Path, system1, kind: str) -> ProcessVerifier:
     """Of the weights of `system1`, with scores large enough to change choices."""
     system1.save_pretrained(folder)
     lora = {"rank": 4} if "lora" in kind else None
-    options = {"score": "prefix", "prefix_head": HEADS.get(kind), "local_files_only": True}
+    weighted = "weighted" in kind and kind not in HEADS
+    options = {
+        "score": "prefix",
+        "prefix_head": HEADS.get(kind),
+        "token_weight": weighted,
+        "local_files_only": True,
+    }
     torch.manual_seed(3)
     verifier = ProcessVerifier.from_system1(str(folder), lora, **options).eval()
     with torch.no_grad():
@@ -270,7 +280,33 @@ def test_a_saved_head_loads_on_system1s_own_parameters_and_scores_the_same(train
         assert torch.equal(alone(ids).scores, verifier(ids).scores)
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora_r": 4, "learning_rate": 1e-2}], ids=["layers", "lora"])
+def test_a_token_weight_is_a_factor_of_all_scores_after_a_prefix(pair):
+    _, verifier = pair
+    weight = verifier.score.token_weight if verifier.config.prefix_head else verifier.token_weight
+    if weight is None:
+        pytest.skip("without a weight")
+    states, tokens = torch.randn(5, 32), torch.randint(3, VOCABULARY, (5, 7))
+    with torch.inference_mode():
+        found, factor = verifier.prefix_scores(states, tokens), weight(states)
+        weight.weight.zero_(), weight.bias.fill_(-1e4)
+        off = verifier.prefix_scores(states, tokens)
+        weight.bias.fill_(0.541324854612918)  # softplus of it is 1
+        torch.testing.assert_close(
+            found, factor[:, None] * verifier.prefix_scores(states, tokens), atol=1e-5, rtol=1e-5
+        )
+    assert (factor > 0).all() and factor.std() > 1e-3 and not off.any()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"lora_r": 4, "learning_rate": 1e-2},
+        {"token_weight": True, "guided_beta": 1.0},
+        {"lora_r": 4, "learning_rate": 1e-2, "token_weight": True},
+    ],
+    ids=["layers", "lora", "weighted", "weighted lora"],
+)
 def test_training_with_all_layers_learns_and_loads(changes, system1_folder, tmp_path):
     write_triplets(tmp_path / "triplets.jsonl", load_tokenizer(system1_folder), 24)
     changes = {"score": "prefix", "learning_rate": 3e-3, "num_train_epochs": 6.0, **changes}
@@ -287,6 +323,8 @@ def test_training_with_all_layers_learns_and_loads(changes, system1_folder, tmp_
         )
     saved = load_file(next(Path(config.output_dir).glob("*.safetensors")))
     assert any("score" in name for name in saved) == (config.lora_r is None), "an adapter leaves the embedding as it is"
+    moved = [tensor for name, tensor in saved.items() if "token_weight.weight" in name]
+    assert len(moved) == config.token_weight and all(tensor.any() for tensor in moved)
 
 
 def test_an_untied_output_embedding_is_trained_and_saved(tmp_path):
@@ -314,7 +352,7 @@ def test_the_first_folders_of_prefix_heads_load_though_they_do_not_name_their_sc
     config, _ = trained
     shutil.copytree(config.output_dir, tmp_path / "old", ignore=shutil.ignore_patterns("checkpoint-*"))
     saved = json.loads((tmp_path / "old" / "config.json").read_text())
-    assert (saved.pop("score"), saved.pop("beta")) == ("prefix", None)
+    assert (saved.pop("score"), saved.pop("beta"), saved.pop("token_weight")) == ("prefix", 0.25, False)
     (tmp_path / "old" / "config.json").write_text(json.dumps(saved))
     ids = torch.randint(3, 100, (1, 12))
     with torch.inference_mode():
@@ -325,12 +363,15 @@ def test_the_first_folders_of_prefix_heads_load_though_they_do_not_name_their_sc
 
 
 def test_beta_null_is_the_one_that_training_chose(trained, tmp_path):
-    config, _ = trained
+    config, metrics = trained
+    assert trained_beta(config.output_dir) == metrics["eval_choice_beta"]
     verifier = ProcessVerifier.from_pretrained(config.output_dir)
+    verifier.config.beta = None  # as of a verifier of an earlier version
+    verifier.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="beta: null, and the verifier names none"):
         Guidance(verifier=verifier, beta=None)
     with pytest.raises(UserError, match="beta: null, and verifier '.*' names none"):
-        trained_beta(config.output_dir)
+        trained_beta(str(tmp_path))
     verifier.config.beta = 2.0
     verifier.save_pretrained(tmp_path)
     assert trained_beta(str(tmp_path)) == 2.0

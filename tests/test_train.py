@@ -33,6 +33,7 @@ from llm2.verifier.load import load_verifier
 from llm2.verifier.loss import pairwise_loss
 from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.model_card import model_card
+from llm2.verifier.pair_metrics import WithSystem1Margins, system1_margins
 from llm2.verifier.train import load_data, train, training_arguments
 from llm2.verifier.trainer import LossConfig, PaddedSampler, VerifierTrainer
 from llm2.verifier.triplets import Summary, Triplet, record_line
@@ -108,6 +109,69 @@ def test_gradient_equals_that_of_the_plain_sum_over_pairs(system1_folder, tmp_pa
     torch.stack(losses).mean().backward()
     for name, parameter in verifier.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=0, msg=name)
+
+
+def test_the_guided_loss_is_that_of_system1s_margins_and_the_scores(system1_folder, tmp_path):
+    """The slow twin: -log sigmoid((z+ - z-) + beta (s+ - s-)) of each pair as two whole sequences, z fixed."""
+    data = examples(3)
+    system1 = AutoModelForCausalLM.from_pretrained(system1_folder, local_files_only=True)
+    with_margins = WithSystem1Margins(data, system1_margins(system1, data))
+    loss = LossConfig(guided_beta=0.5, label_smoothing=0.2)
+    found = gradients(system1_folder, tmp_path, with_margins, 2, 2, loss)
+    torch.manual_seed(0)
+    verifier = ProcessVerifier.from_system1(system1_folder, local_files_only=True)
+    losses = []
+    for example in data:
+        for position, gold, negative in example.triplets:
+            prefix = example.ids[:position]
+            with torch.no_grad():
+                logp = system1(torch.tensor([prefix])).logits[0, -1].log_softmax(-1)
+            scores = [verifier(torch.tensor([[*prefix, token]])).scores[0, -1] for token in (gold, negative)]
+            margin = logp[gold] - logp[negative] + 0.5 * (scores[0] - scores[1])
+            losses.append(-0.9 * margin.sigmoid().log() - 0.1 * (-margin).sigmoid().log())
+    torch.stack(losses).mean().backward()
+    for name, parameter in verifier.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"guided_beta": 1.0},
+        {"guided_beta": 1.0, "score": "prefix", "prefix_head": "mlp", "token_weight": True, "dropout": 0.1},
+        {"best_by": "choice_quality"},
+    ],
+    ids=["guided", "guided head", "choice quality"],
+)
+def test_the_checkpoint_is_the_best_by_the_chosen_metric(config, changes):
+    config = replace(config, evaluations=4, **changes)
+    metrics = train(config)
+    name = config.best_by or "guided_pair_loss"
+    states = [json.loads(path.read_text()) for path in Path(config.output_dir).glob("checkpoint-*/trainer_state.json")]
+    log = max((state["log_history"] for state in states), key=len)
+    values = [entry[f"eval_{name}"] for entry in log if f"eval_{name}" in entry]
+    assert len(values) >= 4
+    best = min(values) if name == "guided_pair_loss" else max(values)
+    assert metrics[f"eval_{name}"] == pytest.approx(best, abs=1e-6)
+    assert metrics["eval_guided_pair_accuracy_plain"] == metrics["system1_pair_accuracy"]
+    assert ProcessVerifier.from_pretrained(config.output_dir).config.beta == metrics["eval_choice_beta"]
+
+
+@pytest.mark.parametrize(
+    "key, changes", [("token_weight", {"token_weight": True}), ("prefix_head", {"prefix_head": "mlp"})]
+)
+def test_keys_of_prefixes_need_a_score_of_prefixes(config, key, changes, monkeypatch):
+    monkeypatch.setattr("llm2.verifier.train.load_tokenizer", lambda name: pytest.fail("before anything is loaded"))
+    with pytest.raises(UserError, match=f"{key}: expected score: prefix, found score: candidate"):
+        train(replace(config, **changes))
+
+
+def test_dropout_changes_what_is_trained_and_no_score(config, tmp_path):
+    plain = train(config)
+    dropped = train(replace(config, dropout=0.5, output_dir=str(tmp_path / "dropped")))
+    assert dropped["eval_mean_margin"] != plain["eval_mean_margin"]
+    verifier = ProcessVerifier.from_pretrained(tmp_path / "dropped")
+    assert verifier.dropout.p == 0.0
 
 
 @pytest.mark.parametrize("loss", [LossConfig(quality_weight=True, margin=0.5), LossConfig(lm_loss_coef=0.5)])

@@ -580,7 +580,7 @@ def test_a_prefix_heads_batch_writes_what_the_decoder_writes(system1, requests, 
     """With System 1's states as the model plug-in shows them."""
     system1.save_pretrained(tmp_path)
     torch.manual_seed(3)
-    settings = {"score": "prefix", "prefix_head": {"kind": "bilinear", "size": 4}}
+    settings = {"score": "prefix", "prefix_head": {"kind": "bilinear", "size": 4, "token_weight": True}}
     verifier = ProcessVerifier.from_system1(str(tmp_path), **settings, local_files_only=True).eval()
     with torch.no_grad():
         for weight in verifier.score.parameters():

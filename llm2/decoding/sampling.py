@@ -45,7 +45,7 @@ class Guidance(GuidanceConfig):
         GuidanceConfig(**self.guidance())  # validates: pydantic does not check fields of a plain subclass
         if self.beta is None and self.verifier is not None:
             if self.verifier.config.beta is None:
-                raise ValueError("beta: null, and the verifier names none (only training on soft targets chooses one)")
+                raise ValueError("beta: null, and the verifier names none: its training chose none")
             object.__setattr__(self, "beta", self.verifier.config.beta)
 
 

@@ -13,7 +13,7 @@ from llm2.verifier.triplets import Example
 
 
 class VerifierBatch(NamedTuple):
-    """The arguments of ProcessVerifier.forward, and pair_weights, pair_ids and pair_targets for loss and metrics."""
+    """The arguments of ProcessVerifier.forward, and the other keys of `pair_tensors`, for loss and metrics."""
 
     input_ids: torch.Tensor | None  # (R, S); None where frozen states stand in for the forward of the backbone
     start: torch.Tensor | None  # (R, S) first column of the token's solution
@@ -24,6 +24,7 @@ class VerifierBatch(NamedTuple):
     pair_weights: torch.Tensor  # (1, M) float32
     pair_ids: torch.Tensor  # (1, M) number of the triplet in its file
     pair_targets: torch.Tensor  # (1, M) float32 probability that gold is better
+    pair_offsets: torch.Tensor  # (1, M) float32 System 1's margin, where the loss is that of guided margins; else 0
     targets: torch.Tensor | None = None  # (R, S) the next token of the solution, or IGNORE_INDEX; for the LM loss
     states: torch.Tensor | None = None  # (N, D) in place of the backbone's; pair_indices count its rows
 
@@ -82,15 +83,17 @@ def verifier_batch(
 
 
 def pair_tensors(examples: Sequence[Example], quality_weight: bool = False) -> dict[str, torch.Tensor]:
-    """pair_tokens, pair_weights, pair_ids and pair_targets of a VerifierBatch."""
+    """pair_tokens, pair_weights, pair_ids, pair_targets and pair_offsets of a VerifierBatch."""
     weights = [torch.tensor(e.quality_gaps if quality_weight else [1.0] * len(e.triplets)) for e in examples]
     pair_targets = [torch.tensor(e.gold_better or [1.0] * len(e.triplets)) for e in examples]
+    offsets = [torch.tensor(e.system1_margins or [0.0] * len(e.triplets)) for e in examples]
     tokens = [[triplet.gold, triplet.negative] for e in examples for triplet in e.triplets]
     return {
         "pair_tokens": torch.tensor(tokens, dtype=torch.long).view(1, -1, 2),
         "pair_weights": torch.cat(weights).clamp(min=0)[None],
         "pair_ids": torch.cat([torch.arange(len(e.triplets)) + e.first_pair_id for e in examples])[None],
         "pair_targets": torch.cat(pair_targets)[None],
+        "pair_offsets": torch.cat(offsets)[None],
     }
 
 

@@ -7,6 +7,7 @@ Letters: D width, K candidates.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,11 +22,26 @@ from llm2.errors import UserError
 SAMPLED = 16  # values per weight that a fingerprint is made of
 
 
+class TokenWeight(nn.Linear):
+    """w(h) = softplus(u . h + b), the factor of all scores after a prefix with the state h; 1 before training."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 1)
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, math.log(math.e - 1))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """h (..., D) -> (...) float32, not negative."""
+        logits = nn.functional.linear(states.float(), self.weight.float(), self.bias.float())
+        return nn.functional.softplus(logits).squeeze(-1)
+
+
 class PrefixHead(nn.Module):
-    """s = (A h) . (B e) + w . e, or a two-layer MLP of h and e.
+    """s = (A h) . (B e) + w . e, or a two-layer MLP of h and e; with a token weight w(h) times that.
 
     Args:
-        settings: `kind`, bilinear or mlp, and `size`: the rank of A and B, or the width of the MLP.
+        settings: `kind`, bilinear or mlp, and `size`: the rank of A and B, or the width of the MLP; `token_weight`,
+            whether there is one, no if absent.
         embedding: (V, D) System 1's input embedding; e is scaled by its root mean square, so that a learning rate
             suits models of any scale.
     """
@@ -42,15 +58,17 @@ class PrefixHead(nn.Module):
             self.layers = nn.Sequential(
                 nn.Linear(2 * width, size), nn.GELU(), nn.Linear(size, size), nn.GELU(), nn.Linear(size, 1, bias=False)
             )
+        self.token_weight = TokenWeight(width) if settings.get("token_weight") else None
         self.register_buffer("scale", embedding.detach().float().square().mean().rsqrt())
 
     def forward(self, states: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         """h (..., D), e (..., D), which broadcast -> (...) float32."""
         states, embeddings = states.float(), embeddings.float() * self.scale
         if self.kind == "bilinear":
-            return (self.state(states) * self.token(embeddings)).sum(-1) + self.bias(embeddings).squeeze(-1)
-        both = torch.cat([states.expand_as(embeddings), embeddings], dim=-1)
-        return self.layers(both).squeeze(-1)
+            scores = (self.state(states) * self.token(embeddings)).sum(-1) + self.bias(embeddings).squeeze(-1)
+        else:
+            scores = self.layers(torch.cat([states.expand_as(embeddings), embeddings], dim=-1)).squeeze(-1)
+        return scores if self.token_weight is None else scores * self.token_weight(states)
 
     def load_weights(self, name: str, **options) -> None:
         """Read a verifier's folder or hub id. Raises UserError where its weights are not those of this head."""

@@ -51,7 +51,7 @@ def trained_beta(name: str) -> float:
     """The beta that a verifier's training chose. Raises UserError if it chose none."""
     beta = verifier_config(name).beta
     if beta is None:
-        raise UserError(f"beta: null, and verifier {name!r} names none: only training on soft targets chooses one")
+        raise UserError(f"beta: null, and verifier {name!r} names none: its training chose none")
     return beta
 
 

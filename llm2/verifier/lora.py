@@ -66,13 +66,13 @@ def clone_sharing_weights(
 
 
 def adapter_state(verifier: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The adapter and the scalar head of a verifier's `state`, by the keys of peft's adapter files.
+    """The adapter and the heads of a verifier's `state`, by the keys of peft's adapter files.
 
-    A verifier that scores by System 1's own output embedding has no head.
+    A verifier that scores by System 1's own output embedding has no score head.
     """
     of_backbone = {name.removeprefix("backbone."): tensor for name, tensor in state.items() if name != HEAD}
     adapter = get_peft_model_state_dict(verifier.backbone, of_backbone, save_embedding_layers=False)
-    head = {HEAD: state[HEAD]} if verifier.config.score == "candidate" else {}
+    head = {name: state[name] for name in _heads(verifier)}
     return {PREFIX + name: tensor for name, tensor in {**adapter, **head}.items()}
 
 
@@ -107,8 +107,13 @@ def set_adapter(verifier: PreTrainedModel, adapter: Mapping[str, torch.Tensor], 
                 "the adapter was not made from this System 1"
             )
     set_peft_model_state_dict(verifier.backbone, dict(adapter))
-    if PREFIX + HEAD in adapter:
-        verifier.load_state_dict({HEAD: adapter[PREFIX + HEAD]}, strict=False)
+    verifier.load_state_dict({name: adapter[PREFIX + name] for name in _heads(verifier)}, strict=False)
+
+
+def _heads(verifier: PreTrainedModel) -> list[str]:
+    """Keys of what an adapter's file holds besides the adapter."""
+    score = [HEAD] if verifier.config.score == "candidate" else []
+    return score + [name for name in verifier.state_dict() if name.startswith("token_weight.")]
 
 
 def merge(backbone: PreTrainedModel) -> None:

@@ -24,7 +24,7 @@ from llm2.common.loading import is_local, load_backbone, load_language_model, lo
 from llm2.errors import UserError
 from llm2.verifier import lora
 from llm2.verifier.checkpoints import is_sharded, sharded_state
-from llm2.verifier.heads import PrefixHead, fingerprint
+from llm2.verifier.heads import PrefixHead, TokenWeight, fingerprint
 from llm2.verifier.loss import IGNORE_INDEX, chunked_cross_entropy
 from llm2.verifier.masks import as_attention_mask, packed_block_mask, packed_mask
 
@@ -42,6 +42,8 @@ class ProcessVerifierConfig(PreTrainedConfig):
             at the token before it, so that no candidate is read.
         prefix_head: with `prefix`, kind and size of a head on System 1's frozen states (`heads.PrefixHead`); None for
             all layers, whose output embedding gives the scores.
+        token_weight: with `prefix` and all layers, whether scores have a learnt factor for each prefix
+            (`heads.TokenWeight`); a prefix head's settings have a key of this name.
         system1_fingerprint: of the weights that a prefix head or an adapter was trained on (`heads.fingerprint`).
         beta: weight of the score that was best on held-out forks; None if training did not choose one.
     """
@@ -59,6 +61,7 @@ class ProcessVerifierConfig(PreTrainedConfig):
         prefix_head: dict[str, Any] | None = None,
         system1_fingerprint: str | None = None,
         beta: float | None = None,
+        token_weight: bool = False,
         **kwargs,
     ) -> None:
         if isinstance(backbone_config, dict):
@@ -67,6 +70,7 @@ class ProcessVerifierConfig(PreTrainedConfig):
         self.lora, self.base_model = lora, base_model
         self.score = "prefix" if prefix_head else score  # the first folders of prefix heads have no `score`
         self.prefix_head, self.system1_fingerprint, self.beta = prefix_head, system1_fingerprint, beta
+        self.token_weight = token_weight
         super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,6 +104,9 @@ class ProcessVerifier(PreTrainedModel):
                          ties it to the input embedding, it stays tied (the form of GenARM, arXiv 2410.08193)
         a prefix head    s = head(h, e_v) on the states of System 1 itself, which stays as it is
 
+    Either may have a factor w(h) >= 0, a learnt weight for each prefix (`token_weight`; the idea of TARo, arXiv
+    2603.18411).
+
     Only differences of scores after the same prefix have a meaning. System 1's vocabulary-sized head is never run.
     """
 
@@ -124,6 +131,8 @@ class ProcessVerifier(PreTrainedModel):
             self.score = PrefixHead(config.prefix_head, self.get_input_embeddings().weight)
         else:  # the output embedding; None where it is the input embedding
             self.score = None if text.tie_word_embeddings else nn.Embedding(text.vocab_size, text.hidden_size)
+        self.token_weight = TokenWeight(text.hidden_size) if config.token_weight else None
+        self.dropout = nn.Dropout(0.0)  # on the states that scores are read from; training sets its probability
         self.set_unembedding(None)
         self.post_init()
 
@@ -134,6 +143,7 @@ class ProcessVerifier(PreTrainedModel):
         lora: Mapping[str, Any] | None = None,
         score: str = "candidate",
         prefix_head: Mapping[str, Any] | None = None,
+        token_weight: bool = False,
         **options,
     ) -> "ProcessVerifier":
         """A new verifier: System 1's backbone, and a head: drawn from N(0, initializer_range), or System 1's own.
@@ -141,10 +151,10 @@ class ProcessVerifier(PreTrainedModel):
         Args:
             model: local folder or hub id of a decoder-only language model, or `testbed`.
             lora: settings of an adapter (`lora.DEFAULTS`) on System 1's frozen weights; None for a full copy.
-            score, prefix_head: as in ProcessVerifierConfig.
+            score, prefix_head, token_weight: as in ProcessVerifierConfig.
             options: passed to from_pretrained (dtype, local_files_only, attn_implementation, ...).
         """
-        settings = (model, lora, score, prefix_head)
+        settings = (model, lora, score, prefix_head, token_weight)
         if score == "prefix" and prefix_head is None:
             return cls.from_language_model(load_language_model(model, **options), *settings)
         verifier = cls.from_backbone(load_backbone(model, **options), *settings)
@@ -181,7 +191,8 @@ class ProcessVerifier(PreTrainedModel):
             system1 = load_language_model(base_model, **options)
         else:
             system1 = lora.clone_sharing_weights(system1)
-        verifier = cls.from_language_model(system1, config.base_model, config.lora, config.score, config.prefix_head)
+        settings = (config.base_model, config.lora, config.score, config.prefix_head, config.token_weight)
+        verifier = cls.from_language_model(system1, *settings)
         found, expected = verifier.config.system1_fingerprint, config.system1_fingerprint
         if found != expected and (config.lora is None or expected is not None):  # earlier adapters name none
             raise UserError(
@@ -203,9 +214,10 @@ class ProcessVerifier(PreTrainedModel):
         lora_settings: Mapping[str, Any] | None = None,
         score: str = "candidate",
         prefix_head: Mapping[str, Any] | None = None,
+        token_weight: bool = False,
     ) -> "ProcessVerifier":
         """A verifier on the weights of this language model, not a copy, its output embedding included."""
-        verifier = cls.from_backbone(system1.base_model, base_model, lora_settings, score, prefix_head)
+        verifier = cls.from_backbone(system1.base_model, base_model, lora_settings, score, prefix_head, token_weight)
         if isinstance(verifier.score, nn.Embedding):
             verifier.score.weight = system1.get_output_embeddings().weight
             verifier.score.requires_grad_(lora_settings is None)
@@ -219,6 +231,7 @@ class ProcessVerifier(PreTrainedModel):
         lora_settings: Mapping[str, Any] | None = None,
         score: str = "candidate",
         prefix_head: Mapping[str, Any] | None = None,
+        token_weight: bool = False,
     ) -> "ProcessVerifier":
         """A verifier on this backbone itself, not a copy. Its head is not initialised."""
         config = ProcessVerifierConfig(
@@ -228,10 +241,13 @@ class ProcessVerifier(PreTrainedModel):
             attn_implementation=backbone.config._attn_implementation,
             score=score,
             prefix_head=prefix_head and dict(prefix_head),
+            token_weight=token_weight,
             system1_fingerprint=fingerprint(backbone) if prefix_head or lora_settings else None,
         )
         with torch.device("meta"):  # keeps transformers from initialising the backbone's weights anew
             verifier = cls(config, backbone)
+        if token_weight:
+            verifier.token_weight = TokenWeight(verifier.token_weight.in_features).to(backbone.device)
         if prefix_head is not None:
             backbone.requires_grad_(False)
             verifier.score = PrefixHead(prefix_head, backbone.get_input_embeddings().weight).to(backbone.device)
@@ -340,10 +356,11 @@ class ProcessVerifier(PreTrainedModel):
             ).last_hidden_state
         output = VerifierOutput()
         if self.config.score == "candidate":
-            output.scores = self.score(hidden).squeeze(-1)  # (R, S)
+            output.scores = self.score(self.dropout(hidden)).squeeze(-1)  # (R, S)
             pair_scores = None if pair_indices is None else output.scores.flatten()[pair_indices]  # (1, M, 2)
         elif pair_indices is not None:
-            pair_scores = self.prefix_scores(hidden.flatten(end_dim=-2)[pair_indices], pair_tokens)
+            states = self.dropout(hidden.flatten(end_dim=-2)[pair_indices])  # (1, M, D)
+            pair_scores = self.prefix_scores(states, pair_tokens)
         else:
             before = nn.functional.pad(
                 hidden, (0, 0, 1, -1)
@@ -370,7 +387,8 @@ class ProcessVerifier(PreTrainedModel):
             return self.score(states, self.get_input_embeddings()(tokens))
         output_embedding = self.get_input_embeddings() if self.score is None else self.score
         rows = nn.functional.embedding(tokens, output_embedding.weight)  # not its forward: some models scale that
-        return (states.float() * rows.float()).sum(-1)
+        scores = (states.float() * rows.float()).sum(-1)
+        return scores if self.token_weight is None else scores * self.token_weight(states)
 
     def states(self, input_ids: torch.Tensor, start: torch.Tensor, prefix_len: torch.Tensor) -> torch.Tensor:
         """The backbone's last hidden states (R, S, D) of packed rows."""

@@ -19,7 +19,7 @@ from llm2.verifier.triplets import Example
 
 PARTS = range(1, 6)  # fifths of a solution
 DECIDED = 0.95  # probability that gold is better from which a pair with a soft target is held out as a pair
-BETAS = (0.25, 0.5, 1.0, 2.0)  # weights of the score that `choice_metrics` tries
+BETAS = (0.25, 0.5, 1.0, 2.0)  # weights of the score that are tried on held-out pairs and forks
 BENIGN, HARMFUL = 0.1, 0.35  # a token is benign with at most, harmful with at least this loss of quality against gold
 SUPPRESSED = 1.0  # guidance suppresses a token where it lowers the log of its odds against gold by more
 KINDS = ("digit", "operator", "word", "other")
@@ -86,6 +86,29 @@ def compute_metrics(margins: Mapping[int, float], pairs: Mapping[int, PairInfo])
     return metrics
 
 
+def guided_metrics(
+    margins: Mapping[int, float], pairs: Iterable[int], system1: Mapping[int, float]
+) -> dict[str, float]:
+    """Loss and accuracy of guided margins, z + beta * s, with the best of BETAS by loss; accuracy of z alone.
+
+    Where System 1 alone orders the pairs better, adding the score can only spoil its choices.
+
+    Args:
+        margins: score of gold less score of negative, by pair id.
+        pairs: the pairs to evaluate.
+        system1: of `system1_margins`.
+    """
+    ids = list(pairs)
+    scores, z = (torch.tensor([values[i] for i in ids], dtype=torch.float64) for values in (margins, system1))
+    loss, beta = min((pairwise_loss(z + beta * scores, torch.ones_like(z)).item(), beta) for beta in BETAS)
+    return {
+        "guided_pair_loss": loss,
+        "guided_pair_accuracy": pair_accuracy(z + beta * scores),
+        "guided_pair_accuracy_plain": pair_accuracy(z),
+        "guided_beta": beta,
+    }
+
+
 class Rival(NamedTuple):
     """A plausible token beside the gold token of a fork."""
 
@@ -95,7 +118,7 @@ class Rival(NamedTuple):
 
 
 def fork_rivals(examples: Iterable[Example], margins: Mapping[int, float]) -> list[list[Rival]]:
-    """The forks of solutions that have soft targets: the rivals of gold at each position.
+    """The rivals of gold at each position; a pair without qualities counts as a loss of 1.
 
     Args:
         margins: of `system1_margins`.
@@ -103,11 +126,9 @@ def fork_rivals(examples: Iterable[Example], margins: Mapping[int, float]) -> li
     forks = []
     for example in examples:
         rivals: dict[int, list[Rival]] = {}
-        if example.gold_better:
-            for pair_id, (triplet, gap) in enumerate(
-                zip(example.triplets, example.quality_gaps, strict=True), start=example.first_pair_id
-            ):
-                rivals.setdefault(triplet.position, []).append(Rival(pair_id, gap, margins[pair_id]))
+        gaps = example.quality_gaps or [1.0] * len(example.triplets)
+        for pair_id, (triplet, gap) in enumerate(zip(example.triplets, gaps, strict=True), start=example.first_pair_id):
+            rivals.setdefault(triplet.position, []).append(Rival(pair_id, gap, margins[pair_id]))
         forks += rivals.values()
     return forks
 
@@ -167,6 +188,21 @@ def table(metrics: Mapping[str, float]) -> str:
     return "\n".join(lines)
 
 
+class WithSystem1Margins(Sequence[Example]):
+    """Examples with System 1's margins of their pairs, for the loss of guided margins."""
+
+    def __init__(self, examples: Sequence[Example], margins: Mapping[int, float]) -> None:
+        self.examples, self.margins = examples, margins
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self.examples[index]
+        ids = range(example.first_pair_id, example.first_pair_id + len(example.triplets))
+        return example._replace(system1_margins=[self.margins[pair_id] for pair_id in ids])
+
+
 @torch.inference_mode()
 def system1_margins(system1: PreTrainedModel, examples: Sequence[Example]) -> dict[int, float]:
     """log p(gold) - log p(negative) in System 1, by pair id: the baseline that a verifier has to beat.
@@ -174,7 +210,7 @@ def system1_margins(system1: PreTrainedModel, examples: Sequence[Example]) -> di
     The normaliser of the softmax cancels, so two rows of the output embedding are enough for each pair.
     """
     head, margins = system1.get_output_embeddings(), {}
-    for example in tqdm(examples, desc="System 1 on the held-out pairs", unit="solution"):
+    for example in tqdm(examples, desc="System 1 on the pairs", unit="solution"):
         ids = torch.tensor([example.ids], device=system1.device)
         position, gold, negative = torch.tensor(example.triplets, device=ids.device).unbind(-1)  # (M,)
         hidden = system1.base_model(ids, use_cache=False).last_hidden_state[0, position - 1].float()  # (M, D)

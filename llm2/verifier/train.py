@@ -4,8 +4,10 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -28,7 +30,14 @@ from llm2.verifier.frozen_states import FrozenStates
 from llm2.verifier.masks import sliding_window
 from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.model_card import model_card
-from llm2.verifier.pair_metrics import PairInfo, Rival, compute_metrics, fork_rivals, pair_info, system1_margins
+from llm2.verifier.pair_metrics import (
+    PairInfo,
+    WithSystem1Margins,
+    compute_metrics,
+    fork_rivals,
+    pair_info,
+    system1_margins,
+)
 from llm2.verifier.trainer import LossConfig, VerifierTrainer
 from llm2.verifier.triplets import Example, Summary, load_examples
 
@@ -39,6 +48,7 @@ BEGUN = "begun.json"  # config and digests of the run whose checkpoints a folder
 
 def train(config: TrainConfig) -> dict:
     """Train a verifier and save it, its metrics (training.json) and its model card; returns the metrics."""
+    refuse_options(config)
     device = process_device(resolve_device(config.device))  # every process loads System 1 onto its own GPU
     inputs = digests(config)
     checkpoint = checkpoint_to_resume(config, inputs)
@@ -52,28 +62,34 @@ def train(config: TrainConfig) -> dict:
     eval_pairs = pair_info(eval_set, tokenizer)
     if not eval_pairs:
         raise UserError(f"{config.train_file}: no held-out pair has a clear winner; raise eval_share, or set eval_file")
-    baseline, eval_forks, unembedding = measure_system1(config, eval_set, eval_pairs, device)
+    best_by = best_metric(config, eval_set)
+    system1 = measure_system1(config, train_set, eval_set, eval_pairs, device, best_by)
 
-    arguments = training_arguments(config, len(train_set), device, "choice_quality" if eval_forks else "pair_accuracy")
+    arguments = training_arguments(config, len(train_set), device, best_by)
     set_seed(config.seed)  # the head is drawn before the Trainer sets the seed itself
     verifier = new_verifier(config, device)
-    verifier.set_unembedding(unembedding)
+    verifier.set_unembedding(system1.unembedding)
+    verifier.dropout.p = config.dropout
     refuse_sliding_window(verifier.backbone.config, max(len(example.ids) for example in [*train_set, *eval_set]))
     refuse_unknown_tokens(verifier, tokenizer)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(verifier.config, name, getattr(tokenizer, name))  # otherwise the Trainer does it, and warns
     begun = time.perf_counter()
     train_data, eval_data = train_set, eval_set
+    if config.guided_beta is not None:
+        train_data = WithSystem1Margins(train_set, system1.train_margins)
+        eval_data = WithSystem1Margins(eval_set, system1.eval_margins)
     if config.prefix_head is not None:
         verifier.to(device)
-        train_data, eval_data = (FrozenStates(verifier, data, READ_BATCH) for data in (train_set, eval_set))
+        train_data, eval_data = (FrozenStates(verifier, data, READ_BATCH) for data in (train_data, eval_data))
     trainer = VerifierTrainer(
         verifier,
         arguments,
         train_data,
-        LossConfig(quality_weight=config.quality_weight, margin=config.margin, lm_loss_coef=config.lm_loss_coef),
+        LossConfig(**{field.name: getattr(config, field.name) for field in fields(LossConfig)}),
         eval_pairs,
-        eval_forks,
+        fork_rivals(eval_set, system1.eval_margins) if system1.eval_margins else (),
+        system1.eval_margins,
         eval_dataset=eval_data,
         processing_class=tokenizer,
         callbacks=[EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else [],
@@ -85,7 +101,7 @@ def train(config: TrainConfig) -> dict:
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = {
         **trainer.evaluate(),
-        **baseline,
+        **system1.metrics,
         "train_solutions": len(train_set),
         "eval_solutions": len(eval_set),
         "train_seconds": time.perf_counter() - begun,  # of this run, without the time before an interruption
@@ -153,6 +169,25 @@ def load_data(
     return *random_split(examples, [len(examples) - count, count], generator), data
 
 
+def refuse_options(config: TrainConfig) -> None:
+    """Raise UserError for keys that exclude each other, before anything slow."""
+    for key in ("prefix_head", "token_weight"):
+        if getattr(config, key) and config.score == "candidate":
+            raise UserError(f"{key}: expected score: prefix, found score: candidate")
+    for key in ("lora_r", "lm_loss_coef"):
+        if config.prefix_head and getattr(config, key):
+            raise UserError(f"prefix_head: a head on frozen states has no weights for {key}; leave one of the two out")
+
+
+def best_metric(config: TrainConfig, eval_set: Sequence[Example]) -> str:
+    """The held-out metric that chooses the checkpoint."""
+    if config.best_by is not None:
+        return config.best_by
+    if config.guided_beta is not None:
+        return "guided_pair_loss"
+    return "choice_quality" if any(example.gold_better for example in eval_set) else "pair_accuracy"
+
+
 def new_verifier(config: TrainConfig, device: torch.device) -> ProcessVerifier:
     """In float32, whatever System 1 is stored in: 16 bits would lose small updates."""
     lora = config.lora_r and {
@@ -168,13 +203,9 @@ def new_verifier(config: TrainConfig, device: torch.device) -> ProcessVerifier:
         raise UserError(
             "attn_implementation flex_attention: expected a CUDA GPU, since torch trains it nowhere else; use sdpa"
         )
-    head = config.prefix_head and {"kind": config.prefix_head, "size": config.prefix_head_size}
-    if head and config.score == "candidate":
-        raise UserError("prefix_head: expected score: prefix, found score: candidate")
-    for key, value in (("lora_r", lora), ("lm_loss_coef", config.lm_loss_coef)):
-        if head and value:
-            raise UserError(f"prefix_head: a head on frozen states has no weights for {key}; leave one of the two out")
-    options = {"dtype": torch.float32, "attn_implementation": attention}
+    weight = {"token_weight": True} if config.token_weight else {}
+    head = config.prefix_head and {"kind": config.prefix_head, "size": config.prefix_head_size, **weight}
+    options = {"dtype": torch.float32, "attn_implementation": attention, **({} if head else weight)}
     verifier = ProcessVerifier.from_system1(config.model, lora, config.score, head, **options)
     key = changes_logits(verifier.backbone.config)
     if config.lm_loss_coef > 0 and key is not None:
@@ -233,7 +264,7 @@ def training_arguments(config: TrainConfig, solutions: int, device: torch.device
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model=best_by,
-        greater_is_better=True,
+        greater_is_better=best_by != "guided_pair_loss",
         label_names=["pair_ids"],
         logging_nan_inf_filter=False,  # it would hide what VerifierTrainer.log refuses
         remove_unused_columns=False,
@@ -248,23 +279,39 @@ def training_arguments(config: TrainConfig, solutions: int, device: torch.device
     return arguments
 
 
-def measure_system1(
-    config: TrainConfig, examples: Sequence[Example], pairs: Mapping[int, PairInfo], device: torch.device
-) -> tuple[dict[str, float], list[list[Rival]], torch.Tensor | None]:
-    """System 1's metrics on the held-out pairs (main rank only), their forks, and its output embedding.
+class System1Measures(NamedTuple):
+    """What training takes from System 1 before it loads the verifier."""
 
-    Forks exist with soft targets only. The embedding (V, D) is None if there is no LM loss, or if it is tied to the
-    input embedding.
-    """
-    is_main, lm_loss = dist_info().is_main, config.lm_loss_coef > 0
-    soft = any(example.gold_better for example in examples)  # then every rank needs the forks, to choose a checkpoint
-    if not is_main and not lm_loss and not soft:
-        return {}, [], None
+    metrics: dict[str, float]  # on the held-out pairs
+    eval_margins: dict[int, float]  # of `system1_margins`; empty where this process does not need them
+    train_margins: dict[int, float]  # the same; empty but for guided_beta
+    unembedding: torch.Tensor | None  # (V, D); None without LM loss, or where it is tied to the input embedding
+
+
+def measure_system1(
+    config: TrainConfig,
+    train_set: Sequence[Example],
+    eval_set: Sequence[Example],
+    pairs: Mapping[int, PairInfo],
+    device: torch.device,
+    best_by: str,
+) -> System1Measures:
+    """The main process reports the metrics; the others measure only what loss or choice of a checkpoint need."""
+    is_main, lm_loss, guided = dist_info().is_main, config.lm_loss_coef > 0, config.guided_beta is not None
+    measured = is_main or guided or best_by != "pair_accuracy"
+    if not measured and not lm_loss:
+        return System1Measures({}, {}, {}, None)
     system1 = load_system1(config.model, device)
     head = system1.get_output_embeddings().weight
     tied = head is system1.get_input_embeddings().weight
-    margins = system1_margins(system1, examples) if is_main or soft else {}
-    metrics = compute_metrics(margins, pairs) if is_main else {}
-    baseline = {f"system1_{name}": value for name, value in metrics.items() if not name.startswith("pairs")}
-    unembedding = head.detach().float().cpu() if lm_loss and not tied else None
-    return baseline, fork_rivals(examples, margins) if soft else [], unembedding
+    margins = system1_margins(system1, eval_set) if measured else {}
+    return System1Measures(
+        {
+            f"system1_{name}": value
+            for name, value in (compute_metrics(margins, pairs) if is_main else {}).items()
+            if not name.startswith("pairs")
+        },
+        margins,
+        system1_margins(system1, train_set) if guided else {},
+        head.detach().float().cpu() if lm_loss and not tied else None,
+    )

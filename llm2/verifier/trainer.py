@@ -19,11 +19,11 @@ from llm2.verifier.frozen_states import FrozenExample, FrozenStates, frozen_batc
 from llm2.verifier.loss import IGNORE_INDEX, NO_PAIR, pairwise_loss
 from llm2.verifier.masks import BLOCK
 from llm2.verifier.model import ProcessVerifier
-from llm2.verifier.pair_metrics import PairInfo, Rival, choice_metrics, compute_metrics
+from llm2.verifier.pair_metrics import PairInfo, Rival, choice_metrics, compute_metrics, guided_metrics
 from llm2.verifier.triplets import EMPTY_EXAMPLE, Example
 
 ALL_FINITE = torch.iinfo(torch.long).max  # in place of the id of a pair whose margin is not finite
-NOT_FOR_THE_MODEL = ("pair_ids", "pair_weights", "pair_targets")
+NOT_FOR_THE_MODEL = ("pair_ids", "pair_weights", "pair_targets", "pair_offsets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,8 @@ class LossConfig:
     """Options of the loss; the defaults give the plain mean over pairs."""
 
     quality_weight: bool = False
+    guided_beta: float | None = None  # the examples then have System 1's margins
+    label_smoothing: float = 0.0
     margin: float = 0.0
     lm_loss_coef: float = 0.0
 
@@ -82,7 +84,8 @@ class VerifierTrainer(Trainer):
     Args:
         loss: options of the loss.
         eval_pairs: the held-out pairs by id; an evaluation then reports `compute_metrics`.
-        eval_forks: their forks, if they have soft targets; it then reports `choice_metrics` too.
+        eval_forks: their forks; it then reports `choice_metrics` too.
+        eval_system1: System 1's margins of these pairs; it then reports `guided_metrics` too.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class VerifierTrainer(Trainer):
         loss: LossConfig | None = None,
         eval_pairs: Mapping[int, PairInfo] | None = None,
         eval_forks: Sequence[Sequence[Rival]] = (),
+        eval_system1: Mapping[int, float] | None = None,
         **options: Any,
     ) -> None:
         self.loss, self._first_bad = loss or LossConfig(), ALL_FINITE
@@ -104,7 +108,9 @@ class VerifierTrainer(Trainer):
             by_id = dict(zip(ids, margins, strict=True))
             if bad := [pair_id for pair_id, margin in by_id.items() if not math.isfinite(margin)]:
                 self._refuse(min(bad))
-            return compute_metrics(by_id, eval_pairs) | (choice_metrics(eval_forks, by_id) if eval_forks else {})
+            found = compute_metrics(by_id, eval_pairs)
+            found |= choice_metrics(eval_forks, by_id) if eval_forks else {}
+            return found | (guided_metrics(by_id, eval_pairs, eval_system1) if eval_system1 else {})
 
         super().__init__(
             model=model,
@@ -137,8 +143,11 @@ class VerifierTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         output = model(**{name: tensor for name, tensor in inputs.items() if name not in NOT_FOR_THE_MODEL})
         total_weight, num_targets = num_items_in_batch
-        weights, targets = inputs["pair_weights"], inputs["pair_targets"]
-        loss = pairwise_loss(output.margins, weights, total_weight, self.loss.margin, targets)
+        weights, targets, margins = inputs["pair_weights"], inputs["pair_targets"], output.margins
+        if self.loss.guided_beta is not None:
+            margins = inputs["pair_offsets"] + self.loss.guided_beta * margins
+        targets = targets + self.loss.label_smoothing * (0.5 - targets)
+        loss = pairwise_loss(margins, weights, total_weight, self.loss.margin, targets)
         if self.loss.lm_loss_coef > 0:
             loss = loss + self.loss.lm_loss_coef * output.lm_loss.sum() / num_targets.clamp(min=1)
         if model.training:  # noted on the device, read only in an error: nothing waits for it

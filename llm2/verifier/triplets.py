@@ -55,6 +55,7 @@ class Example(NamedTuple):
     quality_gaps: Sequence[float] = ()  # (M,), or empty where the file has no quality
     gold_better: Sequence[float] = ()  # (M,) soft targets, or empty where gold is better for sure
     line: int = 0  # of the file, from 1
+    system1_margins: Sequence[float] = ()  # (M,) log p(gold) - log p(negative), or empty where the loss is without
 
 
 EMPTY_EXAMPLE = Example([0], [])  # has no pair: runs through a forward and adds nothing to the loss
