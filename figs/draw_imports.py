@@ -1,8 +1,7 @@
 """Draw figs/imports.svg, which package of llm2 imports which: python -m figs.draw_imports
 
 An arrow points from a package to one that it imports, the thicker the more imports there are between their modules.
-Left out: __main__, which imports every command, commands, the table of their configs, and common, config and errors,
-which every package may import.
+Left out: __main__, which imports every command, and common, config and errors, which every package may import.
 """
 
 import ast
@@ -13,10 +12,6 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent / "llm2"
 POSITIONS = {  # column and row of each package; imports go down
-    "baselines": (1.2, 5.2),
-    "study": (3.4, 5.2),
-    "testbed.train": (0.5, 4.4),
-    "benchmarks": (2.3, 4.6),
     "exploration": (1.2, 3.7),
     "evaluation": (3.2, 3.8),
     "vllm": (2.2, 3.0),
@@ -28,26 +23,21 @@ POSITIONS = {  # column and row of each package; imports go down
 }
 
 
-def package_of(module: str) -> str:
-    return "testbed.train" if module.startswith("testbed.train") else module.split(".")[0]
-
-
 def edges() -> Counter[tuple[str, str]]:
     """(importing package, imported package) -> imports between their modules."""
     counts = Counter()
     for path in ROOT.rglob("*.py"):
-        package = package_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        package = path.relative_to(ROOT).parts[0]
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("llm2."):
-                counts[package, package_of(node.module.removeprefix("llm2."))] += 1
+                counts[package, node.module.split(".")[1]] += 1
     return Counter(
         {(a, b): n for (a, b), n in counts.items() if a != b and a in POSITIONS and b in POSITIONS and b != "common"}
     )
 
 
 def modules(package: str) -> int:
-    files = ROOT.joinpath(*package.split(".")).rglob("*.py")
-    return sum(f.name != "__init__.py" and not (package == "testbed" and "train" in f.parts) for f in files)
+    return sum(file.name != "__init__.py" for file in (ROOT / package).rglob("*.py"))
 
 
 def draw() -> plt.Figure:

@@ -1,145 +1,16 @@
-"""The command line: python -m llm2 COMMAND [config.yaml] [key=value ...]. The only module that imports every command.
+"""The command line: python -m llm2 COMMAND [config.yaml] [key=value ...], or `llm2 COMMAND` where it is installed.
 
-Exit status: 0 done, 2 a user's mistake (one sentence, no traceback), 130 interrupted.
+The only module that imports every command.
 """
 
 import argparse
-import logging
 import sys
-from contextlib import AbstractContextManager, nullcontext
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
-
-from llm2.baselines.config import FinetuneConfig, OutcomeConfig, PreferConfig, SelfConsistencyConfig
-from llm2.commands import CONFIGS
-from llm2.common.config_file import help_text, load_config
-from llm2.config import (
-    EvaluateConfig,
-    ExploreConfig,
-    GenerateConfig,
-    PretrainConfig,
-    ServeConfig,
-    SweepConfig,
-    TrainConfig,
-)
-from llm2.errors import UserError, of_the_machine
-from llm2.study.config import StudyConfig
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = build_parser().parse_args(arguments)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("llm2").setLevel(logging.INFO)
-    try:
-        options.run(options)
-    except KeyboardInterrupt:
-        print(f"\nllm2 {options.command}: interrupted; finished work is kept", file=sys.stderr)
-        return 130
-    except Exception as error:
-        sentence = str(error) if isinstance(error, UserError) else of_the_machine(error)
-        if options.debug or sentence is None:
-            raise
-        tqdm.write(f"llm2 {options.command}: {sentence}", file=sys.stderr)  # on a line of its own below a bar
-        return 2
-    return 0
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="llm2", description="Verifier-guided decoding (LLM2, arXiv 2412.20372).")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, config in CONFIGS.items():
-        command = _add_command(commands, name, config.__doc__.partition("\n")[0], run_command)
-        command.epilog = f"keys:\n{help_text(config)}"
-        command.add_argument(
-            "arguments", nargs="*", metavar="[config.yaml] key=value", help="a file of keys, overrides"
-        )
-        command.add_argument(
-            "--dry-run", action="store_true", help="check inputs; print processes and threads to start"
-        )
-    command = _add_command(commands, "benchmark", "Measure speed and memory on this machine.", run_benchmark)
-    command.epilog = _benchmark_help()
-    command.add_argument(
-        "arguments", nargs="*", metavar="[config.yaml] key=value", help="a file of keys (`benchmark` is one), overrides"
-    )
-    command = _add_command(
-        commands, "check", "Check every position of a triplets file with a tokenizer and a chat template.", run_check
-    )
-    command.add_argument("triplets", help="JSON lines of messages and samples")
-    command.add_argument("--tokenizer", required=True, help="local folder or hub id")
-    command.add_argument("--chat-template", help="name or Jinja file; the tokenizer's own when left out")
-    command = _add_command(commands, "study", "Run the same steps for many settings, and compare.", run_study)
-    command.epilog = f"keys:\n{help_text(StudyConfig)}"
-    command.add_argument("config", help="a file of configs/studies")
-    which = command.add_mutually_exclusive_group()
-    which.add_argument("--summary", action="store_true", help="run nothing; summarise what is there")
-    which.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="AXIS=VALUE",
-        help="run these alone (repeatable); the others are taken as published",
-    )
-    command = _add_command(commands, "report", "Rebuild table, plots and report.html of a results folder.", run_report)
-    command.add_argument("folder", help="results folder with metrics.json")
-    return parser
-
-
-def _add_command(commands, name: str, text: str, run) -> argparse.ArgumentParser:
-    command = commands.add_parser(
-        name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    command.set_defaults(run=run)
-    command.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
-    return command
-
-
-def _benchmark_help() -> str:
-    from llm2.benchmarks.configs import BENCHMARKS
-
-    return "\n\n".join(f"keys of benchmark={name}:\n{help_text(cls)}" for name, cls in BENCHMARKS.items())
-
-
-def _file_and_overrides(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """A first argument that is no key=value is the config file."""
-    if arguments and "=" not in arguments[0]:
-        return arguments[0], arguments[1:]
-    return None, arguments
-
+from llm2.command_line import Command, add_command, add_commands, run_main
+from llm2.config import EvaluateConfig, ExploreConfig, ServeConfig, SweepConfig, TrainConfig
 
 # Imports are inside the functions: a misspelt key is reported at once, without seconds of importing torch.
-
-
-def run_command(options: argparse.Namespace) -> None:
-    config = load_config(CONFIGS[options.command], *_file_and_overrides(options.arguments))
-    if hasattr(config, "model"):
-        from llm2.common.loading import require_model, resolve_device
-
-        resolve_device(config.device)
-        require_model(config.model)
-    check, run = COMMANDS[options.command]
-    if options.dry_run:
-        from llm2.common.distributed import resolve_parallelism
-
-        check(config)
-        print(*resolve_parallelism(config))
-        return
-    from llm2.common.distributed import destroy_group
-
-    with _claim(config):
-        run(config)
-        destroy_group()
-
-
-def _claim(config: Any) -> AbstractContextManager:
-    """Keeps other runs away from what this one writes."""
-    from llm2.common.claim import claimed
-
-    if hasattr(config, "output_dir"):
-        return claimed(config.output_dir)
-    return claimed(config.output, is_file=True) if hasattr(config, "output") else nullcontext()
 
 
 def check_explore(config: ExploreConfig) -> None:
@@ -158,7 +29,7 @@ def run_explore(config: ExploreConfig) -> None:
         print(f"triplets in {config.output}")
 
 
-def check_train(config: TrainConfig | PreferConfig) -> None:
+def check_train(config: TrainConfig) -> None:
     """Checks the first line of each file; errors that need the whole file surface later."""
     from llm2.verifier.triplets import read_records
 
@@ -236,92 +107,13 @@ def run_serve(config: ServeConfig) -> None:
     serve(config)
 
 
-def check_pretrain(config: PretrainConfig) -> None:
-    from llm2.testbed.train.pretrain import check
-
-    check(config)
-
-
-def run_pretrain(config: PretrainConfig) -> None:
-    from llm2.testbed.train.pretrain import pretrain
-
-    pretrain(config)
-    print(f"System 1 in {config.output_dir}")
-
-
-def check_problems(config: FinetuneConfig | OutcomeConfig) -> None:
-    from llm2.tasks import load_task, read_problems
-
-    read_problems(load_task(config.task, config.data_file, config.grader), config.split, 1)
-
-
-def run_finetune(config: FinetuneConfig) -> None:
-    from llm2.baselines.finetune import finetune
-
-    _print_counts(finetune(config), f"System 1 in {config.output_dir}")
-
-
-def run_prefer(config: PreferConfig) -> None:
-    from llm2.baselines.prefer import prefer
-
-    _print_counts(prefer(config), f"System 1 in {config.output_dir}")
-
-
-def run_outcome(config: OutcomeConfig) -> None:
-    from llm2.baselines.outcome import train_outcome
-
-    _print_counts(train_outcome(config), f"verifier in {config.output_dir}")
-
-
-def _print_counts(counts: dict, end: str) -> None:
-    print(*(f"{key} {value:,.6g}" for key, value in counts.items()), sep=", ")
-    print(end)
-
-
-def run_self_consistency(config: SelfConsistencyConfig) -> None:
-    from llm2.baselines.self_consistency import compare
-
-    result = compare(config)
-    for name in ("self_consistency", "against"):
-        side = result[name]
-        low, high = side["ci95"]
-        print(
-            f"{name}: {side['accuracy']:.1%} [{low:.1%}, {high:.1%}], majority@{side['majority_at']}, "
-            f"{side['tokens_per_problem']:,.1f} tokens a problem"
-        )
-    print(f"difference {result['paired']['difference']:+.1%}, p = {result['paired']['p']:.2g}, n = {result['n']}")
-
-
-def run_generate(config: GenerateConfig) -> None:
-    from llm2.testbed.train.generate import generate
-
-    print(f"{generate(config):,} lines in {config.output}")
-
-
-# Command -> (validates the inputs before workers are launched, runs the command).
 COMMANDS = {
-    "explore": (check_explore, run_explore),
-    "train": (check_train, run_train),
-    "evaluate": (check_evaluate, run_evaluate),
-    "sweep": (check_evaluate, run_sweep),
-    "finetune": (check_problems, run_finetune),
-    "prefer": (check_train, run_prefer),
-    "outcome": (check_problems, run_outcome),
-    "self-consistency": (lambda config: None, run_self_consistency),
-    "generate": (lambda config: None, run_generate),
-    "serve": (check_serve, run_serve),
-    "pretrain": (check_pretrain, run_pretrain),
+    "explore": Command(ExploreConfig, check_explore, run_explore),
+    "train": Command(TrainConfig, check_train, run_train),
+    "evaluate": Command(EvaluateConfig, check_evaluate, run_evaluate),
+    "sweep": Command(SweepConfig, check_evaluate, run_sweep),
+    "serve": Command(ServeConfig, check_serve, run_serve),
 }
-
-
-def run_benchmark(options: argparse.Namespace) -> None:
-    from llm2.benchmarks.configs import benchmark_class
-
-    path, overrides = _file_and_overrides(options.arguments)
-    config = load_config(benchmark_class(path, overrides), path, overrides)
-    with _claim(config):
-        print(import_module(f"llm2.benchmarks.{config.benchmark}").measure(config))
-    print(f"written to {config.output}")
 
 
 def run_check(options: argparse.Namespace) -> None:
@@ -334,24 +126,29 @@ def run_check(options: argparse.Namespace) -> None:
     print(f"{options.triplets}: {summary}; every position fits\n{summary.table()}")
 
 
-def run_study(options: argparse.Namespace) -> None:
-    from llm2.study.run import check, run
-    from llm2.study.table import write_summary
-
-    config = load_config(StudyConfig, options.config)
-    if options.summary:
-        check(config, summary=True)
-    else:
-        with _claim(config):
-            run(config, options.only)
-    print(write_summary(config))
-    print(f"table and data in {config.report}.md, .json and .runs.jsonl")
-
-
 def run_report(options: argparse.Namespace) -> None:
     from llm2.evaluation.report import write_report
 
     print(write_report(options.folder))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llm2", description="Verifier-guided decoding (LLM2, arXiv 2412.20372).")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_commands(subparsers, COMMANDS)
+    command = add_command(
+        subparsers, "check", "Check every position of a triplets file with a tokenizer and a chat template.", run_check
+    )
+    command.add_argument("triplets", help="JSON lines of messages and samples")
+    command.add_argument("--tokenizer", required=True, help="local folder or hub id")
+    command.add_argument("--chat-template", help="name or Jinja file; the tokenizer's own when left out")
+    command = add_command(subparsers, "report", "Rebuild table, plots and report.html of a results folder.", run_report)
+    command.add_argument("folder", help="results folder with metrics.json")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run_main(build_parser(), arguments)
 
 
 if __name__ == "__main__":

@@ -10,4 +10,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
 
-python -m llm2 pretrain "${1:-configs/testbed/pretrain.yaml}" "${@:2}"
+python -m experiments pretrain "${1:-configs/testbed/pretrain.yaml}" "${@:2}"

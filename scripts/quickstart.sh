@@ -22,7 +22,7 @@ case ${1:-testbed} in
     ;;
   smollm2)
     results=results/quickstart-smollm2
-    [ -e $results/words/finetune.yaml ] || python -m llm2 finetune configs/quickstart-smollm2/finetune.yaml
+    [ -e $results/words/finetune.yaml ] || python -m experiments finetune configs/quickstart-smollm2/finetune.yaml
     [ -e $results/triplets.jsonl ] || bash scripts/explore_tokens.sh configs/quickstart-smollm2/explore.yaml
     bash scripts/train_verifier.sh configs/quickstart-smollm2/train.yaml
     bash scripts/evaluate_gsm8k.sh configs/quickstart-smollm2/evaluate.yaml

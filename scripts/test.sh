@@ -23,7 +23,7 @@ case ${1:-} in
 esac
 venv=$PWD/.venv-${1#--}
 [ -x "$venv/bin/python" ] || uv venv --quiet --python "$python" "$venv"
-extras=(--extra deepspeed --extra eval --extra gguf --extra report --extra benchmark --extra study --extra test)
+extras=(--extra deepspeed --extra eval --extra gguf --extra report --extra test)
 uv pip install --quiet --upgrade --compile-bytecode --python "$venv/bin/python" --resolution "$resolution" \
   -r pyproject.toml "${extras[@]}"
 export PATH=$venv/bin:$PATH

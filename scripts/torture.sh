@@ -5,9 +5,9 @@
 #
 #   bash scripts/torture.sh [PART ...] [--scale SHARE]
 #
-# PART is a module of tests/torture/ (bad_input, kills, ...); all when none is given. --scale 0.1 tries a tenth.
+# PART is a module of experiments/torture/ (bad_input, kills, ...); all when none is given. --scale 0.1 tries a tenth.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 export HF_HUB_OFFLINE=1
 
-python -m tests.torture "$@"
+python -m experiments.torture "$@"

@@ -34,7 +34,7 @@ from transformers.utils import ModelOutput
 
 import llm2.decoding.attention
 import llm2.verifier.model
-from llm2.baselines.prefer import PreferenceTrainer
+from experiments.baselines.prefer import PreferenceTrainer
 from llm2.common.training import CHECKPOINTING
 from llm2.verifier.trainer import VerifierTrainer
 

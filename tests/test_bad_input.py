@@ -1,8 +1,10 @@
-"""Bad input is refused in one sentence: the cases of tests/torture that cost little, in this process."""
+"""Bad input is refused in one sentence: the cases of experiments/torture that cost little, in this process."""
+
+import re
 
 import pytest
 
-from tests.torture.bad_input import Case, Stock, all_cases, attack
+from tests.robustness.bad_input import Case, Stock, all_cases, attack, main_of
 
 CASES = all_cases()
 
@@ -23,16 +25,18 @@ def test_there_are_at_least_80_cases_with_names_of_their_own():
 
 
 def test_debug_shows_the_traceback(stock, tmp_path, monkeypatch, capsys):
-    from llm2.__main__ import main
     from llm2.errors import UserError
 
     for case in {case.kind: case for case in CASES if case.kind in ("YAML", "JSON Lines", "models")}.values():
         folder = tmp_path / case.kind
         folder.mkdir()
         monkeypatch.chdir(folder)
+        arguments = case.make(folder, stock)
         with pytest.raises(UserError) as error:
-            main([*case.make(folder, stock), "--debug"])
-        assert error.value.__traceback__ is not None and capsys.readouterr().err.count("llm2 ") == 0
+            main_of(arguments[0])([*arguments, "--debug"])
+        assert error.value.__traceback__ is not None and not re.search(
+            r"^(llm2|experiments) ", capsys.readouterr().err, re.M
+        )
 
 
 def test_an_attack_notices_what_it_is_there_to_notice(stock, tmp_path):

@@ -12,11 +12,11 @@ from conftest import tiny_system1
 from test_train import write_triplets
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
-from llm2.baselines.config import FinetuneConfig, OutcomeConfig, PreferConfig, SelfConsistencyConfig
-from llm2.baselines.finetune import examples, finetune
-from llm2.baselines.outcome import as_verifier, outcome_pairs, train_outcome
-from llm2.baselines.prefer import PreferenceTrainer, prefer, preference_batch
-from llm2.baselines.self_consistency import compare
+from experiments.baselines.config import FinetuneConfig, OutcomeConfig, PreferConfig, SelfConsistencyConfig
+from experiments.baselines.finetune import examples, finetune
+from experiments.baselines.outcome import as_verifier, outcome_pairs, train_outcome
+from experiments.baselines.prefer import PreferenceTrainer, prefer, preference_batch
+from experiments.baselines.self_consistency import compare
 from llm2.common.loading import load_system1, load_tokenizer
 from llm2.errors import UserError
 from llm2.exploration.own_solutions import Sample
@@ -120,7 +120,7 @@ def test_the_loss_of_fine_tuning_is_on_the_solution_and_its_end(finetune_config)
 
 def test_rejection_sampling_trains_on_own_right_solutions_only(finetune_config, monkeypatch):
     trained_on = []
-    monkeypatch.setattr("llm2.baselines.finetune.examples", lambda s: trained_on.extend(s) or examples(s))
+    monkeypatch.setattr("experiments.baselines.finetune.examples", lambda s: trained_on.extend(s) or examples(s))
     own = {"solutions": "own", "solution_samples": 6, "max_solutions": 2, "grader": "test_baselines:has_vowel"}
     counts = finetune(replace(finetune_config, **own))
     assert counts["sampled_problems"] == 8 and counts["solutions"] == len(trained_on) > counts["solved_problems"] > 0

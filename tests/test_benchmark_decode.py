@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from llm2.benchmarks import decode
-from llm2.benchmarks.configs import DecodeBenchmark
-from llm2.benchmarks.runner import BenchmarkCase
+from benchmarks import decode
+from benchmarks.configs import DecodeBenchmark
+from benchmarks.runner import BenchmarkCase
 from llm2.decoding.decoder import Decoder, Guidance
 
 TINY = {

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from llm2.benchmarks import labels
-from llm2.benchmarks.configs import LabelsBenchmark, RolloutBenchmark
-from llm2.benchmarks.labels import compare, reference_entries
-from llm2.benchmarks.rollouts import GENERATE, generate, measure, num_tokens
+from benchmarks import labels
+from benchmarks.configs import LabelsBenchmark, RolloutBenchmark
+from benchmarks.labels import compare, reference_entries
+from benchmarks.rollouts import GENERATE, generate, measure, num_tokens
 from llm2.common.loading import load_tokenizer
 from llm2.config import ExploreConfig
 from llm2.exploration.engines import Request, open_engine

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from llm2.benchmarks.configs import BENCHMARKS, RolloutBenchmark
-from llm2.benchmarks.runner import BenchmarkCase, markdown_table, result_rows, run_interleaved
+from benchmarks.configs import BENCHMARKS, RolloutBenchmark
+from benchmarks.runner import BenchmarkCase, markdown_table, result_rows, run_interleaved
 from llm2.common.config_file import help_text
 
 

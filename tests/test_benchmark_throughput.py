@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from llm2.benchmarks.configs import ThroughputBenchmark
-from llm2.benchmarks.throughput import measure
+from benchmarks.configs import ThroughputBenchmark
+from benchmarks.throughput import measure
 from llm2.verifier.model import ProcessVerifier
 
 

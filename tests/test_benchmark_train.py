@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2.benchmarks import train as benchmark
-from llm2.benchmarks.configs import TrainBenchmark
+from benchmarks import train as benchmark
+from benchmarks.configs import TrainBenchmark
 
 
 @pytest.fixture

@@ -9,18 +9,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm2.__main__ import main
-from llm2.commands import CONFIGS
+import benchmarks.__main__
+import experiments.__main__
+from llm2.__main__ import COMMANDS, main
 from llm2.common.loading import load_system1
 from llm2.errors import UserError
 from llm2.verifier.load import load_verifier
 from llm2.verifier.model import ProcessVerifier
 
+LABORATORY = experiments.__main__.COMMANDS
+MAINS = {**dict.fromkeys([*COMMANDS, "check", "report"], main)}
+MAINS |= dict.fromkeys([*LABORATORY, "study"], experiments.__main__.main)
 
-@pytest.mark.parametrize("command", [*CONFIGS, "check", "report"])
+
+@pytest.mark.parametrize("command", MAINS)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main([command, "--help"])
+        MAINS[command]([command, "--help"])
     assert stopped.value.code == 0 and "usage" in capsys.readouterr().out
 
 
@@ -32,9 +37,9 @@ def refusal(capsys, *arguments: str) -> str:
 
 
 def test_help_lists_every_key_with_type_default_and_sentence(capsys):
-    for command, config in CONFIGS.items():
+    for command, (config, *_) in {**COMMANDS, **LABORATORY}.items():
         with pytest.raises(SystemExit):
-            main([command, "--help"])
+            MAINS[command]([command, "--help"])
         lines = capsys.readouterr().out.splitlines()
         for key in config.__dataclass_fields__:
             (number,) = [n for n, line in enumerate(lines) if line.startswith(f"  {key}: ")]
@@ -115,8 +120,17 @@ def test_check_accepts_and_refuses(system1_folder, tmp_path, capsys):
     assert "expected token" in refusal(capsys, "check", str(path), "--tokenizer", system1_folder)
 
 
-def test_the_module_runs_as_a_program():
-    finished = subprocess.run([sys.executable, "-m", "llm2"], capture_output=True, text=True)
+def test_a_benchmark_has_help_and_refuses_a_misspelt_key(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        benchmarks.__main__.main(["--help"])
+    assert stopped.value.code == 0 and "keys of benchmark=decode:" in capsys.readouterr().out
+    assert benchmarks.__main__.main(["configs/benchmark/decode.yaml", "round=3"]) == 2
+    assert "benchmarks: override 'round=3': unknown key 'round'; did you mean 'rounds'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["llm2", "experiments"])
+def test_the_modules_run_as_programs(module):
+    finished = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True)
     assert finished.returncode == 2 and "usage" in finished.stderr
 
 

@@ -7,15 +7,17 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
-from llm2.benchmarks.configs import benchmark_class
-from llm2.commands import CONFIGS as CLASSES
+from benchmarks.configs import benchmark_class
+from experiments.commands import CONFIGS as CLASSES
+from experiments.study.config import StudyConfig
 from llm2.common.config_file import as_dict, load_config, write_config
 from llm2.config import EvaluateConfig, ExploreConfig, ServeConfig, TrainConfig
 from llm2.errors import UserError
-from llm2.study.config import StudyConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+STUDIES = CONFIGS.parent / "experiments" / "studies"
 COMMAND_FILES = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "accelerate")
+COMMAND_FILES += sorted(STUDIES.glob("*.yaml"))
 ACCELERATE_FILES = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 GSM8K_MODELS = ["llama-3.1-8b-instruct", "llama-3.2-1b-instruct", "llama-3.2-3b-instruct", "qwen2.5-1.5b-instruct"]
 

@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 from torch.backends import cuda
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm2.benchmarks.decode import HostReads
+from benchmarks.decode import HostReads
 from llm2.decoding import attention, scheduler
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.model_runner import ModelRunner

@@ -1,10 +1,10 @@
-"""A few inputs for each property of tests/torture/fuzz.py; `bash scripts/torture.sh fuzz` tries 100,000."""
+"""A few inputs for each property of tests/robustness/fuzz.py; `bash scripts/torture.sh fuzz` tries 100,000."""
 
 import pytest
 
-from tests.torture.fuzz import PROPERTIES
-from tests.torture.fuzz_decoder import PROPERTY
-from tests.torture.property import fuzz
+from tests.robustness.fuzz import PROPERTIES
+from tests.robustness.fuzz_decoder import PROPERTY
+from tests.robustness.property import fuzz
 
 INPUTS = {"requests to the decoder, against its slow twin": 12, "metrics damaged, plots drawn": 3}  # 60 of the others
 

@@ -13,6 +13,7 @@ import torch
 from pydantic.dataclasses import dataclass as config_class
 from test_train import write_triplets
 
+from experiments.study.run import check_done
 from llm2.common.chat import LLAMA3_PLAIN
 from llm2.common.inputs import INPUTS, change, digests
 from llm2.common.loading import TESTBED, load_tokenizer
@@ -21,7 +22,6 @@ from llm2.errors import UserError
 from llm2.evaluation.evaluate import evaluate
 from llm2.exploration import explore as exploration
 from llm2.exploration.explore import explore
-from llm2.study.run import check_done
 from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.train import train
 
@@ -287,10 +287,10 @@ class Step:
 
 def test_a_study_notices_that_a_verifier_was_trained_after_its_evaluation(results, monkeypatch):
     step = Step("evaluate", "results/metrics.json")
-    monkeypatch.setattr("llm2.study.run.names_of", lambda *_: {})
-    monkeypatch.setattr("llm2.study.run.overrides", lambda *_: {})
-    monkeypatch.setattr("llm2.study.run.load_config", lambda *_: results)
-    monkeypatch.setattr("llm2.study.run.arguments", lambda *_: iter(()))
+    monkeypatch.setattr("experiments.study.run.names_of", lambda *_: {})
+    monkeypatch.setattr("experiments.study.run.overrides", lambda *_: {})
+    monkeypatch.setattr("experiments.study.run.load_config", lambda *_: results)
+    monkeypatch.setattr("experiments.study.run.arguments", lambda *_: iter(()))
     check_done(None, step, None)
     save_verifier(Path("verifier"), 1)
     with pytest.raises(UserError, match=f"metrics.json is out of date: .*model.safetensors .*{CHANGED}; delete what"):

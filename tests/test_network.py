@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments.torture import network
 from llm2.common.config_file import as_dict, load_config
 from llm2.common.home import with_home, without_home
 from llm2.config import EvaluateConfig
-from tests.torture import network
 
 
 @pytest.fixture(scope="module")

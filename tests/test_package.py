@@ -19,6 +19,7 @@ TOML = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, BUILD = TOML["project"], TOML["build-system"]["requires"]
 RUNTIME = PROJECT["dependencies"]
 OPTIONAL = PROJECT["optional-dependencies"]
+CHECKOUT = ("experiments", "benchmarks", "tests", "figs")  # what is not in the wheel
 EXTRAS = [each for extra in OPTIONAL.values() for each in extra]
 NOT_IMPORTED = {
     "pytest-xdist": "pytest's -n",
@@ -70,18 +71,25 @@ def imported_distributions(*folders: str) -> set[str]:
                 modules |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 modules.add(node.module.split(".")[0])
-    own = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"llm2", "tests", "figs", "vllm"}
+    own = {path.stem for path in (ROOT / "tests").glob("*.py")} | {
+        "llm2",
+        "experiments",
+        "benchmarks",
+        "tests",
+        "figs",
+        "vllm",
+    }
     installed = packages_distributions()
     return {name(installed[module][0]) for module in modules - sys.stdlib_module_names - own}
 
 
 def test_every_import_is_a_declared_dependency():
     assert imported_distributions("llm2") <= names(RUNTIME + EXTRAS) - names(OPTIONAL["test"])
-    assert imported_distributions("tests", "figs") <= names(RUNTIME + EXTRAS)
+    assert imported_distributions(*CHECKOUT) <= names(RUNTIME + EXTRAS)
 
 
 def test_every_dependency_is_imported_somewhere():
-    used = imported_distributions("llm2", "tests", "figs") | {"vllm"}
+    used = imported_distributions("llm2", *CHECKOUT) | {"vllm"}
     assert names(RUNTIME + EXTRAS) - used == set(NOT_IMPORTED)
     assert names(OPTIONAL["test"]) & imported_distributions("llm2") == set(), "the package needs no tool for tests"
 

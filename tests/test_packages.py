@@ -9,7 +9,6 @@ import pytest
 
 LLM2 = Path(__file__).parent.parent / "llm2"
 # Besides llm2.errors and llm2.config, which everything may import, and itself, a package imports from these only.
-# Of the testbed the problem generator is a leaf; what trains its System 1 stands above.
 MAY_IMPORT = {
     "common": set(),
     "testbed": set(),
@@ -19,11 +18,6 @@ MAY_IMPORT = {
     "vllm": {"common", "verifier", "decoding"},
     "exploration": {"common", "tasks", "verifier", "decoding", "vllm"},
     "evaluation": {"common", "tasks", "verifier", "decoding", "vllm"},
-    "commands": {"baselines"},  # its configs
-    "study": {"common", "evaluation", "commands"},
-    "baselines": {"common", "tasks", "verifier", "exploration"},
-    "testbed.train": {"common", "tasks", "verifier", "decoding", "exploration", "testbed"},
-    "benchmarks": {"common", "tasks", "verifier", "decoding", "exploration", "testbed", "vllm"},
 }
 # Values in, values out: no files, no models, no other module of llm2 but pure ones.
 PURE = {
@@ -45,7 +39,7 @@ def module_name(path: Path) -> str:
 
 
 def package_of(module: str) -> str:
-    return "testbed.train" if module.startswith("testbed.train") else module.split(".")[0]
+    return module.split(".")[0]
 
 
 def imports() -> dict[str, set[str]]:
@@ -73,7 +67,16 @@ def test_a_package_imports_only_from_those_below_it(package):
 
 def test_every_package_has_its_rule():
     folders = {path.parent.name for path in LLM2.glob("*/__init__.py")}
-    assert folders | {"commands"} == {package for package in MAY_IMPORT if "." not in package}
+    assert folders == MAY_IMPORT.keys()
+
+
+def test_the_package_imports_nothing_of_the_laboratory():
+    outside = ("experiments", "benchmarks", "tests")
+    for path in LLM2.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in names if name.split(".")[0] in outside], path
 
 
 def test_no_module_imports_the_command_line():

@@ -7,17 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from llm2.benchmarks.configs import BENCHMARKS
-from llm2.commands import CONFIGS
+from benchmarks.configs import BENCHMARKS
+from experiments.commands import CONFIGS
+from experiments.study.config import StudyConfig
+from experiments.study.run import chosen
 from llm2.common.config_file import load_config
-from llm2.study.config import StudyConfig
-from llm2.study.run import chosen
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PACKAGES = sorted(path.parent for path in ROOT.glob("llm2/*/__init__.py"))
+PACKAGES = sorted(
+    p.parent for pattern in ("llm2/*", "experiments/*", "benchmarks") for p in ROOT.glob(f"{pattern}/__init__.py")
+)
 DOCUMENTS = {
-    path: path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("llm2/*/README.md")]
+    path: path.read_text()
+    for path in [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("*/README.md"),
+        *ROOT.glob("llm2/*/README.md"),
+        *ROOT.glob("experiments/*/README.md"),
+    ]
 }
 
 
@@ -31,13 +39,15 @@ def test_named_scripts_and_configs_exist(path):
 def test_commands_use_existing_keys():
     """In READMEs, script headers and YAML comments; lm_eval.sh takes other arguments, `--only` axes of a study."""
     keys = {key for cls in (*CONFIGS.values(), *BENCHMARKS.values()) for key in cls.__dataclass_fields__} | {"key"}
-    others = [*ROOT.glob("scripts/*.sh"), *ROOT.glob("configs/*/*.yaml")]
+    others = [*ROOT.glob("scripts/*.sh"), *ROOT.glob("configs/*/*.yaml"), *ROOT.glob("experiments/studies/*.yaml")]
     for path, text in (DOCUMENTS | {path: path.read_text() for path in others}).items():
-        for command in re.findall(r"(?:bash scripts/(?!lm_eval)|python -m llm2 )[^`\n]*", text):
+        for command in re.findall(
+            r"(?:bash scripts/(?!lm_eval)|python -m (?:llm2|experiments|benchmarks) )[^`\n]*", text
+        ):
             only = re.findall(r"--only ([a-z]\w*=[\w.]+)", command)
             if only:
                 study = re.search(r"study\.sh (\w+)", command)[1]
-                assert chosen(load_config(StudyConfig, ROOT / "configs" / "studies" / f"{study}.yaml"), only)
+                assert chosen(load_config(StudyConfig, ROOT / "experiments" / "studies" / f"{study}.yaml"), only)
             found = re.findall(r"\s\[?([a-z]\w*)=", re.sub(r"--only \S+", "", command))
             assert set(found) <= keys, f"{path}: {command}"
 
@@ -52,7 +62,7 @@ def test_accuracies_with_intervals_are_those_of_committed_results():
     """In the README and on the page of studies: 53.5 [51.3, 55.7] stands in a study's JSON, or in a quickstart's, and a
     difference, -1.5 points [-2.5, -0.5], in a study's."""
     committed, differences = set(), set()
-    for path in ROOT.glob("figs/studies/*.json"):
+    for path in ROOT.glob("experiments/results/*.json"):
         study = json.loads(path.read_text())
         for row in study["rows"] + study.get("unseen", []):
             committed |= {interval(test["mean"], test["ci95"]) for test in row["accuracy"].values()}
@@ -64,7 +74,7 @@ def test_accuracies_with_intervals_are_those_of_committed_results():
             committed.add(interval(mode["accuracy"], mode["ci95"]))
             votes = mode.get("majority_at", {})
             committed |= {interval(share, mode["majority_ci95"][k]) for k, share in votes.items()}
-    for path in (ROOT / "README.md", ROOT / "figs" / "studies" / "README.md"):
+    for path in (ROOT / "README.md", ROOT / "experiments" / "results" / "README.md"):
         found = set(re.findall(r"\d+\.\d \[\d+\.\d, \d+\.\d\]", path.read_text()))
         assert found and found <= committed, f"{path}: {sorted(found - committed)}"
         text = " ".join(path.read_text().split()).replace(" points [", " [")
@@ -84,8 +94,10 @@ METHODS = {
 
 
 def test_the_table_of_when_to_use_llm2_is_that_of_the_studies():
-    study = json.loads((ROOT / "figs" / "studies" / "regimes.json").read_text())
-    own = json.loads((ROOT / "figs" / "studies" / "own.json").read_text())  # with more epochs along own solutions
+    study = json.loads((ROOT / "experiments" / "results" / "regimes.json").read_text())
+    own = json.loads(
+        (ROOT / "experiments" / "results" / "own.json").read_text()
+    )  # with more epochs along own solutions
     guided = [row for row in own["rows"] if (row["method"], row["size"]) == ("prefix with lm loss, own", "1000")]
     rows = study["rows"] + guided
     means = {(row["method"], row["regime"]): row["accuracy"]["greedy"]["mean"] for row in rows}
@@ -127,7 +139,7 @@ def interval(mean: float, ci95: list[float], sign: str = "") -> str:
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
 def test_every_package_has_a_readme_that_names_each_of_its_files(package):
     text = (package / "README.md").read_text()
-    assert f"llm2/{package.name}" in README
+    assert str(package.relative_to(ROOT)) in README
     for module in package.rglob("*.py"):
         assert module.name == "__init__.py" or module.name in text, module
 

@@ -7,8 +7,8 @@ from browser import chromium, needs_chromium, opened, violations
 from report_data import MODES, write_many
 from test_report import SWEPT
 
+from experiments.torture import page as torture_page
 from llm2.evaluation.report import write_report
-from tests.torture import page as torture_page
 
 pytestmark = needs_chromium
 

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import yaml
 
-from llm2.__main__ import main
+from experiments.__main__ import main
+from experiments.study import run as study
+from experiments.study.config import StudyConfig, StudyCurves, StudyStep
+from experiments.study.plot import draw_curves
+from experiments.study.results import in_one_column, published, results
+from experiments.study.summary import rows
+from experiments.study.table import write_summary
 from llm2.common.config_file import load_config, write_config
 from llm2.common.stats import seeds_bootstrap
 from llm2.config import EvaluateConfig
 from llm2.errors import UserError
-from llm2.study import run as study
-from llm2.study.config import StudyConfig, StudyCurves, StudyStep
-from llm2.study.plot import draw_curves
-from llm2.study.results import in_one_column, published, results
-from llm2.study.summary import rows
-from llm2.study.table import write_summary
 
 STEP = {"name": "greedy", "command": "evaluate", "done": "{run}/greedy/metrics.json"}
 SET = {"output_dir": "{run}/greedy", "seed": "{seed}", "modes": ["guided_greedy"]}
@@ -215,10 +215,10 @@ def test_votes_are_published_as_they_are(config):
     assert one.problems["guided sampling"].tolist() == [0.5, 1.0]
 
 
-@pytest.mark.parametrize("path", sorted(Path("figs/studies").glob("*.runs.jsonl")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(Path("experiments/results").glob("*.runs.jsonl")), ids=lambda path: path.name)
 def test_published_runs_were_made_with_the_settings_of_their_study(path, tmp_path):
     name = path.name.removesuffix(".runs.jsonl")
-    config = load_config(StudyConfig, f"configs/studies/{name}.yaml")
+    config = load_config(StudyConfig, f"experiments/studies/{name}.yaml")
     assert str(path) == f"{config.report}.runs.jsonl"
     found = results(replace(config, output_dir=str(tmp_path)))
     assert len(found) == len(published(config)), "runs that its config does not ask for"

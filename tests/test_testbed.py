@@ -11,9 +11,15 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
+from experiments.testbed import corpus
+from experiments.testbed.config import GenerateConfig, PretrainConfig
+from experiments.testbed.corpus import MISREADINGS, careless_conversations, careless_solution, two_skills_conversations
+from experiments.testbed.generate import generate
+from experiments.testbed.model_card import Measured, card
+from experiments.testbed.pretrain import collate, examples, pretrain
+from experiments.testbed.tokenizer import train_tokenizer
 from llm2.common.config_file import load_config
 from llm2.common.jsonl import read_jsonl
-from llm2.config import GenerateConfig, PretrainConfig
 from llm2.errors import UserError
 from llm2.tasks import load_task
 from llm2.testbed import facts, words
@@ -22,12 +28,6 @@ from llm2.testbed.generator import REGIMES, SIZES, gold_solution, problems, spli
 from llm2.testbed.mistakes import has_false_equation
 from llm2.testbed.sorting import sorting_problems
 from llm2.testbed.stories import Computed, Given, Step, Story
-from llm2.testbed.train import corpus
-from llm2.testbed.train.corpus import MISREADINGS, careless_conversations, careless_solution, two_skills_conversations
-from llm2.testbed.train.generate import generate
-from llm2.testbed.train.model_card import Measured, card
-from llm2.testbed.train.pretrain import collate, examples, pretrain
-from llm2.testbed.train.tokenizer import train_tokenizer
 from llm2.verifier.loss import IGNORE_INDEX
 
 ROOT = Path(__file__).parents[1]
@@ -306,7 +306,7 @@ def test_an_interrupted_pretraining_resumes_to_the_same_files(last, tmp_path, mo
             if last == 2:
                 patch.setattr(Trainer, "training_step", killed_at_the_fourth)
             else:
-                patch.setattr("llm2.testbed.train.pretrain.measured_card", killed_at_the_card)
+                patch.setattr("experiments.testbed.pretrain.measured_card", killed_at_the_card)
             pretrain(tiny_config(tmp_path / "parts"))
     assert (tmp_path / f"parts/checkpoints/checkpoint-{last}").is_dir()
     pretrain(tiny_config(tmp_path / "parts"))

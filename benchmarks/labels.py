@@ -1,0 +1,132 @@
+"""Agreement of exploration's labels with an exhaustive reference, and their cost.
+
+The reference generates equally many rollouts of every plausible token at every fork, shares none between tokens, and
+has another seed. It is kept in a journal, so that another stopping rule can be measured against it.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks.configs import LabelsBenchmark
+from benchmarks.runner import markdown_table, result_row, write_results
+from llm2.common.config_file import load_config
+from llm2.common.inputs import change, digests
+from llm2.common.journal import Journal
+from llm2.common.loading import load_tokenizer
+from llm2.common.stats import wilson_interval
+from llm2.config import ExploreConfig
+from llm2.errors import UserError
+from llm2.exploration.engines import open_engine
+from llm2.exploration.explore import Explorer, explore
+from llm2.exploration.solutions import load_problems
+from llm2.tasks import Problem, load_task
+
+TokenKey = tuple[str, int, int]  # problem, position, token
+TESTBED = ["model=testbed", "task=testbed", "max_new_tokens=200", "batch_size=256", "device=cpu"]
+CHUNK = 4  # problems of the reference that are generated together
+
+
+def measure(config: LabelsBenchmark) -> str:
+    """Explore, unless the output exists, complete the reference, write `config.output`, return the table."""
+    folder = Path(config.output).with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    triplets = folder / "triplets.jsonl"
+    keys = TESTBED if config.explore is None else []
+    files = [f"output={triplets}", f"limit={config.problems}"]
+    settings = load_config(ExploreConfig, config.explore, [*keys, *files])
+    if not triplets.exists():
+        explore(settings)
+    report = json.loads((folder / "triplets.jsonl.report.json").read_text(encoding="utf-8"))
+    if changed := change(report.get("inputs"), digests(settings)):
+        raise UserError(f"{triplets} is out of date: {changed}; delete {folder}, or choose another output")
+    verdicts = {
+        (line["id"], *pair["triplet"][::2]): pair["verdict"]
+        for line in map(json.loads, (folder / "triplets.jsonl.pairs.jsonl").read_text(encoding="utf-8").splitlines())
+        for pair in line["pairs"]
+    }
+    gaps, tokens = reference(config, settings, folder / "reference")
+    cost = report["generated_tokens"] / (tokens / config.reference_rollouts * config.fixed_rollouts)
+    rows = [
+        *compare(verdicts, gaps, settings.quality_margin),
+        share_row(f"generated tokens, of {config.fixed_rollouts} rollouts per token", cost, cost, cost),
+    ]
+    write_results(Path(config.output), 1, rows, problems=config.problems, reference_rollouts=config.reference_rollouts)
+    return markdown_table(rows)
+
+
+def reference(config: LabelsBenchmark, settings: ExploreConfig, folder: Path) -> tuple[dict[TokenKey, float], int]:
+    """The quality of gold minus that of each other plausible token, and the number of tokens generated."""
+    tokenizer, task = load_tokenizer(settings.model), load_task(settings.task, settings.data_file, settings.grader)
+    problems, _ = load_problems(task, settings.split, settings.limit)
+    may_differ = ("problems", "output", "fixed_rollouts")
+    journal = Journal(folder, config, digests(settings), may_differ=may_differ, key=itemgetter("id"))
+    waiting = [problem for problem in problems if problem.id not in journal.done]
+    explorer = Explorer(settings, open_engine(settings, tokenizer), tokenizer, task)
+    with tqdm(total=len(problems), initial=len(problems) - len(waiting), desc="reference", unit="problem") as bar:
+        for index in range(0, len(waiting), CHUNK):
+            for entry in reference_entries(explorer, waiting[index : index + CHUNK], config):
+                journal.add(entry)
+                bar.update()
+    gaps, tokens = {}, 0
+    for entry in journal.read([problem.id for problem in problems]):
+        tokens += entry["tokens"]
+        for position, (_, gold_quality), *others in entry["forks"]:
+            gaps |= {(entry["id"], position, token): gold_quality - quality for token, quality in others}
+    journal.close()
+    return gaps, tokens
+
+
+def reference_entries(explorer: Explorer, problems: Sequence[Problem], config: LabelsBenchmark) -> Iterator[dict]:
+    """One entry per problem: the (token, quality) pairs of its forks, gold first, and the count of generated tokens."""
+    eos, seed, indices = explorer.engine.eos, config.reference_seed, range(config.reference_rollouts)
+    states = explorer.start_problems(problems)
+    branches = [(state.solution, *key) for state in states for key in state.test.counts]
+    requests = [
+        solution.rollout_request(position, token, seed, indices)
+        for solution, position, token in branches
+        if token not in eos
+    ]
+    generated = iter(explorer.engine.generate(requests))
+    quality, tokens = {}, Counter()
+    for solution, position, token in branches:
+        rollouts = [[]] if token in eos else next(generated)
+        correct = solution.grade_rollouts(explorer.task, explorer.tokenizer, position, token, rollouts)
+        quality[solution.problem.id, position, token] = sum(correct) / len(correct)
+        tokens[solution.problem.id] += sum(map(len, rollouts))
+    for state in states:
+        name = state.solution.problem.id
+        forks = [
+            [fork.position, *([token, quality[name, fork.position, token]] for token in fork.tokens)]
+            for fork in state.test.forks
+        ]
+        yield {"id": name, "forks": forks, "tokens": tokens[name]}
+
+
+def compare(verdicts: dict[TokenKey, str], gaps: dict[TokenKey, float], margin: float) -> list[dict]:
+    """Agreement on the pairs whose reference qualities differ by more than the margin, in either direction."""
+    clear = [pair for pair in gaps if abs(gaps[pair]) > margin]
+    decided = [pair for pair in clear if verdicts[pair] != "undecided"]
+    agreed = sum((verdicts[pair] == "negative") == (gaps[pair] > margin) for pair in decided)
+    worse = [pair for pair in clear if gaps[pair] > margin]
+    num_found = sum(verdicts[pair] == "negative" for pair in worse)
+    negatives = [pair for pair in verdicts if verdicts[pair] == "negative"]
+    true_negatives = sum(gaps[pair] > 0 for pair in negatives)
+    return [
+        share_row(name, part / max(whole, 1), *wilson_interval(part, whole))
+        for name, part, whole in (
+            ("label agreement, decided pairs beyond the margin", agreed, len(decided)),
+            ("decided, of the pairs beyond the margin", len(decided), len(clear)),
+            ("found, of the reference's negatives", num_found, len(worse)),
+            ("worse than gold at all, of the negatives", true_negatives, len(negatives)),
+        )
+    ]
+
+
+def share_row(name: str, share: float, low: float, high: float) -> dict:
+    """A row whose minimum and maximum are the bounds of a 95 % interval."""
+    return result_row(name, {"median": share, "min": low, "max": high}, "share")

@@ -1,0 +1,1 @@
+"""Studies, rivals and long tests of LLM2 (experiments/README.md)."""

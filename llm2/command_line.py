@@ -1,0 +1,112 @@
+"""What the command lines of the project share: arguments, overrides, claims on outputs, one sentence for a mistake.
+
+Exit status: 0 done, 2 a user's mistake (one sentence, no traceback), 130 interrupted.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from llm2.common.config_file import help_text, load_config
+from llm2.errors import UserError, of_the_machine
+
+
+class Command(NamedTuple):
+    """A command whose arguments are the keys of a config."""
+
+    config: type
+    check: Callable[[Any], None]  # validates the inputs before workers are launched
+    run: Callable[[Any], None]
+
+
+def run_main(parser: argparse.ArgumentParser, arguments: list[str] | None) -> int:
+    """Run the function that the chosen command has set as `run`; returns the exit status."""
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("llm2").setLevel(logging.INFO)
+    name = " ".join(filter(None, (parser.prog, getattr(options, "command", None))))
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; finished work is kept", file=sys.stderr)
+        return 130
+    except Exception as error:
+        sentence = str(error) if isinstance(error, UserError) else of_the_machine(error)
+        if options.debug or sentence is None:
+            raise
+        tqdm.write(f"{name}: {sentence}", file=sys.stderr)  # on a line of its own below a bar
+        return 2
+    return 0
+
+
+def add_commands(subparsers: Any, commands: Mapping[str, Command]) -> None:
+    for name, command in commands.items():
+        parser = add_command(subparsers, name, command.config.__doc__.partition("\n")[0], _run)
+        parser.set_defaults(definition=command)
+        parser.epilog = f"keys:\n{help_text(command.config)}"
+        add_keys(parser)
+        parser.add_argument("--dry-run", action="store_true", help="check inputs; print processes and threads to start")
+
+
+def add_command(
+    subparsers: Any, name: str, text: str, run: Callable[[argparse.Namespace], None]
+) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(
+        name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    return set_run(parser, run)
+
+
+def set_run(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    parser.set_defaults(run=run)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    return parser
+
+
+def add_keys(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("arguments", nargs="*", metavar="[config.yaml] key=value", help="a file of keys, overrides")
+
+
+def file_and_overrides(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """A first argument that is no key=value is the config file."""
+    if arguments and "=" not in arguments[0]:
+        return arguments[0], arguments[1:]
+    return None, arguments
+
+
+def claim(config: Any) -> AbstractContextManager:
+    """Keeps other runs away from what this one writes."""
+    from llm2.common.claim import claimed
+
+    if hasattr(config, "output_dir"):
+        return claimed(config.output_dir)
+    return claimed(config.output, is_file=True) if hasattr(config, "output") else nullcontext()
+
+
+# Imports are inside the functions: a misspelt key is reported at once, without seconds of importing torch.
+
+
+def _run(options: argparse.Namespace) -> None:
+    _, check, run = options.definition
+    config = load_config(options.definition.config, *file_and_overrides(options.arguments))
+    if hasattr(config, "model"):
+        from llm2.common.loading import require_model, resolve_device
+
+        resolve_device(config.device)
+        require_model(config.model)
+    if options.dry_run:
+        from llm2.common.distributed import resolve_parallelism
+
+        check(config)
+        print(*resolve_parallelism(config))
+        return
+    from llm2.common.distributed import destroy_group
+
+    with claim(config):
+        run(config)
+        destroy_group()
