@@ -1,4 +1,4 @@
-"""Bad input is refused in one sentence: the cases of experiments/torture that cost little, in this process."""
+"""Bad input is refused in one sentence: the cases of tests/robustness that cost little, in this process."""
 
 import re
 

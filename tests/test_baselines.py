@@ -128,9 +128,9 @@ def test_rejection_sampling_trains_on_own_right_solutions_only(finetune_config, 
     assert len({solution.problem.question for solution in trained_on}) == counts["solved_problems"]
 
 
-def test_without_trl_the_extra_is_named(finetune_config, monkeypatch):
+def test_without_trl_the_requirements_are_named(finetune_config, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(UserError, match=r"this needs TRL .* expected `pip install 'llm2\[study\]'`"):
+    with pytest.raises(UserError, match=r"this needs TRL .* expected the packages of requirements.txt"):
         finetune(finetune_config)
 
 
