@@ -119,12 +119,16 @@ def test_a_step_that_was_done_with_other_settings_is_told_not_skipped(config):
         study.run(config)
     assert main(["study", str(Path(config.output_dir).parent / "small.yaml"), "--summary"]) == 2
     report = written.with_name("t.jsonl.report.json")
-    report.write_text(json.dumps({"config": {"limit": 4, "top_k": 5}}))
     explored = StudyStep(
         name="e", command="explore", config="configs/testbed/explore.yaml", set={"limit": 5}, done=str(report)
     )
-    with pytest.raises(UserError, match="report.json: limit was 4 and now is 5"):
-        study.check_done(config, explored, one)
+    asked_for = {"limit": 5, "top_k": 5, "model": "testbed", "task": "testbed", "max_new_tokens": 200}
+    for key, found, now in (("limit", 4, 5), ("max_new_tokens", 100, 200)):  # of the step, and of its config file
+        report.write_text(json.dumps({"config": asked_for | {key: found}}))
+        with pytest.raises(UserError, match=f"report.json: {key} was {found} and now is {now}"):
+            study.check_done(config, explored, one)
+    report.write_text(json.dumps({"config": asked_for | {"batch_size": 7, "alpha": 0.3}}))
+    study.check_done(config, explored, one)  # how a step worked, and a default
     report.write_text('{"config": ')
     with pytest.raises(UserError, match="report.json.* not valid YAML"):
         study.check_done(config, explored, one)

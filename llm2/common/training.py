@@ -6,12 +6,10 @@ import torch
 from transformers import TrainingArguments
 
 from llm2.common.distributed import dist_info
+from llm2.common.keys import Mark, marked
 from llm2.config import OptimizerConfig
 from llm2.errors import UserError
 
-# Keys that OptimizerConfig and TrainingArguments share.
-PASSED_ON = ("num_train_epochs", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm")
-PASSED_ON += ("per_device_train_batch_size", "bf16")
 # Its name since transformers 5.24, which warns of the old one.
 CHECKPOINTING = "activation_checkpointing"
 if not hasattr(TrainingArguments, CHECKPOINTING):
@@ -28,7 +26,7 @@ def optimizer_arguments(config: OptimizerConfig, device: torch.device) -> dict[s
             f"{config.per_device_train_batch_size} x {world_size} processes"
         )
     return {
-        **{name: getattr(config, name) for name in PASSED_ON},
+        **marked(config, Mark.TRAINER),
         CHECKPOINTING: config.gradient_checkpointing,
         "warmup_steps": config.warmup_ratio,  # below 1 it is a ratio
         "gradient_accumulation_steps": config.global_batch_size // forward_size,

@@ -18,6 +18,7 @@ from llm2.common.config_file import as_dict
 from llm2.common.distributed import barrier, dist_info, process_device
 from llm2.common.files import write_text
 from llm2.common.inputs import Digests, digests
+from llm2.common.keys import Mark, marked
 from llm2.common.loading import load_system1, load_tokenizer, refuse_unknown_ids, resolve_device
 from llm2.common.seeds import row_seed
 from llm2.config import EvaluateConfig, Mode
@@ -36,8 +37,6 @@ from llm2.verifier.scoring import score_tokens, solution_score
 from llm2.vllm.backend import require_engine
 
 SCORING_BATCH = 16  # solutions that the verifier scores in one forward
-SETTINGS = ("model", "verifier", "contrast", "alpha", "beta", "top_k", "temperature", "top_p", "num_samples")
-SETTINGS += ("few_shot", "num_fewshot")
 
 
 def evaluate(config: EvaluateConfig) -> dict | None:
@@ -105,7 +104,7 @@ def describe(config: EvaluateConfig, inputs: Digests, n: int) -> dict:
         "split": config.split,
         "n": n,
         "seed": config.seed,
-        "settings": {key: values[key] for key in SETTINGS},
+        "settings": {key: values[key] for key in marked(config, Mark.SHOWN)},
         "inputs": inputs,
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
         "git_commit": git_commit(),

@@ -24,6 +24,7 @@ from llm2.common.config_file import difference
 from llm2.common.distributed import barrier, dist_info, iter_shared_work
 from llm2.common.inputs import Digests, change, digests
 from llm2.common.journal import Journal
+from llm2.common.keys import Mark, marked
 from llm2.common.loading import load_tokenizer
 from llm2.common.prefix import common_prefix
 from llm2.config import ExploreConfig
@@ -39,8 +40,6 @@ from llm2.verifier.triplets import Triplet, record_line
 
 CHUNK = 16  # problems that are started together
 WINDOW = 8  # batches of rollouts in one round: fewer would leave rows idle at its end
-# Keys that may change when a run is resumed: none of them changes a triplet.
-MAY_DIFFER = ("limit", "batch_size", "device", "output", "tensor_parallel", "memory_share", "server", "server_requests")
 
 
 @dataclass
@@ -75,7 +74,7 @@ def explore(config: ExploreConfig) -> dict | None:
     engine = open_engine(config, tokenizer)
     output.parent.mkdir(parents=True, exist_ok=True)
     shard = dist_info().rank
-    journal = Journal(partial, config, inputs, may_differ=MAY_DIFFER, key=itemgetter("id"), shard=shard)
+    journal = Journal(partial, config, inputs, key=itemgetter("id"), shard=shard)
     earlier = frozenset(journal.done)
     barrier()  # all processes have read the same journal before one adds to it
     sampling = {}
@@ -106,8 +105,7 @@ def explore(config: ExploreConfig) -> dict | None:
 def finished_report(config: ExploreConfig, inputs: Digests) -> dict | None:
     """The report beside the output; None if it is that of another run."""
     report = json.loads(Path(f"{config.output}.report.json").read_text(encoding="utf-8"))
-    may_differ = tuple({*MAY_DIFFER} - {"limit"})
-    other = difference(report["config"], config, may_differ) or change(report.get("inputs"), inputs)
+    other = difference(report["config"], config, marked(config, Mark.HOW)) or change(report.get("inputs"), inputs)
     return None if other else report
 
 

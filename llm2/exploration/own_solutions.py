@@ -25,9 +25,6 @@ from llm2.tasks import Problem, Task
 from llm2.tasks.grading import Grade
 
 WINDOW = 4  # batches of samples between entries of the journal
-# Keys that may change when a run is resumed: none of them changes a solution.
-MAY_DIFFER = ("limit", "batch_size", "device", "tensor_parallel", "server", "server_requests")
-MAY_DIFFER += ("output", "output_dir", "max_solutions")
 
 
 class Sample(NamedTuple):
@@ -52,7 +49,7 @@ def own_solutions(
     Processes share the problems; an interrupted run resumes from the journal in `folder`, which knows the run's
     `inputs`. Raises UserError where no sample is right.
     """
-    journal = Journal(folder, config, inputs, may_differ=MAY_DIFFER, key=itemgetter("id"), shard=dist_info().rank)
+    journal = Journal(folder, config, inputs, key=itemgetter("id"), shard=dist_info().rank)
     barrier()  # all processes have read the same journal before one adds to it
     waiting = [problem for problem in problems if problem.id not in journal.done]
     size = max(1, WINDOW * config.batch_size // config.solution_samples)

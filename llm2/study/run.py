@@ -18,6 +18,7 @@ from tqdm import tqdm
 from llm2.commands import CONFIGS
 from llm2.common.config_file import as_dict, difference, load_config, read_values
 from llm2.common.inputs import Digests, as_digests, change, digests, read_inputs
+from llm2.common.keys import Mark, marked
 from llm2.errors import UserError, explained, shown
 from llm2.study.config import StudyConfig, StudyStep
 
@@ -80,15 +81,15 @@ def check_done(config: StudyConfig, step: StudyStep, one: Run, summary: bool = F
     """Raises UserError for a config with mistakes, and for a step that was done with other settings than the study's
     or with other contents of what it reads, such as a verifier that has been trained anew since.
 
-    Compared are the keys of its overrides, but for null, which the command resolves, and texts with names in braces:
-    folders may have been moved.
+    Compared are the keys of its config file and its overrides, except null, which the command resolves, and texts with
+    names in braces: folders may have been moved.
     """
     names = names_of(config, one)
     wanted = load_config(CONFIGS[step.command], step.config, list(arguments(config, step, names)))
-    compared = {k for k, v in overrides(config, step, names).items() if v is not None and "{" not in str(v)}
+    compared = {k for k, v in asked(config, step, names).items() if v is not None and "{" not in str(v)}
     done = Path(filled(step, step.done, names))
     earlier = recorded(step, done)
-    ignored = tuple(as_dict(wanted).keys() - compared)
+    ignored = (as_dict(wanted).keys() - compared) | marked(wanted, Mark.HOW).keys()
     way_out = "delete what this step wrote, or choose another output_dir"
     if earlier is not None and (changed := difference(earlier, wanted, ignored)):
         raise UserError(f"{done}: {changed} in the study; {way_out}")
@@ -96,7 +97,7 @@ def check_done(config: StudyConfig, step: StudyStep, one: Run, summary: bool = F
     if inputs is None:
         return
     now = digests(wanted)
-    gone = tuple(inputs.keys() - now.keys()) if summary else ()  # results may be summarised without what made them
+    gone = inputs.keys() - now.keys() if summary else ()  # results may be summarised without what made them
     if changed := change(inputs, now, gone):
         raise UserError(f"{done} is out of date: {changed}; {way_out}")
 
@@ -211,6 +212,11 @@ def overrides(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) ->
     for each in chosen:
         found |= each.get(step.name, {})
     return found
+
+
+def asked(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) -> dict[str, Any]:
+    """Keys of a step's config file and of its overrides, with names in braces as they stand."""
+    return (read_values(step.config) if step.config else {}) | overrides(config, step, names)
 
 
 def arguments(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) -> Iterator[str]:
