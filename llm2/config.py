@@ -396,7 +396,7 @@ class ServeConfig(ModelConfig, GuidanceConfig, EngineConfig):
 class PretrainConfig(LlamaShape):
     """Train the testbed's System 1 from scratch."""
 
-    output_dir: str
+    output_dir: Output
     """Folder for the model, its tokenizer and its model card."""
     hidden_size: Count = 160
     """Width of the hidden states."""
@@ -422,7 +422,7 @@ class PretrainConfig(LlamaShape):
     """Share of the optimizer steps in which the learning rate rises from 0 to its peak."""
     save_steps: Count = 250
     """Optimizer steps between checkpoints to resume from."""
-    card_problems: Count = 500
+    card_problems: Annotated[Count, Mark.WHICH] = 500
     """Validation problems for the figures of the model card."""
     seed: Seed = 0
     """Seed of the corpus, the weights and the order of the documents."""
@@ -432,7 +432,7 @@ class PretrainConfig(LlamaShape):
 class GenerateConfig:
     """Write problems of the testbed, or what a System 1 with two skills is trained on, as JSON lines."""
 
-    output: str
+    output: Output
     """File to write."""
     regime: Literal[
         "same", "foreign", "answers", "careful", "two_skills", "more_steps", "new_words", "large_numbers", "sorting"

@@ -20,7 +20,8 @@ from llm2.evaluation.evaluate import describe
 from llm2.evaluation.predictions import Predictions
 from llm2.evaluation.sweep import SWEPT
 from llm2.exploration.explore import finished_report
-from llm2.verifier.train import BEGUN, checkpoint_to_resume
+from llm2.verifier.checkpoints import BEGUN
+from llm2.verifier.train import checkpoint_to_resume
 
 EXPLORE = ExploreConfig(model="m", task="testbed", output="o")
 FINETUNE = FinetuneConfig(model="m", task="testbed", output_dir="o")

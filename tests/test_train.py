@@ -251,11 +251,13 @@ def test_the_output_is_a_folder_for_the_hub(config, rank):
 def test_a_card_names_the_base_model_on_the_hub(config):
     metrics = {"train_solutions": 9, "eval_solutions": 1, "steps": 3, "best_step": 3, "eval_pairs": 2}
     metrics |= {f"{who}_pair_accuracy{end}": 0.5 for who in ("eval", "system1") for end in ("", "_low", "_high")}
-    hub = replace(config, model="meta-llama/Llama-3.2-1B-Instruct", chat_template="/home/someone/plain.jinja")
+    files = {"chat_template": "/home/someone/plain.jinja", "further_files": ("/home/someone/more.jsonl",)}
+    hub = replace(config, model="meta-llama/Llama-3.2-1B-Instruct", **files)
     inputs = {"eval_file": {"/home/someone/held_out.jsonl": "0123456789abcdef"}}
     text = model_card(hub, inputs, metrics, [("/home/someone/triplets.jsonl", Summary())])
     assert "| SHA-256 of `held_out.jsonl` (eval_file) | 0123456789ab |" in text
     assert "base_model: meta-llama/Llama-3.2-1B-Instruct" in text and "someone" not in text
+    assert "| `chat_template` | plain.jinja |" in text and "| `seed` | 0 |" in text, "the seed is a default"
     assert 'from_pretrained("meta-llama/Llama-3.2-1B-Instruct", "path/to/this/folder")' in text
 
 

@@ -14,16 +14,16 @@ from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedToke
 from transformers.integrations import get_reporting_integration_callbacks
 
 from llm2.common.chat import resolve_template
-from llm2.common.config_file import read_values, write_config
+from llm2.common.config_file import write_config
 from llm2.common.distributed import dist_info, process_device
-from llm2.common.files import whole_files, write_text
-from llm2.common.inputs import Digests, as_digests, digests, record, require_same, write_inputs
+from llm2.common.files import whole_files
+from llm2.common.inputs import Digests, digests, write_inputs
 from llm2.common.loading import changes_logits, load_system1, load_tokenizer, resolve_device
 from llm2.common.memory import peak_memory_mib
 from llm2.common.training import optimizer_arguments
 from llm2.config import TrainConfig
 from llm2.errors import UserError, explained
-from llm2.verifier.checkpoints import last_whole_checkpoint
+from llm2.verifier.checkpoints import begin, last_whole_checkpoint, require_own
 from llm2.verifier.frozen_states import FrozenStates
 from llm2.verifier.masks import sliding_window
 from llm2.verifier.model import ProcessVerifier
@@ -33,7 +33,6 @@ from llm2.verifier.trainer import LossConfig, VerifierTrainer
 from llm2.verifier.triplets import Example, Summary, load_examples
 
 READ_BATCH = 16  # solutions of a forward that reads frozen states
-BEGUN = "begun.json"  # config and digests of the run whose checkpoints a folder holds
 
 
 def train(config: TrainConfig) -> dict:
@@ -78,8 +77,7 @@ def train(config: TrainConfig) -> dict:
         callbacks=[EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else [],
     )
     if dist_info().is_main:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        write_text(Path(config.output_dir, BEGUN), json.dumps(record(config, inputs), indent=2) + "\n")
+        begin(Path(config.output_dir), config, inputs)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = {
         **trainer.evaluate(),
@@ -118,10 +116,7 @@ def checkpoint_to_resume(config: TrainConfig, inputs: Digests) -> Path | None:
     way_out = f"choose another output_dir, or delete {folder}"
     if not config.resume:
         raise UserError(f"{folder} holds checkpoints and resume is false; {way_out}")
-    begun = folder / BEGUN
-    earlier = read_values(begun if begun.exists() else folder / "train.yaml")  # JSON is YAML
-    earlier["inputs"] = as_digests(earlier.get("inputs"), begun)
-    require_same(earlier, config, inputs, f"the last checkpoint in {folder}", way_out)
+    require_own(folder, config, inputs, way_out)
     return checkpoint
 
 
