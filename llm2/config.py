@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from llm2.common.keys import Mark, Reads, Sweeps
+from llm2.common.keys import Mark, Reads
 
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=1)]
@@ -356,13 +356,13 @@ class SweepConfig(EvaluateConfig):
     An evaluation with lists of settings to try, in all combinations.
     """
 
-    alphas: Annotated[tuple[Share, ...], Sweeps("alpha")] = ()
+    alphas: tuple[Share, ...] = ()
     """Values of alpha to try; only the key alpha when empty."""
-    betas: Annotated[tuple[NonNegative, ...], Sweeps("beta")] = ()
+    betas: tuple[NonNegative, ...] = ()
     """Values of beta to try; only the key beta when empty."""
-    top_ks: Annotated[tuple[Count | None, ...], Sweeps("top_k")] = ()
+    top_ks: tuple[Count | None, ...] = ()
     """Values of top_k to try; only the key top_k when empty."""
-    temperatures: Annotated[tuple[Positive, ...], Sweeps("temperature")] = ()
+    temperatures: tuple[Positive, ...] = ()
     """Sampling temperatures to try; only the key temperature when empty."""
     validation_split: str = "validation"
     """Split of the task on which settings are compared."""

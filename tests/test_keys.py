@@ -14,11 +14,10 @@ from llm2.benchmarks.configs import LabelsBenchmark
 from llm2.common.config_file import as_dict, write_config
 from llm2.common.inputs import record, write_inputs
 from llm2.common.journal import Journal
-from llm2.config import EvaluateConfig, ExploreConfig, Mode, SweepConfig, TrainConfig
+from llm2.config import EvaluateConfig, ExploreConfig, Mode, TrainConfig
 from llm2.errors import UserError
 from llm2.evaluation.evaluate import describe
 from llm2.evaluation.predictions import Predictions
-from llm2.evaluation.sweep import SWEPT
 from llm2.exploration.explore import finished_report
 from llm2.verifier.checkpoints import BEGUN
 from llm2.verifier.train import checkpoint_to_resume
@@ -156,9 +155,3 @@ def test_metrics_show_the_settings_that_are_marked():
         *("model", "verifier", "contrast", "alpha", "beta", "top_k", "temperature", "top_p", "num_samples"),
         *("few_shot", "num_fewshot", "seed"),
     }
-
-
-def test_a_sweeps_lists_are_of_keys_of_an_evaluation():
-    assert SWEPT == {"alpha": "alphas", "beta": "betas", "top_k": "top_ks", "temperature": "temperatures"}
-    assert SWEPT.keys() <= EvaluateConfig.__dataclass_fields__.keys()
-    assert set(SWEPT.values()) <= SweepConfig.__dataclass_fields__.keys()

@@ -18,7 +18,7 @@ import llm2
 from llm2.common.config_file import as_dict, difference
 from llm2.common.files import digest, write_text
 from llm2.common.home import without_home
-from llm2.common.keys import Mark, Reads, marked, marks
+from llm2.common.keys import Mark, marked, reads
 from llm2.errors import UserError, explained
 
 Digests = dict[str, dict[str, str]]  # key -> name of a file, without its folder -> SHA-256, or a hub's commit
@@ -34,8 +34,8 @@ OTHERS += ("special_tokens_map.json", "added_tokens.json", "chat_template.json",
 def digests(config: Any) -> Digests:
     """Of all that the marked keys of a config name; keys that name no file, or none that is there, are left out."""
     found = {}
-    for key, mark in marks(config, Reads).items():
-        value, read = getattr(config, key), KINDS[mark.kind]
+    for key, kind in reads(config).items():
+        value, read = getattr(config, key), KINDS[kind]
         if isinstance(value, tuple):  # files, by their paths: two may have one name
             found[key] = {without_home(path): content for path in value for content in read(path).values()}
         elif value is not None:

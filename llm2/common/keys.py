@@ -12,13 +12,6 @@ class Reads:
     kind: Literal["model", "file", "code", "results"]
 
 
-@dataclass(frozen=True)
-class Sweeps:
-    """Marks a key that lists the values of `key` to try."""
-
-    key: str
-
-
 class Mark(Enum):
     """What else is said of a key. One without HOW or WHICH is the same in a run and in its continuation."""
 
@@ -31,10 +24,10 @@ class Mark(Enum):
     TRAINER = "an argument of transformers' Trainer, under the same name"
 
 
-def marks(config: Any, kind: type) -> dict[str, Any]:
-    """Key -> its mark of this kind, for the keys of a config, or of its class, that have one."""
-    fields = config.__pydantic_fields__.items()
-    return {key: mark for key, field in fields for mark in field.metadata if isinstance(mark, kind)}
+def reads(config: Any) -> dict[str, str]:
+    """Key -> kind of what it names, for the keys of a config that are marked with `Reads`."""
+    fields = type(config).__pydantic_fields__.items()
+    return {key: mark.kind for key, field in fields for mark in field.metadata if isinstance(mark, Reads)}
 
 
 def marked(config: Any, *wanted: Mark) -> dict[str, Any]:

@@ -12,12 +12,11 @@ from llm2.common.claim import claimed
 from llm2.common.files import write_text
 from llm2.common.home import without_home
 from llm2.common.inputs import digests
-from llm2.common.keys import Sweeps, marks
 from llm2.config import EvaluateConfig, Mode, SweepConfig
 from llm2.errors import UserError
 from llm2.evaluation.evaluate import evaluate
 
-SWEPT = {mark.key: several for several, mark in marks(SweepConfig, Sweeps).items()}  # key -> the list of its values
+SWEPT = {"alpha": "alphas", "beta": "betas", "top_k": "top_ks", "temperature": "temperatures"}
 
 
 def sweep(config: SweepConfig) -> dict | None:
