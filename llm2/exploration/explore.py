@@ -132,15 +132,20 @@ class Progress:
     def __init__(self, problems: int, **options) -> None:
         options |= {"desc": "explore", "unit": "problem", "mininterval": 1, "miniters": 0, "smoothing": 0}
         self.bar = tqdm(total=problems, **options)
-        self.problems, self.rollouts, self.tokens = 0.0, 0, 0
+        self.problems, self.rollouts, self.tokens, self.running = 0.0, 0, 0, 0
         self.start = time.perf_counter()
+
+    def on_token(self, *_: int) -> None:
+        """Of a rollout that is running."""
+        self.running += 1
+        self.add(0.0)
 
     def add(self, problems: float, continuations: Sequence[Sequence[int]] = ()) -> None:
         self.problems += problems
         self.rollouts += len(continuations)
         self.tokens += sum(map(len, continuations))
         self.bar.n = round(self.problems, 1)
-        speed = self.tokens / (time.perf_counter() - self.start)
+        speed = max(self.tokens, self.running) / (time.perf_counter() - self.start)
         self.bar.set_postfix_str(f"{self.rollouts:,} rollouts, {speed:,.0f} tokens/s", refresh=False)
         self.bar.update(0)
 
@@ -228,6 +233,7 @@ class Explorer:
                 for state, position, token, indices in branches
             ],
             on_finished,
+            self.progress.on_token,
         )
         for state in states:
             before = state.test.progress
