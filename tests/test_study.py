@@ -86,7 +86,7 @@ def test_axes_override_the_steps_keys_and_fill_names_in(config):
     ]
 
 
-def test_done_steps_are_skipped_and_a_failure_is_told_after_the_others(config, monkeypatch):
+def test_done_steps_are_skipped_and_a_failure_is_told_after_the_others(config, monkeypatch, capsys):
     started = []
 
     def fake(command, env, **_):
@@ -98,10 +98,12 @@ def test_done_steps_are_skipped_and_a_failure_is_told_after_the_others(config, m
         return type("Done", (), {"returncode": 2 * failed})
 
     monkeypatch.setattr(study.subprocess, "run", fake)
-    for expected in (3, 4):  # the second time only the failed run
+    for expected, shown in ((3, "0/3 "), (4, "2/3 ")):  # the second time only the failed run
         with pytest.raises(UserError, match="1 of 3 runs failed; the first: evaluate ended with status 2; its log is"):
             study.run(config)
         assert len(started) == expected
+        bar = capsys.readouterr().err
+        assert shown in bar.split("\r")[1] and "2/3 " in bar.split("\r")[-1], "a bar counts steps, those of earlier too"
 
 
 def test_a_step_that_was_done_with_other_settings_is_told_not_skipped(config):
