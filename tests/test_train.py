@@ -19,6 +19,7 @@ from conftest import tiny_system1
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_collate import examples, model_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, TrainingArguments
 
 from llm2 import LLM2
@@ -310,6 +311,27 @@ def test_a_run_killed_after_its_last_step_takes_no_further_one(config, tmp_path,
     again = train(torn)
     assert again["steps"] == whole["steps"] == math.ceil(epochs * 4)
     assert last_whole_checkpoint(Path(torn.output_dir)).name == f"checkpoint-{whole['steps']}"
+
+
+def test_the_bar_moves_with_every_forward_and_begins_where_a_resumed_run_does(config, monkeypatch):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, **options) -> None:
+            super().__init__(**options)
+            bars.append([self.n])
+
+        def update(self, n: float = 1) -> None:
+            super().update(n)
+            bars[-1].append(self.n)
+
+    monkeypatch.setattr("llm2.common.training.tqdm", Bar)
+    config = replace(config, num_train_epochs=1.0, evaluations=2)
+    train(config)  # 32 solutions: 4 steps of two forwards
+    assert bars == [list(range(9))]
+    shutil.rmtree(Path(config.output_dir, "checkpoint-4"))
+    train(config)
+    assert bars[1] == [4, 5, 6, 7, 8]
 
 
 def test_checkpoints_of_another_config_are_not_resumed(config):

@@ -19,6 +19,7 @@ from llm2.baselines.training import begin, import_trl, save, trainer_arguments
 from llm2.common.chat import resolve_template
 from llm2.common.loading import eos_ids_by_name, load_classifier, load_tokenizer, resolve_device
 from llm2.common.seeds import row_seed
+from llm2.common.training import ForwardsBar
 from llm2.errors import UserError
 from llm2.exploration.engines import open_engine
 from llm2.exploration.own_solutions import Sample, sample_solutions, sampling_bar
@@ -56,6 +57,7 @@ def train_outcome(config: OutcomeConfig) -> dict:
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
+    ForwardsBar.of(trainer)
     loss = trainer.train().training_loss
     tokens = sum(sample.tokens for _, samples in sampled for sample in samples)
     counts = {"problems": len(problems), "pairs": len(pairs), "sampled_tokens": tokens, "training_loss": loss}

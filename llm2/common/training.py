@@ -3,7 +3,8 @@
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from tqdm import tqdm
+from transformers import ProgressCallback, Trainer, TrainingArguments
 
 from llm2.common.distributed import dist_info
 from llm2.common.keys import Mark, marked
@@ -14,6 +15,30 @@ from llm2.errors import UserError
 CHECKPOINTING = "activation_checkpointing"
 if not hasattr(TrainingArguments, CHECKPOINTING):
     CHECKPOINTING = "gradient_checkpointing"
+
+
+class ForwardsBar(ProgressCallback):
+    """The Trainer's bar, which moves with every forward of a step; its estimate is from this run's average speed."""
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> None:
+        """In the place of the trainer's own, if it has one."""
+        if trainer.pop_callback(ProgressCallback) is not None:
+            trainer.add_callback(cls)
+
+    def on_train_begin(self, args, state, control, **others) -> None:
+        if state.is_world_process_zero:
+            steps = args.gradient_accumulation_steps
+            sizes = {"total": state.max_steps * steps, "initial": state.global_step * steps}
+            self.training_bar = tqdm(**sizes, desc="train", unit="forward", smoothing=0)
+
+    def on_substep_end(self, args, state, control, **others) -> None:
+        if state.is_world_process_zero:
+            self.training_bar.update()
+
+    def on_step_end(self, args, state, control, **others) -> None:
+        if state.is_world_process_zero:
+            self.training_bar.update(state.global_step * args.gradient_accumulation_steps - self.training_bar.n)
 
 
 def optimizer_arguments(config: OptimizerConfig, device: torch.device) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from llm2.common.files import whole_files
 from llm2.common.inputs import Digests, digests, write_inputs
 from llm2.common.loading import changes_logits, load_system1, load_tokenizer, resolve_device
 from llm2.common.memory import peak_memory_mib
-from llm2.common.training import optimizer_arguments
+from llm2.common.training import ForwardsBar, optimizer_arguments
 from llm2.config import TrainConfig
 from llm2.errors import UserError, explained
 from llm2.verifier.checkpoints import begin, last_whole_checkpoint, require_own
@@ -76,6 +76,7 @@ def train(config: TrainConfig) -> dict:
         processing_class=tokenizer,
         callbacks=[EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else [],
     )
+    ForwardsBar.of(trainer)
     if dist_info().is_main:
         begin(Path(config.output_dir), config, inputs)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
