@@ -1,11 +1,12 @@
 """The configs of the benchmarks, a frozen dataclass each; the key `benchmark` of a file says which one it is for."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic.dataclasses import dataclass
 
 from llm2.common.config_file import read_file
+from llm2.common.keys import Mark
 from llm2.config import (
     STRICT,
     Count,
@@ -15,7 +16,9 @@ from llm2.config import (
     GuidanceConfig,
     ModelConfig,
     NonNegative,
+    OptionalFile,
     OptionalModel,
+    Output,
     RolloutConfig,
     Share,
 )
@@ -164,17 +167,17 @@ class LabelsBenchmark:
 
     benchmark: Literal["labels"]
     """Which benchmark to run."""
-    output: str = "results/benchmark/labels.json"
+    output: Output = "results/benchmark/labels.json"
     """JSON file for the results; the exploration and the reference are kept in a folder beside it."""
-    explore: str | None = None
+    explore: OptionalFile = None
     """Config of the exploration whose labels are compared with the reference; null for the testbed's with defaults."""
-    problems: Count = 200
+    problems: Annotated[Count, Mark.WHICH] = 200
     """Number of problems, the first ones of the exploration's."""
     reference_rollouts: Count = 64
     """Rollouts of every plausible token for the reference."""
     reference_seed: int = 1
     """Seed of the reference's rollouts; should differ from the exploration's."""
-    fixed_rollouts: Count = 16
+    fixed_rollouts: Annotated[Count, Mark.WHICH] = 16
     """The cost is stated relative to an exploration with this many rollouts of every plausible token."""
 
 

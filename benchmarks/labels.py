@@ -15,12 +15,11 @@ from tqdm import tqdm
 from benchmarks.configs import LabelsBenchmark
 from benchmarks.runner import markdown_table, result_row, write_results
 from llm2.common.config_file import load_config
-from llm2.common.inputs import change, digests
+from llm2.common.inputs import digests, require_same
 from llm2.common.journal import Journal
 from llm2.common.loading import load_tokenizer
 from llm2.common.stats import wilson_interval
 from llm2.config import ExploreConfig
-from llm2.errors import UserError
 from llm2.exploration.engines import open_engine
 from llm2.exploration.explore import Explorer, explore
 from llm2.exploration.solutions import load_problems
@@ -42,8 +41,8 @@ def measure(config: LabelsBenchmark) -> str:
     if not triplets.exists():
         explore(settings)
     report = json.loads((folder / "triplets.jsonl.report.json").read_text(encoding="utf-8"))
-    if changed := change(report.get("inputs"), digests(settings)):
-        raise UserError(f"{triplets} is out of date: {changed}; delete {folder}, or choose another output")
+    earlier = report["config"] | {"inputs": report.get("inputs")}
+    require_same(earlier, settings, digests(settings), str(triplets), f"delete {folder}, or choose another output")
     verdicts = {
         (line["id"], *pair["triplet"][::2]): pair["verdict"]
         for line in map(json.loads, (folder / "triplets.jsonl.pairs.jsonl").read_text(encoding="utf-8").splitlines())
@@ -63,8 +62,7 @@ def reference(config: LabelsBenchmark, settings: ExploreConfig, folder: Path) ->
     """The quality of gold minus that of each other plausible token, and the number of tokens generated."""
     tokenizer, task = load_tokenizer(settings.model), load_task(settings.task, settings.data_file, settings.grader)
     problems, _ = load_problems(task, settings.split, settings.limit)
-    may_differ = ("problems", "output", "fixed_rollouts")
-    journal = Journal(folder, config, digests(settings), may_differ=may_differ, key=itemgetter("id"))
+    journal = Journal(folder, config, digests(settings) | digests(config), key=itemgetter("id"))
     waiting = [problem for problem in problems if problem.id not in journal.done]
     explorer = Explorer(settings, open_engine(settings, tokenizer), tokenizer, task)
     with tqdm(total=len(problems), initial=len(problems) - len(waiting), desc="reference", unit="problem") as bar:

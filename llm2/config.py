@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from llm2.common.inputs import Reads
+from llm2.common.keys import Mark, Reads
 
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=1)]
@@ -19,6 +19,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Device = Literal["auto", "cpu", "cuda"]
+Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 # Keys that name what a run reads, which is known by its content.
 Model = Annotated[str, Reads("model")]
@@ -27,6 +28,7 @@ File = Annotated[str, Reads("file")]
 OptionalFile = Annotated[str | None, Reads("file")]
 Code = Annotated[str, Reads("code")]
 OptionalCode = Annotated[str | None, Reads("code")]
+Output = Annotated[str, Mark.HOW]
 
 
 class Mode(StrEnum):
@@ -56,9 +58,9 @@ ModeKey = Annotated[Mode, Field(strict=False)]  # a YAML file holds the value
 class CandidateConfig:
     """The plausible set C_t (arXiv 2412.20372)."""
 
-    alpha: Share = 0.1
+    alpha: Annotated[Share, Mark.GUIDED, Mark.SHOWN] = 0.1
     """A token is plausible if its probability is at least alpha times that of the most likely token."""
-    top_k: Count | None = None
+    top_k: Annotated[Count | None, Mark.GUIDED, Mark.SHOWN] = None
     """Limit of plausible tokens per position; no limit when null."""
 
 
@@ -66,7 +68,7 @@ class CandidateConfig:
 class GuidanceConfig(CandidateConfig):
     """Guided logits on the plausible set: z + beta * s (arXiv 2412.20372)."""
 
-    beta: NonNegative | None = 0.25
+    beta: Annotated[NonNegative | None, Mark.GUIDED, Mark.SHOWN] = 0.25
     """Weight of the verifier's score in the guided logits; null: the one that its training chose."""
 
     def guidance(self) -> dict[str, Any]:
@@ -78,13 +80,13 @@ class GuidanceConfig(CandidateConfig):
 class ModelConfig:
     """System 1 and where it runs."""
 
-    model: Model
+    model: Annotated[Model, Mark.SHOWN]
     """System 1: a local folder, a GGUF file, a hub id, `smollm2`, or `testbed` for the embedded one."""
     chat_template: OptionalFile = None
     """Chat template: llama3-plain, chatml-plain, base or a Jinja file; the tokenizer's own when null."""
-    device: Device = "auto"
+    device: Annotated[Device, Mark.HOW] = "auto"
     """Device of the models; auto is the GPU if there is one."""
-    seed: Seed = 0
+    seed: Annotated[Seed, Mark.SAMPLED, Mark.SHOWN, Mark.TRAINER] = 0
     """Seed of all random numbers."""
 
 
@@ -96,7 +98,7 @@ class TaskConfig:
     """gsm8k, math500, mawps, svamp, testbed, chats, or MODULE:CLASS of another task (llm2/tasks/README.md)."""
     data_file: OptionalFile = None
     """Local JSON Lines file in the task's format, read instead of its source; required for chats."""
-    limit: Count | None = None
+    limit: Annotated[Count | None, Mark.WHICH] = None
     """Number of problems, the first ones; all when null."""
     grader: OptionalCode = None
     """MODULE:FUNCTION of (text, gold) -> bool that says whether a solution is right; the task's grading when null."""
@@ -110,15 +112,15 @@ class EngineConfig:
     """Engine that decodes; vllm is installed separately, and explore then needs top_k."""
     dtype: Dtype = "auto"
     """Dtype of the models; auto is the checkpoint's on a GPU, float32 on a CPU, where batch_size changes no text."""
-    tensor_parallel: Count = 1
+    tensor_parallel: Annotated[Count, Mark.HOW] = 1
     """GPUs per vLLM engine."""
     max_model_len: Count | None = None
     """Tokens of a sequence, prompt included, that vLLM makes room for; the model's own limit when null."""
-    memory_share: Share | None = None
+    memory_share: Annotated[Share | None, Mark.HOW] = None
     """Share of each device's memory that vLLM takes, beside what scores and traces need; its default when null."""
-    server: str | None = None
+    server: Annotated[str | None, Mark.HOW] = None
     """With engine vllm: URL of a vLLM server (http://HOST:8000/v1) to use instead of an engine in this process."""
-    server_requests: Count = 64
+    server_requests: Annotated[Count, Mark.HOW] = 64
     """Concurrent requests to the vLLM server."""
 
 
@@ -136,7 +138,7 @@ class RolloutConfig(ModelConfig, GuidanceConfig, EngineConfig):
     """Limit of new tokens per rollout."""
     stop_pattern: str | None = None
     """Regular expression that ends a rollout once its answer is decided; engine llm2 only."""
-    batch_size: Count = 64
+    batch_size: Annotated[Count, Mark.HOW] = 64
     """Rollouts generated at the same time."""
 
 
@@ -156,7 +158,7 @@ class SolutionsConfig(SamplesConfig):
 
     solutions: Literal["gold", "own"] = "gold"
     """The task's gold solutions, or right ones sampled from System 1, guided if there is a verifier."""
-    max_solutions: Count = 1
+    max_solutions: Annotated[Count, Mark.WHICH] = 1
     """Distinct right solutions kept per problem with solutions=own, the first ones."""
 
 
@@ -184,25 +186,25 @@ class StoppingRule:
 class OptimizerConfig:
     """How a model is trained."""
 
-    num_train_epochs: Positive = 2.0
+    num_train_epochs: Annotated[Positive, Mark.SHOWN, Mark.TRAINER] = 2.0
     """Passes over the training data."""
-    learning_rate: Positive = 2e-5
+    learning_rate: Annotated[Positive, Mark.SHOWN, Mark.TRAINER] = 2e-5
     """Peak learning rate."""
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"] = "cosine"
+    lr_scheduler_type: Annotated[Schedule, Mark.TRAINER] = "cosine"
     """Learning rate schedule after warm-up."""
     warmup_ratio: Share = 0.1
     """Share of the optimizer steps in which the learning rate rises from 0 to its peak."""
-    weight_decay: NonNegative = 0.0
+    weight_decay: Annotated[NonNegative, Mark.TRAINER] = 0.0
     """Weight decay of AdamW."""
-    max_grad_norm: NonNegative = 1.0
+    max_grad_norm: Annotated[NonNegative, Mark.TRAINER] = 1.0
     """Gradients are clipped to this norm."""
-    global_batch_size: Count = 128
+    global_batch_size: Annotated[Count, Mark.SHOWN] = 128
     """Solutions, or pairs of them, per optimizer step, over all processes and accumulation steps."""
-    per_device_train_batch_size: Count = 4
+    per_device_train_batch_size: Annotated[Count, Mark.TRAINER] = 4
     """Solutions, or pairs of them, per forward on each device."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
-    bf16: bool = False
+    bf16: Annotated[bool, Mark.TRAINER] = False
     """Train in bfloat16 mixed precision."""
 
 
@@ -213,7 +215,7 @@ class OptimizerConfig:
 class ExploreConfig(SolutionsConfig, StoppingRule):
     """Token quality exploration: right solutions in, triplets out."""
 
-    output: str
+    output: Output
     """Triplets file to write, JSON lines; every verdict goes to OUTPUT.pairs.jsonl, counts to OUTPUT.report.json."""
     max_triplets: Count | None = None
     """Limit of triplets per solution, the most informative ones; all when null."""
@@ -233,8 +235,10 @@ class TrainConfig(ModelConfig, OptimizerConfig):
 
     train_file: File
     """What to train on, JSON lines: triplets, or an exploration's verdicts (OUTPUT.pairs.jsonl) as soft targets."""
-    output_dir: str
+    output_dir: Annotated[Output, Mark.TRAINER]
     """Folder for the verifier and its checkpoints."""
+    device: Device = "auto"
+    """Device that trains; auto is the GPU if there is one. A run ends on the one that it began on."""
     further_files: Annotated[tuple[str, ...], Reads("file")] = ()
     """More files to train on, each whole, such as the second round of an exploration."""
     limit: Count | None = None
@@ -283,11 +287,11 @@ class TrainConfig(ModelConfig, OptimizerConfig):
     """Held-out evaluations (and checkpoints) over the run; the best checkpoint is kept."""
     early_stopping_patience: Count | None = None
     """Stop after this many evaluations without a better pair accuracy; never when null."""
-    logging_steps: Count = 10
+    logging_steps: Annotated[Count, Mark.HOW, Mark.TRAINER] = 10
     """Optimizer steps between log lines."""
-    report_to: str = "none"
+    report_to: Annotated[str, Mark.HOW, Mark.TRAINER] = "none"
     """Where the Trainer reports metrics: none, tensorboard, wandb, ..."""
-    resume: bool = True
+    resume: Annotated[bool, Mark.HOW] = True
     """Resume from the last checkpoint in output_dir, if there is one."""
 
 
@@ -295,41 +299,41 @@ class TrainConfig(ModelConfig, OptimizerConfig):
 class EvaluateConfig(TaskConfig, ModelConfig, GuidanceConfig, EngineConfig):
     """Decode a task with and without System 2, grade, compare."""
 
-    output_dir: str
+    output_dir: Output
     """Results folder to write."""
-    verifier: OptionalModel = None
+    verifier: Annotated[OptionalModel, Mark.GUIDED, Mark.SCORES, Mark.SHOWN] = None
     """Trained verifier, a local folder or a hub id; the guided modes need one."""
-    contrast: OptionalModel = None
+    contrast: Annotated[OptionalModel, Mark.GUIDED, Mark.SHOWN] = None
     """In a verifier's place, a model whose logits less System 1's are the score, such as System 1 fine-tuned."""
-    modes: tuple[ModeKey, ...] = (Mode.PLAIN_GREEDY, Mode.GUIDED_GREEDY)
+    modes: Annotated[tuple[ModeKey, ...], Mark.WHICH] = (Mode.PLAIN_GREEDY, Mode.GUIDED_GREEDY)
     """Ways of decoding: plain_greedy, guided_greedy, plain_sampling, guided_sampling."""
     split: str = "test"
     """Split of the task to evaluate on."""
-    few_shot: OptionalFile = None
+    few_shot: Annotated[OptionalFile, Mark.SHOWN] = None
     """Worked examples before each problem: gsm8k-cot (the 8 published ones) or a JSON lines file."""
-    num_fewshot: Count | None = None
+    num_fewshot: Annotated[Count | None, Mark.SHOWN] = None
     """Number of few-shot examples, the first ones; all when null."""
-    num_samples: Count = 20
+    num_samples: Annotated[Count, Mark.SAMPLED, Mark.SHOWN] = 20
     """Samples per problem in the sampling modes."""
-    majority_at: tuple[Count, ...] = (1, 5, 10, 20)
+    majority_at: Annotated[tuple[Count, ...], Mark.WHICH] = (1, 5, 10, 20)
     """Values of k in tables and paired tests, each at most num_samples."""
-    temperature: Positive = 1.0
+    temperature: Annotated[Positive, Mark.SAMPLED, Mark.SHOWN] = 1.0
     """Sampling temperature in the sampling modes."""
-    top_p: Share = 1.0
+    top_p: Annotated[Share, Mark.SAMPLED, Mark.SHOWN] = 1.0
     """Nucleus sampling: samples are drawn from the most likely tokens that together have this probability."""
     max_new_tokens: Count = 512
     """Limit of new tokens per solution."""
-    batch_size: Count | Literal["auto"] = 16
+    batch_size: Annotated[Count | Literal["auto"], Mark.HOW] = 16
     """Sequences decoded at the same time; auto is as many as fit a GPU's memory, 64 on a CPU."""
-    score_samples: bool = True
+    score_samples: Annotated[bool, Mark.GUIDED] = True
     """Score every sample with the verifier: for best of k, weighted votes and the report's colours."""
-    solution_score: Literal["mean", "min", "last"] = "mean"
+    solution_score: Annotated[Literal["mean", "min", "last"], Mark.GUIDED, Mark.SCORES] = "mean"
     """Score of a sample: the mean, lowest or last score of its tokens."""
-    traced_samples: Annotated[int, Field(ge=0)] = 4
+    traced_samples: Annotated[int, Field(ge=0), Mark.WHICH] = 4
     """Samples per problem and mode that the report shows token by token."""
-    reuse_from: tuple[str, ...] = ()
+    reuse_from: Annotated[tuple[str, ...], Mark.HOW] = ()
     """Results folders whose predictions are reused where they were made with equal settings."""
-    resume: bool = True
+    resume: Annotated[bool, Mark.HOW] = True
     """Keep the predictions that the results folder already has."""
 
 

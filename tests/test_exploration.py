@@ -440,10 +440,10 @@ def test_an_existing_output_is_never_overwritten(config):
 
 def test_a_journal_of_other_settings_is_refused(config):
     other, partial = replace(config, quality_margin=0.9), Path(config.output + ".partial")
-    journal = Journal(partial, other, {}, may_differ=(), key=itemgetter("id"))
+    journal = Journal(partial, other, {}, key=itemgetter("id"))
     journal.add({"id": "finished"})
     journal.close()
-    with pytest.raises(UserError, match="begun with another config: quality_margin was 0.9 and now is"):
+    with pytest.raises(UserError, match="is of another config: quality_margin was 0.9 and now is"):
         explore(config)
 
 

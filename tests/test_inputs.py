@@ -161,7 +161,7 @@ def test_a_killed_exploration_never_mixes_two_contents_of_its_data(tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         explore(config)
     write_problems(tmp_path / "problems.jsonl", "5.0")
-    with pytest.raises(UserError, match=f"cannot be continued: the content of problems.jsonl .*{CHANGED}; set that"):
+    with pytest.raises(UserError, match=f"out of date: the content of problems.jsonl .*{CHANGED}; set that"):
         explore(config)
 
 

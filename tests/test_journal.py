@@ -1,25 +1,28 @@
 """The journal: torn lines, changed configs, other numbers of processes."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Annotated
 
 import pytest
+from pydantic.dataclasses import dataclass
 
 from llm2.common.journal import Journal
+from llm2.common.keys import Mark
 from llm2.errors import UserError
 
 
 @dataclass(frozen=True)
 class Config:
     seed: int = 0
-    device: str = "cpu"
+    device: Annotated[str, Mark.HOW] = "cpu"
 
 
 CONFIG = Config()
 
 
 def open_journal(folder, config=CONFIG, shard=0) -> Journal:
-    return Journal(folder, config, {}, may_differ=("device",), key=lambda entry: entry["id"], shard=shard)
+    return Journal(folder, config, {}, key=lambda entry: entry["id"], shard=shard)
 
 
 def test_entries_are_read_in_the_given_order_from_all_shards(tmp_path):
@@ -68,7 +71,7 @@ def test_another_config_is_refused_except_for_keys_that_may_differ(tmp_path):
     journal.add({"id": 1})
     journal.close()
     open_journal(tmp_path, replace(CONFIG, device="cuda")).close()
-    with pytest.raises(UserError, match=r"shard-0.jsonl was begun with another config: seed was 0 and now is 1"):
+    with pytest.raises(UserError, match=r"shard-0.jsonl is of another config: seed was 0 and now is 1"):
         open_journal(tmp_path, replace(CONFIG, seed=1))
 
 

@@ -282,6 +282,19 @@ def test_majority_is_drawn_at_odd_and_reported_k():
     assert [int(k) for k in axes.lines[0].get_xdata()] == [1, 3, 5, 7, 9, 10, 11, 13, 15, 17, 19, 20]
 
 
+def test_no_marker_of_a_legend_stands_among_the_measurements():
+    points = [{**POINT, "beta": beta, "alpha": alpha, "accuracy": 0.7} for beta in (0.25, 1.0) for alpha in (0.1, 0.2)]
+    metrics = {**SWEPT, "sweep": {**SWEPT["sweep"], "points": points}}
+    drawn = figures(parse(metrics, "the metrics"))
+    assert drawn.keys() == {"accuracy", "cost", "sweep"}
+    for figure in drawn.values():
+        figure.draw_without_rendering()
+        for legend, axes in ((axes.get_legend(), axes) for axes in figure.axes if axes.get_legend()):
+            assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+            assert figure.bbox.containsx(legend.get_window_extent().x1) and legend.get_window_extent().y0 >= 0
+    assert all(figure.axes[-1].get_legend() for figure in drawn.values())
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*metrics\.json: No such file"):
         write_report(tmp_path)

@@ -86,7 +86,7 @@ def test_axes_override_the_steps_keys_and_fill_names_in(config):
     ]
 
 
-def test_done_steps_are_skipped_and_a_failure_is_told_after_the_others(config, monkeypatch):
+def test_done_steps_are_skipped_and_a_failure_is_told_after_the_others(config, monkeypatch, capsys):
     started = []
 
     def fake(command, env, **_):
@@ -98,10 +98,12 @@ def test_done_steps_are_skipped_and_a_failure_is_told_after_the_others(config, m
         return type("Done", (), {"returncode": 2 * failed})
 
     monkeypatch.setattr(study.subprocess, "run", fake)
-    for expected in (3, 4):  # the second time only the failed run
+    for expected, shown in ((3, "0/3 "), (4, "2/3 ")):  # the second time only the failed run
         with pytest.raises(UserError, match="1 of 3 runs failed; the first: evaluate ended with status 2; its log is"):
             study.run(config)
         assert len(started) == expected
+        bar = capsys.readouterr().err
+        assert shown in bar.split("\r")[1] and "2/3 " in bar.split("\r")[-1], "a bar counts steps, those of earlier too"
 
 
 def test_a_step_that_was_done_with_other_settings_is_told_not_skipped(config):
@@ -119,12 +121,16 @@ def test_a_step_that_was_done_with_other_settings_is_told_not_skipped(config):
         study.run(config)
     assert main(["study", str(Path(config.output_dir).parent / "small.yaml"), "--summary"]) == 2
     report = written.with_name("t.jsonl.report.json")
-    report.write_text(json.dumps({"config": {"limit": 4, "top_k": 5}}))
     explored = StudyStep(
         name="e", command="explore", config="configs/testbed/explore.yaml", set={"limit": 5}, done=str(report)
     )
-    with pytest.raises(UserError, match="report.json: limit was 4 and now is 5"):
-        study.check_done(config, explored, one)
+    asked_for = {"limit": 5, "top_k": 5, "model": "testbed", "task": "testbed", "max_new_tokens": 200}
+    for key, found, now in (("limit", 4, 5), ("max_new_tokens", 100, 200)):  # of the step, and of its config file
+        report.write_text(json.dumps({"config": asked_for | {key: found}}))
+        with pytest.raises(UserError, match=f"report.json: {key} was {found} and now is {now}"):
+            study.check_done(config, explored, one)
+    report.write_text(json.dumps({"config": asked_for | {"batch_size": 7, "alpha": 0.3}}))
+    study.check_done(config, explored, one)  # how a step worked, and a default
     report.write_text('{"config": ')
     with pytest.raises(UserError, match="report.json.* not valid YAML"):
         study.check_done(config, explored, one)

@@ -5,6 +5,7 @@ import json
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -309,6 +310,8 @@ def test_an_interrupted_pretraining_resumes_to_the_same_files(last, tmp_path, mo
                 patch.setattr("experiments.testbed.pretrain.measured_card", killed_at_the_card)
             pretrain(tiny_config(tmp_path / "parts"))
     assert (tmp_path / f"parts/checkpoints/checkpoint-{last}").is_dir()
+    with pytest.raises(UserError, match="checkpoints is of another config: learning_rate was 0.002 and now is 0.1"):
+        pretrain(replace(tiny_config(tmp_path / "parts"), learning_rate=0.1))
     pretrain(tiny_config(tmp_path / "parts"))
     whole, parts = (
         {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("whole", "parts")

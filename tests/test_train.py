@@ -19,6 +19,7 @@ from conftest import tiny_system1
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_collate import examples, model_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, TrainingArguments
 
 from llm2 import LLM2
@@ -315,11 +316,13 @@ def test_the_output_is_a_folder_for_the_hub(config, rank):
 def test_a_card_names_the_base_model_on_the_hub(config):
     metrics = {"train_solutions": 9, "eval_solutions": 1, "steps": 3, "best_step": 3, "eval_pairs": 2}
     metrics |= {f"{who}_pair_accuracy{end}": 0.5 for who in ("eval", "system1") for end in ("", "_low", "_high")}
-    hub = replace(config, model="meta-llama/Llama-3.2-1B-Instruct", chat_template="/home/someone/plain.jinja")
+    files = {"chat_template": "/home/someone/plain.jinja", "further_files": ("/home/someone/more.jsonl",)}
+    hub = replace(config, model="meta-llama/Llama-3.2-1B-Instruct", **files)
     inputs = {"eval_file": {"/home/someone/held_out.jsonl": "0123456789abcdef"}}
     text = model_card(hub, inputs, metrics, [("/home/someone/triplets.jsonl", Summary())])
     assert "| SHA-256 of `held_out.jsonl` (eval_file) | 0123456789ab |" in text
     assert "base_model: meta-llama/Llama-3.2-1B-Instruct" in text and "someone" not in text
+    assert "| `chat_template` | plain.jinja |" in text and "| `seed` | 0 |" in text, "the seed is a default"
     assert 'from_pretrained("meta-llama/Llama-3.2-1B-Instruct", "path/to/this/folder")' in text
 
 
@@ -372,6 +375,27 @@ def test_a_run_killed_after_its_last_step_takes_no_further_one(config, tmp_path,
     again = train(torn)
     assert again["steps"] == whole["steps"] == math.ceil(epochs * 4)
     assert last_whole_checkpoint(Path(torn.output_dir)).name == f"checkpoint-{whole['steps']}"
+
+
+def test_the_bar_moves_with_every_forward_and_begins_where_a_resumed_run_does(config, monkeypatch):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, **options) -> None:
+            super().__init__(**options)
+            bars.append([self.n])
+
+        def update(self, n: float = 1) -> None:
+            super().update(n)
+            bars[-1].append(self.n)
+
+    monkeypatch.setattr("llm2.common.training.tqdm", Bar)
+    config = replace(config, num_train_epochs=1.0, evaluations=2)
+    train(config)  # 32 solutions: 4 steps of two forwards
+    assert bars == [list(range(9))]
+    shutil.rmtree(Path(config.output_dir, "checkpoint-4"))
+    train(config)
+    assert bars[1] == [4, 5, 6, 7, 8]
 
 
 def test_checkpoints_of_another_config_are_not_resumed(config):

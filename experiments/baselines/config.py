@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic.dataclasses import dataclass
 
-from llm2.common.inputs import Reads
+from llm2.common.keys import Mark, Reads
 from llm2.config import (
     STRICT,
     Count,
@@ -14,6 +14,7 @@ from llm2.config import (
     ModelConfig,
     OptimizerConfig,
     OptionalCode,
+    Output,
     Positive,
     SamplesConfig,
     Seed,
@@ -25,7 +26,7 @@ from llm2.config import (
 class FinetuneConfig(SolutionsConfig, OptimizerConfig):
     """Fine-tune System 1 on gold solutions, or by rejection sampling on its own right ones (solutions=own)."""
 
-    output_dir: str
+    output_dir: Annotated[Output, Mark.TRAINER]
     """Folder for the fine-tuned System 1."""
     replay_task: OptionalCode = None
     """Another task, of which as many gold solutions are mixed in, so that System 1 does not forget it."""
@@ -39,7 +40,7 @@ class PreferConfig(ModelConfig, OptimizerConfig):
 
     train_file: File
     """What to train on, JSON lines: triplets, or an exploration's verdicts (OUTPUT.pairs.jsonl) as soft targets."""
-    output_dir: str
+    output_dir: Annotated[Output, Mark.TRAINER]
     """Folder for the fine-tuned System 1."""
     preference_beta: Positive = 0.1
     """Weight b of the log-ratios to System 1 in -log sigmoid(b * (log-ratio of gold - log-ratio of the negative))."""
@@ -49,7 +50,7 @@ class PreferConfig(ModelConfig, OptimizerConfig):
 class OutcomeConfig(SamplesConfig, OptimizerConfig):
     """Train a verifier of finished solutions on right and wrong samples of System 1: an outcome score."""
 
-    output_dir: str
+    output_dir: Annotated[Output, Mark.TRAINER]
     """Folder for the verifier; evaluate it with modes=[plain_sampling] solution_score=last."""
     max_pairs: Count = 4
     """Pairs of a right and a wrong solution per problem, at most."""
@@ -67,7 +68,7 @@ class SelfConsistencyConfig:
     """Its mode."""
     majority_at: Count = 1
     """Samples of that mode, if it samples, that vote."""
-    output: str
+    output: Output
     """JSON file to write."""
     seed: Seed = 0
     """Seed of the bootstrap."""

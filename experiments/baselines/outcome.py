@@ -12,7 +12,6 @@ from itertools import product
 
 import torch
 from datasets import Dataset
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments.baselines.config import OutcomeConfig
@@ -20,9 +19,10 @@ from experiments.baselines.training import begin, import_trl, save, trainer_argu
 from llm2.common.chat import resolve_template
 from llm2.common.loading import eos_ids_by_name, load_classifier, load_tokenizer, resolve_device
 from llm2.common.seeds import row_seed
+from llm2.common.training import ForwardsBar
 from llm2.errors import UserError
 from llm2.exploration.engines import open_engine
-from llm2.exploration.own_solutions import Sample, sample_solutions
+from llm2.exploration.own_solutions import Sample, sample_solutions, sampling_bar
 from llm2.exploration.solutions import load_problems, tokenize_solutions
 from llm2.tasks import Problem, Task, load_task
 from llm2.verifier.model import ProcessVerifier
@@ -57,6 +57,7 @@ def train_outcome(config: OutcomeConfig) -> dict:
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
+    ForwardsBar.of(trainer)
     loss = trainer.train().training_loss
     tokens = sum(sample.tokens for _, samples in sampled for sample in samples)
     counts = {"problems": len(problems), "pairs": len(pairs), "sampled_tokens": tokens, "training_loss": loss}
@@ -68,9 +69,10 @@ def sampled_solutions(
 ) -> Iterator[tuple[Problem, list[Sample]]]:
     """Each problem with its graded samples."""
     engine = open_engine(config, tokenizer)
-    for start in tqdm(range(0, len(problems), GROUP), desc="samples", unit=f"{GROUP} problems"):
-        group = problems[start : start + GROUP]
-        yield from zip(group, sample_solutions(config, engine, tokenizer, task, group), strict=True)
+    with sampling_bar(config, len(problems)) as bar:
+        for start in range(0, len(problems), GROUP):
+            group = problems[start : start + GROUP]
+            yield from zip(group, sample_solutions(config, engine, tokenizer, task, group, bar), strict=True)
     engine.close()
 
 

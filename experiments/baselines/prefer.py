@@ -17,6 +17,7 @@ from experiments.baselines.training import begin, save, trainer_arguments
 from llm2.common.chat import resolve_template
 from llm2.common.distributed import process_device
 from llm2.common.loading import load_system1, load_tokenizer, resolve_device
+from llm2.common.training import ForwardsBar
 from llm2.verifier.loss import pairwise_loss
 from llm2.verifier.pair_metrics import system1_margins
 from llm2.verifier.triplets import Example, load_examples
@@ -31,6 +32,7 @@ def prefer(config: PreferConfig) -> dict:
     examples, summary = load_examples(config.train_file, tokenizer, resolve_template(config.chat_template))
     model = load_system1(config.model, device, "float32")
     trainer = PreferenceTrainer(model, arguments, examples, config.preference_beta)
+    ForwardsBar.of(trainer)
     loss = trainer.train().training_loss
     counts = {"solutions": len(examples), "triplets": summary.triplets, "training_loss": loss}
     return save(model, tokenizer, config, inputs, "prefer", counts)

@@ -30,12 +30,10 @@ def trainer_arguments(config: OptimizerConfig, device: torch.device) -> dict[str
     """Keyword arguments of TrainingArguments and of TRL's configs. Checkpoints are not kept: a run takes minutes."""
     return {
         **optimizer_arguments(config, device),
-        "output_dir": config.output_dir,
         "save_strategy": "no",
         "logging_steps": 10,
         "report_to": "none",
         "dataloader_pin_memory": device.type == "cuda",
-        "seed": config.seed,
     }
 
 

@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.study.config import StudyConfig, StudyStep
-from experiments.study.run import Run, names_of, overrides, runs, step_folders, wanted_steps
-from llm2.common.config_file import read_values
+from experiments.study.run import Run, asked, names_of, runs, step_folders, wanted_steps
 from llm2.common.files import write_text
 from llm2.common.jsonl import read_jsonl
 from llm2.common.stats import best_of_k, majority_curve
@@ -115,12 +114,8 @@ def read_problems(path: Path, mode: str) -> dict[str, np.ndarray]:
 def settings_of(config: StudyConfig, one: Run, steps: Sequence[StudyStep]) -> str:
     """Digest of the keys of the steps' config files and overrides, names in braces as they stand."""
     names = names_of(config, one)
-    asked = [
-        (step.command, (read_values(step.config) if step.config else {}) | overrides(config, step, names))
-        for step in steps
-        if step.command is not None
-    ]
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    settings = [(step.command, asked(config, step, names)) for step in steps if step.command is not None]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def publish(config: StudyConfig, found: Sequence[Result]) -> None:

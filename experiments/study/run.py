@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -19,6 +19,7 @@ from experiments.commands import CONFIGS, MODULES
 from experiments.study.config import StudyConfig, StudyStep
 from llm2.common.config_file import as_dict, difference, load_config, read_values
 from llm2.common.inputs import Digests, as_digests, change, digests, read_inputs
+from llm2.common.keys import Mark, marked
 from llm2.errors import UserError, explained, shown
 
 ALL = "all"  # in place of a step: all steps that have the key
@@ -71,7 +72,7 @@ def check(config: StudyConfig, summary: bool = False) -> None:
     before = Run({}, Path(config.output_dir))
     planned = [(one, step) for one in runs(config) for step in wanted_steps(config, one)]
     for one, step in [(before, step) for step in config.once] + planned:
-        filled(step, step.done, names_of(config, one))
+        done_file(config, step, one)
         if step.command is not None:
             check_done(config, step, one, summary)
 
@@ -80,15 +81,15 @@ def check_done(config: StudyConfig, step: StudyStep, one: Run, summary: bool = F
     """Raises UserError for a config with mistakes, and for a step that was done with other settings than the study's
     or with other contents of what it reads, such as a verifier that has been trained anew since.
 
-    Compared are the keys of its overrides, but for null, which the command resolves, and texts with names in braces:
-    folders may have been moved.
+    Compared are the keys of its config file and its overrides, except null, which the command resolves, and texts with
+    names in braces: folders may have been moved.
     """
     names = names_of(config, one)
     wanted = load_config(CONFIGS[step.command], step.config, list(arguments(config, step, names)))
-    compared = {k for k, v in overrides(config, step, names).items() if v is not None and "{" not in str(v)}
-    done = Path(filled(step, step.done, names))
+    compared = {k for k, v in asked(config, step, names).items() if v is not None and "{" not in str(v)}
+    done = done_file(config, step, one)
     earlier = recorded(step, done)
-    ignored = tuple(as_dict(wanted).keys() - compared)
+    ignored = (as_dict(wanted).keys() - compared) | marked(wanted, Mark.HOW).keys()
     way_out = "delete what this step wrote, or choose another output_dir"
     if earlier is not None and (changed := difference(earlier, wanted, ignored)):
         raise UserError(f"{done}: {changed} in the study; {way_out}")
@@ -96,7 +97,7 @@ def check_done(config: StudyConfig, step: StudyStep, one: Run, summary: bool = F
     if inputs is None:
         return
     now = digests(wanted)
-    gone = tuple(inputs.keys() - now.keys()) if summary else ()  # results may be summarised without what made them
+    gone = inputs.keys() - now.keys() if summary else ()  # results may be summarised without what made them
     if changed := change(inputs, now, gone):
         raise UserError(f"{done} is out of date: {changed}; {way_out}")
 
@@ -141,24 +142,34 @@ def run(config: StudyConfig, only: Sequence[str] = ()) -> None:
     choice = chosen(config, only)
     planned, locks = [one for one in runs(config) if _among(one.values, choice)], defaultdict(Lock)
     before = Run({}, Path(config.output_dir))
-    with ThreadPoolExecutor(config.workers) as pool, tqdm(total=len(planned), desc="study", unit="run") as bar:
-        for failure in list(pool.map(lambda step: run_step(config, step, before), config.once)):
+    steps = [(before, config.once), *((one, wanted_steps(config, one)) for one in planned)]
+    files = {done_file(config, step, one) for one, wanted in steps for step in wanted}  # runs may share a step
+    earlier, failures = sum(path.exists() for path in files), []
+    bar = tqdm(total=len(files), initial=earlier, desc="study", unit="step", smoothing=0, mininterval=0)
+
+    def tracked(step: StudyStep, one: Run) -> str | None:
+        failure = run_step(config, step, one)
+        bar.update(sum(path.exists() for path in files) - bar.n)
+        return failure
+
+    with ThreadPoolExecutor(config.workers) as pool, bar:
+        for failure in list(pool.map(lambda step: tracked(step, before), config.once)):
             if failure:
                 raise UserError(failure)
-        failures = []
-        for failure in pool.map(lambda one: run_steps(config, one, locks), planned):
+        for failure in pool.map(lambda one: run_steps(config, one, locks, tracked), planned):
             failures += [failure] if failure else []
-            bar.set_postfix_str(f"{len(failures)} failed" if failures else "", refresh=False)
-            bar.update()
+            bar.set_postfix_str(f"{len(failures)} runs failed" if failures else "")
     if failures:
         raise UserError(f"{len(failures)} of {len(planned)} runs failed; the first: {failures[0]}")
 
 
-def run_steps(config: StudyConfig, one: Run, locks: Mapping[str, Lock]) -> str | None:
+def run_steps(
+    config: StudyConfig, one: Run, locks: Mapping[Path, Lock], run_one: Callable[[StudyStep, Run], str | None]
+) -> str | None:
     """The steps of a run up to the first failure, which is returned."""
     for step in wanted_steps(config, one):
-        with locks[filled(step, step.done, names_of(config, one))]:  # runs that share a step wait for the first of them
-            failure = run_step(config, step, one)
+        with locks[done_file(config, step, one)]:  # runs that share a step wait for the first of them
+            failure = run_one(step, one)
         if failure:
             return failure
     return None
@@ -171,8 +182,7 @@ def wanted_steps(config: StudyConfig, one: Run) -> list[StudyStep]:
 
 def run_step(config: StudyConfig, step: StudyStep, one: Run) -> str | None:
     """Run a step unless it is done; returns a sentence if it fails."""
-    names = names_of(config, one)
-    done = Path(filled(step, step.done, names))
+    names, done = names_of(config, one), done_file(config, step, one)
     if done.exists():
         return None
     if step.command is None:
@@ -196,6 +206,11 @@ def names_of(config: StudyConfig, one: Run) -> dict[str, str]:
     return {"study": config.output_dir, "run": str(one.folder), **one.values}
 
 
+def done_file(config: StudyConfig, step: StudyStep, one: Run) -> Path:
+    """The file that a step leaves."""
+    return Path(filled(step, step.done, names_of(config, one)))
+
+
 def filled(step: StudyStep, text: str, names: Mapping[str, str]) -> str:
     """A text of a step with its names in braces replaced. Raises UserError for one that nothing stands for."""
     with explained(f"steps: {step.name}: {shown(text)}: expected only {', '.join(names)} in braces"):
@@ -213,6 +228,11 @@ def overrides(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) ->
     return found
 
 
+def asked(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) -> dict[str, Any]:
+    """Keys of a step's config file and of its overrides, with names in braces as they stand."""
+    return (read_values(step.config) if step.config else {}) | overrides(config, step, names)
+
+
 def arguments(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) -> Iterator[str]:
     """The step's overrides as key=value, with names in braces replaced."""
     for key, value in overrides(config, step, names).items():
@@ -227,6 +247,5 @@ def arguments(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) ->
 
 def step_folders(config: StudyConfig, one: Run, steps: Sequence[StudyStep]) -> dict[str, Path]:
     """The folders in which the steps of a run have left their results, for those that are done."""
-    names = names_of(config, one)
-    files = {step.name: Path(filled(step, step.done, names)) for step in steps}
+    files = {step.name: done_file(config, step, one) for step in steps}
     return {name: file.parent for name, file in files.items() if file.exists()}

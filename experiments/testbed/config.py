@@ -1,17 +1,18 @@
 """The configs of what makes the testbed: its System 1 and its generated files."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic.dataclasses import dataclass
 
-from llm2.config import STRICT, Count, Positive, Seed, Share
+from llm2.common.keys import Mark
+from llm2.config import STRICT, Count, Output, Positive, Seed, Share
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class PretrainConfig:
     """Train the testbed's System 1 from scratch."""
 
-    output_dir: str
+    output_dir: Output
     """Folder for the model, its tokenizer and its model card."""
     hidden_size: Count = 160
     """Width of the hidden states."""
@@ -37,7 +38,7 @@ class PretrainConfig:
     """Share of the optimizer steps in which the learning rate rises from 0 to its peak."""
     save_steps: Count = 250
     """Optimizer steps between checkpoints to resume from."""
-    card_problems: Count = 500
+    card_problems: Annotated[Count, Mark.WHICH] = 500
     """Validation problems for the figures of the model card."""
     seed: Seed = 0
     """Seed of the corpus, the weights and the order of the documents."""
@@ -52,7 +53,7 @@ class PretrainConfig:
 class GenerateConfig:
     """Write problems of the testbed, or what a System 1 with two skills is trained on, as JSON lines."""
 
-    output: str
+    output: Output
     """File to write."""
     regime: Literal[
         "same", "foreign", "answers", "careful", "two_skills", "more_steps", "new_words", "large_numbers", "sorting"

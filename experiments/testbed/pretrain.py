@@ -29,7 +29,7 @@ from llm2.common.chat import encode_chats
 from llm2.common.distributed import dist_info
 from llm2.common.files import whole_files
 from llm2.errors import UserError
-from llm2.verifier.checkpoints import TRAINER_STATE, last_whole_checkpoint
+from llm2.verifier.checkpoints import TRAINER_STATE, begin, last_whole_checkpoint, require_own
 from llm2.verifier.loss import IGNORE_INDEX
 
 TOKENIZER_SAMPLE = 20_000  # conversations that the tokenizer is trained on
@@ -62,6 +62,9 @@ def pretrain(config: PretrainConfig) -> None:
     check(config)
     output = Path(config.output_dir)
     checkpoints = output / "checkpoints"
+    if (last := last_whole_checkpoint(checkpoints)) is not None:
+        require_own(checkpoints, config, {}, f"set that back, or delete {checkpoints}")
+    begin(checkpoints, config, {})
     set_seed(config.seed)
     print(f"writing {config.documents:,} careless solutions ...", flush=True)
     conversations = list(careless_conversations(config.documents, config.seed))
@@ -74,7 +77,6 @@ def pretrain(config: PretrainConfig) -> None:
         train_dataset=examples(conversations, tokenizer),
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
     )
-    last = last_whole_checkpoint(checkpoints)
     if last is not None and last.name == f"checkpoint-{config.max_steps}":  # the Trainer would go beyond it
         model = LlamaForCausalLM.from_pretrained(last, local_files_only=True)
         history = TrainerState.load_from_json(str(last / TRAINER_STATE)).log_history

@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,10 +89,10 @@ def write_config(config: Any, path: str | Path) -> None:
     write_text(path, yaml.safe_dump(as_dict(config), sort_keys=False))
 
 
-def difference(earlier: dict[str, Any], config: Any, may_differ: tuple[str, ...]) -> str | None:
-    """The first key, other than those in `may_differ`, with another value than in the earlier run, as a clause."""
+def difference(earlier: Mapping[str, Any], config: Any, but: Collection[str]) -> str | None:
+    """The first key with another value than in the earlier run, except the keys `but`, as a clause."""
     for key, value in as_dict(config).items():
-        if key not in may_differ and without_home(earlier.get(key)) != value:
+        if key not in but and without_home(earlier.get(key)) != value:
             return f"{key} was {earlier.get(key)!r} and now is {value!r}"
     return None
 

@@ -7,17 +7,18 @@ are read: a file that changes in between is noticed by the next run.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import TypeAdapter
 
 import llm2
+from llm2.common.config_file import as_dict, difference
 from llm2.common.files import digest, write_text
 from llm2.common.home import without_home
+from llm2.common.keys import Mark, marked, reads
 from llm2.errors import UserError, explained
 
 Digests = dict[str, dict[str, str]]  # key -> name of a file, without its folder -> SHA-256, or a hub's commit
@@ -30,34 +31,44 @@ OTHERS = ("config.json", "generation_config.json", "adapter_config.json", "token
 OTHERS += ("special_tokens_map.json", "added_tokens.json", "chat_template.json", "merges.txt", "vocab.txt", "*.model")
 
 
-@dataclass(frozen=True)
-class Reads:
-    """Marks a key of a config that names what a run reads: a model or verifier, a file, code (MODULE:NAME), or a
-    results folder."""
-
-    kind: Literal["model", "file", "code", "results"]
-
-
 def digests(config: Any) -> Digests:
     """Of all that the marked keys of a config name; keys that name no file, or none that is there, are left out."""
     found = {}
-    for key, field in type(config).__pydantic_fields__.items():
-        kinds = [mark.kind for mark in field.metadata if isinstance(mark, Reads)]
-        value = getattr(config, key)
-        if not kinds or value is None:
-            continue
+    for key, kind in reads(config).items():
+        value, read = getattr(config, key), KINDS[kind]
         if isinstance(value, tuple):  # files, by their paths: two may have one name
-            found[key] = {without_home(path): content for path in value for content in KINDS[kinds[0]](path).values()}
-        else:
-            found[key] = KINDS[kinds[0]](value)
+            found[key] = {without_home(path): content for path in value for content in read(path).values()}
+        elif value is not None:
+            found[key] = read(value)
     return {key: files for key, files in found.items() if files}
 
 
-def change(earlier: Mapping[str, Any] | None, now: Digests, may_differ: tuple[str, ...] = ()) -> str | None:
-    """The first file, but for those of the keys `may_differ`, with another content than earlier, as a clause."""
+def record(config: Any, inputs: Digests) -> dict[str, Any]:
+    """What a run leaves beside its work, as plain values, for whatever may go on from it: `require_same`."""
+    return as_dict(config) | {"inputs": inputs}
+
+
+def require_same(
+    earlier: Mapping[str, Any], config: Any, inputs: Digests, what: str, way_out: str, but: Collection[str] = ()
+) -> None:
+    """Raises UserError where results of the run whose `record` is `earlier` are not those of this one.
+
+    Args:
+        what: begins the sentence: what is to be used again.
+        but: keys that may differ here besides those marked HOW and WHICH.
+    """
+    but = {*but, *marked(config, Mark.HOW, Mark.WHICH)}
+    if changed := difference(earlier, config, but):
+        raise UserError(f"{what} is of another config: {changed}; {way_out}")
+    if changed := change(earlier.get("inputs"), inputs, but):
+        raise UserError(f"{what} is out of date: {changed}; {way_out}")
+
+
+def change(earlier: Mapping[str, Any] | None, now: Digests, but: Collection[str] = ()) -> str | None:
+    """The first file with another content than earlier, except those of the keys `but`, as a clause."""
     if earlier is None:
         return "an older version of llm2 wrote it, which did not record the contents of what it read"
-    for key in sorted((earlier.keys() | now.keys()) - {*may_differ}):
+    for key in sorted((earlier.keys() | now.keys()) - {*but}):
         before, after = earlier.get(key, {}), now.get(key, {})
         for name in sorted(before.keys() | after.keys()):
             if before.get(name) != after.get(name):

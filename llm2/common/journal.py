@@ -15,8 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llm2.common.config_file import as_dict, difference
-from llm2.common.inputs import Digests, change
+from llm2.common.inputs import Digests, record, require_same
 from llm2.errors import UserError
 
 CHECKSUM = 9  # bytes: eight digits and a space
@@ -26,9 +25,8 @@ class Journal:
     """One process's handle on the journal in `folder`; `done` holds the keys of all finished entries known to it.
 
     Args:
-        config, inputs: the run's config and digests; raises UserError for shards of a run with others, unless they
-            hold no entry yet.
-        may_differ: keys of the config that may change between runs.
+        config, inputs: the run's config and digests; raises UserError for shards of a run with others (`require_same`),
+            unless they hold no entry yet.
         key: identifies an entry.
         shard: the number of this process, the only writer of that shard.
     """
@@ -39,7 +37,6 @@ class Journal:
         config: Any,
         inputs: Digests,
         *,
-        may_differ: tuple[str, ...],
         key: Callable[[dict], Hashable],
         shard: int = 0,
     ) -> None:
@@ -47,8 +44,8 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = (folder / f"shard-{shard}.jsonl").open("a+b")
         for path in self._shards():
-            self._check_header(path, config, inputs, may_differ)
-        self._repair(as_dict(config) | {"inputs": inputs})
+            self._check_header(path, config, inputs)
+        self._repair(record(config, inputs))
         self.done = set(self._offsets())
 
     def add(self, entry: dict) -> None:
@@ -93,17 +90,12 @@ class Journal:
     def _shards(self) -> list[Path]:
         return sorted(self.folder.glob("shard-*.jsonl"))
 
-    def _check_header(self, path: Path, config: Any, inputs: Digests, may_differ: tuple[str, ...]) -> None:
+    def _check_header(self, path: Path, config: Any, inputs: Digests) -> None:
         with path.open("rb") as file:
             lines = [line for _, line in islice(_complete_lines(file), 2)]
-        if len(lines) < 2:
-            return
-        header = _parse(lines[0], path, 1)
-        way_out = f"set that back, or delete {self.folder}"
-        if changed := difference(header, config, may_differ):
-            raise UserError(f"{path} was begun with another config: {changed}; {way_out}")
-        if changed := change(header.get("inputs"), inputs, may_differ):
-            raise UserError(f"{path} cannot be continued: {changed}; {way_out}")
+        if len(lines) > 1:
+            way_out = f"set that back, or delete {self.folder}"
+            require_same(_parse(lines[0], path, 1), config, inputs, f"the journal {path}", way_out)
 
     def _offsets(self) -> dict[Hashable, tuple[Path, int]]:
         """Key of every finished entry -> its shard and its offset there in bytes."""

@@ -3,19 +3,42 @@
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from tqdm import tqdm
+from transformers import ProgressCallback, Trainer, TrainingArguments
 
 from llm2.common.distributed import dist_info
+from llm2.common.keys import Mark, marked
 from llm2.config import OptimizerConfig
 from llm2.errors import UserError
 
-# Keys that OptimizerConfig and TrainingArguments share.
-PASSED_ON = ("num_train_epochs", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm")
-PASSED_ON += ("per_device_train_batch_size", "bf16")
 # Its name since transformers 5.24, which warns of the old one.
 CHECKPOINTING = "activation_checkpointing"
 if not hasattr(TrainingArguments, CHECKPOINTING):
     CHECKPOINTING = "gradient_checkpointing"
+
+
+class ForwardsBar(ProgressCallback):
+    """The Trainer's bar, which moves with every forward of a step; its estimate is from this run's average speed."""
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> None:
+        """In the place of the trainer's own, if it has one."""
+        if trainer.pop_callback(ProgressCallback) is not None:
+            trainer.add_callback(cls)
+
+    def on_train_begin(self, args, state, control, **others) -> None:
+        if state.is_world_process_zero:
+            steps = args.gradient_accumulation_steps
+            sizes = {"total": state.max_steps * steps, "initial": state.global_step * steps}
+            self.training_bar = tqdm(**sizes, desc="train", unit="forward", smoothing=0)
+
+    def on_substep_end(self, args, state, control, **others) -> None:
+        if state.is_world_process_zero:
+            self.training_bar.update()
+
+    def on_step_end(self, args, state, control, **others) -> None:
+        if state.is_world_process_zero:
+            self.training_bar.update(state.global_step * args.gradient_accumulation_steps - self.training_bar.n)
 
 
 def optimizer_arguments(config: OptimizerConfig, device: torch.device) -> dict[str, Any]:
@@ -28,7 +51,7 @@ def optimizer_arguments(config: OptimizerConfig, device: torch.device) -> dict[s
             f"{config.per_device_train_batch_size} x {world_size} processes"
         )
     return {
-        **{name: getattr(config, name) for name in PASSED_ON},
+        **marked(config, Mark.TRAINER),
         CHECKPOINTING: config.gradient_checkpointing,
         "warmup_steps": config.warmup_ratio,  # below 1 it is a ratio
         "gradient_accumulation_steps": config.global_batch_size // forward_size,

@@ -11,14 +11,14 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from llm2.common.chat import Message, encode_chats, resolve_template
 from llm2.common.config_file import as_dict
 from llm2.common.distributed import barrier, dist_info, process_device
 from llm2.common.files import write_text
 from llm2.common.inputs import Digests, digests
+from llm2.common.keys import Mark, marked
 from llm2.common.loading import load_system1, load_tokenizer, refuse_unknown_ids, resolve_device
+from llm2.common.progress import DecodingBar
 from llm2.common.seeds import row_seed
 from llm2.config import EvaluateConfig, Mode
 from llm2.decoding.contrast import ContrastLogits
@@ -36,8 +36,6 @@ from llm2.verifier.scoring import score_tokens, solution_score
 from llm2.vllm.backend import require_engine
 
 SCORING_BATCH = 16  # solutions that the verifier scores in one forward
-SETTINGS = ("model", "verifier", "contrast", "alpha", "beta", "top_k", "temperature", "top_p", "num_samples")
-SETTINGS += ("few_shot", "num_fewshot")
 
 
 def evaluate(config: EvaluateConfig) -> dict | None:
@@ -105,7 +103,7 @@ def describe(config: EvaluateConfig, inputs: Digests, n: int) -> dict:
         "split": config.split,
         "n": n,
         "seed": config.seed,
-        "settings": {key: values[key] for key in SETTINGS},
+        "settings": {key: values[key] for key in marked(config, Mark.SHOWN)},
         "inputs": inputs,
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
         "git_commit": git_commit(),
@@ -160,20 +158,21 @@ class Evaluator:
         share = predictions.missing(problems, mode)[dist.rank :: dist.world_size]
         correct, total = predictions.count_correct(problems, mode)
         group_size = SCORING_BATCH if self._scores(mode) else 1
-        with tqdm(total=len(share), desc=mode, unit="problem", disable=not dist.is_main) as bar:
-            for group in _grouped(self._decode(mode, share), group_size):
+        samples = self.config.num_samples if mode.sampled else 1
+        options = {"desc": mode, "unit": "problem", "disable": not dist.is_main}
+        with DecodingBar(len(share) * samples, self.config.max_new_tokens, samples, **options) as progress:
+            for group in _grouped(self._decode(mode, share, progress), group_size):
                 for entry in self._entries(mode, group):
                     predictions.add(entry)
                     correct += sum(sample["correct"] for sample in entry["samples"])
                     total += len(entry["samples"])
-                    bar.set_postfix_str(f"accuracy {correct / total:.1%}", refresh=False)
-                    bar.update()
+                    progress.bar.set_postfix_str(f"accuracy {correct / total:.1%}", refresh=False)
 
     def _scores(self, mode: Mode) -> bool:
         """Whether the verifier scores the solutions of this mode."""
         return self.config.verifier is not None and (self.config.score_samples or not mode.sampled)
 
-    def _decode(self, mode: Mode, problems: Sequence[Problem]) -> Iterator[Decoded]:
+    def _decode(self, mode: Mode, problems: Sequence[Problem], progress: DecodingBar) -> Iterator[Decoded]:
         """The problems, in the order in which they are finished."""
         config, llm2 = self.config, self.llm2
         conversations = [with_examples(self.examples, self.task.prompt(problem)) for problem in problems]
@@ -195,10 +194,12 @@ class Evaluator:
                 seeds=seeds,
                 names=[problem.id for problem in problems],
                 batch_size=config.batch_size,
+                on_token=progress.on_token,
                 process_logits=ContrastLogits(self.contrast, prompts, config) if contrasts else None,
                 trace=mode.guided and not contrasts and config.traced_samples > 0,
             )
         for index, completions in finished:
+            progress.on_finished(index, [row.token_ids for row in completions])
             prompt = prompts[index]
             if contrasts:  # the second model takes a verifier's place, and reads every token but the last
                 completions = [

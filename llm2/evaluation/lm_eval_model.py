@@ -16,11 +16,11 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
-from tqdm import tqdm
 
 from llm2.common.chat import resolve_template
 from llm2.common.distributed import barrier, destroy_group, dist_info, process_device
 from llm2.common.loading import resolve_device
+from llm2.common.progress import DecodingBar
 from llm2.common.seeds import row_seed
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.llm2 import LLM2
@@ -77,16 +77,16 @@ class HarnessModel(LM):
         for index, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
         texts: dict[int, str] = {}
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="llm2", unit="request") as bar:
+        shown = {"disable": disable_tqdm, "desc": "llm2", "unit": "request"}
+        with DecodingBar(len(requests), self.max_gen_toks, **shown) as bar:
             for group in groups.values():
                 options = requests[group[0]].args[1]
-                for number, text in self._decode([requests[index].args[0] for index in group], options):
+                for number, text in self._decode([requests[index].args[0] for index in group], options, bar):
                     texts[group[number]] = text
                     self.cache_hook.add_partial("generate_until", requests[group[number]].args, text)
-                    bar.update()
         return [texts[index] for index in range(len(requests))]
 
-    def _decode(self, contexts: Sequence[str], options: dict) -> Iterator[tuple[int, str]]:
+    def _decode(self, contexts: Sequence[str], options: dict, bar: DecodingBar) -> Iterator[tuple[int, str]]:
         """Index and text of each context as it is finished. Options that LLM2 does not know are ignored."""
         stops = options.get("until") or []
         stops = [stops] if isinstance(stops, str) else list(stops)
@@ -101,8 +101,10 @@ class HarnessModel(LM):
             seeds=[[row_seed(self.seed, context, index)] for index, context in enumerate(contexts)],
             batch_size=self.batch_size,
             stop=self._stop_function(stops) if stops else None,
+            on_token=bar.on_token,
         )
         for index, (completion,) in finished:
+            bar.on_finished(index, [completion.token_ids])
             text = self.llm2.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
             yield index, text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)]
 

@@ -6,26 +6,19 @@ A journal entry holds one problem in one mode: a line of predictions.jsonl, plus
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from llm2.common.config_file import as_dict, difference, read_values, write_config
 from llm2.common.distributed import barrier, dist_info
 from llm2.common.files import whole_file
-from llm2.common.home import without_home
-from llm2.common.inputs import INPUTS, Digests, change, read_inputs, write_inputs
+from llm2.common.inputs import INPUTS, Digests, change, read_inputs, require_same, write_inputs
 from llm2.common.journal import Journal
 from llm2.common.jsonl import read_jsonl
+from llm2.common.keys import Mark, marked
 from llm2.config import EvaluateConfig, Mode
 from llm2.errors import UserError
 from llm2.tasks import Problem
-
-# Keys that may differ between a run and its continuation: no prediction depends on them.
-MAY_DIFFER = ("output_dir", "modes", "limit", "majority_at", "batch_size", "traced_samples", "reuse_from", "resume")
-MAY_DIFFER += ("device", "tensor_parallel", "max_model_len", "memory_share", "server", "server_requests")
-SCORE_KEYS = ("verifier", "solution_score")
-GUIDED_ONLY = ("contrast", "alpha", "beta", "top_k", "score_samples", *SCORE_KEYS)  # without effect on plain decoding
-SAMPLED_ONLY = ("num_samples", "temperature", "top_p", "seed")  # without effect on greedy decoding
 
 
 class Predictions:
@@ -44,7 +37,7 @@ class Predictions:
                 self._delete_files()
             elif (self.folder / "predictions.jsonl").exists():
                 way_out = "choose another output_dir, or pass resume=false to start over"
-                self._refuse_other_run(self.folder, MAY_DIFFER, way_out)
+                self._require_same(self.folder, way_out)
             self.journal = self._open_journal()
             self._add_earlier_predictions()
         barrier()
@@ -88,7 +81,7 @@ class Predictions:
 
     def _open_journal(self) -> Journal:
         shard = dist_info().rank
-        return Journal(self.folder / "journal", self.config, self.inputs, may_differ=MAY_DIFFER, key=_key, shard=shard)
+        return Journal(self.folder / "journal", self.config, self.inputs, key=_key, shard=shard)
 
     def _delete_files(self) -> None:
         shutil.rmtree(self.folder / "journal", ignore_errors=True)
@@ -106,28 +99,26 @@ class Predictions:
         """The entries of another results folder. Raises UserError if this run would have made other ones."""
         if not (folder / "predictions.jsonl").exists():
             raise UserError(f"reuse_from: {folder} holds no predictions.jsonl; evaluate there first")
-        earlier, checked = read_values(folder / "config.yaml"), set()
-        now = as_dict(self.config)
-        same_scores = all(without_home(earlier.get(key)) == now[key] for key in SCORE_KEYS)
-        same_scores &= (read_inputs(folder) or {}).get("verifier") == self.inputs.get("verifier")
+        scoring, checked = marked(self.config, Mark.SCORES), set()
+        others = as_dict(self.config).keys() - scoring
+        same_scores = difference(read_values(folder / "config.yaml"), self.config, others) is None
+        same_scores &= change(read_inputs(folder), self.inputs, others) is None
         for entry in _read_entries(folder):
             mode = Mode(entry["mode"])
             if mode not in checked:
-                self._refuse_other_run(folder, MAY_DIFFER + _without_effect(mode), "it cannot be reused")
+                self._require_same(folder, "it cannot be reused", _without_effect(self.config, mode))
                 checked.add(mode)
             yield entry if same_scores else _without_scores(entry)
 
-    def _refuse_other_run(self, folder: Path, may_differ: tuple[str, ...], way_out: str) -> None:
-        predictions = folder / "predictions.jsonl"
-        if changed := difference(read_values(folder / "config.yaml"), self.config, may_differ):
-            raise UserError(f"{predictions} was made with another config: {changed}; {way_out}")
-        if changed := change(read_inputs(folder), self.inputs, may_differ):
-            raise UserError(f"{predictions} is out of date: {changed}; {way_out}")
+    def _require_same(self, folder: Path, way_out: str, but: Collection[str] = ()) -> None:
+        earlier = read_values(folder / "config.yaml") | {"inputs": read_inputs(folder)}
+        require_same(earlier, self.config, self.inputs, str(folder / "predictions.jsonl"), way_out, but)
 
 
-def _without_effect(mode: Mode) -> tuple[str, ...]:
-    """The keys that do not change what this mode writes."""
-    return (() if mode.guided else GUIDED_ONLY) + (() if mode.sampled else SAMPLED_ONLY)
+def _without_effect(config: EvaluateConfig, mode: Mode) -> Collection[str]:
+    """The keys on which what this mode writes does not depend."""
+    unused = ([] if mode.guided else [Mark.GUIDED]) + ([] if mode.sampled else [Mark.SAMPLED])
+    return marked(config, *unused)
 
 
 def _key(entry: dict) -> tuple[str, str]:

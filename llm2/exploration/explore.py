@@ -24,6 +24,7 @@ from llm2.common.config_file import difference
 from llm2.common.distributed import barrier, dist_info, iter_shared_work
 from llm2.common.inputs import Digests, change, digests
 from llm2.common.journal import Journal
+from llm2.common.keys import Mark, marked
 from llm2.common.loading import load_tokenizer
 from llm2.common.prefix import common_prefix
 from llm2.config import ExploreConfig
@@ -39,8 +40,6 @@ from llm2.verifier.triplets import Triplet, record_line
 
 CHUNK = 16  # problems that are started together
 WINDOW = 8  # batches of rollouts in one round: fewer would leave rows idle at its end
-# Keys that may change when a run is resumed: none of them changes a triplet.
-MAY_DIFFER = ("limit", "batch_size", "device", "output", "tensor_parallel", "memory_share", "server", "server_requests")
 
 
 @dataclass
@@ -75,7 +74,7 @@ def explore(config: ExploreConfig) -> dict | None:
     engine = open_engine(config, tokenizer)
     output.parent.mkdir(parents=True, exist_ok=True)
     shard = dist_info().rank
-    journal = Journal(partial, config, inputs, may_differ=MAY_DIFFER, key=itemgetter("id"), shard=shard)
+    journal = Journal(partial, config, inputs, key=itemgetter("id"), shard=shard)
     earlier = frozenset(journal.done)
     barrier()  # all processes have read the same journal before one adds to it
     sampling = {}
@@ -106,8 +105,7 @@ def explore(config: ExploreConfig) -> dict | None:
 def finished_report(config: ExploreConfig, inputs: Digests) -> dict | None:
     """The report beside the output; None if it is that of another run."""
     report = json.loads(Path(f"{config.output}.report.json").read_text(encoding="utf-8"))
-    may_differ = tuple({*MAY_DIFFER} - {"limit"})
-    other = difference(report["config"], config, may_differ) or change(report.get("inputs"), inputs)
+    other = difference(report["config"], config, marked(config, Mark.HOW)) or change(report.get("inputs"), inputs)
     return None if other else report
 
 
@@ -134,15 +132,20 @@ class Progress:
     def __init__(self, problems: int, **options) -> None:
         options |= {"desc": "explore", "unit": "problem", "mininterval": 1, "miniters": 0, "smoothing": 0}
         self.bar = tqdm(total=problems, **options)
-        self.problems, self.rollouts, self.tokens = 0.0, 0, 0
+        self.problems, self.rollouts, self.tokens, self.running = 0.0, 0, 0, 0
         self.start = time.perf_counter()
+
+    def on_token(self, *_: int) -> None:
+        """Of a rollout that is running."""
+        self.running += 1
+        self.add(0.0)
 
     def add(self, problems: float, continuations: Sequence[Sequence[int]] = ()) -> None:
         self.problems += problems
         self.rollouts += len(continuations)
         self.tokens += sum(map(len, continuations))
         self.bar.n = round(self.problems, 1)
-        speed = self.tokens / (time.perf_counter() - self.start)
+        speed = max(self.tokens, self.running) / (time.perf_counter() - self.start)
         self.bar.set_postfix_str(f"{self.rollouts:,} rollouts, {speed:,.0f} tokens/s", refresh=False)
         self.bar.update(0)
 
@@ -230,6 +233,7 @@ class Explorer:
                 for state, position, token, indices in branches
             ],
             on_finished,
+            self.progress.on_token,
         )
         for state in states:
             before = state.test.progress

@@ -10,24 +10,21 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llm2.common.chat import encode_chats, resolve_template
 from llm2.common.distributed import barrier, dist_info, iter_shared_work
 from llm2.common.inputs import Digests
 from llm2.common.journal import Journal
+from llm2.common.progress import DecodingBar
 from llm2.common.seeds import row_seed
 from llm2.config import SamplesConfig, SolutionsConfig
 from llm2.errors import UserError
-from llm2.exploration.engines import Engine, OnFinished, Request
+from llm2.exploration.engines import Engine, Request
 from llm2.tasks import Problem, Task
 from llm2.tasks.grading import Grade
 
 WINDOW = 4  # batches of samples between entries of the journal
-# Keys that may change when a run is resumed: none of them changes a solution.
-MAY_DIFFER = ("limit", "batch_size", "device", "tensor_parallel", "server", "server_requests")
-MAY_DIFFER += ("output", "output_dir", "max_solutions")
 
 
 class Sample(NamedTuple):
@@ -52,18 +49,14 @@ def own_solutions(
     Processes share the problems; an interrupted run resumes from the journal in `folder`, which knows the run's
     `inputs`. Raises UserError where no sample is right.
     """
-    journal = Journal(folder, config, inputs, may_differ=MAY_DIFFER, key=itemgetter("id"), shard=dist_info().rank)
+    journal = Journal(folder, config, inputs, key=itemgetter("id"), shard=dist_info().rank)
     barrier()  # all processes have read the same journal before one adds to it
     waiting = [problem for problem in problems if problem.id not in journal.done]
     size = max(1, WINDOW * config.batch_size // config.solution_samples)
     groups = [waiting[start : start + size] for start in range(0, len(waiting), size)]
-    share = math.ceil(len(waiting) / dist_info().world_size) * config.solution_samples
-    bar = tqdm(total=share, desc="own solutions", unit="sample", smoothing=0, disable=not dist_info().is_main)
-    with bar:
+    with sampling_bar(config, len(waiting)) as bar:
         for index in iter_shared_work(len(groups)):
-            sampled = sample_solutions(
-                config, engine, tokenizer, task, groups[index], lambda _, rows: bar.update(len(rows))
-            )
+            sampled = sample_solutions(config, engine, tokenizer, task, groups[index], bar)
             for problem, samples in zip(groups[index], sampled, strict=True):
                 right = dict.fromkeys(sample.text for sample in samples if sample.grade.correct)
                 tokens = sum(sample.tokens for sample in samples)
@@ -89,13 +82,21 @@ def own_solutions(
     }
 
 
+def sampling_bar(config: SamplesConfig, problems: int) -> DecodingBar:
+    """For the samples of this process's share of so many problems, an estimate: see `iter_shared_work`."""
+    share = math.ceil(problems / dist_info().world_size) * config.solution_samples
+    return DecodingBar(
+        share, config.max_new_tokens, desc="own solutions", unit="sample", disable=not dist_info().is_main
+    )
+
+
 def sample_solutions(
     config: SamplesConfig,
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     problems: Sequence[Problem],
-    on_finished: OnFinished = lambda index, continuations: None,
+    bar: DecodingBar,
 ) -> Iterator[list[Sample]]:
     """`config.solution_samples` graded solutions of each problem; sample i depends on seed, problem and i alone."""
     template = resolve_template(config.chat_template)
@@ -110,7 +111,7 @@ def sample_solutions(
         )
         for problem, prompt in zip(problems, prompts, strict=True)
     ]
-    for problem, completions in zip(problems, engine.generate(requests, on_finished), strict=True):
+    for problem, completions in zip(problems, engine.generate(requests, bar.on_finished, bar.on_token), strict=True):
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         grades = task.grade(texts, problem.gold)
         yield [Sample(*each) for each in zip(texts, grades, map(len, completions), strict=True)]

@@ -4,14 +4,19 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from llm2.common.config_file import read_values
+from llm2.common.files import write_text
 from llm2.common.home import with_home, without_home
+from llm2.common.inputs import Digests, as_digests, record, require_same
 
 TRAINER_STATE = "trainer_state.json"  # transformers.trainer has the name too, but its import takes most of a second
+BEGUN = "begun.json"  # config and digests of the run whose checkpoints a folder holds
 DEEPSPEED_LATEST = "latest"  # the file that names the newest of DeepSpeed's own checkpoints
 
 
@@ -39,6 +44,19 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
             continue
         return path
     return None
+
+
+def begin(folder: Path, config: Any, inputs: Digests) -> None:
+    """Write whose checkpoints `folder` will hold."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / BEGUN, json.dumps(record(config, inputs), indent=2) + "\n")
+
+
+def require_own(folder: Path, config: Any, inputs: Digests, way_out: str) -> None:
+    """Raises UserError where the checkpoints in `folder` are those of another config or of other inputs."""
+    earlier = read_values(folder / BEGUN)  # JSON is YAML
+    earlier["inputs"] = as_digests(earlier.get("inputs"), folder / BEGUN)
+    require_same(earlier, config, inputs, f"the last checkpoint in {folder}", way_out)
 
 
 def is_sharded(folder: Path) -> bool:

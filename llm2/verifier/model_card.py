@@ -9,13 +9,12 @@ import yaml
 
 from llm2.common.config_file import as_dict
 from llm2.common.inputs import SHOWN, Digests
+from llm2.common.keys import Mark, marked, reads
 from llm2.common.loading import is_local
 from llm2.config import TrainConfig
 from llm2.verifier.pair_metrics import table
 from llm2.verifier.triplets import Summary
 
-NOT_SETTINGS = ("model", "train_file", "eval_file", "output_dir", "resume", "report_to", "logging_steps")
-ALWAYS = ("learning_rate", "num_train_epochs", "global_batch_size", "seed")  # listed where they are defaults too
 CARD = """---
 {header}---
 
@@ -57,8 +56,9 @@ def model_card(
     rows += [("solutions", f"{metrics['train_solutions']:,} in training, {metrics['eval_solutions']:,} held out")]
     rows += [("optimizer steps", f"{metrics['steps']:,}; the best on the held-out pairs: {metrics['best_step']:,}")]
     values = as_dict(config) | {"chat_template": config.chat_template and Path(config.chat_template).name}
-    changed = [key.name for key in fields(config) if key.name in ALWAYS or values[key.name] != key.default]
-    rows += [(f"`{name}`", values[name]) for name in changed if name not in NOT_SETTINGS]
+    elsewhere = {*marked(config, Mark.HOW), *reads(config)} - {"chat_template"}
+    shown = marked(config, Mark.SHOWN).keys() | {key.name for key in fields(config) if values[key.name] != key.default}
+    rows += [(f"`{name}`", value) for name, value in values.items() if name in shown - elsewhere]
     for key, files in inputs.items():
         rows += [(f"SHA-256 of `{Path(name).name}` ({key})", digest[:SHOWN]) for name, digest in files.items()]
     if "eval_choice_beta" in metrics:

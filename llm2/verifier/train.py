@@ -16,16 +16,16 @@ from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedToke
 from transformers.integrations import get_reporting_integration_callbacks
 
 from llm2.common.chat import resolve_template
-from llm2.common.config_file import as_dict, difference, read_values, write_config
+from llm2.common.config_file import write_config
 from llm2.common.distributed import dist_info, process_device
-from llm2.common.files import whole_files, write_text
-from llm2.common.inputs import Digests, as_digests, change, digests, write_inputs
+from llm2.common.files import whole_files
+from llm2.common.inputs import Digests, digests, write_inputs
 from llm2.common.loading import changes_logits, load_system1, load_tokenizer, resolve_device
 from llm2.common.memory import peak_memory_mib
-from llm2.common.training import optimizer_arguments
+from llm2.common.training import ForwardsBar, optimizer_arguments
 from llm2.config import TrainConfig
 from llm2.errors import UserError, explained
-from llm2.verifier.checkpoints import last_whole_checkpoint
+from llm2.verifier.checkpoints import begin, last_whole_checkpoint, require_own
 from llm2.verifier.frozen_states import FrozenStates
 from llm2.verifier.masks import sliding_window
 from llm2.verifier.model import ProcessVerifier
@@ -42,8 +42,6 @@ from llm2.verifier.trainer import LossConfig, VerifierTrainer
 from llm2.verifier.triplets import Example, Summary, load_examples
 
 READ_BATCH = 16  # solutions of a forward that reads frozen states
-MAY_DIFFER = ("output_dir", "resume", "report_to", "logging_steps")  # between a run and its continuation
-BEGUN = "begun.json"  # config and digests of the run whose checkpoints a folder holds
 
 
 def train(config: TrainConfig) -> dict:
@@ -94,10 +92,9 @@ def train(config: TrainConfig) -> dict:
         processing_class=tokenizer,
         callbacks=[EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else [],
     )
+    ForwardsBar.of(trainer)
     if dist_info().is_main:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        record = as_dict(config) | {"inputs": inputs}
-        write_text(Path(config.output_dir, BEGUN), json.dumps(record, indent=2) + "\n")
+        begin(Path(config.output_dir), config, inputs)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = {
         **trainer.evaluate(),
@@ -136,12 +133,7 @@ def checkpoint_to_resume(config: TrainConfig, inputs: Digests) -> Path | None:
     way_out = f"choose another output_dir, or delete {folder}"
     if not config.resume:
         raise UserError(f"{folder} holds checkpoints and resume is false; {way_out}")
-    begun = folder / BEGUN
-    earlier = read_values(begun if begun.exists() else folder / "train.yaml")  # JSON is YAML
-    if changed := difference(earlier, config, MAY_DIFFER):
-        raise UserError(f"{folder} holds checkpoints of another config: {changed}; {way_out}")
-    if changed := change(as_digests(earlier.get("inputs"), begun), inputs, MAY_DIFFER):
-        raise UserError(f"{folder} holds checkpoints that are out of date: {changed}; {way_out}")
+    require_own(folder, config, inputs, way_out)
     return checkpoint
 
 
@@ -255,7 +247,6 @@ def training_arguments(config: TrainConfig, solutions: int, device: torch.device
             get_reporting_integration_callbacks([config.report_to])
     arguments = TrainingArguments(
         **optimizer_arguments(config, device),
-        **{name: getattr(config, name) for name in ("output_dir", "logging_steps", "report_to", "seed")},
         per_device_eval_batch_size=config.per_device_train_batch_size,
         eval_strategy="steps",
         eval_steps=eval_steps,

@@ -11,7 +11,7 @@ from llm2.errors import UserError
 
 PREFIX = "llm2_"
 OFF = "off"  # as beta: a plain request to an engine that guides by default
-REQUEST_KEYS = ("llm2_alpha", "llm2_beta", "llm2_top_k")
+REQUEST_KEYS = tuple(PREFIX + key for key in GuidanceConfig.__dataclass_fields__)
 ENGINE_KEYS = ("llm2_verifier", *REQUEST_KEYS)
 
 

@@ -386,7 +386,7 @@ CASES = [
     results(
         "predictions of another config",
         {"config.yaml": "task: other\n", "predictions.jsonl": "{}\n"},
-        "out/predictions.jsonl was made with another config",
+        "out/predictions.jsonl is of another config",
         arguments=EVALUATE,
     ),
     results(

@@ -309,7 +309,7 @@ JOURNAL_CONFIG = GenerateConfig(output="o")
 
 
 def open_journal(folder: Path, shard: int = 0) -> Journal:
-    return Journal(folder, JOURNAL_CONFIG, {}, may_differ=(), key=lambda entry: entry["id"], shard=shard)
+    return Journal(folder, JOURNAL_CONFIG, {}, key=lambda entry: entry["id"], shard=shard)
 
 
 def check_journal(value: tuple[list, Damage], folder: Path) -> None:

@@ -41,7 +41,7 @@ def figures(metrics: Metrics) -> dict[str, Figure]:
 
 
 def draw(metrics: Metrics, panels: Sequence[Panel], heading: str | None = None) -> Figure:
-    figure = Figure(figsize=(max(5.4, 4.2 * len(panels)), 3.9), layout="constrained")
+    figure = Figure(figsize=(max(5.4, 4.2 * len(panels)), 4.3), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         panel(axes, metrics)
         axes.spines[["top", "right"]].set_visible(False)
@@ -118,7 +118,7 @@ def draw_votes(axes: Axes, metrics: Metrics) -> None:
     axes.set_xlim(min(marked_ks) * 0.85, max(marked_ks) * 1.6)
     axes.set_xlabel("k, samples that vote (odd k, and those marked)", color=INK)
     axes.set_title("majority@k", color=INK, fontsize=11)
-    axes.legend(frameon=False, loc="lower right", labelcolor=INK, fontsize=9)
+    _legend(axes)
     _percent_scale(axes)
 
 
@@ -145,8 +145,8 @@ def draw_cost(axes: Axes, metrics: Metrics) -> None:
     axes.xaxis.set_major_formatter(FixedFormatter([f"{tick:,}" for tick in ticks]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("forwards of both systems per problem", color=INK)
-    axes.legend(frameon=False, loc="lower right", labelcolor=INK, fontsize=8)
     axes.set_title("what accuracy costs", color=INK, fontsize=11)
+    _legend(axes)
     _percent_scale(axes)
 
 
@@ -174,7 +174,7 @@ def draw_sweep(axes: Axes, metrics: Metrics) -> None:
     axes.set_xlabel("beta, weight of System 2", color=INK)
     axes.set_title(f"{metrics.sweep.mode.replace('_', ' ')} on the {metrics.sweep.split} split", color=INK, fontsize=11)
     if any(varies):
-        axes.legend(frameon=False, loc="lower right", labelcolor=INK, fontsize=9)
+        _legend(axes)
     _percent_scale(axes)
 
 
@@ -190,6 +190,12 @@ def _is_reported(metrics: Metrics, k: int) -> bool:
 
 def _forwards(mode: ModeFigures) -> float:
     return mode.system1_forwards_per_problem + (mode.system2_forwards_per_problem or 0.0)
+
+
+def _legend(axes: Axes) -> None:
+    """Below the axes: within them its markers would read as measurements."""
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": 2}
+    axes.legend(frameon=False, labelcolor=INK, fontsize=8, **place)
 
 
 def _percent_scale(axes: Axes) -> None:

@@ -5,7 +5,7 @@ Each engine is a separate module, imported only if it is chosen.
 
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -41,6 +41,11 @@ class Request(NamedTuple):
 
 Continuations = list[list[int]]  # new token ids of one request, in the order of its seeds
 OnFinished = Callable[[int, Continuations], None]  # (index of a finished request, its continuations)
+OnToken = Callable[[int, int], None]  # (index of a request, sample), once for each new token
+
+
+def ignore(*_: Any) -> None:
+    """Nobody wants to know."""
 
 
 class Engine(Protocol):
@@ -52,11 +57,12 @@ class Engine(Protocol):
         """The plausible tokens of each position of each query, likeliest first."""
 
     def generate(
-        self, requests: Sequence[Request], on_finished: OnFinished = lambda index, continuations: None
+        self, requests: Sequence[Request], on_finished: OnFinished = ignore, on_token: OnToken = ignore
     ) -> list[Continuations]:
         """The continuations of each request, with the end-of-sequence token where one was reached.
 
-        `on_finished` is called once per request, in the order in which they finish.
+        `on_finished` is called once per request, in the order in which they finish; `on_token` where the engine shows
+        its tokens before that.
         """
 
     def close(self) -> None:

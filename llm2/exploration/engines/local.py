@@ -17,7 +17,7 @@ from llm2.decoding.candidates import plausible
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.sampling import Guidance, SamplingParams
 from llm2.errors import UserError
-from llm2.exploration.engines import Candidate, Continuations, OnFinished, PositionQuery, Request
+from llm2.exploration.engines import Candidate, Continuations, OnFinished, OnToken, PositionQuery, Request, ignore
 from llm2.verifier.load import load_verifier, trained_beta
 
 STOP_EVERY = 8  # tokens between searches for the stop pattern
@@ -65,7 +65,7 @@ class LocalEngine:
         ]
 
     def generate(
-        self, requests: Sequence[Request], on_finished: OnFinished = lambda index, continuations: None
+        self, requests: Sequence[Request], on_finished: OnFinished = ignore, on_token: OnToken = ignore
     ) -> list[Continuations]:
         # Requests with one prefix follow each other, the longest first: the decoder computes the shared tokens once.
         first = {id(request.prefix): i for i, request in reversed(list(enumerate(requests)))}
@@ -79,6 +79,7 @@ class LocalEngine:
             seeds=[requests[i].seeds for i in order],
             names=[requests[i].name for i in order],
             batch_size=self.config.batch_size,
+            on_token=lambda prompt, sample, _: on_token(order[prompt], sample),
             stop=self._stop_fn([requests[i].token_ids for i in order]),
         ):
             results[order[index]] = [completion.token_ids for completion in completions]

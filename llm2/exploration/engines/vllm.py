@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from llm2.common.loading import eos_ids_by_name
 from llm2.config import CandidateConfig, RolloutConfig
 from llm2.decoding.candidates import plausible
-from llm2.exploration.engines import Candidate, Continuations, OnFinished, PositionQuery, Request
+from llm2.exploration.engines import Candidate, Continuations, OnFinished, OnToken, PositionQuery, Request, ignore
 from llm2.vllm.backend import SEEDS, open_backend
 from llm2.vllm.checks import resolve_guidance
 from llm2.vllm.settings import guidance_args
@@ -40,7 +40,7 @@ class VllmEngine:
         ]
 
     def generate(
-        self, requests: Sequence[Request], on_finished: OnFinished = lambda index, continuations: None
+        self, requests: Sequence[Request], on_finished: OnFinished = ignore, on_token: OnToken = ignore
     ) -> list[Continuations]:
         # Requests with one prefix follow each other: its blocks are still in the prefix cache.
         results: list[Continuations] = [[] for _ in requests]

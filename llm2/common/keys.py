@@ -1,0 +1,36 @@
+"""What is said of a key of a config on the key itself, in its annotation; whatever acts on it reads it from there."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Marks a key that names what a run reads: a model or verifier, a file, code (MODULE:NAME), or a results folder."""
+
+    kind: Literal["model", "file", "code", "results"]
+
+
+class Mark(Enum):
+    """What else is said of a key. One without HOW or WHICH is the same in a run and in its continuation."""
+
+    HOW = "how and where a run works: no result depends on it"
+    WHICH = "which results there are; those that a smaller or larger choice has too are the same"
+    GUIDED = "nothing depends on it in plain modes, but for the verifier's scores"
+    SAMPLED = "nothing depends on it in greedy modes"
+    SCORES = "the verifier's scores of samples depend on it"
+    SHOWN = "stands in metrics.json or on a verifier's card, whatever its value"
+    TRAINER = "an argument of transformers' Trainer, under the same name"
+
+
+def reads(config: Any) -> dict[str, str]:
+    """Key -> kind of what it names, for the keys of a config that are marked with `Reads`."""
+    fields = type(config).__pydantic_fields__.items()
+    return {key: mark.kind for key, field in fields for mark in field.metadata if isinstance(mark, Reads)}
+
+
+def marked(config: Any, *wanted: Mark) -> dict[str, Any]:
+    """Key -> value, for the keys of a config that have at least one of these marks."""
+    fields = type(config).__pydantic_fields__.items()
+    return {key: getattr(config, key) for key, field in fields if not set(wanted).isdisjoint(field.metadata)}
