@@ -193,3 +193,29 @@ def test_a_misspelt_guidance_keyword_is_refused_with_and_without_a_verifier(syst
 def test_guidance_defaults_are_those_of_the_config(system1, verifier, tokenizer):
     guidance = LLM2(system1, tokenizer, verifier, beta=1.0).guidance
     assert (guidance.alpha, guidance.beta, guidance.top_k) == (0.1, 1.0, None) and guidance.verifier is verifier
+
+
+def test_chat_answers_what_generate_writes_behind_the_prompt(llm2):
+    question = [{"role": "user", "content": "How many?"}]
+    ids = torch.tensor([llm2.tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)])
+    new = llm2.generate(ids, max_new_tokens=9)[0, ids.shape[1] :]
+    assert llm2.chat("How many?", max_new_tokens=9) == llm2.tokenizer.decode(new, skip_special_tokens=True) != ""
+    assert llm2.chat(question, max_new_tokens=9) == llm2.chat("How many?", max_new_tokens=9)
+    assert llm2.chat("How many?", max_new_tokens=9, do_sample=True, seed=3) != llm2.chat("How many?", max_new_tokens=9)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("reduction", ["mean", "min", "last"])
+def test_a_solution_is_scored_token_by_token_up_to_its_end(llm2, reduction):
+    solutions = ["2 + 2 = 4", "five"]
+    found = llm2.score("How many?", solutions, reduction)
+    for solution, score in zip(solutions, found, strict=True):
+        messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": solution}]
+        ids = llm2.tokenizer.apply_chat_template(messages, return_dict=False)
+        start = len(llm2.tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False))
+        assert ids[-1] in llm2.eos, "the template ends with it"
+        scores = llm2.guidance.verifier(torch.tensor([ids])).scores[0, start:]
+        expected = {"mean": scores.mean(), "min": scores.min(), "last": scores[-1]}[reduction]
+        assert score == pytest.approx(expected.item(), abs=1e-4)
+    with pytest.raises(ValueError, match="a score needs a verifier"):
+        LLM2(llm2.system1, llm2.tokenizer).score("How many?", solutions)

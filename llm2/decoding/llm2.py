@@ -29,13 +29,16 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
+from llm2.common.chat import Message, encode_chats
 from llm2.common.loading import eos_ids, load_system1, load_tokenizer, resolve_device
+from llm2.common.prefix import common_prefix
 from llm2.common.seeds import row_seed
 from llm2.decoding.candidates import guided_logits
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.sampling import Guidance, LogitsFn, SamplingParams, StopFn, TokenTrace
 from llm2.verifier.load import load_verifier
 from llm2.verifier.model import ProcessVerifier
+from llm2.verifier.scoring import Reduction, score_tokens, solution_score
 
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 
@@ -198,6 +201,46 @@ class LLM2:
         if options.get("streamer") is not None:  # `generate` itself streams the prompt
             options["stream_to"] = options["streamer"]
         return self.system1.generate(inputs, custom_generate=self.guided_generate, **options)
+
+    def chat(self, messages: str | Sequence[Message], *, max_new_tokens: int = 512, **options) -> str:
+        """The answer to a question, or the next message of a conversation of `role` and `content`.
+
+        Args:
+            options: of `generate`, such as do_sample, seed and streamer.
+        """
+        ids = torch.tensor([self._encode(messages)], device=self.system1.device)
+        options = {"max_new_tokens": max_new_tokens, **options, "return_dict_in_generate": False}
+        return self.tokenizer.decode(self.generate(ids, **options)[0, ids.shape[1] :], skip_special_tokens=True)
+
+    def score(
+        self, messages: str | Sequence[Message], solutions: Sequence[str], reduction: Reduction = "mean"
+    ) -> list[float]:
+        """The verifier's score of each finished solution to a question: the higher, the better it judges the solution.
+
+        Args:
+            messages: as for `chat`.
+            reduction: mean, min or last of the scores of a solution's tokens, end of sequence included.
+
+        Raises ValueError without a verifier.
+        """
+        if self.guidance is None:
+            raise ValueError("a score needs a verifier: expected LLM2.from_pretrained(model, verifier)")
+        prompt, prompts, answers = self._encode(messages), [], []
+        for solution in solutions:
+            ids = self._encode(messages, solution)
+            start = common_prefix(ids, prompt)
+            end = next((i for i in range(start, len(ids)) if ids[i] in self.eos), len(ids))
+            prompts.append(ids[:start])
+            answers.append(ids[start : end + 1])  # what a template writes behind the end is not the answer's
+        scores = score_tokens(self.guidance.verifier, prompts, answers)
+        return [solution_score(row, reduction) for row in scores]
+
+    def _encode(self, messages: str | Sequence[Message], answer: str | None = None) -> list[int]:
+        """Token ids up to where the answer begins, or with the answer."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        answered = [] if answer is None else [{"role": "assistant", "content": answer}]
+        return encode_chats(self.tokenizer, [[*messages, *answered]], None, answer is None)[0]
 
 
 def _stop_fn(criteria: StoppingCriteriaList, input_ids: torch.Tensor) -> StopFn | None:
