@@ -1,0 +1,28 @@
+"""Train a verifier on triplets [position, gold token, negative token]: python examples/train.py [TRIPLETS.jsonl]
+
+dataset/README.md explains the format; `llm2 check FILE --tokenizer MODEL` checks each position.
+"""
+
+import sys
+
+from llm2 import LLM2, TrainConfig, train
+
+config = TrainConfig(
+    model="testbed",
+    train_file=sys.argv[1] if len(sys.argv) > 1 else "dataset/testbed.jsonl",
+    output_dir="results/examples/verifier",
+    score="prefix",
+    prefix_head="bilinear",  # a head on System 1's states; leave both keys out for the paper's verifier
+    num_train_epochs=6.0,
+    learning_rate=1e-2,
+    global_batch_size=32,
+    per_device_train_batch_size=32,
+    device="cpu",
+)
+metrics = train(config)
+print(f"held-out pairs in which gold is preferred: {metrics['eval_pair_accuracy']:.1%}")
+print(
+    LLM2.from_pretrained(config.model, config.output_dir, beta=None).chat(
+        "Ann has 3 apples. Ann buys 4 more apples. How many apples does Ann have?"
+    )
+)
