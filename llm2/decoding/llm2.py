@@ -4,6 +4,7 @@
 `GuidedGenerate`, which decodes with `Decoder` and returns what `generate` returns.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
     GenerationConfig,
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -18,8 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
+    TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 from transformers.generation import (
     BaseStreamer,
@@ -33,11 +38,13 @@ from llm2.common.loading import eos_ids, load_system1, load_tokenizer, resolve_d
 from llm2.common.seeds import row_seed
 from llm2.decoding.candidates import guided_logits
 from llm2.decoding.decoder import Decoder
+from llm2.decoding.generate_options import refuse_arguments, refuse_ignored
 from llm2.decoding.sampling import Guidance, LogitsFn, SamplingParams, StopFn, TokenTrace
 from llm2.verifier.load import load_verifier
 from llm2.verifier.model import ProcessVerifier
 
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+WARPERS += (TopHLogitsWarper, TypicalLogitsWarper, EpsilonLogitsWarper, EtaLogitsWarper)
 
 
 @dataclass
@@ -47,14 +54,25 @@ class GuidedOutput(GenerateDecoderOnlyOutput):
     trace: list[list[TokenTrace]] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Sampling(SamplingParams):
+    """Sampling with the warpers that `generate` has built, and those that its caller has passed."""
+
+    given: LogitsProcessorList
+
+    def warpers(self) -> LogitsProcessorList:
+        return self.given
+
+
 class GuidedGenerate:
     """A callable for `model.generate(..., custom_generate=GuidedGenerate(guidance))`, for any System 1.
 
     Takes three arguments more than `generate`: `seed` (with do_sample, sequence i depends on `seed`, i and its prompt
-    alone, in float32), `trace`, and `stream_to`, a streamer. Temperature, top_k, top_p and min_p act on the guided
-    logits, all other processors on System 1's, before the plausible set is taken. Raises ValueError for beam search.
-    `generate` passes neither `streamer` nor the tokenizer of `stop_strings` to a callable: use `stream_to` and a
-    StopStringCriteria, or `LLM2.generate`, which does so for you.
+    alone, in float32), `trace`, and `stream_to`, a streamer. What `generate` applies when sampling (temperature, top_k,
+    top_p, ...) acts on the guided logits, all other processors on System 1's, before the plausible set is taken. Raises
+    ValueError for an option that would change a text and does not act here, such as num_beams. `generate` passes
+    neither `streamer` nor the tokenizer of `stop_strings` to a callable: use `stream_to` and a StopStringCriteria, or
+    `LLM2.generate`, which does so for you.
 
     Args:
         guidance: None for System 1 alone.
@@ -79,8 +97,7 @@ class GuidedGenerate:
     ) -> torch.Tensor | GuidedOutput:
         """(B, T) ids -> (B, T + new) ids, right-padded; a GuidedOutput if the config asks for a dictionary."""
         config = generation_config
-        if config.num_beams > 1:
-            raise ValueError("guided decoding does not search beams; expected num_beams=1")
+        refuse_ignored(config, model_inputs)
         if stream_to is not None and len(input_ids) > 1:
             raise ValueError(f"a streamer shows one sequence, found a batch of {len(input_ids)}")
         if self.system1 is not model or self.decoder.runners.moved:
@@ -91,12 +108,7 @@ class GuidedGenerate:
         eos = [] if config.eos_token_id is None else config.eos_token_id
         sampling = None
         if config.do_sample:
-            sampling = SamplingParams(
-                temperature=config.temperature or 1.0,
-                top_k=config.top_k,
-                top_p=1.0 if config.top_p is None else config.top_p,
-                min_p=config.min_p,
-            )
+            sampling = _Sampling(given=LogitsProcessorList(p for p in logits_processor if isinstance(p, WARPERS)))
         output_scores = config.return_dict_in_generate and config.output_scores
         output_logits = config.return_dict_in_generate and config.output_logits
         keep_logits = bool(output_scores or output_logits)
@@ -189,8 +201,13 @@ class LLM2:
         """
         if options.get("cache_implementation") == "paged":  # `generate` would leave for generate_batch, unguided
             raise ValueError("cache_implementation: found 'paged', which cannot be guided; leave it out")
-        if options.get("generation_config") is None:
+        refuse_arguments(self.system1.generate, options)
+        config = options.get("generation_config")
+        if config is None:
             options = {"eos_token_id": self.eos, "pad_token_id": self.tokenizer.pad_token_id, **options}
+        elif config.stop_strings is not None:  # `generate` gives their tokenizer to no callable
+            options = {"stop_strings": config.stop_strings, **options, "generation_config": copy.copy(config)}
+            options["generation_config"].stop_strings = None
         if strings := options.pop("stop_strings", None):
             tokenizer = options.pop("tokenizer", self.tokenizer)
             criteria = [*options.pop("stopping_criteria", []), StopStringCriteria(tokenizer, strings)]
