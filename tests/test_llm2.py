@@ -1,5 +1,8 @@
 """LLM2 takes and returns what transformers' `generate` does; guidance as a custom_generate and a LogitsProcessor."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_verifier
@@ -24,6 +27,7 @@ from llm2.decoding.generate_options import refuse_ignored
 from llm2.decoding.llm2 import GuidedGenerate
 from llm2.decoding.logits_processor import GuidedLogitsProcessor
 from llm2.decoding.sampling import Guidance
+from llm2.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -371,6 +375,75 @@ def test_a_misspelt_guidance_keyword_is_refused_with_and_without_a_verifier(syst
             LLM2(system1, tokenizer, given, alhpa=0.1)
     with pytest.raises(TypeError, match="'alhpa'"):
         LLM2.from_pretrained("no/such/model", alhpa=0.1)
+
+
+@pytest.fixture(scope="module")
+def folders(system1_folder, tmp_path_factory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("folders")
+    tiny_verifier(folder / "system1", vocab_size=261).save_pretrained(folder / "verifier")
+    return system1_folder, str(folder / "verifier")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": torch.bfloat16},
+        {"dtype": "bfloat16"},
+        {"torch_dtype": torch.bfloat16},
+        {"dtype": None},
+        {"device": torch.device("cpu")},
+        {"device_map": "cpu"},
+        {"device_map": {"": torch.device("cpu")}},
+        {"device_map": "auto"},
+        {"device_map": None, "device": None},
+        {"local_files_only": True, "revision": "main", "token": False, "force_download": False, "cache_dir": None},
+        {"trust_remote_code": False},
+    ],
+    ids=str,
+)
+def test_arguments_of_from_pretrained_take_the_values_that_transformers_takes(folders, options):
+    llm2 = LLM2.from_pretrained(*map(Path, folders), **options)
+    expected = torch.bfloat16 if "bfloat16" in str(options) else torch.float32
+    assert llm2.system1.dtype == llm2.guidance.verifier.dtype == expected
+    assert llm2.system1.device == llm2.guidance.verifier.device == torch.device("cpu")
+
+
+def test_a_subfolder_is_system1s_alone(folders, tmp_path):
+    shutil.copytree(folders[0], tmp_path / "parts" / "one")
+    llm2 = LLM2.from_pretrained(tmp_path / "parts", folders[1], subfolder="one")
+    assert llm2.system1.config.vocab_size == len(llm2.tokenizer) == 261
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "sentence"),
+    [
+        ({"dtype": "float23"}, UserError, "dtype: found 'float23', expected auto, float32, bfloat16 or float16"),
+        ({"dtype": torch.int8}, UserError, "dtype: found torch.int8"),
+        ({"dtype": {"text": "float32"}}, UserError, "dtype: found {'text'"),
+        ({"device": "gpu"}, UserError, "device: found 'gpu', expected auto, cpu, cuda or such"),
+        ({"device": 1}, UserError, "device cuda:1 needs a CUDA GPU"),
+        ({"device": torch.device("cuda", 0)}, UserError, "device cuda:0 needs a CUDA GPU"),
+        ({"device_map": {"model": "cpu", "lm_head": "disk"}}, UserError, "device_map: .* expected one device"),
+        ({"device_map": "cpu", "device": "cpu"}, UserError, "device_map: .* and device cpu, expected one device"),
+        ({"trust_remote_code": True}, UserError, "trust_remote_code: found true, expected false"),
+        ({"quantization_config": {}}, TypeError, "takes no 'quantization_config'.* pass it on: LLM2"),
+        ({"attn_implementation": "eager"}, TypeError, "takes no 'attn_implementation'"),
+        ({"subfolder": "nowhere"}, UserError, "nowhere': expected a folder with config.json, found none"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_other_arguments_of_from_pretrained_are_refused_in_a_sentence(folders, options, error, sentence):
+    with pytest.raises(error, match=sentence):
+        LLM2.from_pretrained(*folders, **options)
+
+
+def test_a_device_map_for_several_gpus_is_refused_where_there_are_several(folders, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for name in ("auto", "balanced", "sequential"):
+        with pytest.raises(UserError, match=f"device_map: found '{name}', expected one device"):
+            LLM2.from_pretrained(*folders, device_map=name)
+    with pytest.raises(UserError, match="device cuda:2: torch sees 2 GPUs"):
+        LLM2.from_pretrained(*folders, device_map=2)
 
 
 def test_guidance_defaults_are_those_of_the_config(system1, verifier, tokenizer):

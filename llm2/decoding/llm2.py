@@ -5,8 +5,9 @@
 """
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,9 +41,12 @@ from llm2.decoding.candidates import guided_logits
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.generate_options import refuse_arguments, refuse_ignored
 from llm2.decoding.sampling import Guidance, LogitsFn, SamplingParams, StopFn, TokenTrace
+from llm2.errors import UserError, shown
 from llm2.verifier.load import load_verifier
-from llm2.verifier.model import ProcessVerifier
+from llm2.verifier.model import HUB, ProcessVerifier
 
+# Values of transformers' device_map that spread a model over several GPUs.
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 WARPERS += (TopHLogitsWarper, TypicalLogitsWarper, EpsilonLogitsWarper, EtaLogitsWarper)
 
@@ -182,16 +186,33 @@ class LLM2:
         self.guided_generate = GuidedGenerate(self.guidance)
 
     @classmethod
-    def from_pretrained(
-        cls, model: str, verifier: str | None = None, *, device: str = "auto", dtype: str = "auto", **guidance: Any
-    ) -> "LLM2":
-        """Load both systems from folders or hub ids; `guidance` as for the class."""
-        Guidance(verifier=None, **guidance)  # refuses unknown keywords before anything is loaded
-        torch_device = resolve_device(device)
-        system1 = load_system1(model, torch_device, dtype)
+    def from_pretrained(cls, model: str | Path, verifier: str | Path | None = None, **options: Any) -> "LLM2":
+        """Load both systems from folders or hub ids.
+
+        Args:
+            options: as for the class, and of transformers' `from_pretrained`: `dtype`, `device_map` of one device, here
+                also `device`, and what says where files are (`HUB`). Of these, `revision` and `subfolder` are of System
+                1's files alone.
+
+        Raises TypeError for any other, before anything is loaded, and UserError for values that cannot be had.
+        """
+        model, verifier = str(model), None if verifier is None else str(verifier)
+        hub = {key: options.pop(key) for key in HUB if key in options}
+        device, dtype = _device(options), options.pop("dtype", "auto")
+        dtype = options.pop("torch_dtype", None) or dtype  # the older name, which transformers takes too
+        if options.pop("trust_remote_code", None):
+            raise UserError("trust_remote_code: found true, expected false: code of a model is never run")
+        if unknown := options.keys() - {field.name for field in fields(Guidance)}:
+            raise TypeError(
+                f"LLM2.from_pretrained takes no {sorted(unknown)[0]!r}; if transformers' from_pretrained does, load "
+                "System 1 by that and pass it on: LLM2(system1, tokenizer, verifier)"
+            )
+        Guidance(verifier=None, **options)  # refuses what is out of range before anything is loaded
+        system1, tokenizer = load_system1(model, device, dtype, **hub), load_tokenizer(model, **hub)
         if verifier is not None:
-            verifier = load_verifier(verifier, torch_device, dtype, system1.config.vocab_size, system1)
-        return cls(system1, load_tokenizer(model), verifier, **guidance)
+            hub = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
+            verifier = load_verifier(verifier, device, dtype, system1.config.vocab_size, system1, tokenizer, **hub)
+        return cls(system1, tokenizer, verifier, **options)
 
     def generate(self, inputs: torch.Tensor | None = None, **options) -> torch.Tensor | GuidedOutput:
         """transformers' `generate` of System 1, guided: its arguments and results, and those of `GuidedGenerate`.
@@ -215,6 +236,21 @@ class LLM2:
         if options.get("streamer") is not None:  # `generate` itself streams the prompt
             options["stream_to"] = options["streamer"]
         return self.system1.generate(inputs, custom_generate=self.guided_generate, **options)
+
+
+def _device(options: dict[str, Any]) -> torch.device:
+    """The one that `device` or `device_map` names; both are taken out of the options."""
+    device, places = options.pop("device", None), options.pop("device_map", None)
+    if isinstance(places, Mapping) and len({*places.values()}) == 1:
+        (places,) = {*places.values()}
+    several = isinstance(places, Mapping) or (places in SPREAD and torch.cuda.device_count() > 1)
+    if several or (device is not None and places is not None):
+        raise UserError(
+            f"device_map: found {shown(places)}{f' and device {device}' if device else ''}, expected one device, which "
+            "holds both systems"
+        )
+    place = device if places is None else places
+    return resolve_device("auto" if place is None or place in SPREAD else place)
 
 
 def _stop_fn(criteria: StoppingCriteriaList, input_ids: torch.Tensor) -> StopFn | None:
