@@ -64,6 +64,7 @@ RELIED_ON = {
     "transformers.utils.cached_file": "file_names",
     # underscored attributes
     "_attn_implementation": "attention",
+    "_get_default_generation_params": "custom_generate",
     "_supports_attention_backend": "attention",
     "_load_best_model": "trainer",
     "_load_from_checkpoint": "trainer",
@@ -186,6 +187,9 @@ def test_custom_generate_is_called_with_prepared_arguments(system1):
         hold("transformers", name in found, f"no longer passes {name} to custom_generate")
     hold("transformers", found.get("seed") == 3, "no longer passes a recipe the arguments that it names")
     hold("transformers", found["generation_config"].max_length == 7, "leaves max_length to custom_generate")
+    defaults = GenerationConfig._get_default_generation_params()
+    same = all(getattr(found["generation_config"], name) == defaults[name] for name in ("num_beams", "num_beam_groups"))
+    hold("transformers", same and defaults["num_beams"] == 1, "has other defaults of options")
 
 
 class Forced(LogitsProcessor):

@@ -16,8 +16,10 @@ from string import ascii_lowercase
 import pytest
 import torch
 from conftest import tiny_verifier
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from llm2.common.chat import LLAMA3_PLAIN
+from llm2.common.chat import CHATML_PLAIN, LLAMA3_PLAIN
 from llm2.common.config_file import as_dict
 from llm2.common.journal import Journal
 from llm2.common.loading import eos_ids, load_system1, load_tokenizer
@@ -515,3 +517,25 @@ def test_a_template_that_rewrites_the_prompt_is_an_error(config, tmp_path):
 def test_keys_that_do_not_fit_together_are_an_error(config, changes, message):
     with pytest.raises(UserError, match=message):
         explore(replace(config, **changes))
+
+
+def test_a_solution_whose_beginning_joins_the_prompt_is_named():
+    """A tokenizer that writes a line break and a space as one token, as SmolLM2's does."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate([*alphabet, "ĊĠ"])}
+    joining = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ġ")]))
+    joining.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    joining.decoder = decoders.ByteLevel()
+    joining = PreTrainedTokenizerFast(tokenizer_object=joining)
+    task = load_task("testbed")
+    (problem,) = task.problems("train", 1)
+    tokenize_solutions(task, [problem], joining, CHATML_PLAIN, [2])
+    spaced = replace(problem, solution=f" {problem.solution}")
+    with pytest.raises(
+        UserError, match=f"problem {problem.id}: the solution begins with ' .*', which the tokenizer joins"
+    ):
+        tokenize_solutions(task, [spaced], joining, CHATML_PLAIN, [2])
+    tokenize_solutions(task, [spaced], joining, "{% for m in messages %}{{ m['content'] + '|' }}{% endfor %}", [2])
+    other = "{{ messages | length }}{% for m in messages %}{{ m['content'] + '|' }}{% endfor %}"
+    with pytest.raises(UserError, match="the chat template writes another prompt before generation"):
+        tokenize_solutions(task, [problem], joining, other, [2])

@@ -1,15 +1,33 @@
 """LLM2 takes and returns what transformers' `generate` does; guidance as a custom_generate and a LogitsProcessor."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_verifier
-from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
+from transformers import (
+    ContinuousBatchingConfig,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCriteriaList
 
 from llm2 import LLM2
+from llm2.decoding.decoder import Decoder
+from llm2.decoding.generate_options import refuse_ignored
 from llm2.decoding.llm2 import GuidedGenerate
 from llm2.decoding.logits_processor import GuidedLogitsProcessor
 from llm2.decoding.sampling import Guidance
+from llm2.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +151,42 @@ def test_custom_generate_and_processor_write_what_llm2_writes(system1, verifier)
     options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 2}
     plain = system1.generate(ids, **options)
     custom = system1.generate(ids, custom_generate=GuidedGenerate(guidance), **options)
-    processor = LogitsProcessorList([GuidedLogitsProcessor(guidance, pad_token_id=2)])
+    processor = LogitsProcessorList([GuidedLogitsProcessor(guidance, attention_mask=mask)])
     assert torch.equal(custom, system1.generate(ids, logits_processor=processor, **options))
     assert not torch.equal(custom, plain)
+
+
+def test_a_processor_reads_no_padding_whatever_the_pad_token_is(system1, verifier):
+    """The pad token may be the one that a prompt begins with, or ends with."""
+    guidance = Guidance(verifier=verifier, alpha=0.02, beta=3.0)
+    prompts = [[2, 9, 3, 2], [8, 30], [2, 2, 21, 4, 5, 9]]
+    ids = torch.tensor([[2] * (6 - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (6 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 2}
+    options |= {"eos_token_id": None}
+    processor = GuidedLogitsProcessor(guidance, attention_mask=mask)
+    written = system1.generate(ids, logits_processor=[processor], **options)
+    decoded = Decoder(system1, guidance).decode(prompts, max_new_tokens=12, eos=[])
+    assert written[:, 6:].tolist() == [completion.token_ids for (completion,) in decoded]
+    for beams in (1, 2):
+        processor = GuidedLogitsProcessor(guidance)
+        with pytest.raises(ValueError, match="attention_mask: expected the one of these prompts, found none"):
+            system1.generate(ids, logits_processor=[processor], num_beams=beams, **options)
+    with pytest.raises(ValueError, match="attention_mask: found 2 rows of 6 tokens for 3 of 6"):
+        processor = GuidedLogitsProcessor(guidance, attention_mask=mask[:2])
+        system1.generate(ids, logits_processor=[processor], **options)
+    with pytest.raises(ValueError, match="expected padding on the left alone"):
+        GuidedLogitsProcessor(guidance, attention_mask=mask.flip(1))
+
+
+def test_a_processor_reads_no_padding_under_beam_search(system1, verifier):
+    guidance = Guidance(verifier=verifier, alpha=0.02, beta=3.0)
+    ids, mask = torch.tensor([[5, 9, 3, 17], [2, 2, 21, 4]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    options = {"num_beams": 3, "do_sample": False, "max_new_tokens": 10, "pad_token_id": 2}
+    processor = GuidedLogitsProcessor(guidance, attention_mask=mask)
+    both = system1.generate(ids, attention_mask=mask, logits_processor=[processor], **options)
+    alone = system1.generate(ids[1:, 2:], logits_processor=[GuidedLogitsProcessor(guidance)], **options)[0]
+    assert both[1, 2 : 2 + len(alone)].tolist() == alone.tolist()
 
 
 def test_continuous_batching_is_refused_where_it_is_ours_and_noticed_where_it_is_not(llm2, inputs, system1, verifier):
@@ -163,6 +214,7 @@ def test_the_processor_follows_reordered_beams(system1, verifier):
             return super().__call__(input_ids, scores)
 
     ids = torch.tensor([[5, 9, 3, 17], [8, 30, 21, 4]])
+    mask = torch.ones_like(ids)
     written = [
         system1.generate(
             ids,
@@ -170,16 +222,151 @@ def test_the_processor_follows_reordered_beams(system1, verifier):
             do_sample=False,
             max_new_tokens=10,
             pad_token_id=2,
-            logits_processor=LogitsProcessorList([kind(Guidance(verifier=verifier, alpha=0.01, beta=2.0))]),
+            logits_processor=LogitsProcessorList(
+                [kind(Guidance(verifier=verifier, alpha=0.01, beta=2.0), attention_mask=mask)]
+            ),
         )
         for kind in (GuidedLogitsProcessor, Forgetful)
     ]
     assert torch.equal(*written)
 
 
-def test_beam_search_is_refused(llm2, inputs):
-    with pytest.raises(ValueError, match="does not search beams"):
-        llm2.generate(**inputs, max_new_tokens=2, num_beams=2)
+# A value for every field of a GenerationConfig, and whether greedy or sampled decoding heeds it.
+GREEDY = {
+    "max_length": 14,
+    "max_new_tokens": 7,
+    "min_length": 15,
+    "min_new_tokens": 4,
+    "max_time": 1e-9,
+    "stop_strings": [" "],
+    "repetition_penalty": 1.5,
+    "encoder_repetition_penalty": 1.5,
+    "no_repeat_ngram_size": 2,
+    "encoder_no_repeat_ngram_size": 1,
+    "bad_words_ids": [[5], [40, 41]],
+    "forced_bos_token_id": 7,
+    "forced_eos_token_id": 9,
+    "remove_invalid_values": True,
+    "exponential_decay_length_penalty": (2, 1.5),
+    "suppress_tokens": list(range(0, 260, 2)),
+    "begin_suppress_tokens": list(range(0, 260, 2)),
+    "sequence_bias": [[[5], 9.0], [[40, 41], 9.0]],
+    "num_return_sequences": 1,
+    "pad_token_id": 3,
+    "bos_token_id": 4,
+    "eos_token_id": list(range(0, 261, 5)),
+    "do_sample": False,
+    "return_dict_in_generate": False,
+    "output_scores": False,
+    "output_logits": False,
+    "cache_implementation": "static",
+    "prefill_chunk_size": 2,
+    "early_stopping": True,
+    "length_penalty": 2.0,
+    "use_cache": False,
+    "decoder_start_token_id": 8,
+    "num_assistant_tokens": 3,
+}
+SAMPLED = {"temperature": 1e-4, "top_k": 1, "top_p": 1e-6, "min_p": 1.0, "top_h": 1e-6, "typical_p": 0.3}
+SAMPLED |= {"epsilon_cutoff": 0.9, "eta_cutoff": 0.9}
+REFUSED = {"num_beams": 2, "use_mtp": True, "guidance_scale": 2.0, "renormalize_logits": True, "penalty_alpha": 0.6}
+REFUSED |= {"dola_layers": "high", "num_beam_groups": 2, "diversity_penalty": 0.5, "is_assistant": True}
+REFUSED |= {"output_attentions": True, "output_hidden_states": True, "prompt_lookup_num_tokens": 2}
+REFUSED |= {"constraints": [1], "force_words_ids": [[5]], "token_healing": True, "assistant_early_exit": 1}
+REFUSED |= {"watermarking_config": {"bias": 2.0}, "assistant_ensemble_weight": 0.5, "cache_config": {"nbits": 4}}
+REFUSED |= {
+    "cache_implementation": "quantized",
+    "speculation_type": "any",
+    "max_matching_ngram_size": 2,
+    "continuous_batching_config": {"num_blocks": 8},
+}
+NEITHER = {"low_memory", "compile_config", "disable_compile", "max_cache_len", "num_assistant_tokens_schedule"}
+NEITHER |= {"assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "transformers_version"}
+
+
+def test_every_field_of_a_generation_config_is_tried_below():
+    """One that a new transformers adds is refused once it is set; whether it should be is to be decided."""
+    fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    assert fields <= GREEDY.keys() | SAMPLED.keys() | REFUSED.keys() | NEITHER
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_an_option_of_generate_acts_as_in_generate(llm2, inputs, name):
+    options = {"max_new_tokens": 9, "do_sample": False, name: GREEDY[name]}
+    tokenizer = {"tokenizer": llm2.tokenizer} if name == "stop_strings" else {}
+    if name in ("max_length", "min_length"):
+        del options["max_new_tokens"]
+    expected = llm2.system1.generate(**inputs, **options, **tokenizer)
+    assert torch.equal(llm2.generate(**inputs, **options), expected)
+    given = {"eos_token_id": llm2.eos, "pad_token_id": llm2.tokenizer.pad_token_id, **options}
+    assert torch.equal(llm2.generate(**inputs, generation_config=GenerationConfig(**given)), expected)
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_an_option_of_sampling_acts_on_the_guided_logits(system1, verifier, name):
+    """The scores that tokens are drawn from are the warper's work on the guided logits."""
+    generate = GuidedGenerate(Guidance(verifier=verifier, alpha=0.001, beta=3.0))
+    options = {"max_new_tokens": 1, "eos_token_id": None, "pad_token_id": 2, "custom_generate": generate}
+    options |= {"return_dict_in_generate": True, "output_scores": True, "top_k": 0}
+    ids = torch.tensor([[5, 9, 3, 17]])
+    guided = system1.generate(ids, do_sample=False, **options).scores[0]
+    found = system1.generate(ids, do_sample=True, **{**options, name: SAMPLED[name]}).scores[0]
+    kinds = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
+    kinds |= {"min_p": MinPLogitsWarper, "top_h": TopHLogitsWarper, "typical_p": TypicalLogitsWarper}
+    kinds |= {"epsilon_cutoff": EpsilonLogitsWarper, "eta_cutoff": EtaLogitsWarper}
+    torch.testing.assert_close(found, kinds[name](SAMPLED[name])(None, guided))
+    assert not torch.equal(found, guided)
+    passed = system1.generate(ids, do_sample=True, logits_processor=[kinds[name](SAMPLED[name])], **options).scores[0]
+    torch.testing.assert_close(passed, found)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_option_that_guided_decoding_would_ignore_is_refused(llm2, inputs, name):
+    config = GenerationConfig(max_new_tokens=2, pad_token_id=3)
+    setattr(config, name, REFUSED[name])
+    refuse_ignored(GenerationConfig(), {})
+    with pytest.raises(ValueError, match=f"^{name}: found .*, which guided decoding does not do; expected "):
+        refuse_ignored(config, {})
+
+
+def test_a_field_that_a_later_transformers_adds_is_refused_once_it_is_set(llm2, inputs, monkeypatch):
+    init = GenerationConfig.__init__
+
+    def later(self, **options):
+        self.think_harder = options.pop("think_harder", None)
+        init(self, **options)
+
+    monkeypatch.setattr(GenerationConfig, "__init__", later)
+    llm2.generate(**inputs, max_new_tokens=2)
+    with pytest.raises(ValueError, match="think_harder: found 3, which guided decoding does not do; expected None"):
+        llm2.generate(**inputs, max_new_tokens=2, think_harder=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"num_beams": 2}, "num_beams: found 2, which guided decoding does not do; expected 1"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha: found 0.6"),
+        ({"dola_layers": "high"}, "dola_layers: found 'high'"),
+        ({"assistant_model": torch.nn.Module()}, "assistant_model: found a Module"),
+        ({"negative_prompt_ids": torch.ones(3, 2)}, "negative_prompt_ids: found a Tensor"),
+        ({"custom_generate": print}, "custom_generate: found a builtin_function"),
+        ({"position_ids": torch.arange(3, 10).expand(3, -1)}, "position_ids: found others"),
+        ({"inputs_embeds": torch.ones(3, 7, 32), "input_ids": None}, "inputs_embeds: guided decoding takes token ids"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_generate_takes_and_guided_decoding_does_not_is_refused(llm2, inputs, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        llm2.generate(**{**inputs, "max_new_tokens": 2, "do_sample": False, **options})
+
+
+def test_a_cache_with_tokens_is_refused(llm2):
+    ids = torch.tensor([[5, 9, 3, 17]])
+    output = llm2.system1(ids, use_cache=True)
+    name = "cache" if "cache" in output else "past_key_values"
+    with pytest.raises(ValueError, match=f"{name}: found 4 tokens, expected none"):
+        llm2.generate(torch.cat([ids, ids], dim=-1), max_new_tokens=2, **{name: output[name]})
 
 
 def test_a_misspelt_guidance_keyword_is_refused_with_and_without_a_verifier(system1, verifier, tokenizer):
@@ -188,6 +375,75 @@ def test_a_misspelt_guidance_keyword_is_refused_with_and_without_a_verifier(syst
             LLM2(system1, tokenizer, given, alhpa=0.1)
     with pytest.raises(TypeError, match="'alhpa'"):
         LLM2.from_pretrained("no/such/model", alhpa=0.1)
+
+
+@pytest.fixture(scope="module")
+def folders(system1_folder, tmp_path_factory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("folders")
+    tiny_verifier(folder / "system1", vocab_size=261).save_pretrained(folder / "verifier")
+    return system1_folder, str(folder / "verifier")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": torch.bfloat16},
+        {"dtype": "bfloat16"},
+        {"torch_dtype": torch.bfloat16},
+        {"dtype": None},
+        {"device": torch.device("cpu")},
+        {"device_map": "cpu"},
+        {"device_map": {"": torch.device("cpu")}},
+        {"device_map": "auto"},
+        {"device_map": None, "device": None},
+        {"local_files_only": True, "revision": "main", "token": False, "force_download": False, "cache_dir": None},
+        {"trust_remote_code": False},
+    ],
+    ids=str,
+)
+def test_arguments_of_from_pretrained_take_the_values_that_transformers_takes(folders, options):
+    llm2 = LLM2.from_pretrained(*map(Path, folders), **options)
+    expected = torch.bfloat16 if "bfloat16" in str(options) else torch.float32
+    assert llm2.system1.dtype == llm2.guidance.verifier.dtype == expected
+    assert llm2.system1.device == llm2.guidance.verifier.device == torch.device("cpu")
+
+
+def test_a_subfolder_is_system1s_alone(folders, tmp_path):
+    shutil.copytree(folders[0], tmp_path / "parts" / "one")
+    llm2 = LLM2.from_pretrained(tmp_path / "parts", folders[1], subfolder="one")
+    assert llm2.system1.config.vocab_size == len(llm2.tokenizer) == 261
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "sentence"),
+    [
+        ({"dtype": "float23"}, UserError, "dtype: found 'float23', expected auto, float32, bfloat16 or float16"),
+        ({"dtype": torch.int8}, UserError, "dtype: found torch.int8"),
+        ({"dtype": {"text": "float32"}}, UserError, "dtype: found {'text'"),
+        ({"device": "gpu"}, UserError, "device: found 'gpu', expected auto, cpu, cuda or such"),
+        ({"device": 1}, UserError, "device cuda:1 needs a CUDA GPU"),
+        ({"device": torch.device("cuda", 0)}, UserError, "device cuda:0 needs a CUDA GPU"),
+        ({"device_map": {"model": "cpu", "lm_head": "disk"}}, UserError, "device_map: .* expected one device"),
+        ({"device_map": "cpu", "device": "cpu"}, UserError, "device_map: .* and device cpu, expected one device"),
+        ({"trust_remote_code": True}, UserError, "trust_remote_code: found true, expected false"),
+        ({"quantization_config": {}}, TypeError, "takes no 'quantization_config'.* pass it on: LLM2"),
+        ({"attn_implementation": "eager"}, TypeError, "takes no 'attn_implementation'"),
+        ({"subfolder": "nowhere"}, UserError, "nowhere': expected a folder with config.json, found none"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_other_arguments_of_from_pretrained_are_refused_in_a_sentence(folders, options, error, sentence):
+    with pytest.raises(error, match=sentence):
+        LLM2.from_pretrained(*folders, **options)
+
+
+def test_a_device_map_for_several_gpus_is_refused_where_there_are_several(folders, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for name in ("auto", "balanced", "sequential"):
+        with pytest.raises(UserError, match=f"device_map: found '{name}', expected one device"):
+            LLM2.from_pretrained(*folders, device_map=name)
+    with pytest.raises(UserError, match="device cuda:2: torch sees 2 GPUs"):
+        LLM2.from_pretrained(*folders, device_map=2)
 
 
 def test_guidance_defaults_are_those_of_the_config(system1, verifier, tokenizer):

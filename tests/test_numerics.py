@@ -152,7 +152,8 @@ def test_a_score_that_is_not_finite_ends_transformers_generate(kind, system1, ve
         with torch.no_grad():
             broken.score.weight[:] = math.nan
         model = system1
-        options["logits_processor"] = [GuidedLogitsProcessor(Guidance(verifier=broken.eval(), alpha=0.001))]
+        guidance, mask = Guidance(verifier=broken.eval(), alpha=0.001), torch.ones(2, 3)
+        options["logits_processor"] = [GuidedLogitsProcessor(guidance, attention_mask=mask)]
     else:
         head = prefix_verifier(tmp_path, system1, "bilinear")
         with torch.no_grad():

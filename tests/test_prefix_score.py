@@ -176,7 +176,8 @@ def test_a_logits_processor_takes_layers_and_refuses_a_head(pair):
     guidance = Guidance(verifier=verifier, alpha=0.05, beta=1.0)
     prompts = torch.randint(3, VOCABULARY, (3, 7))
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 1, "pad_token_id": 0}
-    generated = system1.generate(prompts, logits_processor=[GuidedLogitsProcessor(guidance)], **options)[:, 7:]
+    processor = GuidedLogitsProcessor(guidance, attention_mask=torch.ones_like(prompts))
+    generated = system1.generate(prompts, logits_processor=[processor], **options)[:, 7:]
     decoded = Decoder(system1, guidance).decode(prompts.tolist(), max_new_tokens=8, eos=[1])
     for row, (completion,) in zip(generated.tolist(), decoded, strict=True):
         assert row[: len(completion.token_ids)] == completion.token_ids

@@ -104,6 +104,17 @@ def test_a_triplet_that_does_not_fit_is_named(seed_record, tokenizer, change, ex
         load_examples(path, tokenizer, LLAMA3_PLAIN)
 
 
+def test_a_triplet_in_the_question_is_refused(seed_record, tokenizer):
+    path, ids, samples = seed_record
+    start = len(encode_chats(tokenizer, [MESSAGES[:1]], LLAMA3_PLAIN, generation_prompt=True)[0])
+    for position in (start - 1, start - 20):
+        path.write_text(record_line(MESSAGES, [*samples, Triplet(position, ids[position], 5)]))
+        with pytest.raises(UserError, match=f"line 1, position {position}: the token is in the question, .* {start}$"):
+            load_examples(path, tokenizer, LLAMA3_PLAIN)
+    path.write_text(record_line(MESSAGES, [Triplet(start, ids[start], 5)]))
+    load_examples(path, tokenizer, LLAMA3_PLAIN)
+
+
 def test_a_missing_file_and_an_empty_one_are_refused(tmp_path, tokenizer):
     with pytest.raises(UserError, match="cannot read the triplets"):
         list(read_records(tmp_path / "none.jsonl"))
@@ -134,17 +145,17 @@ def test_examples_come_back_from_disk_as_they_were(tokenizer, tmp_path):
 
 def test_pairs_beyond_max_length_are_dropped_and_counted(tokenizer, tmp_path):
     ids = encode_chats(tokenizer, [MESSAGES], LLAMA3_PLAIN)[0]
-    near, far = (Triplet(p, ids[p], ids[p] ^ 1) for p in (40, 60))
+    near, far = (Triplet(p, ids[p], ids[p] ^ 1) for p in (110, 130))
     path = tmp_path / "three.jsonl"
     lines = [([near, far], [[1.0, 0.0], [1.0, 0.5]]), ([far], [[1.0, 0.0]]), ([near], [[1.0, 0.25]])]
     path.write_text("".join(record_line(MESSAGES, t, quality=q) for t, q in lines))
-    examples, summary = load_examples(path, tokenizer, LLAMA3_PLAIN, max_length=60)
-    assert [example.ids for example in examples] == [ids[:60], ids[:60]]
+    examples, summary = load_examples(path, tokenizer, LLAMA3_PLAIN, max_length=130)
+    assert [example.ids for example in examples] == [ids[:130], ids[:130]]
     assert [(example.triplets, example.quality_gaps) for example in examples] == [([near], [1.0]), ([near], [0.75])]
     assert [example.first_pair_id for example in examples] == [0, 1]
     assert (summary.lines, summary.triplets, summary.dropped, summary.emptied) == (3, 4, 2, 1)
-    with pytest.raises(UserError, match="expected triplets before max_length 40"):
-        load_examples(path, tokenizer, LLAMA3_PLAIN, max_length=40)
+    with pytest.raises(UserError, match="expected triplets before max_length 110"):
+        load_examples(path, tokenizer, LLAMA3_PLAIN, max_length=110)
 
 
 def test_the_table_shows_lengths_pairs_and_duplicates(seed_record, tokenizer):
@@ -192,7 +203,7 @@ def verdict(triplet: Triplet, gold: list[int], token: list[int]) -> dict:
 def test_an_explorations_verdicts_are_read_with_soft_targets(tokenizer, tmp_path):
     """Ties and undecided tokens included; a token without rollouts says nothing."""
     ids = encode_chats(tokenizer, [MESSAGES], LLAMA3_PLAIN)[0]
-    worse, tie, unknown = (Triplet(40 + i, ids[40 + i], ids[40 + i] ^ 1) for i in range(3))
+    worse, tie, unknown = (Triplet(i, ids[i], ids[i] ^ 1) for i in range(110, 113))
     pairs = [verdict(worse, [10, 10], [0, 6]), verdict(tie, [5, 10], [4, 8]), verdict(unknown, [0, 10], [0, 0])]
     path = tmp_path / "triplets.jsonl.pairs.jsonl"
     path.write_text(json.dumps({"id": "a", "messages": MESSAGES, "pairs": pairs}) + "\n")

@@ -30,40 +30,58 @@ from transformers import (
 import llm2
 from llm2.common.distributed import dist_info
 from llm2.common.gguf import gguf_folder
-from llm2.errors import UserError, explained
+from llm2.errors import UserError, explained, shown
 
 NEWEST_TESTED = "5.24.0"  # of transformers; tests/README.md has all versions
-BUILT_IN = ("testbed", "smollm2")
 TESTBED = Path(llm2.__file__).parent / "testbed" / "system1"
 LOCAL_MODEL_HINT = "pass model=<local folder>, or model=testbed for the embedded one (`bash scripts/quickstart.sh`)"
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one. Raises UserError for `cuda` or `cuda:1` without a GPU."""
+def resolve_device(device: str | int | torch.device) -> torch.device:
+    """`auto` is the GPU if there is one, a number the GPU of that index.
+
+    Raises UserError for what is no device, and for `cuda` or `cuda:1` without a GPU.
+    """
+    name = f"cuda:{device}" if type(device) is int else str(device)
     has_gpu = torch.cuda.device_count() > 0  # unlike is_available it leaves CUDA alone: vLLM's GPUs are chosen later
     if name.startswith("cuda") and not has_gpu:
         raise UserError(f"device {name} needs a CUDA GPU and torch sees none; {LOCAL_MODEL_HINT} device=cpu")
-    return torch.device(("cuda" if has_gpu else "cpu") if name == "auto" else name)
+    with explained(f"device: found {shown(device)}, expected auto, cpu, cuda or such"):
+        found = torch.device(("cuda" if has_gpu else "cpu") if name == "auto" else name)
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name}: torch sees {torch.cuda.device_count()} GPUs, expected an index below that")
+    return found
 
 
-def resolve_dtype(name: str, device: torch.device) -> str | torch.dtype:
-    """`auto` is the checkpoint's dtype on a GPU and float32 on a CPU."""
-    if name == "auto":
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> str | torch.dtype:
+    """`auto`, or None, is the checkpoint's dtype on a GPU and float32 on a CPU.
+
+    Raises UserError for what is no floating-point dtype.
+    """
+    if dtype in ("auto", None):
         return torch.float32 if device.type == "cpu" else "auto"
-    return getattr(torch, name)
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"dtype: found {shown(dtype)}, expected auto, float32, bfloat16 or float16")
+    return found
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a name stands for a GGUF file, which is converted where it is new."""
+    return name == "smollm2" or name.endswith(".gguf")
 
 
 def model_path(name: str) -> str:
-    """The folder of a built-in name or a GGUF file, which is converted where it is new; any other name unchanged."""
+    """The folder of a built-in name or a GGUF file; any other name unchanged."""
     if name == "testbed":
         return str(TESTBED)
-    return str(gguf_folder(name)) if name == "smollm2" or name.endswith(".gguf") else name
+    return str(gguf_folder(name)) if is_gguf(name) else name
 
 
 def is_local(name: str) -> bool:
     """Whether a name is a path or built in; a hub id has at most one slash (OWNER/NAME)."""
     is_path = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
-    return name in BUILT_IN or name.endswith(".gguf") or is_path
+    return name == "testbed" or is_gguf(name) or is_path
 
 
 def require_model(name: str) -> None:
@@ -88,16 +106,19 @@ def vocabulary_size(name: str) -> int:
     return _load(AutoConfig, name).get_text_config().vocab_size
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    tokenizer = _load(AutoTokenizer, name)
+def load_tokenizer(name: str, **options) -> PreTrainedTokenizerBase:
+    """`options` go to AutoTokenizer.from_pretrained."""
+    tokenizer = _load(AutoTokenizer, name, **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_system1(name: str, device: torch.device, dtype: str = "auto") -> PreTrainedModel:
-    """The language model, in evaluation mode; `dtype` as for `resolve_dtype`."""
-    return load_language_model(name, dtype=resolve_dtype(dtype, device)).to(device).eval()
+def load_system1(
+    name: str, device: torch.device, dtype: str | torch.dtype | None = "auto", **options
+) -> PreTrainedModel:
+    """The language model, in evaluation mode; `dtype` as for `resolve_dtype`, `options` as for load_language_model."""
+    return load_language_model(name, dtype=resolve_dtype(dtype, device), **options).to(device).eval()
 
 
 def load_language_model(name: str, **options) -> PreTrainedModel:
@@ -149,14 +170,19 @@ def _load(auto_class, name: str, **options):
     """`auto_class.from_pretrained`. Raises UserError where there is no such model."""
     name_newer_transformers()
     name = model_path(name)
+    if is_local(name) and (subfolder := options.pop("subfolder", None)):
+        name = str(Path(name, subfolder))
     if is_local(name) and not Path(name).is_dir():
         raise UserError(f"model {name!r}: expected a folder with config.json, found none; {LOCAL_MODEL_HINT}")
-    if not is_local(name) and not isinstance(try_to_load_from_cache(name, "config.json"), str):
-        _probe_hub(name)
+    cached = {key: options[key] for key in ("cache_dir", "revision") if options.get(key) is not None}
+    file = f"{options.get('subfolder', '')}/config.json".lstrip("/")
+    hub_alone = not is_local(name) and not options.get("local_files_only")
+    if hub_alone and not isinstance(try_to_load_from_cache(name, file, **cached), str):
+        _probe_hub(name, options.get("revision"), options.get("token"))
     with explained(f"model {name!r} could not be loaded", LOCAL_MODEL_HINT):
         # trust_remote_code: where it is left out, transformers asks on the terminal
         return auto_class.from_pretrained(
-            name, **{"local_files_only": is_local(name), "trust_remote_code": False, **options}
+            name, **{"trust_remote_code": False, **options, "local_files_only": not hub_alone}
         )
 
 
@@ -201,10 +227,10 @@ def load_whole(load: Callable[..., tuple], what: str, new: Collection[str] = (),
     return model
 
 
-def _probe_hub(name: str) -> None:
+def _probe_hub(name: str, revision: str | None, token: str | bool | None) -> None:
     """One request with a short timeout: `from_pretrained` would retry for half a minute."""
     try:
-        HfApi().model_info(name, timeout=10)
+        HfApi().model_info(name, timeout=10, revision=revision, token=token)
     except Exception as error:  # the errors of the hub client's transport share no base class
         problem = f"neither a local folder nor available from the hub ({type(error).__name__})"
         raise UserError(f"model {name!r} is {problem}; {LOCAL_MODEL_HINT}") from None

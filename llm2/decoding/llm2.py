@@ -4,13 +4,17 @@
 `GuidedGenerate`, which decodes with `Decoder` and returns what `generate` returns.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
     GenerationConfig,
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -18,8 +22,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
+    TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 from transformers.generation import (
     BaseStreamer,
@@ -35,12 +41,17 @@ from llm2.common.prefix import common_prefix
 from llm2.common.seeds import row_seed
 from llm2.decoding.candidates import guided_logits
 from llm2.decoding.decoder import Decoder
+from llm2.decoding.generate_options import refuse_arguments, refuse_ignored
 from llm2.decoding.sampling import Guidance, LogitsFn, SamplingParams, StopFn, TokenTrace
+from llm2.errors import UserError, shown
 from llm2.verifier.load import load_verifier
-from llm2.verifier.model import ProcessVerifier
+from llm2.verifier.model import HUB, ProcessVerifier
 from llm2.verifier.scoring import Reduction, score_tokens, solution_score
 
+# Values of transformers' device_map that spread a model over several GPUs.
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+WARPERS += (TopHLogitsWarper, TypicalLogitsWarper, EpsilonLogitsWarper, EtaLogitsWarper)
 
 
 @dataclass
@@ -50,14 +61,25 @@ class GuidedOutput(GenerateDecoderOnlyOutput):
     trace: list[list[TokenTrace]] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Sampling(SamplingParams):
+    """Sampling with the warpers that `generate` has built, and those that its caller has passed."""
+
+    given: LogitsProcessorList
+
+    def warpers(self) -> LogitsProcessorList:
+        return self.given
+
+
 class GuidedGenerate:
     """A callable for `model.generate(..., custom_generate=GuidedGenerate(guidance))`, for any System 1.
 
     Takes three arguments more than `generate`: `seed` (with do_sample, sequence i depends on `seed`, i and its prompt
-    alone, in float32), `trace`, and `stream_to`, a streamer. Temperature, top_k, top_p and min_p act on the guided
-    logits, all other processors on System 1's, before the plausible set is taken. Raises ValueError for beam search.
-    `generate` passes neither `streamer` nor the tokenizer of `stop_strings` to a callable: use `stream_to` and a
-    StopStringCriteria, or `LLM2.generate`, which does so for you.
+    alone, in float32), `trace`, and `stream_to`, a streamer. What `generate` applies when sampling (temperature, top_k,
+    top_p, ...) acts on the guided logits, all other processors on System 1's, before the plausible set is taken. Raises
+    ValueError for an option that would change a text and does not act here, such as num_beams. `generate` passes
+    neither `streamer` nor the tokenizer of `stop_strings` to a callable: use `stream_to` and a StopStringCriteria, or
+    `LLM2.generate`, which does so for you.
 
     Args:
         guidance: None for System 1 alone.
@@ -82,8 +104,7 @@ class GuidedGenerate:
     ) -> torch.Tensor | GuidedOutput:
         """(B, T) ids -> (B, T + new) ids, right-padded; a GuidedOutput if the config asks for a dictionary."""
         config = generation_config
-        if config.num_beams > 1:
-            raise ValueError("guided decoding does not search beams; expected num_beams=1")
+        refuse_ignored(config, model_inputs)
         if stream_to is not None and len(input_ids) > 1:
             raise ValueError(f"a streamer shows one sequence, found a batch of {len(input_ids)}")
         if self.system1 is not model or self.decoder.runners.moved:
@@ -94,12 +115,7 @@ class GuidedGenerate:
         eos = [] if config.eos_token_id is None else config.eos_token_id
         sampling = None
         if config.do_sample:
-            sampling = SamplingParams(
-                temperature=config.temperature or 1.0,
-                top_k=config.top_k,
-                top_p=1.0 if config.top_p is None else config.top_p,
-                min_p=config.min_p,
-            )
+            sampling = _Sampling(given=LogitsProcessorList(p for p in logits_processor if isinstance(p, WARPERS)))
         output_scores = config.return_dict_in_generate and config.output_scores
         output_logits = config.return_dict_in_generate and config.output_logits
         keep_logits = bool(output_scores or output_logits)
@@ -173,16 +189,33 @@ class LLM2:
         self.guided_generate = GuidedGenerate(self.guidance)
 
     @classmethod
-    def from_pretrained(
-        cls, model: str, verifier: str | None = None, *, device: str = "auto", dtype: str = "auto", **guidance: Any
-    ) -> "LLM2":
-        """Load both systems from folders or hub ids; `guidance` as for the class."""
-        Guidance(verifier=None, **guidance)  # refuses unknown keywords before anything is loaded
-        torch_device = resolve_device(device)
-        system1 = load_system1(model, torch_device, dtype)
+    def from_pretrained(cls, model: str | Path, verifier: str | Path | None = None, **options: Any) -> "LLM2":
+        """Load both systems from folders or hub ids.
+
+        Args:
+            options: as for the class, and of transformers' `from_pretrained`: `dtype`, `device_map` of one device, here
+                also `device`, and what says where files are (`HUB`). Of these, `revision` and `subfolder` are of System
+                1's files alone.
+
+        Raises TypeError for any other, before anything is loaded, and UserError for values that cannot be had.
+        """
+        model, verifier = str(model), None if verifier is None else str(verifier)
+        hub = {key: options.pop(key) for key in HUB if key in options}
+        device, dtype = _device(options), options.pop("dtype", "auto")
+        dtype = options.pop("torch_dtype", None) or dtype  # the older name, which transformers takes too
+        if options.pop("trust_remote_code", None):
+            raise UserError("trust_remote_code: found true, expected false: code of a model is never run")
+        if unknown := options.keys() - {field.name for field in fields(Guidance)}:
+            raise TypeError(
+                f"LLM2.from_pretrained takes no {sorted(unknown)[0]!r}; if transformers' from_pretrained does, load "
+                "System 1 by that and pass it on: LLM2(system1, tokenizer, verifier)"
+            )
+        Guidance(verifier=None, **options)  # refuses what is out of range before anything is loaded
+        system1, tokenizer = load_system1(model, device, dtype, **hub), load_tokenizer(model, **hub)
         if verifier is not None:
-            verifier = load_verifier(verifier, torch_device, dtype, system1.config.vocab_size, system1)
-        return cls(system1, load_tokenizer(model), verifier, **guidance)
+            hub = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
+            verifier = load_verifier(verifier, device, dtype, system1.config.vocab_size, system1, tokenizer, **hub)
+        return cls(system1, tokenizer, verifier, **options)
 
     def generate(self, inputs: torch.Tensor | None = None, **options) -> torch.Tensor | GuidedOutput:
         """transformers' `generate` of System 1, guided: its arguments and results, and those of `GuidedGenerate`.
@@ -192,8 +225,13 @@ class LLM2:
         """
         if options.get("cache_implementation") == "paged":  # `generate` would leave for generate_batch, unguided
             raise ValueError("cache_implementation: found 'paged', which cannot be guided; leave it out")
-        if options.get("generation_config") is None:
+        refuse_arguments(self.system1.generate, options)
+        config = options.get("generation_config")
+        if config is None:
             options = {"eos_token_id": self.eos, "pad_token_id": self.tokenizer.pad_token_id, **options}
+        elif config.stop_strings is not None:  # `generate` gives their tokenizer to no callable
+            options = {"stop_strings": config.stop_strings, **options, "generation_config": copy.copy(config)}
+            options["generation_config"].stop_strings = None
         if strings := options.pop("stop_strings", None):
             tokenizer = options.pop("tokenizer", self.tokenizer)
             criteria = [*options.pop("stopping_criteria", []), StopStringCriteria(tokenizer, strings)]
@@ -241,6 +279,21 @@ class LLM2:
             messages = [{"role": "user", "content": messages}]
         answered = [] if answer is None else [{"role": "assistant", "content": answer}]
         return encode_chats(self.tokenizer, [[*messages, *answered]], None, answer is None)[0]
+
+
+def _device(options: dict[str, Any]) -> torch.device:
+    """The one that `device` or `device_map` names; both are taken out of the options."""
+    device, places = options.pop("device", None), options.pop("device_map", None)
+    if isinstance(places, Mapping) and len({*places.values()}) == 1:
+        (places,) = {*places.values()}
+    several = isinstance(places, Mapping) or (places in SPREAD and torch.cuda.device_count() > 1)
+    if several or (device is not None and places is not None):
+        raise UserError(
+            f"device_map: found {shown(places)}{f' and device {device}' if device else ''}, expected one device, which "
+            "holds both systems"
+        )
+    place = device if places is None else places
+    return resolve_device("auto" if place is None or place in SPREAD else place)
 
 
 def _stop_fn(criteria: StoppingCriteriaList, input_ids: torch.Tensor) -> StopFn | None:

@@ -19,20 +19,31 @@ class GuidedLogitsProcessor(LogitsProcessor):
     For one call of `model.generate(..., logits_processor=[...])`, beam search included, or any loop that applies
     transformers' processors. The verifier's cache is kept per row and recomputed from where a row's tokens changed, as
     under beam search. Limits, none of which `LLM2.generate` has: the verifier always runs in a forward of its own, rows
-    do not join or leave, and since a processor sees no attention mask, leading pad tokens are taken for padding. It
-    must come before temperature and the other warpers, as `generate` orders them.
+    do not join or leave, and a processor is not told the attention mask. It must come before temperature and the other
+    warpers, as `generate` orders them.
 
     transformers' continuous batching (`generate_batch`, `cache_implementation="paged"`) never calls a processor, and
     says nothing. So one that is thrown away without having been called warns that nothing was guided.
+
+    Args:
+        attention_mask: (B, T) of the prompts, left-padded; None for one prompt, whose beams and samples may be many
+            rows. A pad token cannot be told from text: it may be the end-of-sequence token.
+
+    Raises ValueError for a mask that is not left-padded.
     """
 
     supports_continuous_batching = False
     unused = False
 
-    def __init__(self, guidance: Guidance, pad_token_id: int | None = None) -> None:
+    def __init__(self, guidance: Guidance, *, attention_mask: torch.Tensor | None = None) -> None:
         if guidance.verifier.config.prefix_head is not None:
             raise ValueError("a prefix head needs System 1's states, which a logits processor does not see")
-        self.guidance, self.pad_token_id = guidance, pad_token_id
+        self.guidance, self.attention_mask, self.prompt = guidance, attention_mask, None
+        if attention_mask is not None:
+            padded = ~attention_mask.bool()
+            if padded[:, -1].any() or (padded[:, 1:] & ~padded[:, :-1]).any():
+                raise ValueError("attention_mask: expected padding on the left alone")
+            self.padding = padded.sum(dim=-1).tolist()  # of each prompt
         self.runner = VerifierRunner(guidance.verifier)
         self.cache = SlotCache(0)
         self.cached_ids: list[list[int]] = []
@@ -48,11 +59,12 @@ class GuidedLogitsProcessor(LogitsProcessor):
         """input_ids (B, T), System 1's logits (B, V) -> guided logits (B, V), -inf where not plausible.
 
         Raises UserError for a score that is not finite, with its row, and ValueError for logits of another shape, as
-        of a paged cache.
+        of a paged cache, and for rows that the attention mask is not of.
         """
-        self.unused = False
         if scores.dim() != 2:
             raise ValueError(f"scores: found the shape {tuple(scores.shape)}, expected (batch, vocabulary)")
+        self.unused = False
+        padding = self._padding(input_ids)
         if len(input_ids) > self.cache.num_slots:
             self.cache, self.cached_ids = SlotCache(len(input_ids)), [[] for _ in input_ids]
         logits = scores.float()
@@ -60,7 +72,7 @@ class GuidedLogitsProcessor(LogitsProcessor):
         chunks, sizes = [], valid.sum(dim=-1).tolist()
         for slot, size in enumerate(sizes):
             if size > 1:
-                ids = self._without_padding(input_ids[slot].tolist())
+                ids = input_ids[slot, padding[slot] :].tolist()
                 start = min(common_prefix(self.cached_ids[slot], ids), len(ids) - 1)
                 self.cached_ids[slot] = ids
                 branches = candidates[slot, :size].tolist() if self.runner.reads_candidates else []
@@ -81,6 +93,16 @@ class GuidedLogitsProcessor(LogitsProcessor):
         guided = guided_logits(logits.gather(-1, candidates), valid, verifier_scores, self.guidance.beta)
         return over_vocabulary(scores, candidates, guided)
 
-    def _without_padding(self, ids: list[int]) -> list[int]:
-        first = next((index for index, token in enumerate(ids) if token != self.pad_token_id), len(ids))
-        return ids[first:]
+    def _padding(self, input_ids: torch.LongTensor) -> list[int]:
+        """Of each row; beams and samples of a prompt follow one another."""
+        rows, length = input_ids.shape
+        if self.attention_mask is not None:
+            prompts, width = self.attention_mask.shape
+            if rows % prompts or length < width:
+                raise ValueError(f"attention_mask: found {prompts} rows of {width} tokens for {rows} of {length}")
+            return [count for count in self.padding for _ in range(rows // prompts)]
+        if self.prompt is None:
+            self.prompt = input_ids[0]
+        if length < len(self.prompt) or (input_ids[:, : len(self.prompt)] != self.prompt).any():
+            raise ValueError("attention_mask: expected the one of these prompts, found none; they may be padded")
+        return [0] * rows

@@ -19,6 +19,7 @@ from llm2.common.inputs import Digests, digests
 from llm2.common.keys import Mark, marked
 from llm2.common.loading import load_system1, load_tokenizer, refuse_unknown_ids, resolve_device
 from llm2.common.progress import DecodingBar
+from llm2.common.same_tokenizer import require_same_tokenizer
 from llm2.common.seeds import row_seed
 from llm2.config import EvaluateConfig, Mode
 from llm2.decoding.contrast import ContrastLogits
@@ -142,6 +143,7 @@ class Evaluator:
             )
         self.contrast = None
         if config.contrast is not None:
+            require_same_tokenizer(f"contrast {config.contrast!r}", config.contrast, self.llm2.tokenizer)
             self.contrast = load_system1(config.contrast, self.llm2.system1.device, config.dtype)
         self.tokenizer = load_tokenizer(config.model)
         self.vllm = None

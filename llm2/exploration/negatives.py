@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm2.common.distributed import process_device
 from llm2.common.loading import load_system1, resolve_device
+from llm2.common.same_tokenizer import require_same_tokenizer
 from llm2.common.seeds import row_seed
 from llm2.config import ExploreConfig
 from llm2.errors import UserError
@@ -30,6 +31,7 @@ class NegativeSampler:
         self.contrast_model: PreTrainedModel | None = None
         if config.negatives == "contrast":
             device = process_device(resolve_device(config.device))
+            require_same_tokenizer(f"contrast_model {config.contrast_model!r}", config.contrast_model, tokenizer)
             self.contrast_model = load_system1(config.contrast_model, device, config.dtype)
 
     def __call__(self, solution: TokenizedSolution, forks: Sequence[Fork]) -> list[Fork]:

@@ -79,6 +79,11 @@ def tokenize_solutions(
     for problem, messages, ids, prompt in zip(problems, conversations, whole, prompts, strict=True):
         start = len(prompt)
         if ids[:start] != prompt:
+            if tokenizer.decode(ids).startswith(tokenizer.decode(prompt)):
+                raise UserError(
+                    f"problem {problem.id}: the solution begins with {problem.solution[:10]!r}, which the tokenizer "
+                    "joins to the end of the prompt; expected another beginning, such as no spaces"
+                )
             raise UserError(
                 f"problem {problem.id}: the chat template writes another prompt before generation than in the whole "
                 "conversation; expected one that only appends (llama3-plain or chatml-plain)"

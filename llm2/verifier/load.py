@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm2.common.chat import resolve_template
 from llm2.common.config_file import read_values
 from llm2.common.loading import is_local, load_tokenizer, resolve_dtype
+from llm2.common.same_tokenizer import require_same_tokenizer
 from llm2.errors import UserError, explained
 from llm2.verifier.model import ProcessVerifier, ProcessVerifierConfig
 
@@ -34,17 +35,18 @@ def require_same_template(verifier: str, model: str, chat_template: str | None) 
         )
 
 
-def verifier_config(name: str) -> ProcessVerifierConfig:
+def verifier_config(name: str, **options) -> ProcessVerifierConfig:
     """Raises UserError where a verifier has none that can be read."""
     require_verifier(name)
+    options["local_files_only"] = is_local(name) or options.get("local_files_only", False)
     with explained(f"verifier {name!r} could not be loaded"):
-        content, _ = ProcessVerifierConfig.get_config_dict(name, local_files_only=is_local(name))
+        content, _ = ProcessVerifierConfig.get_config_dict(name, **options)
         kind, expected = content.get("model_type"), ProcessVerifierConfig.model_type
         if kind != expected:  # transformers would only warn, and make up what is not there
             raise UserError(f"verifier {name!r}: config.json: key 'model_type': found {kind!r}, expected {expected!r}")
         if not isinstance(content.get("backbone_config"), dict):
             raise UserError(f"verifier {name!r}: config.json: key 'backbone_config': expected an object, found none")
-        return ProcessVerifierConfig.from_pretrained(name, local_files_only=is_local(name), trust_remote_code=False)
+        return ProcessVerifierConfig.from_pretrained(name, trust_remote_code=False, **options)
 
 
 def trained_beta(name: str) -> float:
@@ -56,20 +58,28 @@ def trained_beta(name: str) -> float:
 
 
 def load_verifier(
-    name: str, device: torch.device, dtype: str, vocabulary: int, system1: PreTrainedModel | None = None
+    name: str,
+    device: torch.device,
+    dtype: str | torch.dtype,
+    vocabulary: int,
+    system1: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options,
 ) -> ProcessVerifier:
     """A trained verifier in evaluation mode.
 
     Args:
         vocabulary: number of System 1's tokens; the verifier must embed as many.
         system1: a LoRA verifier shares its weights; `device` and `dtype` must then be System 1's.
+        tokenizer: System 1's; of the folder that it was loaded from when None.
+        options: of transformers' `from_pretrained` (cache_dir, token, ...).
     """
-    verifier_config(name)
-    if system1 is not None:
-        refuse_other_tokenizer(name, system1.name_or_path)
+    verifier_config(name, **options)
+    if system1 is not None and is_local(name):
+        require_same_tokenizer(f"verifier {name!r}", name, tokenizer or system1.name_or_path)
     # `auto` follows System 1: a verifier is trained, and stored, in float32.
-    follow = dtype == "auto" and system1 is not None
-    options = {"local_files_only": is_local(name), "dtype": system1.dtype if follow else resolve_dtype(dtype, device)}
+    follow = dtype in ("auto", None) and system1 is not None
+    options["dtype"] = system1.dtype if follow else resolve_dtype(dtype, device)
     try:
         with explained("it could not be loaded"):
             verifier = ProcessVerifier.from_pretrained(name, system1=system1, **options)
@@ -81,16 +91,3 @@ def load_verifier(
             f"verifier {name!r} embeds {embedded} tokens and System 1 has {vocabulary}: not made from this System 1"
         )
     return verifier.to(device).eval()
-
-
-def refuse_other_tokenizer(verifier: str, system1: str) -> None:
-    """Raise UserError where a folder of a verifier holds a tokenizer of another vocabulary than System 1's."""
-    if not Path(verifier, "tokenizer_config.json").is_file() or not Path(system1, "tokenizer_config.json").is_file():
-        return
-    of_verifier, of_system1 = (load_tokenizer(folder).get_vocab() for folder in (verifier, system1))
-    if of_verifier != of_system1:
-        differing = min(of_verifier.items() ^ of_system1.items(), key=lambda token: (token[1], token[0]))
-        raise UserError(
-            f"verifier {verifier!r}: expected System 1's tokenizer, found another one: they differ in token "
-            f"{differing[1]}; it was not made from this System 1"
-        )

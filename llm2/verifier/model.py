@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput
 
 from llm2.common.home import with_home, without_home
-from llm2.common.loading import is_local, load_backbone, load_language_model, load_whole
+from llm2.common.loading import is_local, load_backbone, load_language_model, load_whole, resolve_dtype
 from llm2.errors import UserError
 from llm2.verifier import lora
 from llm2.verifier.checkpoints import is_sharded, sharded_state
@@ -28,6 +28,7 @@ from llm2.verifier.heads import PrefixHead, TokenWeight, fingerprint
 from llm2.verifier.loss import IGNORE_INDEX, chunked_cross_entropy
 from llm2.verifier.masks import as_attention_mask, packed_block_mask, packed_mask
 
+HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")  # where files are
 FLEX = "flex_attention"  # transformers' FlexAttention
 LLM2_FLEX = "llm2_flex_attention"  # ours, which every verifier has in its place
 
@@ -174,21 +175,24 @@ class ProcessVerifier(PreTrainedModel):
                 Without it the base weights are loaded from the config's `base_model`.
             options: as for any transformers model.
         """
-        hub_options = {key: options[key] for key in ("local_files_only", "revision", "token") if key in options}
-        config = ProcessVerifierConfig.from_pretrained(name, **hub_options)
+        offline = options.pop("local_files_only", False)
+        where = {key: options[key] for key in HUB if key in options}
+        where["local_files_only"] = offline or is_local(str(name))
+        config = ProcessVerifierConfig.from_pretrained(name, **where)
         sharded = is_sharded(Path(name))
         has_own_backbone = config.lora is None and config.prefix_head is None
         if has_own_backbone and sharded:
             verifier = cls(config)
             verifier.load_state_dict(sharded_state(Path(name)))
-            dtype = options.get("dtype")  # the shards hold float32
-            return verifier.eval().to(dtype if isinstance(dtype, torch.dtype) else torch.float32)
+            dtype = options.get("dtype", "float32")  # as the shards hold; `auto` is the same
+            return verifier.eval().to(resolve_dtype(dtype, torch.device("cpu")))
         if has_own_backbone:
-            return load_whole(partial(super().from_pretrained, name, *inputs), "its weights", **options)
+            load = partial(super().from_pretrained, name, *inputs)
+            return load_whole(load, "its weights", **{**options, **where})
         if system1 is None:
             base_model = with_home(config.base_model)
-            options = {**options, "local_files_only": is_local(base_model)}
-            system1 = load_language_model(base_model, **options)
+            options = {key: value for key, value in options.items() if key not in ("revision", "subfolder")}
+            system1 = load_language_model(base_model, local_files_only=offline, **options)
         else:
             system1 = lora.clone_sharing_weights(system1)
         settings = (config.base_model, config.lora, config.score, config.prefix_head, config.token_weight)
@@ -203,7 +207,7 @@ class ProcessVerifier(PreTrainedModel):
         if sharded and config.lora is not None:
             lora.set_adapter(verifier, lora.adapter_state(verifier, sharded_state(Path(name))), str(name))
         else:
-            verifier.load_trained(str(name), **hub_options)
+            verifier.load_trained(str(name), **where)
         return verifier.eval()
 
     @classmethod

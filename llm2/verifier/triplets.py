@@ -184,9 +184,9 @@ def load_examples(
     """
     examples, summary, misfits = ExampleFile() if into is None else into, Summary(), []
     for record, ids, start in _tokenized(islice(read_records(path), limit), tokenizer, template):
-        misfit = find_misfit(ids, record.triplets, len(tokenizer))
+        misfit = find_misfit(ids, record.triplets, len(tokenizer), start)
         if misfit is not None:
-            misfits.append((record, ids, misfit))
+            misfits.append((record, ids, misfit, start))
             if len(misfits) == MAX_MISFITS:
                 break
             continue
@@ -211,11 +211,16 @@ def load_examples(
     return examples, summary
 
 
-def find_misfit(ids: Sequence[int], triplets: Iterable[Triplet], vocabulary: int) -> Triplet | None:
-    """The first triplet that does not fit these token ids."""
+def find_misfit(ids: Sequence[int], triplets: Iterable[Triplet], vocabulary: int, start: int = 1) -> Triplet | None:
+    """The first triplet that does not fit these token ids, of which the solution begins at `start`."""
     for triplet in triplets:
         position, gold, negative = triplet
-        if not 0 < position < len(ids) or ids[position] != gold or not 0 <= negative < vocabulary or negative == gold:
+        if (
+            not max(1, start) <= position < len(ids)
+            or ids[position] != gold
+            or not 0 <= negative < vocabulary
+            or negative == gold
+        ):
             return triplet
     return None
 
@@ -295,11 +300,11 @@ def _tokenized(
 
 
 def _explain(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, misfits: list[tuple[Record, list[int], Triplet]]
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, misfits: list[tuple[Record, list[int], Triplet, int]]
 ) -> str:
     """Each misfit, and the cause where all of them have the same."""
     lines = [f"{path}: triplets do not fit the tokenizer {tokenizer.name_or_path} and its chat template:"]
-    for record, ids, (position, gold, negative) in misfits:
+    for record, ids, (position, gold, negative), start in misfits:
         where = f"  line {record.line}, position {position}:"
         if not 0 <= negative < len(tokenizer):
             lines.append(f"{where} negative token {negative} is not in the vocabulary of {len(tokenizer)} tokens")
@@ -307,10 +312,12 @@ def _explain(
             lines.append(f"{where} gold and negative are the same token {_named(tokenizer, gold)}")
         elif not 0 < position < len(ids):
             lines.append(f"{where} expected token {_named(tokenizer, gold)}, but the line has only {len(ids)} tokens")
+        elif ids[position] == gold:
+            lines.append(f"{where} the token is in the question, expected one of the solution, from position {start}")
         else:
             expected, found = _named(tokenizer, gold), _named(tokenizer, ids[position])
             lines.append(f"{where} expected token {expected}, found {found}")
-    shifts = {_shift(ids, record.triplets) for record, ids, _ in misfits}
+    shifts = {_shift(ids, record.triplets) for record, ids, *_ in misfits}
     if len(shifts) == 1 and (shift := shifts.pop()):
         lines.append(
             f"  likely cause: the chat template writes {abs(shift)} tokens {'more' if shift > 0 else 'fewer'} before "
