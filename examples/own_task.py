@@ -3,6 +3,7 @@
 A task is a class with `problems` and `extract_answer`; commands take it as task=MODULE:CLASS.
 """
 
+import re
 import sys
 
 from llm2 import EvaluateConfig, Problem, Task, evaluate
@@ -17,20 +18,13 @@ class Sums(Task):
         return [Problem(f"{split}-{a}-{b}", question.format(a, b), gold=str(a + b)) for a, b in pairs]
 
     def extract_answer(self, text):
-        numbers = [word.strip(".") for word in text.split() if word.strip(".").isdigit()]
+        numbers = re.findall(r"\d+", text)
         return numbers[-1] if numbers else None
 
 
 if __name__ == "__main__":
-    config = EvaluateConfig(
-        model="testbed",
-        verifier="testbed-verifier",
-        beta=None,
-        task="own_task:Sums",
-        limit=20,
-        max_new_tokens=100,
-        device="cpu",
-        output_dir=sys.argv[1] if sys.argv[1:] else "results/examples/sums",
-    )
+    folder = sys.argv[1] if sys.argv[1:] else "results/examples/sums"
+    config = EvaluateConfig(model="testbed", task="own_task:Sums", limit=20, max_new_tokens=100, output_dir=folder,
+                            verifier="testbed-verifier", beta=None, device="cpu")  # fmt: skip
     for mode, result in evaluate(config)["modes"].items():
         print(f"{mode}: {result['accuracy']:.0%} of {config.limit}")

@@ -1,6 +1,6 @@
-"""Train a verifier on triplets [position, gold token, negative token]: python examples/train.py [TRIPLETS.jsonl]
+"""Train a verifier on triplets: python examples/train.py [TRIPLETS.jsonl [OUTPUT_DIR]]
 
-dataset/README.md explains the format; `llm2 check FILE --tokenizer MODEL` checks each position.
+dataset/README.md explains the format, [position, gold token, negative token]; `llm2 check FILE --tokenizer MODEL` checks each position.
 """
 
 import sys
@@ -10,7 +10,7 @@ from llm2 import LLM2, TrainConfig, train
 config = TrainConfig(
     model="testbed",
     train_file=sys.argv[1] if len(sys.argv) > 1 else "dataset/testbed.jsonl",
-    output_dir="results/examples/verifier",
+    output_dir=sys.argv[2] if len(sys.argv) > 2 else "results/examples/verifier",
     score="prefix",
     prefix_head="bilinear",  # a head on System 1's states; leave both keys out for the paper's verifier
     num_train_epochs=6.0,
@@ -21,8 +21,5 @@ config = TrainConfig(
 )
 metrics = train(config)
 print(f"held-out pairs in which gold is preferred: {metrics['eval_pair_accuracy']:.1%}")
-print(
-    LLM2.from_pretrained(config.model, config.output_dir, beta=None).chat(
-        "Ann has 3 apples. Ann buys 4 more apples. How many apples does Ann have?"
-    )
-)
+question = "Ann has 3 apples. Ben has 4 times as many apples as Ann. How many apples do they have together?"
+print(LLM2.from_pretrained(config.model, config.output_dir, beta=None).chat(question))

@@ -34,6 +34,7 @@ from llm2.errors import UserError, explained, shown
 
 NEWEST_TESTED = "5.24.0"  # of transformers; tests/README.md has all versions
 TESTBED = Path(llm2.__file__).parent / "testbed" / "system1"
+BUILT_IN = {"testbed": TESTBED, "testbed-verifier": TESTBED.parent / "verifier"}
 LOCAL_MODEL_HINT = "pass model=<local folder>, or model=testbed for the embedded one (`bash scripts/quickstart.sh`)"
 
 
@@ -73,15 +74,15 @@ def is_gguf(name: str) -> bool:
 
 def model_path(name: str) -> str:
     """The folder of a built-in name or a GGUF file; any other name unchanged."""
-    if name == "testbed":
-        return str(TESTBED)
+    if name in BUILT_IN:
+        return str(BUILT_IN[name])
     return str(gguf_folder(name)) if is_gguf(name) else name
 
 
 def is_local(name: str) -> bool:
     """Whether a name is a path or built in; a hub id has at most one slash (OWNER/NAME)."""
     is_path = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
-    return name == "testbed" or is_gguf(name) or is_path
+    return name in BUILT_IN or is_gguf(name) or is_path
 
 
 def require_model(name: str) -> None:

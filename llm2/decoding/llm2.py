@@ -253,7 +253,9 @@ class LLM2:
     def score(
         self, messages: str | Sequence[Message], solutions: Sequence[str], reduction: Reduction = "mean"
     ) -> list[float]:
-        """The verifier's score of each finished solution to a question: the higher, the better it judges the solution.
+        """The verifier's score of each finished solution to a question, for best of n and weighted votes.
+
+        Training compares tokens after equal prefixes alone; between whole solutions the score is a heuristic.
 
         Args:
             messages: as for `chat`.

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm2.common.chat import resolve_template
 from llm2.common.config_file import read_values
-from llm2.common.loading import is_local, load_tokenizer, resolve_dtype
+from llm2.common.loading import is_local, load_tokenizer, model_path, resolve_dtype
 from llm2.common.same_tokenizer import require_same_tokenizer
 from llm2.errors import UserError, explained
 from llm2.verifier.model import ProcessVerifier, ProcessVerifierConfig
@@ -15,7 +15,7 @@ from llm2.verifier.model import ProcessVerifier, ProcessVerifierConfig
 
 def require_verifier(name: str) -> None:
     """Raise UserError, before anything slow, if a local verifier does not exist."""
-    if is_local(name) and not (Path(name) / "config.json").is_file():
+    if is_local(name) and not Path(model_path(name), "config.json").is_file():
         raise UserError(
             f"verifier {name!r}: expected a folder with config.json, found none; "
             "`llm2 train` makes one (`bash scripts/train_verifier.sh`)"
@@ -24,7 +24,7 @@ def require_verifier(name: str) -> None:
 
 def require_same_template(verifier: str, model: str, chat_template: str | None) -> None:
     """Raise UserError where a local verifier was trained with another chat template: its scores fit no other."""
-    trained = Path(verifier, "train.yaml")
+    trained = Path(model_path(verifier), "train.yaml")
     if not trained.exists():
         return
     trained_name, own = read_values(trained).get("chat_template"), load_tokenizer(model).chat_template
@@ -40,13 +40,13 @@ def verifier_config(name: str, **options) -> ProcessVerifierConfig:
     require_verifier(name)
     options["local_files_only"] = is_local(name) or options.get("local_files_only", False)
     with explained(f"verifier {name!r} could not be loaded"):
-        content, _ = ProcessVerifierConfig.get_config_dict(name, **options)
+        content, _ = ProcessVerifierConfig.get_config_dict(model_path(name), **options)
         kind, expected = content.get("model_type"), ProcessVerifierConfig.model_type
         if kind != expected:  # transformers would only warn, and make up what is not there
             raise UserError(f"verifier {name!r}: config.json: key 'model_type': found {kind!r}, expected {expected!r}")
         if not isinstance(content.get("backbone_config"), dict):
             raise UserError(f"verifier {name!r}: config.json: key 'backbone_config': expected an object, found none")
-        return ProcessVerifierConfig.from_pretrained(name, trust_remote_code=False, **options)
+        return ProcessVerifierConfig.from_pretrained(model_path(name), trust_remote_code=False, **options)
 
 
 def trained_beta(name: str) -> float:
@@ -82,7 +82,7 @@ def load_verifier(
     options["dtype"] = system1.dtype if follow else resolve_dtype(dtype, device)
     try:
         with explained("it could not be loaded"):
-            verifier = ProcessVerifier.from_pretrained(name, system1=system1, **options)
+            verifier = ProcessVerifier.from_pretrained(model_path(name), system1=system1, **options)
     except UserError as error:
         raise UserError(f"verifier {name!r}: {error}") from error
     embedded = verifier.get_input_embeddings().num_embeddings

@@ -1,0 +1,54 @@
+"""The scripts of examples/ run as they stand, offline; the one for vLLM in scripts/test_vllm.sh's Python alone."""
+
+import ast
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import llm2
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_has_at_most_30_lines_and_says_how_to_run_it(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 30
+    assert f"python examples/{path.name}" in ast.get_docstring(ast.parse(text))
+
+
+@pytest.mark.parametrize(
+    "name, arguments, printed",
+    [
+        ("decode", [], ["So the answer is 18."]),
+        ("score", [], ["So the answer is"]),
+        ("train", ["dataset/testbed.jsonl", "FOLDER"], ["held-out pairs in which gold is preferred: 8"]),
+        ("own_task", ["FOLDER"], ["plain_greedy: ", "guided_greedy: "]),
+        ("vllm_guided", [], ["plain: ", "guided: "]),
+    ],
+)
+def test_an_example_runs(name, arguments, printed, tmp_path):
+    if name.startswith("vllm") and find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    arguments = [argument.replace("FOLDER", str(tmp_path / "out")) for argument in arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, f"examples/{name}.py", *arguments]
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert all(part in finished.stdout for part in printed), finished.stdout
+
+
+def test_every_example_is_run():
+    run = {mark.args[1][i][0] for mark in test_an_example_runs.pytestmark for i in range(len(mark.args[1]))}
+    assert {path.stem for path in EXAMPLES} == run
+
+
+@pytest.mark.parametrize("name", llm2.__all__)
+def test_every_public_name_is_there_with_a_docstring(name):
+    assert name == "__version__" or getattr(llm2, name).__doc__
+    assert llm2.__version__.count(".") == 2
