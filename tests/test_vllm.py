@@ -498,21 +498,24 @@ def test_a_server_tells_what_it_has_guided(system1, verifier, requests, monkeypa
     async def collective_rpc(method):
         return [getattr(proof.CountingWorker, method) and rank for rank in ranks]
 
-    async def call_next(request):
-        return "another route"
+    async def app(scope, receive, send):
+        await send("another route")
+
+    async def send(message):
+        sent.append(message)
 
     parallel = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
     state = SimpleNamespace(engine_client=SimpleNamespace(collective_rpc=collective_rpc), vllm_config=parallel)
-    monkeypatch.setitem(sys.modules, "starlette.responses", SimpleNamespace(JSONResponse=dict))
-    request = SimpleNamespace(url=SimpleNamespace(path="/v1/llm2"), app=SimpleNamespace(state=state))
-    told = asyncio.run(proof.endpoint(request, call_next))
+    scope, sent = {"path": "/v1/llm2", "app": SimpleNamespace(state=state)}, []
+    asyncio.run(proof.Endpoint(app)(scope, None, send))
+    told = json.loads(sent[1]["body"])
     assert told.keys() == {"started", "guided_tokens", "verifier_forwards", "verifier_tokens", "engines"}
     assert told["verifier_tokens"] == batch.tokens_read + 1 and 0 < told["verifier_forwards"] < told["verifier_tokens"]
     for guidance in GUIDANCE:
         written = sum(len(entry.written) for entry in entries if entry.guidance == guidance)
         assert told["guided_tokens"][f"{guidance.beta:g}"] >= written > 0
-    request.url.path = "/v1/models"
-    assert asyncio.run(proof.endpoint(request, call_next)) == "another route"
+    asyncio.run(proof.Endpoint(app)(scope | {"path": "/v1/models"}, None, send))
+    assert sent[2:] == ["another route"]
 
 
 def test_the_memory_of_system_2_is_what_it_takes(system1, verifier):
