@@ -1,6 +1,6 @@
 """Train a verifier on triplets: python examples/train.py [TRIPLETS.jsonl [OUTPUT_DIR]]
 
-dataset/README.md explains the format, [position, gold token, negative token]; `llm2 check FILE --tokenizer MODEL` checks each position.
+dataset/README.md explains their format; `llm2 check FILE --tokenizer MODEL` checks each position.
 """
 
 import sys

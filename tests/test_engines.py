@@ -17,6 +17,7 @@ from llm2.config import RolloutConfig
 from llm2.errors import UserError
 from llm2.exploration.engines import PositionQuery, Request, open_engine
 from llm2.exploration.engines.vllm import plausible_from_logprobs
+from llm2.vllm.client import ServerBackend
 
 
 @pytest.fixture
@@ -126,23 +127,36 @@ def test_vllm_in_process_gets_prompts_and_seeds_and_answers_in_order(config, sys
     assert engine.plausible(queries) == [[candidates] * 2, [candidates]]
 
 
+LOCK = threading.Lock()
+
+
 class FalteringServer(BaseHTTPRequestHandler):
     """A completions server that echoes a prompt's last token n times, and fails as `failures` says."""
 
     failures: list[int] = []  # HTTP statuses of the next answers; 0 closes the connection without one
     received: list[dict] = []
 
+    guiding: dict | None = None  # what it says of guidance; None: it does not know the path
+    guides = True  # whether it guides what it is asked to
+
     def do_GET(self):
-        self.answer({"data": [{"id": "the-model"}]})
+        if self.path == "/v1/llm2" and self.guiding is None:
+            return self.answer({}, 404)
+        self.answer(self.guiding if self.path == "/v1/llm2" else {"data": [{"id": "the-model"}]})
 
     def do_POST(self):
         content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.received.append(content)
         n = content.get("n", 1)
+        if self.guides and "vllm_xargs" in content:
+            with LOCK:
+                beta = f"{content['vllm_xargs']['llm2_beta']:g}"
+                guided = self.guiding["guided_tokens"]
+                guided[beta] = guided.get(beta, 0) + 2 * n
         self.answer({"choices": [{"index": i, "token_ids": [content["prompt"][-1], i]} for i in reversed(range(n))]})
 
-    def answer(self, content: dict) -> None:
-        status = self.failures.pop(0) if self.failures else 200
+    def answer(self, content: dict, status: int = 200) -> None:
+        status = self.failures.pop(0) if self.failures else status
         if status == 0:
             return
         body = json.dumps(content).encode() if status == 200 else b'{"message": "too long a prompt"}'
@@ -159,6 +173,7 @@ class FalteringServer(BaseHTTPRequestHandler):
 def server(monkeypatch):
     monkeypatch.setattr("llm2.vllm.client.time.sleep", lambda seconds: None)
     FalteringServer.failures, FalteringServer.received = [], []
+    FalteringServer.guiding, FalteringServer.guides = None, True
     http = ThreadingHTTPServer(("127.0.0.1", 0), FalteringServer)
     threading.Thread(target=http.serve_forever, args=[0.01], daemon=True).start()  # looks for a shutdown that often
     yield f"http://127.0.0.1:{http.server_port}/v1"
@@ -175,6 +190,39 @@ def test_a_server_gets_token_ids_and_answers_in_order(client):
     received = {tuple(content["prompt"]): content for content in FalteringServer.received}
     assert received[5, 6, 7, 8, 11]["n"] == 3 and received[5, 6, 7, 8, 11]["seed"] == 1
     assert all(content["model"] == "the-model" and content["return_token_ids"] for content in FalteringServer.received)
+
+
+PROMPTS = [[5, 6], [5, 7], [5, 8]]
+GUIDED = [{"n": 2, "extra_args": {"llm2_beta": beta}} for beta in (0.5, 0.25)] + [{"n": 1}]
+
+
+def test_a_server_that_cannot_say_what_it_guides_is_refused(server, system1_folder):
+    with pytest.raises(UserError, match="does not say what it guides .*expected one that was started by `bash scr"):
+        ServerBackend(server, system1_folder, 4, guides=True)
+    FalteringServer.guiding = {"unknown": 1}
+    with pytest.raises(UserError, match="expected counts of llm2"):
+        ServerBackend(server, system1_folder, 4, guides=True)
+
+
+@pytest.mark.parametrize("engines", [1, 2])
+def test_answers_that_were_not_guided_are_told(server, system1_folder, engines):
+    FalteringServer.guiding = {"started": 1.5, "engines": engines, "guided_tokens": {"0.5": 7}}
+    backend = ServerBackend(server, system1_folder, 4, guides=True)
+    assert len(list(backend.stream(PROMPTS, GUIDED))) == 3
+    assert FalteringServer.guiding["guided_tokens"] == {"0.5": 11, "0.25": 4}
+    assert len(list(backend.stream(PROMPTS[2:], GUIDED[2:]))) == 1, "plain requests need no proof"
+    FalteringServer.guides = False
+    with pytest.raises(UserError, match=r"guided 0 of 4 tokens that it wrote with llm2_beta=0.2?5; expected all"):
+        list(backend.stream(PROMPTS, GUIDED))
+
+
+def test_a_server_that_was_restarted_must_guide_some(server, system1_folder):
+    FalteringServer.guiding = {"started": 1.5, "engines": 1, "guided_tokens": {"0.5": 700, "0.25": 700}}
+    backend = ServerBackend(server, system1_folder, 4, guides=True)
+    answers = backend.stream(PROMPTS, GUIDED)
+    next(answers)
+    FalteringServer.guiding = {"started": 2.5, "engines": 1, "guided_tokens": {"0.5": 1, "0.25": 1}}
+    assert len(list(answers)) == 2
 
 
 def test_a_request_that_fails_is_sent_again(client):

@@ -229,14 +229,22 @@ def test_each_process_uses_its_own_gpu(small, monkeypatch):
     class Loaded(Exception):
         pass
 
-    def from_pretrained(*names, device, **options):
+    def load_system1(name, device, dtype):
         raise Loaded(device)
 
     monkeypatch.setattr("llm2.evaluation.evaluate.resolve_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr("llm2.evaluation.evaluate.LLM2.from_pretrained", from_pretrained)
+    monkeypatch.setattr("llm2.evaluation.evaluate.load_system1", load_system1)
     monkeypatch.setenv("LOCAL_RANK", "3")
     with pytest.raises(Loaded, match="cuda:3"):
         evaluate(small)
+
+
+def test_the_tokenizer_is_loaded_once(small, monkeypatch):
+    loaded = []
+    for module in ("llm2.evaluation.evaluate", "llm2.decoding.llm2"):
+        monkeypatch.setattr(f"{module}.load_tokenizer", lambda name: loaded.append(name) or load_tokenizer(name))
+    evaluate(small)
+    assert loaded == [small.model]
 
 
 def test_predictions_of_other_runs_are_reused_if_their_settings_agree(config, done, tmp_path):

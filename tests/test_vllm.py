@@ -1,5 +1,6 @@
 """Guidance for vLLM, without vLLM: what its core writes under random schedules is what our decoder writes."""
 
+import asyncio
 import json
 import logging
 import math
@@ -7,7 +8,9 @@ import random
 import shlex
 import shutil
 import sys
+import tomllib
 from abc import ABC, abstractmethod
+from collections import Counter
 from dataclasses import make_dataclass, replace
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -29,7 +32,7 @@ from llm2.evaluation.tracing import recompute_trace
 from llm2.evaluation.vllm_decoder import VllmDecoder
 from llm2.verifier.heads import fingerprint
 from llm2.verifier.model import ProcessVerifier
-from llm2.vllm import core, serve
+from llm2.vllm import core, proof, serve
 from llm2.vllm.backend import Answer
 from llm2.vllm.checks import check_engine, describe_memory
 from llm2.vllm.core import VerifierBatch
@@ -296,7 +299,8 @@ def vllm(monkeypatch) -> dict[str, SimpleNamespace]:
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "llm2.vllm.processor", raising=False)
     yield modules
-    sys.modules.pop("llm2.vllm.processor", None)
+    for name in ("processor", "guard"):
+        sys.modules.pop(f"llm2.vllm.{name}", None)
 
 
 @pytest.fixture(scope="module")
@@ -445,6 +449,73 @@ def test_a_request_is_guided_where_it_or_the_engine_says_so():
     assert request_guidance(None, default) == GuidanceConfig(beta=0.5, top_k=4)
     assert request_guidance({"llm2_alpha": 0.3}, default) == GuidanceConfig(alpha=0.3, beta=0.5, top_k=4)
     assert request_guidance({"llm2_beta": "off"}, default) is None
+
+
+@pytest.mark.parametrize(
+    "changes, guides",
+    [
+        ({}, True),
+        ({"logits_processors": None}, False),
+        ({"logits_processors": ["other:Processor"]}, False),
+        ({"logits_processors": ["llm2.vllm:GuidedProcessor"]}, True),
+        ({"logits_processors": None, "architectures": ["LLM2LlamaForCausalLM"]}, False),
+        ({"logits_processors": None, "architectures": ["LLM2LlamaForCausalLM"], "additional": {"llm2_beta": 1}}, True),
+        ({"logits_processors": None, "foreign": True}, True),
+    ],
+)
+def test_an_engine_with_a_verifier_that_nothing_asks_does_not_start(vllm, system1, changes, guides):
+    from llm2.vllm.guard import Guard
+
+    changes = {"logits_processors": ["llm2.vllm:GuidedProcessor"], **changes}
+    foreign = changes.pop("foreign", False)
+    config = vllm_config(system1, "verifier", **changes)
+    if foreign:
+        config.additional_config = {"other": 1}
+    if not guides:
+        with pytest.raises(UserError, match="llm2_verifier.* nothing that guides.*--logits-processors llm2.vllm:"):
+            Guard(config, None, False)
+        return
+    guard, logits = Guard(config, SimpleNamespace()), torch.randn(2, 3)
+    assert guard.is_argmax_invariant() and guard.apply(logits) is logits and not guard.add_request(0, None)
+
+
+def test_vllm_finds_the_guard_by_its_entry_point():
+    with open("pyproject.toml", "rb") as file:
+        (target,) = tomllib.load(file)["project"]["entry-points"]["vllm.logits_processors"].values()
+    assert target == "llm2.vllm.guard:Guard"
+
+
+def test_a_server_tells_what_it_has_guided(system1, verifier, requests, monkeypatch):
+    """At least a row of logits for each token written, by beta, and the forwards of the rank that guides."""
+    monkeypatch.setattr(core, "total", Counter())
+    batch = VerifierBatch(verifier, num_slots=SLOTS, max_len=64)
+    engine = FakeEngine(system1, batch, requests, 0)
+    entries = engine.waiting[:]
+    assert proof.CountingWorker().llm2_counts()["guided_tokens"] == {}
+    engine.run()
+    ranks = [{"guided_tokens": {}}, proof.CountingWorker().llm2_counts()]
+
+    async def collective_rpc(method):
+        return [getattr(proof.CountingWorker, method) and rank for rank in ranks]
+
+    async def app(scope, receive, send):
+        await send("another route")
+
+    async def send(message):
+        sent.append(message)
+
+    parallel = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
+    state = SimpleNamespace(engine_client=SimpleNamespace(collective_rpc=collective_rpc), vllm_config=parallel)
+    scope, sent = {"path": "/v1/llm2", "app": SimpleNamespace(state=state)}, []
+    asyncio.run(proof.Endpoint(app)(scope, None, send))
+    told = json.loads(sent[1]["body"])
+    assert told.keys() == {"started", "guided_tokens", "verifier_forwards", "verifier_tokens", "engines"}
+    assert told["verifier_tokens"] == batch.tokens_read + 1 and 0 < told["verifier_forwards"] < told["verifier_tokens"]
+    for guidance in GUIDANCE:
+        written = sum(len(entry.written) for entry in entries if entry.guidance == guidance)
+        assert told["guided_tokens"][f"{guidance.beta:g}"] >= written > 0
+    asyncio.run(proof.Endpoint(app)(scope | {"path": "/v1/models"}, None, send))
+    assert sent[2:] == ["another route"]
 
 
 def test_the_memory_of_system_2_is_what_it_takes(system1, verifier):

@@ -38,6 +38,7 @@ from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.train import train
 from llm2.vllm.client import ServerBackend
 from llm2.vllm.engine import InProcessBackend, engine_options
+from llm2.vllm.proof import SERVER_OPTIONS
 from llm2.vllm.serve import command_line
 from llm2.vllm.settings import guidance_args
 
@@ -308,7 +309,7 @@ def test_the_second_model_runner_writes_what_the_decoder_writes(kind, request, p
     port = free_port()
     small = {"enable_chunked_prefill": True, "max_num_batched_tokens": 64, "block_size": 32}
     small |= {"num_gpu_blocks_override": 64, "max_num_seqs": 64}
-    options = engine_options(config(), verifier) | small | {"served_model_name": "testbed"}
+    options = engine_options(config(), verifier) | small | SERVER_OPTIONS | {"served_model_name": "testbed"}
     command = ("vllm.entrypoints.openai.api_server", *command_line(options | {"host": "127.0.0.1", "port": port}))
     with running(tmp_path, *command, port=port, **variables) as (url, _):
         backend = ServerBackend(url, "testbed", 64, guides=True)

@@ -11,6 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
 from llm2.common.chat import Message, encode_chats, resolve_template
 from llm2.common.config_file import as_dict
 from llm2.common.distributed import barrier, dist_info, process_device
@@ -32,7 +34,7 @@ from llm2.evaluation.predictions import Predictions
 from llm2.evaluation.tracing import TokenText, recompute_trace, trace_record
 from llm2.tasks import Problem, Task, load_task, read_problems, require_distinct_ids
 from llm2.tasks.few_shot import load_few_shot, with_examples
-from llm2.verifier.load import require_same_template, require_verifier, trained_beta
+from llm2.verifier.load import load_verifier, require_same_template, require_verifier, trained_beta
 from llm2.verifier.scoring import score_tokens, solution_score
 from llm2.vllm.backend import require_engine
 
@@ -56,8 +58,9 @@ def evaluate(config: EvaluateConfig) -> dict | None:
     @cache
     def evaluator() -> Evaluator:
         first, template = with_examples(examples, task.prompt(problems[0])), resolve_template(config.chat_template)
-        encode_chats(load_tokenizer(config.model), [first], template)  # what is wrong is said before weights are loaded
-        return Evaluator(config, task, examples)
+        tokenizer = load_tokenizer(config.model)
+        encode_chats(tokenizer, [first], template)  # what is wrong is said before weights are loaded
+        return Evaluator(config, tokenizer, task, examples)
 
     if not config.resume:
         evaluator()  # earlier results are deleted once both systems are loaded
@@ -134,25 +137,27 @@ class Decoded(NamedTuple):
 class Evaluator:
     """Both systems and a task: decodes, scores and grades."""
 
-    def __init__(self, config: EvaluateConfig, task: Task, examples: Sequence[Message]) -> None:
-        device = str(process_device(resolve_device(config.device)))
+    def __init__(
+        self, config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Message]
+    ) -> None:
+        where = process_device(resolve_device(config.device)), config.dtype
         self.llm2: LLM2 | None = None
         if config.engine == "llm2" or config.verifier is not None:  # beside vLLM it scores and traces
-            self.llm2 = LLM2.from_pretrained(
-                config.model, config.verifier, device=device, dtype=config.dtype, **config.guidance()
-            )
+            system1, verifier = load_system1(config.model, *where), None
+            if config.verifier is not None:
+                verifier = load_verifier(config.verifier, *where, system1.config.vocab_size, system1, tokenizer)
+            self.llm2 = LLM2(system1, tokenizer, verifier, **config.guidance())
         self.contrast = None
         if config.contrast is not None:
-            require_same_tokenizer(f"contrast {config.contrast!r}", config.contrast, self.llm2.tokenizer)
-            self.contrast = load_system1(config.contrast, self.llm2.system1.device, config.dtype)
-        self.tokenizer = load_tokenizer(config.model)
+            require_same_tokenizer(f"contrast {config.contrast!r}", config.contrast, tokenizer)
+            self.contrast = load_system1(config.contrast, *where)
         self.vllm = None
         if config.engine == "vllm":
             from llm2.evaluation.vllm_decoder import VllmDecoder
 
-            self.vllm = VllmDecoder(config, self.llm2 and self.llm2.guidance, self.tokenizer)
-        self.config, self.task, self.examples = config, task, examples
-        self.token_text = TokenText(self.tokenizer)
+            self.vllm = VllmDecoder(config, self.llm2 and self.llm2.guidance, tokenizer)
+        self.config, self.tokenizer, self.task, self.examples = config, tokenizer, task, examples
+        self.token_text = TokenText(tokenizer)
 
     def run(self, mode: Mode, problems: Sequence[Problem], predictions: Predictions) -> None:
         """Decode and grade this process's share of a mode's missing problems; write each as it is finished."""

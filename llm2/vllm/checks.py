@@ -14,7 +14,7 @@ from llm2.verifier.model import ProcessVerifierConfig
 from llm2.vllm.core import MAX_BRANCHES
 from llm2.vllm.plugin import ARCHITECTURES, PLUGIN
 from llm2.vllm.prefix_head import check_fingerprint
-from llm2.vllm.settings import engine_settings, request_guidance
+from llm2.vllm.settings import PREFIX, PROCESSOR, engine_settings, request_guidance
 
 TESTED = "0.31 and 0.32"
 NO_PENALTY = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
@@ -66,6 +66,20 @@ def check_engine(vllm_config: Any) -> None:
     if config.prefix_head is not None and vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise UserError(
             "pipeline_parallel_size: found more than 1, expected 1: a prefix head needs states and embeddings"
+        )
+
+
+def require_applied(vllm_config: Any) -> None:
+    """Raises UserError where an engine's keys ask for guidance and neither processor nor model would guide."""
+    keys, model = vllm_config.additional_config, vllm_config.model_config
+    if not isinstance(keys, dict) or not any(str(key).startswith(PREFIX) for key in keys):
+        return
+    by_model = model.architectures[0].startswith(PLUGIN) and engine_settings(keys).default is not None
+    named = {getattr(processor, "__name__", processor) for processor in model.logits_processors or ()}
+    if not by_model and not named & {PROCESSOR, PROCESSOR.partition(":")[2]}:
+        raise UserError(
+            f"additional_config: found {', '.join(map(str, keys))} and nothing that guides: every request would be "
+            f"plain; expected --logits-processors {PROCESSOR}"
         )
 
 

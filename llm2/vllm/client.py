@@ -6,6 +6,7 @@ protocol. Many requests are in flight at once; one that fails is sent again.
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from http.client import HTTPException
@@ -17,6 +18,7 @@ from urllib.request import Request, urlopen
 from llm2.common.loading import vocabulary_size
 from llm2.errors import UserError, explained, shown
 from llm2.vllm.backend import Answer
+from llm2.vllm.proof import PATH
 
 ATTEMPTS = 6  # waits of 1, 2, 4, 8, 16 seconds between them: a server that restarts is back by then
 TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}  # HTTP statuses after which a request is sent again
@@ -29,7 +31,7 @@ class ServerBackend:
         url: up to and with `/v1`.
         model: as the server calls it, unless it serves one model only.
         max_requests: in flight.
-        guides: refuse a server that does not know guidance and would answer plainly.
+        guides: refuse a server that cannot say what it has guided (`proof`), and what it did not guide.
     """
 
     def __init__(self, url: str, model: str, max_requests: int, guides: bool) -> None:
@@ -38,17 +40,23 @@ class ServerBackend:
         self.model = self._model_name(model)
         self.pool = ThreadPoolExecutor(max_requests)
         if guides:
-            self._require_guidance()
+            self._guided()
 
     def stream(
         self, prompts: Sequence[Sequence[int]], options: Sequence[Mapping[str, Any]]
     ) -> Iterator[tuple[int, Answer]]:
+        betas = [(request.get("extra_args") or {}).get("llm2_beta") for request in options]
+        written, before = Counter(), self._guided() if any(beta is not None for beta in betas) else {}
         futures = {
             self.pool.submit(self._answer, ids, request): index
             for index, (ids, request) in enumerate(zip(prompts, options, strict=True))
         }
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            answer = future.result()
+            written[betas[futures[future]]] += sum(map(len, answer.samples))
+            yield futures[future], answer
+        if before:
+            self._require_guided(before, written)
 
     def _answer(self, prompt: Sequence[int], options: Mapping[str, Any]) -> Answer:
         options = dict(options)
@@ -103,19 +111,36 @@ class ServerBackend:
             raise UserError(f"server: {self.url} serves {', '.join(names)}; expected {model} to be among them")
         return model if model in names else names[0]
 
-    def _require_guidance(self) -> None:
-        """A request that guidance refuses: a server without it ignores the key and answers."""
-        content = {"model": self.model, "prompt": [0], "max_tokens": 1, "vllm_xargs": {"llm2_beta": -1.0}}
+    def _guided(self) -> dict[str, Any]:
+        """What the server says that it has guided so far."""
         try:
-            self._send("/completions", content)
+            answer = self._send(PATH, None)
         except UserError as error:
-            if "llm2_beta" in str(error):
-                return
-            raise
-        raise UserError(
-            f"server: {self.url} does not guide; expected one that was started by `bash scripts/serve.sh`, or with "
-            "--logits-processors llm2.vllm:GuidedProcessor"
-        )
+            if "HTTP 404" not in str(error):
+                raise
+            raise UserError(
+                f"server: {self.url} does not say what it guides ({PATH}: HTTP 404); expected one that was started by "
+                "`bash scripts/serve.sh`"
+            ) from None
+        with explained(f"server: {self.url}{PATH} answers {shown(answer)}", "expected counts of llm2"):
+            betas = {str(beta): int(tokens) for beta, tokens in answer["guided_tokens"].items()}
+            return {"started": float(answer["started"]), "engines": int(answer["engines"]), "guided_tokens": betas}
+
+    def _require_guided(self, before: dict[str, Any], written: Counter[float | None]) -> None:
+        """Raises UserError where fewer tokens were guided with a beta than were written in its requests.
+
+        Of several engines one tells, and one that was restarted has begun to count anew: then some must be guided.
+        """
+        now = self._guided()
+        same = now["started"] == before["started"]
+        for beta, tokens in written.items():
+            key = f"{beta:g}" if beta is not None else None
+            grown = now["guided_tokens"].get(key, 0) - (before["guided_tokens"].get(key, 0) if same else 0)
+            if key is not None and grown < (tokens if same and now["engines"] == 1 else min(1, tokens)):
+                raise UserError(
+                    f"server: {self.url} guided {grown} of {tokens} tokens that it wrote with llm2_beta={key}; "
+                    "expected all: see its log"
+                )
 
     def _send(self, path: str, content: dict | None) -> dict:
         """One answer, with retries where they may help. Raises UserError that quotes the server."""

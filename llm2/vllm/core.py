@@ -9,11 +9,12 @@ Letters: R rows of a step, n of them guided, K candidates, V vocabulary.
 """
 
 import logging
+import time
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,6 +31,16 @@ from llm2.verifier.model import ProcessVerifier
 MAX_BRANCHES = 64  # candidates of a sequence in one forward; more take several
 
 logger = logging.getLogger(__name__)
+started = time.time()
+total: Counter[str | float] = Counter()  # of all batches of this process: see `counts`
+
+
+def counts() -> dict[str, Any]:
+    """What guidance has done in this process: rows of logits guided with each beta, at least one a token written;
+    System 2's forwards and the tokens read in them, none for a prefix head."""
+    betas = {f"{beta:g}": rows for beta, rows in total.items() if not isinstance(beta, str)}
+    forwards = {key: total[key] for key in ("verifier_forwards", "verifier_tokens")}
+    return {"started": started, "guided_tokens": betas, **forwards}
 
 
 @dataclass(eq=False)
@@ -69,6 +80,7 @@ class GuidedBatch(ABC):
             groups.setdefault((sequence.guidance.alpha, sequence.guidance.top_k), []).append((row, sequence))
         proposals = []
         for (alpha, top_k), members in groups.items():
+            total.update(sequence.guidance.beta for _, sequence in members)
             index = torch.tensor([row for row, _ in members], device=logits.device)  # (n,)
             candidates = plausible(logits[index], alpha, top_k)  # (n, K), (n, K)
             proposals.append(Proposals(index, [sequence for _, sequence in members], *candidates))
@@ -216,6 +228,7 @@ class VerifierBatch(GuidedBatch):
 
     def _forward(self, reads: Sequence[Read], scores: torch.Tensor | None = None) -> None:
         hidden = self.runner.forward(self.cache, [read.chunk for read in reads])
+        total.update(verifier_forwards=1, verifier_tokens=sum(len(read.chunk.ids) for read in reads))
         for chunk, sequence, _, _ in reads:
             sequence.num_read = chunk.start + len(chunk.ids) - chunk.branches
             self.tokens_read += len(chunk.ids)

@@ -12,9 +12,7 @@ from llm2.common.loading import model_path, resolve_device
 from llm2.config import GuidanceConfig
 from llm2.errors import UserError
 from llm2.vllm.backend import Answer
-from llm2.vllm.settings import PREFIX, guidance_args
-
-PROCESSOR = "llm2.vllm:GuidedProcessor"
+from llm2.vllm.settings import PREFIX, PROCESSOR, guidance_args
 
 
 def engine_options(config: Any, verifier: str | None, default: GuidanceConfig | None = None) -> dict[str, Any]:

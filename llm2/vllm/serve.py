@@ -12,6 +12,7 @@ from llm2.errors import UserError
 from llm2.verifier.load import require_same_template, require_verifier
 from llm2.vllm.checks import resolve_guidance
 from llm2.vllm.engine import check_options, engine_options, require_vllm
+from llm2.vllm.proof import SERVER_OPTIONS
 
 QUESTION = "Nina has 12 shells. Ben has half as many shells as Nina. How many shells do they have together?"
 
@@ -36,7 +37,7 @@ def serve(config: ServeConfig) -> None:
     if config.chat_template is not None:
         extra["chat_template"] = resolve_template(config.chat_template)
     print(f"once the server is up:\n\n{curl(config, guidance)}\n", flush=True)
-    sys.argv = ["serve", *command_line(options | extra)]
+    sys.argv = ["serve", *command_line(options | SERVER_OPTIONS | extra)]
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
 
 

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from llm2.config import GuidanceConfig
 from llm2.errors import UserError
 
+PROCESSOR = "llm2.vllm:GuidedProcessor"
 PREFIX = "llm2_"
 OFF = "off"  # as beta: a plain request to an engine that guides by default
 REQUEST_KEYS = tuple(PREFIX + key for key in GuidanceConfig.__dataclass_fields__)
