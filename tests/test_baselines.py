@@ -14,10 +14,11 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from experiments.baselines.config import FinetuneConfig, OutcomeConfig, PreferConfig, SelfConsistencyConfig
 from experiments.baselines.finetune import examples, finetune
-from experiments.baselines.outcome import as_verifier, outcome_pairs, train_outcome
+from experiments.baselines.outcome import as_verifier, outcome_pairs, padding_with_no_text, train_outcome
 from experiments.baselines.prefer import PreferenceTrainer, prefer, preference_batch
 from experiments.baselines.self_consistency import compare
 from llm2.common.loading import load_system1, load_tokenizer
+from llm2.common.training import CHECKPOINTING
 from llm2.errors import UserError
 from llm2.exploration.own_solutions import Sample
 from llm2.exploration.solutions import tokenize_solutions
@@ -223,6 +224,36 @@ def test_a_classifier_as_a_verifier_gives_the_last_token_its_score(system1_folde
         with torch.inference_mode():
             expected = model(torch.tensor([prompt + solution])).logits.item()
         assert tokens[-1] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("pad", ["eos_token", "pad_token"])
+def test_a_classifier_reads_the_score_of_the_token_that_ends_a_solution(system1_folder, pad, tmp_path):
+    """Also where that is the pad token, as in SmolLM2."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    tokenizer = load_tokenizer(system1_folder)
+    tokenizer.pad_token = getattr(tokenizer, pad)
+    end = tokenizer.eos_token_id
+    rows = [
+        {"chosen_ids": [5, 6, 7, end], "rejected_ids": [5, 6, end]},
+        {"chosen_ids": [9, end], "rejected_ids": [8] * 6},
+    ]
+    model = AutoModelForSequenceClassification.from_pretrained(system1_folder, num_labels=1).eval()
+    options = {"report_to": "none", "use_cpu": True, "bf16": False, "max_length": None, CHECKPOINTING: False}
+    trainer = trl.RewardTrainer(
+        model,
+        trl.RewardConfig(output_dir=str(tmp_path), **options),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=padding_with_no_text(tokenizer, rows),
+    )
+    batch = trainer.data_collator(rows)
+    texts = [row[key] for key in ("chosen_ids", "rejected_ids") for row in rows]
+    expected = score_tokens(
+        as_verifier(model, system1_folder).eval(), [ids[:1] for ids in texts], [t[1:] for t in texts]
+    )
+    with torch.inference_mode():
+        found = model.cpu()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
+    torch.testing.assert_close(found, torch.tensor([scores[-1] for scores in expected]), atol=1e-5, rtol=0)
+    assert tokenizer.pad_token == getattr(tokenizer, pad), "the tokenizer that is saved is as it was"
 
 
 def test_an_outcome_verifier_is_trained_and_loads_as_any_verifier(system1_folder, tmp_path):

@@ -8,9 +8,12 @@ import pytest
 import torch
 from conftest import VOCABULARY, tiny_system1, tiny_verifier
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
+from llm2.decoding.decoder import Decoder
+from llm2.decoding.sampling import Guidance
 from llm2.errors import UserError
 from llm2.verifier.load import load_verifier
 from llm2.verifier.model import ProcessVerifier
@@ -104,6 +107,50 @@ def test_merging_changes_no_score_and_leaves_system1_alone(folder, tmp_path):
     again = load_verifier(str(tmp_path / "again"), CPU, "auto", VOCABULARY)
     assert torch.equal(scores(once), scores(again))
     torch.testing.assert_close(scores(once), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_is_merged_in_float32_and_rounded_once(verifier, folder, tmp_path, dtype):
+    system1 = AutoModelForCausalLM.from_pretrained(tmp_path / "system1", dtype=dtype).eval()
+    before = {name: weight.clone() for name, weight in system1.state_dict().items()}
+    merged = load_verifier(folder, CPU, "auto", VOCABULARY, system1=system1).merge()
+    assert merged.dtype == dtype and not any("lora_" in name for name in merged.state_dict())
+    weights, layers = merged.backbone.state_dict(), 0
+    for name, layer in verifier.backbone.named_modules():
+        if isinstance(layer, LoraLayer):
+            up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+            exact = layer.get_base_layer().weight.to(dtype).float() + layer.scaling["default"] * (up @ down)
+            assert torch.equal(weights[f"{name}.weight"], exact.to(dtype)), name
+            layers += 1
+    assert layers == 14
+    assert all(torch.equal(weight, before[name]) for name, weight in system1.state_dict().items()), "shared, unchanged"
+
+
+def test_an_adapter_that_rounding_would_swallow_is_not_merged(verifier, tmp_path):
+    with torch.no_grad():
+        for name, weight in verifier.named_parameters():
+            if "lora_B" in name:
+                weight.mul_(1e-4)
+    verifier.save_pretrained(tmp_path / "small")
+    load_verifier(str(tmp_path / "small"), CPU, "float32", VOCABULARY).merge()
+    with pytest.raises(UserError, match="merged in torch.bfloat16, the adapter loses 9.% of what it adds"):
+        load_verifier(str(tmp_path / "small"), CPU, "bfloat16", VOCABULARY).merge()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_lora_verifier_guides_in_bfloat16(folder, tmp_path, shared):
+    system1 = AutoModelForCausalLM.from_pretrained(tmp_path / "system1", dtype=torch.bfloat16).eval()
+    verifier = load_verifier(folder, CPU, "auto", VOCABULARY, system1=system1)
+    guidance = Guidance(verifier=verifier, alpha=0.02, beta=3.0, shared=shared)
+    ((completion,),) = Decoder(system1, guidance).decode([[5, 6, 7]], max_new_tokens=6, eos=[], trace=True)
+    ids, exact = [5, 6, 7], load_verifier(folder, CPU, "float32", VOCABULARY)
+    for choice in completion.trace:
+        if choice.scores is not None:
+            expected = [exact(torch.tensor([[*ids, token]])).scores[0, -1].item() for token in choice.candidates]
+            assert choice.scores == pytest.approx(expected, abs=0.3)
+        ids.append(choice.candidates[choice.chosen])
+    assert any(choice.scores for choice in completion.trace)
 
 
 def test_adapters_of_earlier_versions_load(verifier, folder, tmp_path):

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from test_collate import examples, model_inputs
 from test_train import write_triplets
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     ContinuousBatchingConfig,
     GenerationConfig,
     LogitNormalization,
@@ -19,7 +21,7 @@ from transformers import (
     LogitsProcessorList,
 )
 
-from llm2.common.loading import load_system1, load_tokenizer
+from llm2.common.loading import load_language_model, load_system1, load_tokenizer
 from llm2.config import TrainConfig
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.llm2 import LLM2
@@ -30,7 +32,7 @@ from llm2.errors import UserError
 from llm2.verifier.collate import verifier_batch
 from llm2.verifier.frozen_states import FrozenStates, frozen_batch
 from llm2.verifier.heads import fingerprint
-from llm2.verifier.load import trained_beta
+from llm2.verifier.load import load_verifier, trained_beta
 from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.train import train
 from llm2.verifier.triplets import Example, Triplet
@@ -72,6 +74,28 @@ def pair(request, tmp_path):
 @pytest.fixture(params=HEADS)
 def head_pair(request, tmp_path, system1):
     return system1, prefix_verifier(tmp_path / "system1", system1, request.param)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "gemma2", "gemma3_text", "granite"])
+@torch.inference_mode()
+def test_a_head_reads_embeddings_of_rms_1_where_a_model_scales_them_too(family, tmp_path):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 2}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, vocab_size=VOCABULARY, **sizes)
+    verifier = prefix_verifier(tmp_path, AutoModelForCausalLM.from_config(config), "mlp")
+    read = []
+    verifier.score.layers.register_forward_pre_hook(lambda layers, inputs: read.append(inputs[0][..., 64:]))
+    verifier.prefix_scores(torch.zeros(1, 64), torch.arange(3, VOCABULARY)[None])
+    assert read[0].square().mean().sqrt().item() == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_saved_head_keeps_the_scale_that_it_was_trained_with(system1, tmp_path):
+    """Earlier versions divided Gemma's embeddings by another one."""
+    verifier = prefix_verifier(tmp_path / "system1", system1, "bilinear")
+    verifier.score.scale.mul_(25)
+    verifier.save_pretrained(tmp_path / "verifier")
+    assert torch.equal(ProcessVerifier.from_pretrained(tmp_path / "verifier").score.scale, verifier.score.scale)
 
 
 @torch.inference_mode()
@@ -394,6 +418,23 @@ def test_a_fingerprint_does_not_depend_on_the_dtype_that_a_model_is_loaded_in():
     stored = tiny_system1().to(torch.bfloat16)
     assert fingerprint(stored.model) == fingerprint(tiny_system1().to(torch.bfloat16).float().model)
     assert fingerprint(stored.model) != fingerprint(tiny_system1(seed=1).model)
+
+
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+@pytest.mark.parametrize("kind", ["bilinear", "lora"])
+def test_a_system1_in_float16_is_known_by_its_files(kind, shard, tmp_path):
+    """Their values, rounded to float16 and then to bfloat16, are others than those rounded once."""
+    system1 = tiny_system1()
+    prefix_verifier(tmp_path / "system1", system1, kind).save_pretrained(tmp_path / "verifier")
+    system1.save_pretrained(tmp_path / "copy", max_shard_size=shard)
+    half = load_language_model(str(tmp_path / "copy"), dtype=torch.float16)
+    assert fingerprint(half.model) != fingerprint(system1.model)
+    verifier = load_verifier(str(tmp_path / "verifier"), torch.device("cpu"), "auto", VOCABULARY, half)
+    assert verifier.dtype == torch.float16 and verifier.config.system1_fingerprint == fingerprint(system1.model)
+    tiny_system1(seed=5).save_pretrained(tmp_path / "other")
+    other = load_language_model(str(tmp_path / "other"), dtype=torch.float16)
+    with pytest.raises(UserError, match="trained on the states of"):
+        load_verifier(str(tmp_path / "verifier"), torch.device("cpu"), "auto", VOCABULARY, other)
 
 
 def test_a_head_takes_no_adapter_and_no_lm_loss(trained, tmp_path):

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_collate import examples, model_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, Gemma2Config, TrainingArguments
 
 from llm2 import LLM2
 from llm2.common.config_file import as_dict
@@ -531,11 +531,10 @@ def test_flex_attention_without_a_gpu_is_refused(config):
         train(replace(config, attn_implementation="flex_attention"))
 
 
-def test_a_language_model_loss_on_logits_that_are_capped_is_refused(config, tmp_path):
+def test_a_language_model_loss_on_logits_that_are_capped_is_refused_before_weights_are_loaded(config, tmp_path):
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
     sizes |= {"vocab_size": len(load_tokenizer(config.model)), "intermediate_size": 16, "num_hidden_layers": 1}
-    capped = Gemma2ForCausalLM(Gemma2Config(**sizes))
-    capped.save_pretrained(tmp_path / "capped")
+    Gemma2Config(**sizes).save_pretrained(tmp_path / "capped")
     load_tokenizer(config.model).save_pretrained(tmp_path / "capped")
     with pytest.raises(UserError, match="lm_loss_coef: .* has final_logit_softcapping, by which its loss"):
         train(replace(config, model=str(tmp_path / "capped"), lm_loss_coef=1.0, attn_implementation="eager"))

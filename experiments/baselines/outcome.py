@@ -5,8 +5,9 @@ of the last token learns to be higher for the right one (Bradley-Terry). The res
 modes=[plain_sampling] solution_score=last ranks samples by it, for best of n and weighted votes.
 """
 
+import copy
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -47,7 +48,6 @@ def train_outcome(config: OutcomeConfig) -> dict:
         )
     torch.manual_seed(config.seed)  # of the new head
     model = load_classifier(config.model, num_labels=1, dtype=torch.float32)
-    model.config.pad_token_id = tokenizer.pad_token_id
     template, eos = resolve_template(config.chat_template), eos_ids_by_name(config.model, tokenizer)
     sides = [tokenize_solutions(task, side, tokenizer, template, eos) for side in zip(*pairs, strict=True)]
     rows = [{"chosen_ids": a.ids[: a.end], "rejected_ids": b.ids[: b.end]} for a, b in zip(*sides, strict=True)]
@@ -55,7 +55,7 @@ def train_outcome(config: OutcomeConfig) -> dict:
         model,
         trl.RewardConfig(**arguments, max_length=None),
         train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
+        processing_class=padding_with_no_text(tokenizer, rows),
     )
     ForwardsBar.of(trainer)
     loss = trainer.train().training_loss
@@ -88,6 +88,20 @@ def outcome_pairs(problem: Problem, samples: Sequence[Sample], config: OutcomeCo
     pairs = list(product(right, wrong))
     random.Random(row_seed(config.seed, problem.id, "pairs")).shuffle(pairs)
     return pairs[: config.max_pairs]
+
+
+def padding_with_no_text(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Sequence[int]]]
+) -> PreTrainedTokenizerBase:
+    """A copy that pads with a token which no row has.
+
+    A classifier reads its score at the last token that is not the pad token: where that ends the solutions too, it
+    would be the one before.
+    """
+    used = {token for row in rows for ids in row.values() for token in ids}
+    padded = copy.deepcopy(tokenizer)
+    padded.pad_token = tokenizer.convert_ids_to_tokens(max(set(range(len(tokenizer))) - used))
+    return padded
 
 
 def as_verifier(model: PreTrainedModel, base_model: str) -> ProcessVerifier:

@@ -87,7 +87,7 @@ def is_local(name: str) -> bool:
 
 def require_model(name: str) -> None:
     """Raise UserError where a model's config cannot be loaded or is no decoder's: a cheap check before heavy work."""
-    config = _load(AutoConfig, name)
+    config = load_config(name)
     kind = type(config)
     reads_both_ways = kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     if config.is_encoder_decoder or reads_both_ways or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -102,9 +102,13 @@ def changes_logits(config: PreTrainedConfig) -> str | None:
     return next((key for key in keys if getattr(text, key, None) is not None), None)
 
 
+def load_config(name: str) -> PreTrainedConfig:
+    return _load(AutoConfig, name)
+
+
 def vocabulary_size(name: str) -> int:
     """Number of tokens that a model's config counts."""
-    return _load(AutoConfig, name).get_text_config().vocab_size
+    return load_config(name).get_text_config().vocab_size
 
 
 def load_tokenizer(name: str, **options) -> PreTrainedTokenizerBase:
@@ -157,7 +161,7 @@ def eos_ids_by_name(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     try:
         generation = GenerationConfig.from_pretrained(model_path(name), local_files_only=is_local(name))
     except OSError:  # no generation_config.json
-        generation = GenerationConfig.from_model_config(_load(AutoConfig, name))
+        generation = GenerationConfig.from_model_config(load_config(name))
     return _eos_ids(generation, tokenizer)
 
 

@@ -180,8 +180,9 @@ class PartialLoRALinear(nn.Module):
         super().__init__()
         (name,) = layer.active_adapters
         self.base, self.adapter = layer.get_base_layer(), adapter
-        self.down = layer.lora_A[name].weight.detach()  # (rank, in)
-        self.up = (layer.lora_B[name].weight.detach() * layer.scaling[name]).T.contiguous()  # (rank, out)
+        dtype = self.base.weight.dtype  # the adapter's own is float32
+        self.down = layer.lora_A[name].weight.detach().to(dtype)  # (rank, in)
+        self.up = (layer.lora_B[name].weight.detach() * layer.scaling[name]).T.contiguous().to(dtype)  # (rank, out)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """(1, N, in) -> (1, N, out)."""

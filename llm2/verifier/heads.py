@@ -8,15 +8,22 @@ Letters: D width, K candidates.
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from functools import cache
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
+from llm2.common.loading import is_local
 from llm2.errors import UserError
 
 SAMPLED = 16  # values per weight that a fingerprint is made of
@@ -42,13 +49,14 @@ class PrefixHead(nn.Module):
     Args:
         settings: `kind`, bilinear or mlp, and `size`: the rank of A and B, or the width of the MLP; `token_weight`,
             whether there is one, no if absent.
-        embedding: (V, D) System 1's input embedding; e is scaled by its root mean square, so that a learning rate
-            suits models of any scale.
+        embedding: System 1's input embedding, of weight (V, D); e is divided by the root mean square of what it
+            returns, so that a learning rate suits models of any scale.
     """
 
-    def __init__(self, settings: Mapping[str, Any], embedding: torch.Tensor) -> None:
+    def __init__(self, settings: Mapping[str, Any], embedding: nn.Embedding) -> None:
         super().__init__()
-        width, size = embedding.shape[1], settings["size"]
+        weight, size = embedding.weight.detach(), settings["size"]
+        width = weight.shape[1]
         self.kind = settings["kind"]
         if self.kind == "bilinear":
             self.state = nn.Linear(width, size, bias=False)
@@ -59,7 +67,9 @@ class PrefixHead(nn.Module):
                 nn.Linear(2 * width, size), nn.GELU(), nn.Linear(size, size), nn.GELU(), nn.Linear(size, 1, bias=False)
             )
         self.token_weight = TokenWeight(width) if settings.get("token_weight") else None
-        self.register_buffer("scale", embedding.detach().float().square().mean().rsqrt())
+        some = torch.arange(min(len(weight), 64), device=weight.device)
+        factor = (embedding(some).detach().float().norm() / weight[some].float().norm()).nan_to_num(1.0)  # Gemma's
+        self.register_buffer("scale", weight.float().square().mean().rsqrt() / factor)
 
     def forward(self, states: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         """h (..., D), e (..., D), which broadcast -> (...) float32."""
@@ -80,12 +90,32 @@ class PrefixHead(nn.Module):
 
 
 def fingerprint(backbone: PreTrainedModel) -> str:
-    """Tells one System 1's weights from another's, in whatever dtype they are loaded.
+    """Tells one System 1's weights from another's, in whatever dtype of float32's range they are loaded.
 
     A hash of a few values of every weight, in bfloat16: a head is worth nothing on states of another model.
     """
+    return _fingerprint(sorted(backbone.named_parameters(), key=itemgetter(0)))
+
+
+@cache
+def stored_fingerprint(model: str, prefix: str = "model.") -> str:
+    """The fingerprint of a folder's or hub id's files, whose keys begin with `prefix`.
+
+    For weights that vLLM has loaded, and for float16, which has rounded them otherwise. Once a process: it reads the
+    whole checkpoint.
+    """
+    folder = Path(model if is_local(model) else snapshot_download(model, allow_patterns=["*.safetensors"]))
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in sorted(folder.glob("*.safetensors"))]
+        keys = [(key, file) for file in files for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+        return _fingerprint(
+            (key.removeprefix(prefix), file.get_tensor(key)) for key, file in sorted(keys, key=itemgetter(0))
+        )
+
+
+def _fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    for name, weight in sorted(backbone.named_parameters()):
+    for name, weight in weights:
         flat = weight.detach().flatten()
         values = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].to(torch.bfloat16)
         digest.update(

@@ -22,6 +22,7 @@ from llm2.errors import UserError
 
 PREFIX = "base_model.model."  # what peft puts before every key of an adapter file
 HEAD = "score.weight"
+MIN_KEPT = 0.5  # share of an adapter that merging into rounded weights must keep
 DEFAULTS = {"rank": 16, "alpha": 32.0, "dropout": 0.0, "targets": "all-linear"}
 
 
@@ -45,11 +46,18 @@ def peft_config(settings: Mapping[str, Any], **options: Any) -> LoraConfig:
 
 
 def inject(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> None:
-    """Put an adapter that changes nothing yet (B is zero) on the target layers, and freeze everything else."""
+    """Put an adapter that changes nothing yet (B is zero) on the target layers, and freeze everything else.
+
+    It is in float32, whatever the backbone is in, as adapter files are.
+    """
     try:
         inject_adapter_in_model(peft_config(settings), backbone)
     except ValueError as error:
         raise UserError(f"the LoRA targets {settings['targets']!r} do not fit the backbone: {error}") from None
+    for layer in backbone.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_A.float()
+            layer.lora_B.float()
 
 
 def clone_sharing_weights(
@@ -117,11 +125,23 @@ def _heads(verifier: PreTrainedModel) -> list[str]:
 
 
 def merge(backbone: PreTrainedModel) -> None:
-    """Replace the weight W of every adapted layer by W + scale * B A, a new Parameter: a shared W is not changed."""
-    for name, layer in list(backbone.named_modules()):
-        if isinstance(layer, LoraLayer):
-            base = layer.get_base_layer()
-            base.weight = nn.Parameter(base.weight.detach() + layer.get_delta_weight("default").detach())
-            backbone.set_submodule(name, base)
+    """Replace the weight W of every adapted layer by W + scale * B A, a new Parameter: a shared W is not changed.
+
+    The sum is taken in float32 and rounded once. Raises UserError where the rounding loses most of the adapter.
+    """
+    adapted = [(name, layer) for name, layer in backbone.named_modules() if isinstance(layer, LoraLayer)]
+    kept = total = 0.0
+    for name, layer in adapted:
+        base, delta = layer.get_base_layer(), layer.get_delta_weight("default").detach()
+        weight = base.weight.detach()
+        base.weight = nn.Parameter((weight.float() + delta).to(weight.dtype))
+        kept += ((base.weight.detach().float() - weight.float()) * delta).sum().item()
+        total += delta.square().sum().item()
+        backbone.set_submodule(name, base)
+    if kept < MIN_KEPT * total:
+        raise UserError(
+            f"merged in {backbone.dtype}, the adapter loses {1 - kept / total:.0%} of what it adds to the weights: "
+            "it is small beside them; expected dtype=float32, or an adapter that is not merged"
+        )
     backbone.requires_grad_(True)
     del backbone.peft_config

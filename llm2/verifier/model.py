@@ -24,7 +24,7 @@ from llm2.common.loading import is_local, load_backbone, load_language_model, lo
 from llm2.errors import UserError
 from llm2.verifier import lora
 from llm2.verifier.checkpoints import is_sharded, sharded_state
-from llm2.verifier.heads import PrefixHead, TokenWeight, fingerprint
+from llm2.verifier.heads import PrefixHead, TokenWeight, fingerprint, stored_fingerprint
 from llm2.verifier.loss import IGNORE_INDEX, chunked_cross_entropy
 from llm2.verifier.masks import as_attention_mask, packed_block_mask, packed_mask
 
@@ -129,7 +129,7 @@ class ProcessVerifier(PreTrainedModel):
         if config.score == "candidate":
             self.score = nn.Linear(text.hidden_size, 1, bias=False)
         elif config.prefix_head is not None:
-            self.score = PrefixHead(config.prefix_head, self.get_input_embeddings().weight)
+            self.score = PrefixHead(config.prefix_head, self.get_input_embeddings())
         else:  # the output embedding; None where it is the input embedding
             self.score = None if text.tie_word_embeddings else nn.Embedding(text.vocab_size, text.hidden_size)
         self.token_weight = TokenWeight(text.hidden_size) if config.token_weight else None
@@ -198,12 +198,14 @@ class ProcessVerifier(PreTrainedModel):
         settings = (config.base_model, config.lora, config.score, config.prefix_head, config.token_weight)
         verifier = cls.from_language_model(system1, *settings)
         found, expected = verifier.config.system1_fingerprint, config.system1_fingerprint
+        if found != expected and system1.dtype == torch.float16:  # its rounding is not bfloat16's
+            found = stored_fingerprint(system1.name_or_path, f"{system1.base_model_prefix}.")
         if found != expected and (config.lora is None or expected is not None):  # earlier adapters name none
             raise UserError(
                 f"it was trained on the states of {config.base_model}, found another System 1; it is of no use to any "
                 "other model"
             )
-        verifier.config.beta = config.beta
+        verifier.config.beta, verifier.config.system1_fingerprint = config.beta, found
         if sharded and config.lora is not None:
             lora.set_adapter(verifier, lora.adapter_state(verifier, sharded_state(Path(name))), str(name))
         else:
@@ -254,7 +256,7 @@ class ProcessVerifier(PreTrainedModel):
             verifier.token_weight = TokenWeight(verifier.token_weight.in_features).to(backbone.device)
         if prefix_head is not None:
             backbone.requires_grad_(False)
-            verifier.score = PrefixHead(prefix_head, backbone.get_input_embeddings().weight).to(backbone.device)
+            verifier.score = PrefixHead(prefix_head, backbone.get_input_embeddings()).to(backbone.device)
             return verifier
         if score == "candidate":
             verifier.score = nn.Linear(verifier.score.in_features, 1, bias=False, dtype=backbone.dtype)

@@ -20,7 +20,7 @@ from llm2.common.config_file import write_config
 from llm2.common.distributed import dist_info, process_device
 from llm2.common.files import whole_files
 from llm2.common.inputs import Digests, digests, write_inputs
-from llm2.common.loading import changes_logits, load_system1, load_tokenizer, resolve_device
+from llm2.common.loading import changes_logits, load_config, load_system1, load_tokenizer, resolve_device
 from llm2.common.memory import peak_memory_mib
 from llm2.common.training import ForwardsBar, optimizer_arguments
 from llm2.config import TrainConfig
@@ -48,6 +48,8 @@ def train(config: TrainConfig) -> dict:
     """Train a verifier and save it, its metrics (training.json) and its model card; returns the metrics."""
     refuse_options(config)
     device = process_device(resolve_device(config.device))  # every process loads System 1 onto its own GPU
+    if config.lm_loss_coef > 0 and (key := changes_logits(load_config(config.model))) is not None:
+        raise UserError(f"lm_loss_coef: {config.model} has {key}, by which its loss would be another one; expected 0")
     inputs = digests(config)
     checkpoint = checkpoint_to_resume(config, inputs)
     tokenizer = load_tokenizer(config.model)
@@ -199,9 +201,6 @@ def new_verifier(config: TrainConfig, device: torch.device) -> ProcessVerifier:
     head = config.prefix_head and {"kind": config.prefix_head, "size": config.prefix_head_size, **weight}
     options = {"dtype": torch.float32, "attn_implementation": attention, **({} if head else weight)}
     verifier = ProcessVerifier.from_system1(config.model, lora, config.score, head, **options)
-    key = changes_logits(verifier.backbone.config)
-    if config.lm_loss_coef > 0 and key is not None:
-        raise UserError(f"lm_loss_coef: {config.model} has {key}, by which its loss would be another one; expected 0")
     if config.trainable_layers is not None:
         freeze_layers(verifier, config.trainable_layers)
     return verifier

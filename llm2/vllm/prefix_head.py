@@ -6,20 +6,17 @@ alpha and beta; without it, where the engine has a default beta, `compute_logits
 log-probabilities are guided ones, and nothing but the model differs from plain vLLM.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from torch import nn
 from transformers import AutoConfig
 
 from llm2.common.loading import is_local
 from llm2.config import GuidanceConfig
 from llm2.errors import UserError
-from llm2.verifier.heads import PrefixHead, fingerprint
+from llm2.verifier.heads import PrefixHead, stored_fingerprint
 from llm2.verifier.model import ProcessVerifierConfig
 from llm2.vllm.core import GuidedBatch, GuidedSequence, Proposals
 from llm2.vllm.plugin import ARCHITECTURES, PLUGIN, register
@@ -59,39 +56,18 @@ def head_batch() -> HeadBatch:
 def load_head(name: str, config: ProcessVerifierConfig) -> PrefixHead:
     """The head alone, without System 1."""
     width = config.backbone_config.get_text_config().hidden_size
-    head = PrefixHead(config.prefix_head, torch.ones(1, width, device="cpu"))
+    head = PrefixHead(config.prefix_head, nn.Embedding.from_pretrained(torch.ones(1, width, device="cpu")))
     head.load_weights(name, local_files_only=is_local(name))
     return head.float().eval().requires_grad_(False)
 
 
 def check_fingerprint(model: str, name: str, config: ProcessVerifierConfig) -> None:
     """Raises UserError where a head was trained on the states of another System 1 than the checkpoint `model`."""
-    folder = Path(model if is_local(model) else snapshot_download(model, allow_patterns=["*.safetensors"]))
-    if _fingerprint(folder) != config.system1_fingerprint:
+    if stored_fingerprint(model) != config.system1_fingerprint:
         raise UserError(
             f"verifier {name!r}: it was trained on the states of {config.base_model}, found another System 1, {model}; "
             "a prefix head is of no use to any other model"
         )
-
-
-@cache
-def _fingerprint(folder: Path) -> str:
-    """Once a process: it reads the whole checkpoint."""
-    return fingerprint(_Checkpoint(folder))
-
-
-class _Checkpoint:
-    """The weights of a folder under the names that the backbone gives them, read one at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        self.files = sorted(folder.glob("*.safetensors"))
-
-    def named_parameters(self) -> Mapping[str, Any]:
-        for path in self.files:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  the file is no dictionary
-                    if key.startswith("model."):
-                        yield key.removeprefix("model."), file.get_tensor(key)
 
 
 def plugin_overrides(model: str) -> dict[str, list[str]]:
