@@ -29,12 +29,13 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
+from llm2.common.chat import encode_chats, resolve_template
 from llm2.common.loading import eos_ids, load_system1, load_tokenizer, resolve_device
 from llm2.common.seeds import row_seed
 from llm2.decoding.candidates import guided_logits
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.sampling import Guidance, LogitsFn, SamplingParams, StopFn, TokenTrace
-from llm2.verifier.load import load_verifier
+from llm2.verifier.load import load_verifier, require_same_template, require_verifier, trained_template
 from llm2.verifier.model import ProcessVerifier
 
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
@@ -171,15 +172,29 @@ class LLM2:
 
     @classmethod
     def from_pretrained(
-        cls, model: str, verifier: str | None = None, *, device: str = "auto", dtype: str = "auto", **guidance: Any
+        cls,
+        model: str,
+        verifier: str | None = None,
+        *,
+        chat_template: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        **guidance: Any,
     ) -> "LLM2":
-        """Load both systems from folders or hub ids; `guidance` as for the class."""
+        """Load both systems from folders or hub ids.
+
+        Args:
+            chat_template: name or file (llm2/common/chat.py) of the tokenizer's; None for the one that the verifier was
+                trained with, or without a verifier for the model's own.
+            guidance: as for the class.
+        """
         Guidance(verifier=None, **guidance)  # refuses unknown keywords before anything is loaded
         torch_device = resolve_device(device)
+        tokenizer = _tokenizer(model, verifier, chat_template)
         system1 = load_system1(model, torch_device, dtype)
         if verifier is not None:
             verifier = load_verifier(verifier, torch_device, dtype, system1.config.vocab_size, system1)
-        return cls(system1, load_tokenizer(model), verifier, **guidance)
+        return cls(system1, tokenizer, verifier, **guidance)
 
     def generate(self, inputs: torch.Tensor | None = None, **options) -> torch.Tensor | GuidedOutput:
         """transformers' `generate` of System 1, guided: its arguments and results, and those of `GuidedGenerate`.
@@ -198,6 +213,20 @@ class LLM2:
         if options.get("streamer") is not None:  # `generate` itself streams the prompt
             options["stream_to"] = options["streamer"]
         return self.system1.generate(inputs, custom_generate=self.guided_generate, **options)
+
+
+def _tokenizer(model: str, verifier: str | None, chat_template: str | None) -> PreTrainedTokenizerBase:
+    """With the chat template of the texts to come. Raises UserError where that is none of the verifier's, or dated."""
+    tokenizer, template = load_tokenizer(model), resolve_template(chat_template)
+    if verifier is not None:
+        require_verifier(verifier)
+        if template is not None:
+            require_same_template(verifier, model, chat_template)
+        tokenizer.chat_template = trained_template(verifier) or tokenizer.chat_template
+    tokenizer.chat_template = template or tokenizer.chat_template
+    if tokenizer.chat_template is not None and (verifier or template):
+        encode_chats(tokenizer, [[{"role": "user", "content": "?"}]], template, generation_prompt=True)
+    return tokenizer
 
 
 def _stop_fn(criteria: StoppingCriteriaList, input_ids: torch.Tensor) -> StopFn | None:

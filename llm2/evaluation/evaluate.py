@@ -140,7 +140,12 @@ class Evaluator:
         self.llm2: LLM2 | None = None
         if config.engine == "llm2" or config.verifier is not None:  # beside vLLM it scores and traces
             self.llm2 = LLM2.from_pretrained(
-                config.model, config.verifier, device=device, dtype=config.dtype, **config.guidance()
+                config.model,
+                config.verifier,
+                chat_template=config.chat_template,
+                device=device,
+                dtype=config.dtype,
+                **config.guidance(),
             )
         self.contrast = None
         if config.contrast is not None:
