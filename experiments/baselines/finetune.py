@@ -22,7 +22,7 @@ from llm2.common.loading import eos_ids, load_system1, load_tokenizer, resolve_d
 from llm2.common.training import ForwardsBar
 from llm2.exploration.engines import open_engine
 from llm2.exploration.own_solutions import own_solutions
-from llm2.exploration.solutions import TokenizedSolution, load_problems, tokenize_solutions
+from llm2.exploration.solutions import TokenizedSolution, check_template, load_problems, tokenize_solutions
 from llm2.tasks import Problem, Task, load_task
 from llm2.verifier.loss import IGNORE_INDEX
 
@@ -93,6 +93,7 @@ def right_solutions(
     """The problems with the solutions to train on, and what own ones cost."""
     need_gold = config.solutions == "gold"
     problems, _ = load_problems(task, config.split, config.limit, need_gold)
+    check_template(config, tokenizer, task, problems[0])
     if need_gold:
         return problems, {}
     engine = open_engine(config, tokenizer)

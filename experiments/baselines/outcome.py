@@ -24,7 +24,7 @@ from llm2.common.training import ForwardsBar
 from llm2.errors import UserError
 from llm2.exploration.engines import open_engine
 from llm2.exploration.own_solutions import Sample, sample_solutions, sampling_bar
-from llm2.exploration.solutions import load_problems, tokenize_solutions
+from llm2.exploration.solutions import check_template, load_problems, tokenize_solutions
 from llm2.tasks import Problem, Task, load_task
 from llm2.verifier.model import ProcessVerifier
 
@@ -39,6 +39,7 @@ def train_outcome(config: OutcomeConfig) -> dict:
     arguments = trainer_arguments(config, device)
     tokenizer, task = load_tokenizer(config.model), load_task(config.task, config.data_file, config.grader)
     problems, _ = load_problems(task, config.split, config.limit, need_gold=False)
+    check_template(config, tokenizer, task, problems[0])
     sampled = list(sampled_solutions(config, task, problems, tokenizer))
     task.close()
     pairs = [pair for problem, samples in sampled for pair in outcome_pairs(problem, samples, config)]

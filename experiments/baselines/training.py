@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llm2.common.chat import resolve_template
 from llm2.common.config_file import write_config
 from llm2.common.distributed import dist_info
 from llm2.common.files import whole_files
@@ -57,6 +58,7 @@ def save(
     if dist_info().is_main:
         with whole_files(config.output_dir) as new:
             model.eval().save_pretrained(new)
+            tokenizer.chat_template = resolve_template(config.chat_template) or tokenizer.chat_template
             tokenizer.save_pretrained(new)
             write_inputs(new, inputs)
             Path(new, "training.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")

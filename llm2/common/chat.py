@@ -1,7 +1,8 @@
 """Chat messages -> token ids, through a chat template.
 
 The built-in templates write only what the messages hold: no system preamble, no date. The published triplets were made
-with such a template; under a model's stock template their positions are wrong.
+with such a template; under a model's stock template their positions are wrong. A stock template is taken as it is, with
+its own system prompt; one that writes today's date is refused.
 """
 
 from collections.abc import Sequence
@@ -37,6 +38,11 @@ BASE = (
 )
 TEMPLATES = {"llama3-plain": LLAMA3_PLAIN, "chatml-plain": CHATML_PLAIN, "base": BASE}
 ROLES = ("system", "developer", "user", "assistant", "tool")
+# Put before a template, writes the digit DAY where it would ask for a part of today's date.
+ANOTHER_DAY = (
+    "{% macro strftime_now(format) %}{% for part in format.split('%') %}"
+    "{{ part if loop.first else 'DAY' ~ part[1:] }}{% endfor %}{% endmacro %}"
+)
 EXPECTED_TEMPLATE = f"one of {', '.join(TEMPLATES)}, or a readable Jinja file"
 
 
@@ -74,24 +80,38 @@ def encode_chats(
         template: Jinja text as `resolve_template` returns it; the tokenizer's own when None.
         generation_prompt: end with the assistant's header. Positions in triplets are counted without it.
     """
-    if template is None and tokenizer.chat_template is None:
-        raise UserError(
-            f"the tokenizer {tokenizer.name_or_path} has no chat template of its own; "
-            f"expected chat_template to be {EXPECTED_TEMPLATE}"
-        )
-    source = f"the tokenizer {tokenizer.name_or_path}" if template is None else f"chat_template, {shown(template)}"
-    texts = []
-    for messages in conversations:
-        with explained(f"the chat template of {source}, fails on the messages {shown(list(messages))}"):
-            texts.append(
-                tokenizer.apply_chat_template(
-                    list(messages), chat_template=template, tokenize=False, add_generation_prompt=generation_prompt
-                )
-            )
+    texts = [render(tokenizer, chat, template, add_generation_prompt=generation_prompt) for chat in conversations]
     conversations_ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     if template is not None:
         _require_bos(tokenizer, template, conversations_ids)
     return conversations_ids
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template: str | None = None, **options: bool
+) -> str:
+    """The text of a conversation; `options` go to apply_chat_template, `template` is as for `encode_chats`.
+
+    Raises UserError where there is no template, where it fails, and where it writes today's date: what is made of its
+    positions today would not fit tomorrow.
+    """
+    name = f"the tokenizer {tokenizer.name_or_path}"
+    if template is None and tokenizer.chat_template is None:
+        raise UserError(f"{name} has no chat template of its own; expected chat_template to be {EXPECTED_TEMPLATE}")
+    source = f"the chat template of {name}" if template is None else f"the chat_template {shown(template)}"
+    with explained(f"{source} fails on the messages {shown(list(messages))}"):
+        jinja = tokenizer.get_chat_template(template)
+        days = [ANOTHER_DAY.replace("DAY", day) for day in "12"] if "strftime_now" in jinja else []
+        text, *others = (
+            tokenizer.apply_chat_template(list(messages), chat_template=day + jinja, tokenize=False, **options)
+            for day in ["", *days]
+        )
+    if len({*others}) > 1:
+        raise UserError(
+            f"{source} writes today's date (strftime_now): triplets and scores of today would not fit tomorrow; "
+            f"expected chat_template to be {EXPECTED_TEMPLATE} in which the date is fixed"
+        )
+    return text
 
 
 def _require_bos(tokenizer: PreTrainedTokenizerBase, template: str, conversations: Sequence[Sequence[int]]) -> None:

@@ -35,7 +35,7 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
-from llm2.common.chat import Message, encode_chats
+from llm2.common.chat import Message, encode_chats, resolve_template
 from llm2.common.loading import eos_ids, load_system1, load_tokenizer, resolve_device
 from llm2.common.prefix import common_prefix
 from llm2.common.seeds import row_seed
@@ -44,7 +44,7 @@ from llm2.decoding.decoder import Decoder
 from llm2.decoding.generate_options import refuse_arguments, refuse_ignored
 from llm2.decoding.sampling import Guidance, LogitsFn, SamplingParams, StopFn, TokenTrace
 from llm2.errors import UserError, shown
-from llm2.verifier.load import load_verifier
+from llm2.verifier.load import load_verifier, require_same_template, require_verifier, trained_template
 from llm2.verifier.model import HUB, ProcessVerifier
 from llm2.verifier.scoring import Reduction, score_tokens, solution_score
 
@@ -189,10 +189,19 @@ class LLM2:
         self.guided_generate = GuidedGenerate(self.guidance)
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, verifier: str | Path | None = None, **options: Any) -> "LLM2":
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        verifier: str | Path | None = None,
+        *,
+        chat_template: str | None = None,
+        **options: Any,
+    ) -> "LLM2":
         """Load both systems from folders or hub ids.
 
         Args:
+            chat_template: name or file (llm2/common/chat.py) of the tokenizer's; None for the one that the verifier was
+                trained with, or without a verifier for the model's own.
             options: as for the class, and of transformers' `from_pretrained`: `dtype`, `device_map` of one device, here
                 also `device`, and what says where files are (`HUB`). Of these, `revision` and `subfolder` are of System
                 1's files alone.
@@ -211,7 +220,8 @@ class LLM2:
                 "System 1 by that and pass it on: LLM2(system1, tokenizer, verifier)"
             )
         Guidance(verifier=None, **options)  # refuses what is out of range before anything is loaded
-        system1, tokenizer = load_system1(model, device, dtype, **hub), load_tokenizer(model, **hub)
+        tokenizer = _tokenizer(load_tokenizer(model, **hub), model, verifier, chat_template)
+        system1 = load_system1(model, device, dtype, **hub)
         if verifier is not None:
             hub = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
             verifier = load_verifier(verifier, device, dtype, system1.config.vocab_size, system1, tokenizer, **hub)
@@ -296,6 +306,22 @@ def _device(options: dict[str, Any]) -> torch.device:
         )
     place = device if places is None else places
     return resolve_device("auto" if place is None or place in SPREAD else place)
+
+
+def _tokenizer(
+    tokenizer: PreTrainedTokenizerBase, model: str, verifier: str | None, chat_template: str | None
+) -> PreTrainedTokenizerBase:
+    """With the chat template of the texts to come. Raises UserError where that is none of the verifier's, or dated."""
+    template = resolve_template(chat_template)
+    if verifier is not None:
+        require_verifier(verifier)
+        if template is not None:
+            require_same_template(verifier, model, chat_template)
+        tokenizer.chat_template = trained_template(verifier) or tokenizer.chat_template
+    tokenizer.chat_template = template or tokenizer.chat_template
+    if tokenizer.chat_template is not None and (verifier or template):
+        encode_chats(tokenizer, [[{"role": "user", "content": "?"}]], template, generation_prompt=True)
+    return tokenizer
 
 
 def _stop_fn(criteria: StoppingCriteriaList, input_ids: torch.Tensor) -> StopFn | None:

@@ -17,7 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from llm2.common.chat import resolve_template
+from llm2.common.chat import render
 from llm2.common.distributed import barrier, destroy_group, dist_info, process_device
 from llm2.common.loading import resolve_device
 from llm2.common.progress import DecodingBar
@@ -39,7 +39,8 @@ class HarnessModel(LM):
     Args:
         pretrained: System 1, a local folder or a hub id.
         verifier: System 2; without it System 1 decodes alone.
-        chat_template: name or file (llm2/common/chat.py) for --apply_chat_template; the tokenizer's when None.
+        chat_template: name or file (llm2/common/chat.py) for --apply_chat_template; the verifier's, or the
+            tokenizer's, when None.
         max_gen_toks: limit of new tokens, unless the task sets one.
         batch_size: sequences in flight; `auto` for as many as fit a GPU's memory.
         max_batch_size: unused; lm_eval passes it to every model.
@@ -64,9 +65,10 @@ class HarnessModel(LM):
         self._device = torch.device("cpu")  # of the counts that processes exchange, over gloo
         own = resolve_device(device or "auto")
         own = process_device(own) if self.world_size > 1 else own  # one process keeps the index of `cuda:1`
-        self.llm2 = LLM2.from_pretrained(pretrained, verifier, device=str(own), dtype=dtype, **guidance)
+        options = {"device": str(own), "dtype": dtype, "chat_template": chat_template}
+        self.llm2 = LLM2.from_pretrained(pretrained, verifier, **options, **guidance)
         self.decoder = Decoder(self.llm2.system1, self.llm2.guidance)
-        self.template = resolve_template(chat_template)
+        self.add_special_tokens = True  # until a chat template has written them
         self.max_gen_toks, self.seed = max_gen_toks, seed
         self.batch_size = batch_size if batch_size == "auto" else int(batch_size)
         self.pretrained = pretrained
@@ -121,7 +123,7 @@ class HarnessModel(LM):
     def _encode(self, context: str) -> list[int]:
         tokenizer = self.llm2.tokenizer
         has_bos = bool(tokenizer.bos_token) and context.startswith(tokenizer.bos_token)  # from a chat template
-        return tokenizer(context, add_special_tokens=not has_bos)["input_ids"]
+        return tokenizer(context, add_special_tokens=self.add_special_tokens and not has_bos)["input_ids"]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         raise NotImplementedError(
@@ -132,16 +134,12 @@ class HarnessModel(LM):
     loglikelihood_rolling = loglikelihood
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.llm2.tokenizer.apply_chat_template(
-            chat_history,
-            chat_template=self.template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        self.add_special_tokens = False
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        return render(self.llm2.tokenizer, chat_history, **options)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return self.template or self.llm2.tokenizer.chat_template
+        return self.llm2.tokenizer.chat_template
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """() of each process -> (processes,)."""

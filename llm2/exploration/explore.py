@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llm2.common.chat import encode_chats, resolve_template
+from llm2.common.chat import resolve_template
 from llm2.common.config_file import difference
 from llm2.common.distributed import barrier, dist_info, iter_shared_work
 from llm2.common.inputs import Digests, change, digests
@@ -33,7 +33,7 @@ from llm2.exploration.engines import Engine, check_engine, open_engine
 from llm2.exploration.negatives import NegativeSampler, check_negatives
 from llm2.exploration.own_solutions import own_solutions
 from llm2.exploration.quality import Fork, SequentialTest, reused_rollouts
-from llm2.exploration.solutions import TokenizedSolution, find_forks, load_problems, tokenize_solutions
+from llm2.exploration.solutions import TokenizedSolution, check_template, find_forks, load_problems, tokenize_solutions
 from llm2.exploration.summary import BINS, write_outputs
 from llm2.tasks import Problem, Task, load_task
 from llm2.verifier.triplets import Triplet, record_line
@@ -68,9 +68,7 @@ def explore(config: ExploreConfig) -> dict | None:
         return report
     task, problems, repeated = prepare(config)
     tokenizer = load_tokenizer(config.model)
-    encode_chats(
-        tokenizer, [task.prompt(problems[0])], resolve_template(config.chat_template)
-    )  # refused before weights
+    check_template(config, tokenizer, task, problems[0])
     engine = open_engine(config, tokenizer)
     output.parent.mkdir(parents=True, exist_ok=True)
     shard = dist_info().rank

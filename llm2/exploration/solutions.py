@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from llm2.common.chat import Message, encode_chats
+from llm2.common.chat import Message, encode_chats, resolve_template
 from llm2.common.seeds import row_seed
+from llm2.config import ModelConfig
 from llm2.errors import UserError
 from llm2.exploration.engines import Continuations, Engine, PositionQuery, Request
 from llm2.exploration.quality import Fork
@@ -62,6 +63,11 @@ def load_problems(task: Task, split: str, limit: int | None, need_gold: bool = T
                 f"{problem.solution[-40:]!r}, for the answer {problem.gold[-40:]!r}"
             )
     return problems, len(loaded) - len(problems)
+
+
+def check_template(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, task: Task, problem: Problem) -> None:
+    """Raises UserError where the chat template cannot write the problem's prompt; cheap, before weights are loaded."""
+    encode_chats(tokenizer, [task.prompt(problem)], resolve_template(config.chat_template), generation_prompt=True)
 
 
 def tokenize_solutions(

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm2.common.chat import resolve_template
+from llm2.common.chat import TEMPLATES, resolve_template
 from llm2.common.config_file import read_values
 from llm2.common.loading import is_local, load_tokenizer, model_path, resolve_dtype
 from llm2.common.same_tokenizer import require_same_tokenizer
@@ -23,16 +23,24 @@ def require_verifier(name: str) -> None:
 
 
 def require_same_template(verifier: str, model: str, chat_template: str | None) -> None:
-    """Raise UserError where a local verifier was trained with another chat template: its scores fit no other."""
-    trained = Path(model_path(verifier), "train.yaml")
-    if not trained.exists():
-        return
-    trained_name, own = read_values(trained).get("chat_template"), load_tokenizer(model).chat_template
-    if (resolve_template(trained_name) or own) != (resolve_template(chat_template) or own):
+    """Raise UserError where a verifier was trained with another chat template: its scores fit no other."""
+    trained = trained_template(verifier)
+    if trained is not None and trained != (resolve_template(chat_template) or load_tokenizer(model).chat_template):
+        name = next((name for name, text in TEMPLATES.items() if text == trained), f"{verifier}/chat_template.jinja")
         raise UserError(
-            f"chat_template: found {chat_template!r}, expected {trained_name!r}: the verifier {verifier} was trained "
-            f"with it ({trained})"
+            f"chat_template: found {chat_template!r}, expected {name!r}: the verifier {verifier} was trained with it"
         )
+
+
+def trained_template(verifier: str) -> str | None:
+    """The chat template that a verifier was trained with, as its folder has it; None where it has none."""
+    folder = model_path(verifier)
+    trained = Path(folder, "train.yaml")
+    name = read_values(trained).get("chat_template") if trained.exists() else None
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    has_tokenizer = not is_local(verifier) or Path(folder, "tokenizer_config.json").is_file()
+    return load_tokenizer(folder).chat_template if has_tokenizer else None
 
 
 def verifier_config(name: str, **options) -> ProcessVerifierConfig:

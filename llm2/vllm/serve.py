@@ -6,7 +6,8 @@ import shlex
 import sys
 from typing import Any
 
-from llm2.common.chat import resolve_template
+from llm2.common.chat import encode_chats, resolve_template
+from llm2.common.loading import load_tokenizer
 from llm2.config import GuidanceConfig, ServeConfig
 from llm2.errors import UserError
 from llm2.verifier.load import require_same_template, require_verifier
@@ -18,11 +19,13 @@ QUESTION = "Nina has 12 shells. Ben has half as many shells as Nina. How many sh
 
 
 def check(config: ServeConfig) -> None:
-    """Raises UserError where the verifier does not exist or was trained with another chat template."""
+    """Raises UserError where the verifier does not exist, or the chat template is another than its own, or dated."""
     require_verifier(config.verifier)
     if config.server is not None:
         raise UserError(f"server: found {config.server!r}, expected null: this command starts one")
     require_same_template(config.verifier, config.model, config.chat_template)
+    chat = [{"role": "user", "content": QUESTION}]
+    encode_chats(load_tokenizer(config.model), [chat], resolve_template(config.chat_template), generation_prompt=True)
 
 
 def serve(config: ServeConfig) -> None:
