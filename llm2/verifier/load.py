@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from llm2.common.architecture import backbone_class, refuse_undecodable
 from llm2.common.chat import resolve_template
 from llm2.common.config_file import read_values
 from llm2.common.loading import is_local, load_tokenizer, resolve_dtype
@@ -64,7 +65,8 @@ def load_verifier(
         vocabulary: number of System 1's tokens; the verifier must embed as many.
         system1: a LoRA verifier shares its weights; `device` and `dtype` must then be System 1's.
     """
-    verifier_config(name)
+    backbone = verifier_config(name).backbone_config
+    refuse_undecodable(backbone_class(backbone), backbone, f"verifier {name!r} ({backbone.model_type}): ")
     if system1 is not None:
         refuse_other_tokenizer(name, system1.name_or_path)
     # `auto` follows System 1: a verifier is trained, and stored, in float32.
