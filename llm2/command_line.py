@@ -98,7 +98,7 @@ def _run(options: argparse.Namespace) -> None:
         from llm2.common.loading import require_model, resolve_device
 
         resolve_device(config.device)
-        require_model(config.model)
+        require_model(config.model, decodes=getattr(config, "engine", "llm2") == "llm2")
     if options.dry_run:
         from llm2.common.distributed import resolve_parallelism
 

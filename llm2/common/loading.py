@@ -28,6 +28,7 @@ from transformers import (
 )
 
 import llm2
+from llm2.common.architecture import backbone_class, refuse_undecodable
 from llm2.common.distributed import dist_info
 from llm2.common.gguf import gguf_folder
 from llm2.errors import UserError, explained, shown
@@ -85,14 +86,20 @@ def is_local(name: str) -> bool:
     return name in BUILT_IN or is_gguf(name) or is_path
 
 
-def require_model(name: str) -> None:
-    """Raise UserError where a model's config cannot be loaded or is no decoder's: a cheap check before heavy work."""
+def require_model(name: str, decodes: bool = True) -> None:
+    """Raise UserError where a model's config cannot be loaded, or its models cannot be used, before weights load.
+
+    Args:
+        decodes: whether this project's decoder or verifier is to run it; an engine such as vLLM takes more models.
+    """
     config = load_config(name)
     kind = type(config)
     reads_both_ways = kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     if config.is_encoder_decoder or reads_both_ways or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
         kind = config.model_type
         raise UserError(f"model {name!r}: expected a decoder-only language model, found a config of type {kind!r}")
+    if decodes:
+        refuse_undecodable(backbone_class(config), config, f"model {name!r} ({config.model_type}): ")
 
 
 def changes_logits(config: PreTrainedConfig) -> str | None:
@@ -128,11 +135,13 @@ def load_system1(
 
 def load_language_model(name: str, **options) -> PreTrainedModel:
     """The language model; `options` go to AutoModelForCausalLM.from_pretrained."""
+    require_model(name)
     return _load_weights(AutoModelForCausalLM, name, **options)
 
 
 def load_backbone(name: str, **options) -> PreTrainedModel:
     """The language model without its vocabulary-sized head; `options` go to AutoModel.from_pretrained."""
+    require_model(name)
     return _load_weights(AutoModel, name, **options)
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from llm2.decoding.kv_cache import SlotCache
@@ -39,6 +39,16 @@ class AttentionParams:
     scaling: float
     window: int | None  # a token sees this many last positions, itself included
     softcap: float | None  # scores are squashed to +- this (Gemma 2)
+    has_sinks: bool = False
+    sinks: torch.Tensor | None = field(default=None, compare=False)  # (H,) a score for seeing nothing (gpt-oss)
+
+    def with_sinks(self, output: torch.Tensor, log_total: torch.Tensor) -> torch.Tensor:
+        """What `_partial` returned (R, J, H / J * Q, D), with the sinks under the same softmax."""
+        if self.sinks is None:
+            return output
+        _, heads, count = log_total.shape
+        sinks = self.sinks.float().view(heads, -1, 1).expand(-1, -1, count * heads // len(self.sinks))
+        return output * torch.sigmoid(log_total - sinks.flatten(1)).to(output.dtype)[..., None]
 
 
 @dataclass(eq=False)
@@ -81,7 +91,7 @@ class PrefillRead:
             bias = _bias(kv_index, prefix_len, width, params.window, like.dtype)[0, 0]
         elif count == 1:
             return False, None
-        elif width == count and self.branches < 2 and params.softcap is None:
+        elif width == count and self.branches < 2 and params.softcap is None and not params.has_sinks:
             return True, None
         else:
             context = 1 << (width - count).bit_length()  # few values, so that the lru_cache hits
@@ -153,8 +163,8 @@ class DecodeRead:
         context = (buffer[self.slots, :, : self.width] for buffer in (keys, values))
         output, log_total = _partial(query, *context, self.biases[params.window], params)
         if self.groups:
-            output = self._with_prefixes(query, output, log_total, keys, values, params)
-        output = output.flatten(1, 2)  # (R, H, D)
+            output, log_total = self._with_prefixes(query, output, log_total, keys, values, params)
+        output = params.with_sinks(output, log_total).flatten(1, 2)  # (R, H, D)
         return (output if self.rows is None else output[self.rows])[None]
 
     def _with_prefixes(
@@ -165,17 +175,20 @@ class DecodeRead:
         keys: torch.Tensor,
         values: torch.Tensor,
         params: AttentionParams,
-    ) -> torch.Tensor:
-        """What `_partial` returned for the slots -> (R, J, H / J, D), shared prefixes under the same softmax."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `_partial` returned for the slots, (R, J, H / J, D) and the logarithms, with shared prefixes under the
+        same softmax."""
         group_size = query.shape[2]
         shared = query[self.grouped].transpose(0, 1)  # (J, n, H / J, D)
         parts = [group.attend(shared, keys, values, params) for group in self.groups]
         of_prefix, prefix_total = (
             torch.cat(part, dim=1).unflatten(1, (-1, group_size)).transpose(0, 1) for part in zip(*parts, strict=True)
         )
-        share = torch.sigmoid(prefix_total - log_total[self.grouped]).to(output.dtype)
+        own_total = log_total[self.grouped]
+        share = torch.sigmoid(prefix_total - own_total).to(output.dtype)
         output[self.grouped] = torch.lerp(output[self.grouped], of_prefix, share[..., None])
-        return output
+        log_total[self.grouped] = torch.logaddexp(prefix_total, own_total)
+        return output, log_total
 
 
 @dataclass(eq=False)
@@ -235,18 +248,26 @@ def attend(
     attention_mask: None,
     *,
     attention_metadata: AttentionMetadata,
-    scaling: float,
+    scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **unused,
 ) -> tuple[torch.Tensor, None]:
-    """Query (1, H, N, D), key and value (1, J, N, D) -> (1, N, H, D). All keys are written before any is read."""
+    """Query (1, H, N, D), key and value (1, J, N, D) -> (1, N, H, D). All keys are written before any is read.
+
+    `common.architecture` refuses models that hand over anything else. Values may have another width than keys.
+    """
+    scaling, width = query.shape[-1] ** -0.5 if scaling is None else scaling, value.shape[-1]
+    if width != key.shape[-1]:  # torch's kernels want one width: zeros add nothing
+        full = max(width, key.shape[-1])
+        query, key, value = (pad(states, (0, full - states.shape[-1])) for states in (query, key, value))
     keys, values = attention_metadata.cache.layer(module.layer_idx, key)
     attention_metadata.write(keys, key)
     attention_metadata.write(values, value)
-    params = AttentionParams(scaling, sliding_window, softcap)
+    params = AttentionParams(scaling, sliding_window, softcap, s_aux is not None, s_aux)
     parts = [read.attend(query, keys, values, params) for read in attention_metadata.reads]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))[..., :width], None
 
 
 AttentionInterface.register(IMPLEMENTATION, attend)
@@ -269,9 +290,9 @@ def _dot_product(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, params: AttentionParams
 ) -> torch.Tensor:
     """Query (R, J, Q, D), keys and values (R, J, W, D), bias (R, 1, Q, W) or (Q, W) -> (R, J, Q, D)."""
-    if params.softcap is None:
+    if params.softcap is None and not params.has_sinks:
         return scaled_dot_product_attention(query, keys, values, bias, scale=params.scaling)
-    return _partial(query, keys, values, bias, params)[0]
+    return params.with_sinks(*_partial(query, keys, values, bias, params))
 
 
 def _partial(
@@ -281,9 +302,11 @@ def _partial(
 
     Shapes as in `_dot_product`; the logarithms are (R, J, Q) float32.
     """
-    if params.softcap is None:  # on a CPU; a row whose bias is -inf throughout would be wrong
+    if params.softcap is None and query.device.type == "cpu":  # a row whose bias is -inf throughout would be wrong
         return FLASH(query, keys, values, attn_mask=bias, scale=params.scaling)
-    scores = params.softcap * torch.tanh(query @ keys.transpose(-1, -2) * (params.scaling / params.softcap))
+    scores = query @ keys.transpose(-1, -2) * params.scaling
+    if params.softcap is not None:
+        scores = params.softcap * torch.tanh(scores / params.softcap)
     if bias is not None:
         scores = scores + bias
     log_total = scores.float().logsumexp(-1)

@@ -58,6 +58,7 @@ class Decoder:
         if self.runners.moved:
             raise UserError("weights were moved or replaced after the Decoder was made; expected a new Decoder")
         request = DecodeRequest(prompts=prompts, **options)
+        self.runners.refuse_too_long(request)
         finished: list[dict[int, Completion]] = [{} for _ in prompts]
         scheduler = Scheduler(self.runners, request)
         while scheduler.unfinished:

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from llm2.common.architecture import backbone_class, examine
+
 CACHE_SHARE = 0.8  # of the free memory; the rest is for a forward's activations and for the logits of prompts
 LOGITS_COPIES = 4  # float32 logits of every sequence that exist at the same time
 AUTO_ROWS = 64  # sequences in flight for batch_size `auto` on a CPU
@@ -43,12 +45,9 @@ def available_bytes(device: torch.device) -> int | None:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def position_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of one token."""
-    config = config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * dtype.itemsize
+def position_bytes(config: PreTrainedConfig, dtype: torch.dtype, model: type[PreTrainedModel] | None = None) -> int:
+    """Bytes of the keys and values of one token, as a dry run finds them; `model` is AutoModel's choice when None."""
+    return examine(model or backbone_class(config), config).values_per_token * dtype.itemsize
 
 
 def addresses(*modules: nn.Module) -> dict[int, int]:
@@ -78,7 +77,7 @@ def plan_memory(
     rows = max(1, min(limit, num_sequences))
     if free is None:
         return MemoryPlan(rows, capacity, num_prefix_slots(rows, free_of_charge=True))
-    per_position = sum(position_bytes(body.config, body.dtype) for body in bodies)
+    per_position = sum(position_bytes(body.config, body.dtype, type(body)) for body in bodies)
     per_row = LOGITS_COPIES * 4 * bodies[0].config.get_text_config().vocab_size
 
     def fits(rows: int) -> int:

@@ -15,11 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from llm2.common.architecture import refuse_undecodable
 from llm2.decoding.attention import IMPLEMENTATION, AttentionMetadata
 from llm2.decoding.cuda_graphs import CUDAGraphs, bucket
 from llm2.decoding.forward_batch import MAX_GRAPH_CHUNK, Chunk, PaddedBatch, VarlenBatch, padded_width, split
 from llm2.decoding.kv_cache import SlotCache
-from llm2.errors import UserError
 from llm2.verifier.lora import clone_sharing_weights
 from llm2.verifier.model import ProcessVerifier
 
@@ -211,28 +211,32 @@ class OneDNNLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(states, self.reordered, None, "none", [], "")[:, :count]
 
 
+class _States(BaseModelOutputWithPast):
+    """A body's output whose other fields, such as the router's logits, are None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):  # what copy and pickle look for
+            raise AttributeError(name)
+
+
 class _PassThrough(nn.Module):
     """Stands in for a model's body and returns the hidden states that it is given."""
 
-    def forward(self, *unused, inputs_embeds: torch.Tensor, **options) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, *unused, inputs_embeds: torch.Tensor, **options) -> _States:
+        return _States(last_hidden_state=inputs_embeds)
 
 
 def with_slot_attention(body: PreTrainedModel) -> PreTrainedModel:
     """The same Parameters in new modules that attend with `attention.attend`."""
-    if not body._supports_attention_backend:
-        raise UserError(
-            f"{type(body).__name__} does not let its attention be replaced (transformers' "
-            "`_supports_attention_backend`), which decoding from slots needs; use another backbone"
-        )
-    clone = clone_sharing_weights(body)
+    refuse_undecodable(type(body), body.config)
+    clone = clone_sharing_weights(body.get_decoder())
     clone.set_attn_implementation(IMPLEMENTATION)
     return clone.eval()
 
 
 def head_of(model: PreTrainedModel) -> PreTrainedModel:
     """The model without its body: hidden states -> logits, with the model's soft caps and scales."""
-    linear, instead = model.get_output_embeddings(), {model.base_model: _PassThrough()}
+    linear, instead = model.get_output_embeddings(), {model.base_model.get_decoder(): _PassThrough()}
     plain = linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32 and linear.bias is None
     if plain and linear.weight.nbytes <= MAX_ONEDNN_BYTES:
         instead[linear] = OneDNNLinear(linear.weight)

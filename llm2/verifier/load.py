@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llm2.common.architecture import backbone_class, refuse_undecodable
 from llm2.common.chat import TEMPLATES, resolve_template
 from llm2.common.config_file import read_values
 from llm2.common.loading import is_local, load_tokenizer, model_path, resolve_dtype
@@ -82,7 +83,8 @@ def load_verifier(
         tokenizer: System 1's; of the folder that it was loaded from when None.
         options: of transformers' `from_pretrained` (cache_dir, token, ...).
     """
-    verifier_config(name, **options)
+    backbone = verifier_config(name, **options).backbone_config
+    refuse_undecodable(backbone_class(backbone), backbone, f"verifier {name!r} ({backbone.model_type}): ")
     if system1 is not None and is_local(name):
         require_same_tokenizer(f"verifier {name!r}", name, tokenizer or system1.name_or_path)
     # `auto` follows System 1: a verifier is trained, and stored, in float32.

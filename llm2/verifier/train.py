@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.utils.data import random_split
-from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
+from llm2.common.architecture import examine, refuse_too_long
 from llm2.common.chat import resolve_template
 from llm2.common.config_file import write_config
 from llm2.common.distributed import dist_info, process_device
@@ -27,7 +28,6 @@ from llm2.config import TrainConfig
 from llm2.errors import UserError, explained
 from llm2.verifier.checkpoints import begin, last_whole_checkpoint, require_own
 from llm2.verifier.frozen_states import FrozenStates
-from llm2.verifier.masks import sliding_window
 from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.model_card import model_card
 from llm2.verifier.pair_metrics import (
@@ -71,7 +71,7 @@ def train(config: TrainConfig) -> dict:
     verifier = new_verifier(config, device)
     verifier.set_unembedding(system1.unembedding)
     verifier.dropout.p = config.dropout
-    refuse_sliding_window(verifier.backbone.config, max(len(example.ids) for example in [*train_set, *eval_set]))
+    refuse_long_solutions(verifier.backbone, max(len(example.ids) for example in [*train_set, *eval_set]))
     refuse_unknown_tokens(verifier, tokenizer)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(verifier.config, name, getattr(tokenizer, name))  # otherwise the Trainer does it, and warns
@@ -217,15 +217,16 @@ def freeze_layers(verifier: ProcessVerifier, trainable: int) -> None:
     layers[count - trainable :].requires_grad_(True)
 
 
-def refuse_sliding_window(config: PreTrainedConfig, length: int) -> None:
-    """Raise UserError if the backbone's window is shorter than `length`: with branch masks a token sees its whole
-    prefix, so its scores would not be those of the backbone's own attention."""
-    window = sliding_window(config)
+def refuse_long_solutions(backbone: PreTrainedModel, length: int) -> None:
+    """Raise UserError if the backbone has too few positions for `length` tokens, or a shorter window: with branch masks
+    a token sees its whole prefix, so its scores would not be those of the backbone's own attention."""
+    window = examine(type(backbone), backbone.config).window
     if window is not None and length > window:
         raise UserError(
             f"the backbone attends to a sliding window of {window} tokens, shorter than the {length} of prompt "
             f"and solution; keep them within {window} tokens"
         )
+    refuse_too_long(backbone.config, length, "the longest solution")
 
 
 def refuse_unknown_tokens(verifier: ProcessVerifier, tokenizer: PreTrainedTokenizerBase) -> None:

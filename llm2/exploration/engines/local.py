@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from llm2.common.architecture import refuse_too_long
 from llm2.common.distributed import process_device
 from llm2.common.loading import eos_ids, load_system1, refuse_unknown_ids, resolve_device
 from llm2.config import RolloutConfig
@@ -49,6 +50,7 @@ class LocalEngine:
     @torch.inference_mode()
     def _plausible(self, query: PositionQuery) -> list[list[Candidate]]:
         refuse_unknown_ids(query.ids, self.model, self.config.model)
+        refuse_too_long(self.model.config, query.end, "a solution")
         ids = torch.tensor([query.ids[: query.end]], device=self.model.device)
         output = self.model(ids, use_cache=False, logits_to_keep=query.end - query.start + 1)
         logits = output.logits[0, :-1].float()  # (positions, V)

@@ -1,0 +1,226 @@
+"""What a backbone needs of its attention and its cache: a dry run of the model itself, without weights.
+
+Decoding keeps keys and values alone, replaces the function that attends, and puts tokens of many sequences into one
+row. A model that keeps more, attends twice a layer, or masks in its own way would write another text in silence. So
+the model runs once on the `meta` device, with an attention function that looks at what it is given.
+"""
+
+import logging
+from collections import Counter
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import lru_cache
+from inspect import signature
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+from llm2.errors import UserError, reason
+
+logger = logging.getLogger("llm2")
+
+PROBE = "llm2_probe"
+ATTENTION_OPTIONS = ("scaling", "sliding_window", "softcap", "s_aux")  # those of decoding.attention.attend
+PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # what our cache holds as well
+FAR = 2**17  # position of the query whose mask is looked at; longer windows are taken at their word
+
+
+@dataclass(eq=False)
+class DryRun:
+    """What the attention layers of a model were called with."""
+
+    calls: Counter[int] = field(default_factory=Counter)  # by layer
+    values_per_token: int = 0  # numbers that a cache keeps of a token
+    windows: set[int] = field(default_factory=set)
+    objections: list[str] = field(default_factory=list)
+
+    def see(self, layer: int, key: torch.Tensor, value: torch.Tensor, mask: Any, options: dict[str, Any]) -> None:
+        """One call of the attention function; key and value are (1, heads, tokens, width)."""
+        self.calls[layer] += 1
+        self.values_per_token += 2 * key.shape[1] * max(key.shape[3], value.shape[3])
+        window, where = options.get("sliding_window"), f"in layer {layer}"
+        self.windows |= {window} - {None}
+        for name, option in options.items():
+            ours = name in ATTENTION_OPTIONS or name in RUN_OPTIONS
+            if not ours and (isinstance(option, torch.Tensor) or option) and name != "is_causal":
+                self.objections.append(f"gives its attention {name!r} {where}, which ours does not take")
+        if options.get("is_causal") is False:
+            self.objections.append(f"does not attend causally {where}")
+        if not hasattr(mask, "sees"):
+            self.objections.append(f"makes an attention mask of its own {where}")
+        elif not _sees_window(mask.sees, window):
+            self.objections.append(f"masks its attention {where} other than causally within its window")
+
+
+RUN_OPTIONS = ("input_ids", "position_ids", "use_cache", "attention_metadata")  # of the model's call
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What a dry run found."""
+
+    objection: str | None  # why a model cannot be decoded, a predicate
+    values_per_token: int = 0  # numbers that a cache keeps of a token
+    window: int | None = None  # the shortest sliding window of a layer
+
+
+def refuse_undecodable(model: type[PreTrainedModel], config: PreTrainedConfig, prefix: str = "") -> None:
+    """Raise UserError where models of this class and config would not be decoded as they are."""
+    objection = examine(model, config).objection
+    if objection is not None:
+        raise UserError(f"{prefix}{model.__name__} {objection}; decoding cannot hold that, use another backbone")
+
+
+def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that AutoModel would choose."""
+    chosen = MODEL_MAPPING[type(config)]
+    return chosen[0] if isinstance(chosen, tuple) else chosen
+
+
+def examine(model: type[PreTrainedModel], config: PreTrainedConfig) -> Examination:
+    """A dry run of a backbone; equal configs are tried once. Takes tens of milliseconds, a second for 100 layers."""
+    return _examine(model, _Config(config))
+
+
+class _Config:
+    """A config as a key: equal where its content is."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config, self.content = config, config.to_json_string(use_diff=False)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Config) and (type(self.config), self.content) == (type(other.config), other.content)
+
+    def __hash__(self) -> int:
+        return hash(self.content)
+
+
+@lru_cache(maxsize=64)
+def _examine(model: type[PreTrainedModel], key: _Config) -> Examination:
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            body = model(deepcopy(key.config)).get_decoder().eval()
+            layers = DynamicCache(config=body.config).layers
+            for index, layer in enumerate(layers):
+                state = isinstance(layer, CacheLayerMixin | LinearAttentionCacheLayerMixin)
+                if state and type(layer) not in PLAIN:
+                    return Examination(f"keeps more than keys and values in layer {index} ({type(layer).__name__})")
+            if not body._supports_attention_backend:
+                return Examination(
+                    "does not let its attention be replaced (transformers' `_supports_attention_backend`)"
+                )
+            if "position_ids" not in signature(body.forward).parameters:
+                return Examination("takes no position_ids")
+            run = _dry_run(body)
+    except Exception as error:  # whatever a model does without weights, such as reading numbers that are not there
+        return Examination(f"cannot be tried without its weights ({reason(error)})")
+    keeping = [index for index, layer in enumerate(layers) if isinstance(layer, PLAIN)]
+    for layer in sorted({*keeping, *run.calls}):
+        if run.calls[layer] != 1:
+            return Examination(f"calls its attention {run.calls[layer]} times in layer {layer}, expected once")
+    objection = run.objections[0] if run.objections else None
+    return Examination(objection, run.values_per_token, min(run.windows, default=None))
+
+
+def refuse_too_long(config: PreTrainedConfig, length: int, what: str) -> None:
+    """Raise UserError where a sequence needs positions that a model does not have, warn where it has not learnt them.
+
+    A table of positions ends. Rope can be computed for any position, but where its frequencies depend on the length of
+    the sequence (types dynamic and longrope), tokens beyond the original length would change those before them, and
+    those of other sequences in the same forward.
+    """
+    text = config.get_text_config()
+    limit, why = getattr(text, "max_position_embeddings", None), "has a table of"
+    ropes = getattr(text, "rope_parameters", None) or {}
+    for rope in [ropes] if "rope_type" in ropes else ropes.values():  # one for all layers, or one for each kind
+        kind = rope["rope_type"]
+        changes, original = "dynamic" in kind or kind == "longrope", rope.get("original_max_position_embeddings", limit)
+        if changes and length > original:
+            limit, why = original, f"keeps the frequencies of its rope ({kind}) for"
+            break
+    else:
+        if limit is None or length <= limit:
+            return
+        if ropes:
+            _warn_untrained(text.model_type, limit)
+            return
+    raise UserError(
+        f"{what} can take {length} positions, and the model ({text.model_type}) {why} {limit}; expected a shorter text"
+        ", or a lower max_new_tokens"
+    )
+
+
+@lru_cache
+def _warn_untrained(kind: str, limit: int) -> None:
+    logger.warning(
+        "sequences can become longer than the %s positions of the model (%s): what it writes beyond them is as "
+        "transformers computes it, and no better than the model",
+        limit,
+        kind,
+    )
+
+
+def _dry_run(body: PreTrainedModel) -> DryRun:
+    body.set_attn_implementation(PROBE)
+    body.set_experts_implementation("batched_mm")  # its shapes do not depend on which experts are chosen
+    run, ids = DryRun(), torch.zeros(1, 4, dtype=torch.long)
+    options = {"input_ids": ids, "position_ids": ids, "use_cache": False, "attention_metadata": run}
+    output = body(**options, attention_mask=torch.ones_like(ids))
+    if getattr(output, "last_hidden_state", None) is None:
+        run.objections.append("returns no last_hidden_state")
+    return run
+
+
+def _sees_window(sees: Any, window: int | None) -> bool:
+    """Whether a token sees itself and what is before it, within the window if there is one."""
+    keys = torch.arange(FAR + 2, device="cpu")
+    for query in (FAR, FAR + 1):
+        first = 0 if window is None else query + 1 - window
+        arguments = (torch.tensor(index, device="cpu") for index in (0, 0, query))
+        try:
+            seen = sees(*arguments, keys).expand_as(keys)
+        except RuntimeError:  # it depends on more than the two positions
+            return False
+        if not torch.equal(seen, (keys >= first) & (keys <= query)):
+            return False
+    return True
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any = None,
+    *,
+    attention_metadata: DryRun,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Looks at its arguments, and returns no numbers: (1, tokens, heads, width of the values)."""
+    attention_metadata.see(module.layer_idx, key, value, attention_mask, options)
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+
+def _mask(q_length: int, kv_length: int, mask_function: Any, **unused: Any) -> torch.Tensor:
+    """Stands for a mask, and knows which keys a query sees; one that a model computes from it does not."""
+    mask = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool)
+    mask.sees = mask_function
+    return mask
+
+
+AttentionInterface.register(PROBE, _attend)
+AttentionMaskInterface.register(PROBE, _mask)
