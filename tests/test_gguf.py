@@ -22,6 +22,8 @@ class Changes:
     architecture: str = "llama"
     pre: str = "smollm"
     leave_out: str | None = None  # a tensor
+    rope_scaling: str | None = None  # as of models made longer by it
+    rope_factors: bool = False  # as Llama 3.1 has them
 
 
 def write(path, changes=None):
@@ -42,6 +44,11 @@ def write(path, changes=None):
     writer.add_value_length(config["head_dim"])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if changes.rope_scaling is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(changes.rope_scaling))
+        writer.add_rope_scaling_factor(4.0)
+    if changes.rope_factors:
+        writer.add_tensor("rope_freqs.weight", np.full(config["head_dim"] // 2, 8.0, np.float32))
     writer.add_vocab_size(config["vocab_size"])
     vocabulary = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
     special = {token["content"] for token in tokenizer["added_tokens"]}
@@ -109,6 +116,14 @@ def test_a_changed_file_is_converted_anew(tmp_path):
     [
         (Changes(architecture="rwkv6"), "the architecture 'rwkv6' cannot be converted"),
         (Changes(pre="tekken"), "the tokenizer 'gpt2' with pre 'tekken' cannot be converted; expected 'llama'"),
+        (
+            Changes(rope_scaling="linear"),
+            "its rotary embedding is scaled, which transformers does not read from a GGUF file",
+        ),
+        (
+            Changes(rope_factors=True),
+            "its rotary embedding is scaled, which transformers does not read from a GGUF file",
+        ),
         (
             Changes(leave_out="blk.2.ffn_up.weight"),
             "expected all weights of the model, found none for 'model.layers.2.mlp.up_proj.weight'",

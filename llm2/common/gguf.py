@@ -147,6 +147,12 @@ def check(file: Path) -> dict[str, Any]:
             gguf.dequantize(np.zeros((1, size), np.uint8), kind)
         except NotImplementedError as error:
             raise UserError(f"{file}: weights of the type {kind.name} cannot be converted: {reason(error)}") from None
+    scaling = fields.get(f"{fields.get('general.architecture')}.rope.scaling.type", "none")
+    if scaling != "none" or any(tensor.name.startswith("rope_") for tensor in reader.tensors):
+        raise UserError(
+            f"{file}: its rotary embedding is scaled, which transformers does not read from a GGUF file; expected one "
+            "without scaling, or the model as safetensors"
+        )
     kind, cut = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind != "llama" and (kind != "gpt2" or cut not in PRE_TOKENIZERS):
         raise UserError(

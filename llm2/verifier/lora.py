@@ -50,6 +50,9 @@ def inject(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> None:
         inject_adapter_in_model(peft_config(settings), backbone)
     except ValueError as error:
         raise UserError(f"the LoRA targets {settings['targets']!r} do not fit the backbone: {error}") from None
+    adapted = (layer.get_base_layer() for layer in backbone.modules() if isinstance(layer, LoraLayer))
+    if any(isinstance(layer, nn.Embedding) for layer in adapted):  # the output embedding may be the same weight
+        raise UserError(f"the LoRA targets {settings['targets']!r} hold an embedding; expected linear layers")
 
 
 def clone_sharing_weights(
