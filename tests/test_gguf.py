@@ -25,6 +25,8 @@ class Changes:
     leave_out: str | None = None  # a tensor
     more: str | None = None  # another tensor
     key: tuple[str, float] | None = None  # of the header
+    rope_scaling: str | None = None  # as of models made longer by it
+    rope_factors: bool = False  # as Llama 3.1 has them
 
 
 def write(path, changes=None):
@@ -45,6 +47,11 @@ def write(path, changes=None):
     writer.add_value_length(config["head_dim"])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if changes.rope_scaling is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(changes.rope_scaling))
+        writer.add_rope_scaling_factor(4.0)
+    if changes.rope_factors:
+        writer.add_tensor("rope_freqs.weight", np.full(config["head_dim"] // 2, 8.0, np.float32))
     writer.add_vocab_size(config["vocab_size"])
     vocabulary = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
     special = {token["content"] for token in tokenizer["added_tokens"]}
@@ -116,6 +123,14 @@ def test_a_changed_file_is_converted_anew(tmp_path):
     [
         (Changes(architecture="rwkv6"), "the architecture 'rwkv6' cannot be converted"),
         (Changes(pre="tekken"), "the tokenizer 'gpt2' with pre 'tekken' cannot be converted; expected 'llama'"),
+        (
+            Changes(rope_scaling="linear"),
+            "key 'llama.rope.scaling.type': found 'linear', and transformers reads nothing in its place",
+        ),
+        (
+            Changes(rope_factors=True),
+            "holds 16 weights that transformers' model does not have, such as rope_freqs or biases",
+        ),
         (
             Changes(leave_out="blk.2.ffn_up.weight"),
             "expected all weights of the model, found none for 'model.layers.2.mlp.up_proj.weight'",

@@ -30,7 +30,7 @@ def read_jsonl(
 def parse_json(text: str, where: str) -> Any:
     """The value of a JSON text, whose texts can be written as UTF-8; `where` begins the UserError for any other."""
     try:
-        value = json.loads(text, parse_constant=_refuse)
+        value = json.loads(text, parse_constant=_refuse, object_pairs_hook=_distinct)
         if "\\ud" in text.lower():  # JSON can escape half a character
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
@@ -57,3 +57,11 @@ def _parse(line: str, where: str, text_keys: tuple[str, ...]) -> dict:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no number of JSON")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict:
+    record = dict(pairs)
+    if len(record) < len(pairs):  # json would take the last value in silence
+        key = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"the key {key!r} stands twice in one object")
+    return record

@@ -127,7 +127,7 @@ class GuidedGenerate:
             seeds=[[row_seed(seed, index)] for index in range(len(input_ids))],
             batch_size=len(input_ids),
             stop=_stop_fn(stopping_criteria, input_ids),
-            process_logits=_logits_fn(logits_processor, input_ids, pad),
+            process_logits=_logits_fn(logits_processor, _without_padding(input_ids, mask.bool()), pad),
             on_token=stream_to and (lambda prompt, sample, token: stream_to.put(torch.tensor([token]))),
             trace=trace or keep_logits,
             keep_logits=keep_logits,
@@ -362,6 +362,14 @@ def _logits_fn(processors: LogitsProcessorList, input_ids: torch.Tensor, pad: in
         return processed
 
     return process
+
+
+def _without_padding(input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Prompts (B, T) with their first token repeated before them in the place of padding, on whichever side it was: a
+    penalty would count padding as text."""
+    tokens = mask.argsort(dim=-1, stable=True)  # the padding first
+    first = mask.int().argmax(dim=-1, keepdim=True)
+    return input_ids.gather(-1, torch.where(mask.gather(-1, tokens), tokens, first))
 
 
 def _by_step(sequences: Sequence[Sequence[torch.Tensor]], fill: float, pad: int) -> tuple[torch.Tensor, ...]:

@@ -24,6 +24,8 @@ from llm2.verifier.model import ProcessVerifier
 MIN_BLOCKED = 4_096  # smaller vocabularies are summed as they are
 ROUNDING = 2e-6  # several times the error of a cumulative probability that float32 has summed by blocks
 
+COLDEST = 1e-30  # temperatures below it would make infinite logits, and are greedy as it is
+
 StopFn = Callable[[int, int, list[int]], bool]
 LogitsFn = Callable[[list[int], list[list[int]], torch.Tensor], torch.Tensor]
 
@@ -62,7 +64,7 @@ class SamplingParams:
         """transformers' warpers in `generate`'s order; none of them reads the input ids."""
         warpers = LogitsProcessorList()
         if self.temperature != 1.0:
-            warpers.append(TemperatureLogitsWarper(self.temperature))
+            warpers.append(TemperatureLogitsWarper(max(self.temperature, COLDEST)))
         if self.top_k:
             warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1.0:

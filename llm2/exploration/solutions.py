@@ -24,6 +24,7 @@ class TokenizedSolution:
     ids: list[int]  # the whole conversation
     start: int  # position of the assistant's first token
     end: int  # one past the token that ends its turn
+    vocabulary: int  # number of tokens that the tokenizer knows: a model may embed more
 
     def rollout_request(self, position: int, token: int, seed: int, indices: Iterable[int]) -> Request:
         """Rollouts that take `token` at `position`; the seed of a rollout depends on its index, not on run or batch."""
@@ -95,7 +96,7 @@ def tokenize_solutions(
                 "conversation; expected one that only appends (llama3-plain or chatml-plain)"
             )
         end = next((i + 1 for i in range(start, len(ids)) if ids[i] in eos), len(ids))
-        solutions.append(TokenizedSolution(problem, messages, ids, start, end))
+        solutions.append(TokenizedSolution(problem, messages, ids, start, end, len(tokenizer)))
     return solutions
 
 
@@ -105,6 +106,7 @@ def find_forks(engine: Engine, solutions: Sequence[TokenizedSolution]) -> list[l
     forks: list[list[Fork]] = [[] for _ in solutions]
     for solution, positions, solution_forks in zip(solutions, engine.plausible(queries), forks, strict=True):
         for position, candidates in enumerate(positions, start=solution.start):
+            candidates = [candidate for candidate in candidates if candidate[0] < solution.vocabulary]
             if len(candidates) > 1:
                 probability, gold = dict(candidates), solution.ids[position]
                 tokens = (gold, *(token for token, _ in candidates if token != gold))

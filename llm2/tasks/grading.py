@@ -25,10 +25,10 @@ NEXT_PROMPT = re.compile(  # where a base model that runs on asks itself another
 )
 NO_DIGITS = re.compile(r"\D*")
 MINUS = re.compile("[\u2010-\u2013\u2212\ufe63\uff0d]")  # hyphens, the en dash, the typographic minus
-THIN_SPACE = re.compile(r",?\\[,!]|\{,\}")  # LaTeX between thousands
+THIN_SPACE = re.compile(r",?\\[,!]|\{,\}|[\u00a0\u2009\u202f](?=\d{3}(?!\d))")  # between thousands
 FRAC = re.compile(r"\\[dt]?frac\{(\d{1,9})\}\{(\d{1,9})\}")
 NUMBER = re.compile(
-    r"""(?:(?<![\w)])(-))?  # a sign, but not the minus of `5-3`
+    r"""(?:(?<![\w)])([-+]))?  # a sign, but not the minus of `5-3`
     \\?[$£€¥₹]?
     ((?:\d+(?:,\d\d+)*(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][-+]?\d{1,3}(?!\w)|\ ?/\ ?\d+)?)""",
     re.VERBOSE,
@@ -43,7 +43,7 @@ ANNOUNCEMENTS = {
 }
 DECORATION = re.compile(  # between an announcement and its number, which is not the first of a numbered list
     r"""(?:[\s:=*_`$£€¥₹]|\\[(\[]|\\(?:boxed|fbox|math\w{2}|text\w{0,6})\{){0,20}
-    (?=\\?[-$.\d])(?!(?<=[\n*])1[.)]\s)""",
+    (?=\\?[-+$.\d])(?!(?<=[\n*])1[.)]\s)""",
     re.VERBOSE,
 )
 STATEMENT_END = re.compile(r"[.!?,;](?=\s|$)|[\n}]|\s(?:because|since)\s")

@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from itertools import islice
 from multiprocessing import get_context
+from typing import Any
 
 from pebble import ProcessPool
 
@@ -26,6 +27,7 @@ DATASET = "HuggingFaceH4/MATH-500"
 SPLITS = ("test",)
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 TIME_LIMIT = 30.0  # seconds, far above the usual milliseconds, so that a busy machine changes no grade
+TINY = 1e-4  # math-verify compares numbers to six decimals
 LONGEST = 20_000  # characters of a solution that are parsed, from the end
 
 
@@ -106,5 +108,14 @@ def grade(text: str, gold: str) -> Grade:
     answer = parse(text, parsing_timeout=None)
     if not answer:
         return Grade(None, False, False)
-    right = bool(verify(parse(f"\\boxed{{{gold}}}", parsing_timeout=None), answer, timeout_seconds=None))
+    expected = parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
+    right = bool(verify(expected, answer, timeout_seconds=None)) and not _both_tiny_and_apart(expected[0], answer[0])
     return Grade(gold if right else str(answer[0]), right, right and "\\boxed" in text)
+
+
+def _both_tiny_and_apart(gold: Any, answer: Any) -> bool:
+    """Whether two of sympy's numbers, which math-verify holds for equal, are so small that it compared their zeros."""
+    if not all(getattr(value, "is_number", False) for value in (gold, answer)):
+        return False
+    larger = max(abs(gold), abs(answer))
+    return bool(larger < TINY and abs(gold - answer) > TINY * larger)

@@ -54,10 +54,12 @@ def inject(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> None:
         inject_adapter_in_model(peft_config(settings), backbone)
     except ValueError as error:
         raise UserError(f"the LoRA targets {settings['targets']!r} do not fit the backbone: {error}") from None
-    for layer in backbone.modules():
-        if isinstance(layer, LoraLayer):
-            layer.lora_A.float()
-            layer.lora_B.float()
+    layers = [layer for layer in backbone.modules() if isinstance(layer, LoraLayer)]
+    if any(isinstance(layer.get_base_layer(), nn.Embedding) for layer in layers):  # perhaps the output embedding
+        raise UserError(f"the LoRA targets {settings['targets']!r} hold an embedding; expected linear layers")
+    for layer in layers:
+        layer.lora_A.float()
+        layer.lora_B.float()
 
 
 def clone_sharing_weights(
