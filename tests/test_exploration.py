@@ -122,16 +122,12 @@ def test_explored_triplets_fit_the_format_and_prefer_gold(config, loaded, limit)
 def test_every_counted_rollout_began_at_its_token_or_was_reused(config, loaded, problems):
     tokenizer = loaded[1]
     explorer = Explorer(config, open_engine(config, tokenizer), tokenizer, load_task("testbed"))
-    states = explorer.start_problems(load_task("testbed").problems("train", problems))
-
-    def counted() -> int:
-        return sum(counts.rollouts for state in states for counts in state.test.counts.values())
-
-    without_rollouts = counted()  # tokens that end the answer
-    while active := [state for state in states if state.pending]:
-        explorer.run_round(active)
+    states = list(explorer.explore(load_task("testbed").problems("train", problems)))
+    enough = max(config.gold_rollouts, config.max_rollouts)  # counted for each token that ends the answer
+    ends = sum(token in explorer.engine.eos for state in states for _, token in state.test.counts)
+    counted = sum(counts.rollouts for state in states for counts in state.test.counts.values())
     written = sum(state.counts["rollouts"] + state.counts["rollouts_passing_by"] for state in states)
-    assert counted() - without_rollouts == written > 0
+    assert counted - enough * ends == written > 0
 
 
 def test_greedy_rollouts_are_generated_once_per_token(config):

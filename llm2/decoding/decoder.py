@@ -3,7 +3,7 @@
 The scheduler does the work. Plain decoding is the same loop without a verifier.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -58,10 +58,13 @@ class Decoder:
         if self.runners.moved:
             raise UserError("weights were moved or replaced after the Decoder was made; expected a new Decoder")
         request = DecodeRequest(prompts=prompts, **options)
-        self.runners.refuse_too_long(request)
-        finished: list[dict[int, Completion]] = [{} for _ in prompts]
+        finished: defaultdict[int, dict[int, Completion]] = defaultdict(dict)
         scheduler = Scheduler(self.runners, request)
-        while scheduler.unfinished:
+        while True:
+            if request.further is not None:
+                scheduler.add(request.further())
+            if not scheduler.unfinished:
+                break
             scheduler.advance()
             for sequence in scheduler.retire():
                 samples = finished[sequence.prompt_index]
@@ -71,7 +74,7 @@ class Decoder:
                     sequence.num_verifier_tokens,
                     sequence.trace if request.trace else None,
                 )
-                if len(samples) == len(request.seeds[sequence.prompt_index]):
+                if len(samples) == len(scheduler.prompts[sequence.prompt_index].seeds):
+                    del scheduler.prompts[sequence.prompt_index], finished[sequence.prompt_index]
                     yield sequence.prompt_index, [completion for _, completion in sorted(samples.items())]
-                    samples.clear()
         scheduler.return_caches()

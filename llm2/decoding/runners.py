@@ -10,7 +10,7 @@ from llm2.common.architecture import refuse_too_long
 from llm2.decoding.kv_cache import SlotCache
 from llm2.decoding.memory import GB, MemoryPlan, addresses, plan_memory
 from llm2.decoding.model_runner import LMRunner, VerifierRunner
-from llm2.decoding.sampling import DecodeRequest, Guidance
+from llm2.decoding.sampling import Guidance
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +44,12 @@ class ModelRunners:
     def shared(self) -> bool:
         return self.lm is self.verifier
 
-    def refuse_too_long(self, request: DecodeRequest) -> None:
-        """Raise UserError where a prompt and its new tokens do not fit the positions of a system."""
-        longest = max(range(len(request.prompts)), key=lambda index: len(request.prompts[index]), default=None)
-        if longest is None:
-            return
-        what = f"prompt {longest}" if request.names is None else f"problem {request.names[longest]!r}"
+    def refuse_too_long(self, num_tokens: int, max_new_tokens: int, what: str) -> None:
+        """Raise UserError, beginning with `what`, where prompt and new tokens do not fit the positions of a system."""
         for runner in {self.lm, self.verifier} - {None}:
-            length = len(request.prompts[longest]) + request.max_new_tokens
-            refuse_too_long(runner.body.config, length, f"{what} with max_new_tokens {request.max_new_tokens}")
+            refuse_too_long(
+                runner.body.config, num_tokens + max_new_tokens, f"{what} with max_new_tokens {max_new_tokens}"
+            )
 
     def take_caches(
         self, batch_size: int | str, num_sequences: int, capacity: int

@@ -4,7 +4,7 @@ Letters: n sequences, K candidates, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -74,6 +74,15 @@ class SamplingParams:
         return warpers
 
 
+class Prompt(NamedTuple):
+    """A prompt of a request."""
+
+    index: int
+    token_ids: Sequence[int]
+    seeds: Sequence[int]  # one per sample
+    name: str | None = None  # what an error calls it; its index when None
+
+
 @dataclass(kw_only=True)
 class DecodeRequest:
     """One call of the decoder.
@@ -91,6 +100,8 @@ class DecodeRequest:
         process_logits: maps prompt indices (n,), new tokens (n lists) and System 1's logits (n, V) to logits (n, V).
         on_token: called with prompt index, sample index and token for each new token.
         names: what an error calls each prompt; its index when None.
+        further: called before each step for prompts that join, in turn (token ids, seeds, name); their indices go on.
+            A prompt that is longer than all before by more than a quarter may wait until nothing is in flight.
         trace: record a `TokenTrace` per token.
         keep_logits: with trace, record System 1's logits too.
     """
@@ -105,6 +116,7 @@ class DecodeRequest:
     process_logits: LogitsFn | None = None
     on_token: Callable[[int, int, int], None] | None = None
     names: Sequence[str] | None = None
+    further: Callable[[], Iterable[tuple[Sequence[int], Sequence[int], str]]] | None = None
     trace: bool = False
     keep_logits: bool = False
 

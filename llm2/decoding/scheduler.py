@@ -8,9 +8,10 @@ Letters: n sequences, V vocabulary, K candidates.
 """
 
 import math
+import sys
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 import torch
@@ -22,7 +23,7 @@ from llm2.decoding.kv_cache import HEADROOM, SlotCache
 from llm2.decoding.model_runner import ModelRunner
 from llm2.decoding.prefix_cache import PrefixCache, SharedPrefix
 from llm2.decoding.runners import ModelRunners
-from llm2.decoding.sampling import DecodeRequest, TokenTrace, sample
+from llm2.decoding.sampling import DecodeRequest, Prompt, TokenTrace, sample
 from llm2.decoding.sequence import Proposal, SequenceState
 from llm2.errors import UserError
 
@@ -32,20 +33,45 @@ SYSTEM1, SYSTEM2 = "system1", "system2"
 
 
 class Scheduler:
-    """The sequences of one request: those in flight, in the first slots of the caches, and those waiting."""
+    """The sequences of one request: those in flight, in the first slots of the caches, and those waiting.
+
+    Attributes:
+        prompts: by index, those with unfinished sequences; who retires the last one of a prompt removes it.
+    """
 
     def __init__(self, runners: ModelRunners, request: DecodeRequest) -> None:
         self.runners, self.guidance, self.request = runners, runners.guidance, request
-        self.num_samples = [len(seeds) for seeds in request.seeds]
+        self.prompts: dict[int, Prompt] = {}
+        self.num_prompts = 0  # so far
         self.running: list[SequenceState] = []  # the index is the slot
         self.interrupted: list[SequenceState] = []  # to be admitted again
-        self.waiting = deque((prompt, index) for prompt, count in enumerate(self.num_samples) for index in range(count))
-        self._allocate(request.batch_size)
+        self.waiting: deque[tuple[Prompt, int]] = deque()  # and a sample's index
+        self.batch_size, self.max_prompt_tokens = request.batch_size, -1
+        self.lm_cache = self.verifier_cache = None
+        names = request.names or [None] * len(request.prompts)
+        self.add(zip(request.prompts, request.seeds, names, strict=True))
+
+    def add(self, prompts: Iterable[tuple[Sequence[int], Sequence[int], str | None]]) -> None:
+        """Let further prompts wait: token ids, seeds and name of each."""
+        for fields in prompts:
+            prompt = Prompt(self.num_prompts, *fields)
+            what = f"prompt {prompt.index}" if prompt.name is None else f"problem {prompt.name!r}"
+            self.runners.refuse_too_long(len(prompt.token_ids), self.request.max_new_tokens, what)
+            self.waiting.extend((prompt, sample) for sample in range(len(prompt.seeds)))
+            self.prompts[prompt.index] = prompt
+            self.num_prompts += 1
 
     def _allocate(self, batch_size: int | str) -> None:
-        """Caches with room for the longest sequence."""
-        request, runners, total = self.request, self.runners, sum(self.num_samples)
-        capacity = max(map(len, request.prompts), default=0) + request.max_new_tokens + HEADROOM
+        """Caches with room for the longest sequence that is known; where others may come, for one a quarter longer."""
+        request, runners = self.request, self.runners
+        self.lm_cache = self.verifier_cache = None  # their memory is free for the new ones
+        self.batch_size = batch_size
+        self.max_prompt_tokens = max(len(prompt.token_ids) for prompt in self.prompts.values())
+        total = sum(len(prompt.seeds) for prompt in self.prompts.values())
+        if request.further is not None:
+            self.max_prompt_tokens += self.max_prompt_tokens // 4
+            total = sys.maxsize
+        capacity = self.max_prompt_tokens + request.max_new_tokens + HEADROOM
         if not runners.lm.varlen:
             capacity = padded_width(capacity) + 1
         self.plan, self.lm_cache, self.verifier_cache = runners.take_caches(batch_size, total, capacity)
@@ -64,6 +90,8 @@ class Scheduler:
         exhausted = False
         try:
             if not self.running:
+                if not self._fits_next():
+                    self._allocate(self.batch_size)
                 self.runners.lm.record(self.lm_cache, self.max_running)
             self.admit()
             self.step()
@@ -92,13 +120,17 @@ class Scheduler:
         torch.cuda.empty_cache()
         self._allocate(rows)
 
+    def _fits_next(self) -> bool:
+        """Whether the caches have room for the prompt that waits longest."""
+        return not self.waiting or len(self.waiting[0][0].token_ids) <= self.max_prompt_tokens
+
     def admit(self) -> None:
         """Give free slots to waiting sequences; their prompts are computed in the next forward."""
         num_tokens, num_waiting = 0, len(self.interrupted) + len(self.waiting)
         free = self.max_running - len(self.running)
         if self.running and not self.runners.lm.varlen and free < min(num_waiting, self.max_running // ADMIT_SHARE):
             return
-        while (self.interrupted or self.waiting) and free and num_tokens < MAX_BATCHED_TOKENS:
+        while free and num_tokens < MAX_BATCHED_TOKENS and (self.interrupted or (self.waiting and self._fits_next())):
             sequence, match = self._next()
             sequence.slot, free = len(self.running), free - 1
             self.running.append(sequence)
@@ -110,10 +142,11 @@ class Scheduler:
         """The sequence to admit next, without a slot, and the prefix that it shares."""
         if self.interrupted:
             return self.interrupted.pop(0), None
-        prompt_index, sample_index = self.waiting.popleft()
-        prompt, seed = self.request.prompts[prompt_index], self.request.seeds[prompt_index][sample_index]
-        sequence = SequenceState(prompt_index, sample_index, seed, -1, list(prompt), num_prompt_tokens=len(prompt))
-        return sequence, self.prefixes.match(self.request.prompts, self.num_samples, prompt_index, self.max_running)
+        prompt, sample = self.waiting.popleft()
+        ids = list(prompt.token_ids)
+        sequence = SequenceState(prompt.index, sample, prompt.seeds[sample], -1, ids, num_prompt_tokens=len(ids))
+        following = (other for other, sample in self.waiting if sample == 0)
+        return sequence, self.prefixes.match(prompt, following, self.max_running)
 
     def _share_prefix(self, sequence: SequenceState, prefix: SharedPrefix, length: int, num_sharing: int) -> None:
         """Take the sequence's first `length` tokens from a prefix: in place, or as a copy in its own slot."""
@@ -151,7 +184,7 @@ class Scheduler:
 
     def return_caches(self) -> None:
         """Save the caches for the next call: captured graphs hold their addresses."""
-        if self.runners.lm.graphs is not None:
+        if self.runners.lm.graphs is not None and self.lm_cache is not None:
             self.runners.saved_caches = self.plan, self.lm_cache, self.verifier_cache
 
     # Forwards.
@@ -202,10 +235,10 @@ class Scheduler:
         """Chunks for those prefixes that the system has not computed; they must be in its next forward."""
         chunks = []
         for prefix in prefixes:
-            if prefix is not None and system not in prefix.prefilled_by:
-                prefix.prefilled_by.add(system)
+            if prefix is not None and prefix.num_cached[system] < len(prefix.token_ids):
+                start, prefix.num_cached[system] = prefix.num_cached[system], len(prefix.token_ids)
                 offset = self.verifier_offset if system == SYSTEM2 else 0
-                chunks.append(Chunk(prefix.slot + offset, 0, prefix.token_ids))
+                chunks.append(Chunk(prefix.slot + offset, start, prefix.token_ids[start:]))
         return chunks
 
     def _forward(self, lm_chunks: list[Chunk], verifier_chunks: list[Chunk]) -> torch.Tensor | None:
@@ -330,10 +363,10 @@ class Scheduler:
 
     def _refuse(self, sequence: SequenceState, found: str) -> None:
         """Raise UserError for a number that no token can be chosen by; names problem and position."""
-        index, names = sequence.prompt_index, self.request.names
+        index, name = sequence.prompt_index, self.prompts[sequence.prompt_index].name
         position = sequence.prefix_len + len(sequence.token_ids)
         raise UserError(
-            f"{f'prompt {index}' if names is None else f'problem {names[index]!r}'}, position {position} (new token "
+            f"{f'prompt {index}' if name is None else f'problem {name!r}'}, position {position} (new token "
             f"{len(sequence.completion_ids)}): {found}, expected a finite number; a wider dtype (dtype=float32) may do"
         )
 

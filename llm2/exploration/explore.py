@@ -9,10 +9,10 @@ import json
 import math
 import shutil
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from operator import itemgetter
 from pathlib import Path
 
@@ -39,7 +39,6 @@ from llm2.tasks import Problem, Task, load_task
 from llm2.verifier.triplets import Triplet, record_line
 
 CHUNK = 16  # problems that are started together
-WINDOW = 8  # batches of rollouts in one round: fewer would leave rows idle at its end
 
 
 @dataclass
@@ -48,7 +47,9 @@ class ProblemState:
 
     solution: TokenizedSolution
     test: SequentialTest
-    pending: dict[tuple[int, int], range] = field(default_factory=dict)  # rollouts to begin: see `next_rollouts`
+    pending: dict[tuple[int, int], range] = field(
+        default_factory=dict
+    )  # rollouts that are not graded yet: see `next_rollouts`
     counts: Counter = field(default_factory=Counter)  # rollouts, rollouts_passing_by, generated_tokens
 
 
@@ -166,17 +167,34 @@ class Explorer:
     def explore(self, problems: Iterable[Problem]) -> Iterator[ProblemState]:
         """Yields each problem once its last verdict is made.
 
-        A round generates the pending rollouts of all active problems; new problems join until it has WINDOW batches.
+        A problem's next rollouts join those of the others as soon as its last ones are graded; new problems join while
+        the engine has fewer than `window` batches of rollouts.
         """
-        waiting, active = iter(problems), []
+        waiting, requests, running, numbers = iter(problems), deque(), {}, count()
+        finished = self.engine.stream(requests, self.progress.on_token)
+
+        def begin(states: Iterable[ProblemState]) -> Iterator[ProblemState]:
+            """Let the engine have their pending rollouts; yields those that have none."""
+            for state in states:
+                for key, indices in state.pending.items():
+                    request = state.solution.rollout_request(*key, self.config.seed, self._generated(indices))
+                    running[next(numbers)] = (state, key, len(request.seeds))
+                    requests.append(request)
+                if not state.pending:
+                    yield state
+
         while True:
-            while _num_pending(active) < WINDOW * self.config.batch_size and (new := list(islice(waiting, CHUNK))):
-                active += self.start_problems(new)
-            yield from (state for state in active if not state.pending)
-            active = [state for state in active if state.pending]
-            if not active:
+            while (
+                sum(rows for _, _, rows in running.values()) < self.engine.window * self.config.batch_size
+                and (new := list(islice(waiting, CHUNK)))
+            ):  # fmt: skip
+                yield from begin(self.start_problems(new))
+            if not running:
                 return
-            self.run_round(active)
+            number, continuations = next(finished)
+            state, key, _ = running.pop(number)
+            if self.finish(state, key, continuations):
+                yield from begin([state])
 
     def start_problems(self, problems: Sequence[Problem]) -> list[ProblemState]:
         template = resolve_template(self.config.chat_template)
@@ -212,31 +230,20 @@ class Explorer:
         self.progress.add(1.0)
         return ProblemState(solution, test)
 
-    def run_round(self, states: Sequence[ProblemState]) -> None:
-        """Generate the pending rollouts, count their outcomes, and set the next pending ones."""
-        branches = [(state, *key, indices) for state in states for key, indices in state.pending.items()]
-        greedy = self.config.temperature == 0  # all rollouts of a token are then equal: one is generated
+    def _generated(self, indices: range) -> range:
+        """Of a token's rollouts: greedy ones are all equal, and one is generated."""
+        return indices[:1] if self.config.temperature == 0 else indices
 
-        def on_finished(index: int, continuations: list[list[int]]) -> None:
-            state, position, token, indices = branches[index]
-            before = state.test.progress
-            self.record_outcomes(state, position, token, continuations, weight=len(indices) if greedy else 1)
-            state.counts["rollouts"] += len(continuations)
-            state.counts["generated_tokens"] += sum(map(len, continuations))
-            self.progress.add(state.test.progress - before, continuations)
-
-        self.engine.generate(
-            [
-                state.solution.rollout_request(position, token, self.config.seed, indices[:1] if greedy else indices)
-                for state, position, token, indices in branches
-            ],
-            on_finished,
-            self.progress.on_token,
-        )
-        for state in states:
-            before = state.test.progress
+    def finish(self, state: ProblemState, key: tuple[int, int], continuations: Sequence[Sequence[int]]) -> bool:
+        """Count a token's finished rollouts. Whether they were its problem's last: then the next ones are pending."""
+        before, indices = state.test.progress, state.pending.pop(key)
+        self.record_outcomes(state, *key, continuations, weight=len(indices) // len(self._generated(indices)))
+        state.counts["rollouts"] += len(continuations)
+        state.counts["generated_tokens"] += sum(map(len, continuations))
+        if last := not state.pending:
             state.pending = state.test.next_rollouts()
-            self.progress.add(state.test.progress - before)
+        self.progress.add(state.test.progress - before, continuations)
+        return last
 
     def record_outcomes(
         self, state: ProblemState, position: int, token: int, continuations: Sequence[Sequence[int]], weight: int
@@ -261,10 +268,6 @@ def earlier_solutions(problems: Sequence[Problem]) -> dict[str, Sequence[Problem
         earlier[problem.id] = tuple(before)
         before.append(problem)
     return earlier
-
-
-def _num_pending(states: Iterable[ProblemState]) -> int:
-    return sum(len(indices) for state in states for indices in state.pending.values())
 
 
 def journal_entry(state: ProblemState, max_triplets: int | None) -> dict:

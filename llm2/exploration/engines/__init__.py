@@ -4,8 +4,10 @@ Each engine is a separate module, imported only if it is chosen.
 """
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -48,23 +50,35 @@ def ignore(*_: Any) -> None:
     """Nobody wants to know."""
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """System 1, wherever it runs."""
 
     eos: Sequence[int]  # tokens that end an answer
+    window: int  # batches of continuations to keep in `stream`, so that no row is idle
 
+    @abstractmethod
     def plausible(self, queries: Sequence[PositionQuery]) -> list[list[list[Candidate]]]:
         """The plausible tokens of each position of each query, likeliest first."""
+
+    @abstractmethod
+    def stream(self, requests: deque[Request], on_token: OnToken = ignore) -> Iterator[tuple[int, Continuations]]:
+        """(index of a request, its continuations, with the end-of-sequence token where one was reached) once finished.
+
+        Takes the requests out of the queue, and those that join it meanwhile; indices count all that were taken. Ends
+        once the queue is empty and all are finished. `on_token` is called before a request is finished.
+        """
 
     def generate(
         self, requests: Sequence[Request], on_finished: OnFinished = ignore, on_token: OnToken = ignore
     ) -> list[Continuations]:
-        """The continuations of each request, with the end-of-sequence token where one was reached.
+        """The continuations of each request; `on_finished` is called once per request, in the order they finish in."""
+        results: list[Continuations] = [[] for _ in requests]
+        for index, continuations in self.stream(deque(requests), on_token):
+            results[index] = continuations
+            on_finished(index, continuations)
+        return results
 
-        `on_finished` is called once per request, in the order in which they finish; `on_token` where the engine shows
-        its tokens before that.
-        """
-
+    @abstractmethod
     def close(self) -> None:
         """Release memory, connections and processes."""
 

@@ -5,7 +5,8 @@ In float32 a continuation depends on its prompt and its seed alone, never on wha
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -18,13 +19,15 @@ from llm2.decoding.candidates import plausible
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.sampling import Guidance, SamplingParams
 from llm2.errors import UserError
-from llm2.exploration.engines import Candidate, Continuations, OnFinished, OnToken, PositionQuery, Request, ignore
+from llm2.exploration.engines import Candidate, Continuations, Engine, OnToken, PositionQuery, Request, ignore
 from llm2.verifier.load import load_verifier, trained_beta
 
 STOP_EVERY = 8  # tokens between searches for the stop pattern
 
 
-class LocalEngine:
+class LocalEngine(Engine):
+    window = 2
+
     def __init__(self, config: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         device = process_device(resolve_device(config.device))
         self.config, self.tokenizer = config, tokenizer
@@ -66,29 +69,33 @@ class LocalEngine:
             for row in zip(candidates.tolist(), probabilities, valid.tolist(), strict=True)
         ]
 
-    def generate(
-        self, requests: Sequence[Request], on_finished: OnFinished = ignore, on_token: OnToken = ignore
-    ) -> list[Continuations]:
-        # Requests with one prefix follow each other, the longest first: the decoder computes the shared tokens once.
-        first = {id(request.prefix): i for i, request in reversed(list(enumerate(requests)))}
-        order = sorted(range(len(requests)), key=lambda i: (first[id(requests[i].prefix)], -requests[i].prefix_len))
-        results: list[Continuations] = [[] for _ in requests]
+    def stream(self, requests: deque[Request], on_token: OnToken = ignore) -> Iterator[tuple[int, Continuations]]:
+        taken: list[tuple[int, Request] | None] = []  # by the decoder's index; None once finished
+
+        def further() -> list[tuple[list[int], Sequence[int], str]]:
+            """Requests with one prefix follow each other, the longest first: the shared tokens are computed once."""
+            new = list(enumerate(requests, start=len(taken)))
+            requests.clear()
+            first = {id(request.prefix): index for index, request in reversed(new)}
+            new.sort(key=lambda pair: (first[id(pair[1].prefix)], -pair[1].prefix_len))
+            taken.extend(new)
+            return [(request.prompt, request.seeds, request.name) for _, request in new]
+
         for index, completions in self.decoder.stream(
-            [requests[i].prompt for i in order],
+            [],
             max_new_tokens=self.config.max_new_tokens,
             eos=self.eos,
             sampling=self.sampling,
-            seeds=[requests[i].seeds for i in order],
-            names=[requests[i].name for i in order],
+            seeds=[],
             batch_size=self.config.batch_size,
-            on_token=lambda prompt, sample, _: on_token(order[prompt], sample),
-            stop=self._stop_fn([requests[i].token_ids for i in order]),
+            on_token=lambda index, sample, _: on_token(taken[index][0], sample),
+            stop=self._stop_fn(taken),
+            further=further,
         ):
-            results[order[index]] = [completion.token_ids for completion in completions]
-            on_finished(order[index], results[order[index]])
-        return results
+            number, taken[index] = taken[index][0], None
+            yield number, [completion.token_ids for completion in completions]
 
-    def _stop_fn(self, first_tokens: Sequence[Sequence[int]]) -> Callable[[int, int, Sequence[int]], bool] | None:
+    def _stop_fn(self, taken: Sequence[tuple[int, Request]]) -> Callable[[int, int, Sequence[int]], bool] | None:
         """Ends a row once the text of its request's `token_ids` and its new tokens holds the stop pattern."""
         if self.config.stop_pattern is None:
             return None
@@ -97,7 +104,7 @@ class LocalEngine:
         def stop(index: int, sample: int, new_tokens: Sequence[int]) -> bool:
             if len(new_tokens) % STOP_EVERY:
                 return False
-            return pattern.search(self.tokenizer.decode([*first_tokens[index], *new_tokens])) is not None
+            return pattern.search(self.tokenizer.decode([*taken[index][1].token_ids, *new_tokens])) is not None
 
         return stop
 

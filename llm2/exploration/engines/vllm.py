@@ -5,7 +5,8 @@ and single rollouts may differ on other hardware or in other batches.
 """
 
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,13 +14,15 @@ from transformers import PreTrainedTokenizerBase
 from llm2.common.loading import eos_ids_by_name
 from llm2.config import CandidateConfig, RolloutConfig
 from llm2.decoding.candidates import plausible
-from llm2.exploration.engines import Candidate, Continuations, OnFinished, OnToken, PositionQuery, Request, ignore
+from llm2.exploration.engines import Candidate, Continuations, Engine, OnToken, PositionQuery, Request, ignore
 from llm2.vllm.backend import SEEDS, open_backend
 from llm2.vllm.checks import resolve_guidance
 from llm2.vllm.settings import guidance_args
 
 
-class VllmEngine:
+class VllmEngine(Engine):
+    window = 8  # in one round: fewer would leave rows idle at its end
+
     def __init__(self, config: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config, self.eos = config, eos_ids_by_name(config.model, tokenizer)
         self.backend = open_backend(config, config.verifier, max_logprobs=config.top_k)
@@ -39,16 +42,24 @@ class VllmEngine:
             for index, query in enumerate(queries)
         ]
 
-    def generate(
-        self, requests: Sequence[Request], on_finished: OnFinished = ignore, on_token: OnToken = ignore
-    ) -> list[Continuations]:
-        # Requests with one prefix follow each other: its blocks are still in the prefix cache.
-        results: list[Continuations] = [[] for _ in requests]
-        options = [self._options(request) for request in requests]
-        for index, answer in self.backend.stream([request.prompt for request in requests], options):
-            results[index] = answer.samples
-            on_finished(index, answer.samples)
-        return results
+    def stream(self, requests: deque[Request], on_token: OnToken = ignore) -> Iterator[tuple[int, Continuations]]:
+        """All that are in the queue at once; those that join it meanwhile wait until these are finished.
+
+        An answer is handed out then, too: the caller may ask for plausible tokens, which vLLM cannot do in between.
+        """
+        start = 0
+        while requests:
+            taken = list(requests)
+            requests.clear()
+            prompts, options = [request.prompt for request in taken], [self._options(request) for request in taken]
+            finished = []
+            for index, answer in self.backend.stream(prompts, options):
+                finished.append((start + index, answer.samples))
+                for sample, tokens in enumerate(answer.samples):
+                    for _ in tokens:
+                        on_token(start + index, sample)
+            yield from finished
+            start += len(taken)
 
     def _options(self, request: Request) -> dict:
         return {
