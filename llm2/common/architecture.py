@@ -44,14 +44,14 @@ class DryRun:
     """What the attention layers of a model were called with."""
 
     calls: Counter[int] = field(default_factory=Counter)  # by layer
-    values_per_token: int = 0  # numbers that a cache keeps of a token
+    values_per_token: Counter[int] = field(default_factory=Counter)  # numbers that a cache keeps of a token, by layer
     windows: set[int] = field(default_factory=set)
     objections: list[str] = field(default_factory=list)
 
     def see(self, layer: int, key: torch.Tensor, value: torch.Tensor, mask: Any, options: dict[str, Any]) -> None:
         """One call of the attention function; key and value are (1, heads, tokens, width)."""
         self.calls[layer] += 1
-        self.values_per_token += 2 * key.shape[1] * max(key.shape[3], value.shape[3])
+        self.values_per_token[layer] += 2 * key.shape[1] * max(key.shape[3], value.shape[3])
         window, where = options.get("sliding_window"), f"in layer {layer}"
         self.windows |= {window} - {None}
         for name, option in options.items():
@@ -92,7 +92,7 @@ def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def examine(model: type[PreTrainedModel], config: PreTrainedConfig) -> Examination:
-    """A dry run of a backbone; equal configs are tried once. Takes tens of milliseconds, a second for 100 layers."""
+    """A dry run of a backbone, in some tenths of a second; equal configs are tried once."""
     return _examine(model, _Config(config))
 
 
@@ -111,9 +111,13 @@ class _Config:
 
 @lru_cache(maxsize=64)
 def _examine(model: type[PreTrainedModel], key: _Config) -> Examination:
+    config = deepcopy(key.config)
+    for rope in _ropes(config):
+        if "dynamic" in rope["rope_type"]:  # it would look at the positions; `refuse_too_long` judges it
+            rope["rope_type"] = "default"
     try:
         with torch.device("meta"), torch.inference_mode():
-            body = model(deepcopy(key.config)).get_decoder().eval()
+            body = model(config).get_decoder().eval()
             layers = DynamicCache(config=body.config).layers
             for index, layer in enumerate(layers):
                 state = isinstance(layer, CacheLayerMixin | LinearAttentionCacheLayerMixin)
@@ -133,7 +137,7 @@ def _examine(model: type[PreTrainedModel], key: _Config) -> Examination:
         if run.calls[layer] != 1:
             return Examination(f"calls its attention {run.calls[layer]} times in layer {layer}, expected once")
     objection = run.objections[0] if run.objections else None
-    return Examination(objection, run.values_per_token, min(run.windows, default=None))
+    return Examination(objection, run.values_per_token.total(), min(run.windows, default=None))
 
 
 def refuse_too_long(config: PreTrainedConfig, length: int, what: str) -> None:
@@ -145,8 +149,8 @@ def refuse_too_long(config: PreTrainedConfig, length: int, what: str) -> None:
     """
     text = config.get_text_config()
     limit, why = getattr(text, "max_position_embeddings", None), "has a table of"
-    ropes = getattr(text, "rope_parameters", None) or {}
-    for rope in [ropes] if "rope_type" in ropes else ropes.values():  # one for all layers, or one for each kind
+    ropes = _ropes(config)
+    for rope in ropes:
         kind = rope["rope_type"]
         changes, original = "dynamic" in kind or kind == "longrope", rope.get("original_max_position_embeddings", limit)
         if changes and length > original:
@@ -164,6 +168,12 @@ def refuse_too_long(config: PreTrainedConfig, length: int, what: str) -> None:
     )
 
 
+def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The parameters of rope: one for all layers, or one for each kind of layer; empty without rope."""
+    ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return [ropes] if "rope_type" in ropes else list(ropes.values())
+
+
 @lru_cache
 def _warn_untrained(kind: str, limit: int) -> None:
     logger.warning(
@@ -177,12 +187,43 @@ def _warn_untrained(kind: str, limit: int) -> None:
 def _dry_run(body: PreTrainedModel) -> DryRun:
     body.set_attn_implementation(PROBE)
     body.set_experts_implementation("batched_mm")  # its shapes do not depend on which experts are chosen
+    kinds = _drop_repeated_layers(body)
     run, ids = DryRun(), torch.zeros(1, 4, dtype=torch.long)
     options = {"input_ids": ids, "position_ids": ids, "use_cache": False, "attention_metadata": run}
     output = body(**options, attention_mask=torch.ones_like(ids))
     if getattr(output, "last_hidden_state", None) is None:
         run.objections.append("returns no last_hidden_state")
+    for layer in range(len(run.calls), len(kinds)):  # as the first layer of its kind
+        first = kinds.index(kinds[layer])
+        run.calls[layer] = run.calls[first]
+        run.values_per_token[layer] = run.values_per_token[first]
     return run
+
+
+def _drop_repeated_layers(body: PreTrainedModel) -> list[str]:
+    """Leave the first layers of a body, until all kinds have occurred: operations on `meta` are slow.
+
+    Returns each layer's kind: its modules, their attributes, and what the config says of it. Layers whose attributes
+    are all different are all left.
+    """
+    count, types = body.config.num_hidden_layers, getattr(body.config, "layer_types", None)
+    for layers in body.children():
+        if isinstance(layers, torch.nn.ModuleList) and len(layers) == count:
+            kinds = [f"{types and types[index]} {_kind(layer)}" for index, layer in enumerate(layers)]
+            del layers[max(map(kinds.index, kinds)) + 1 :]
+            return kinds
+    return []
+
+
+def _kind(layer: torch.nn.Module) -> str:
+    plain = (bool, int, float, str, type(None))
+    attributes = (
+        (name, key, value)
+        for name, module in layer.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, plain) and key != "layer_idx"
+    )
+    return f"{layer} {sorted(map(repr, attributes))}"
 
 
 def _sees_window(sees: Any, window: int | None) -> bool:

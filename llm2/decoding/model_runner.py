@@ -185,10 +185,12 @@ class PartialLoRALinear(nn.Module):
         self.up = (layer.lora_B[name].weight.detach() * layer.scaling[name]).T.contiguous().to(dtype)  # (rank, out)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """(1, N, in) -> (1, N, out)."""
+        """(1, N, in) or (N, in) -> the same with `out`."""
         output, start = self.base(states), self.adapter.start
-        if start < states.shape[1]:
-            output[0, start:].addmm_(states[0, start:] @ self.down.T, self.up)
+        if start < states.shape[-2]:
+            output[..., start:, :].view(-1, len(self.up.T)).addmm_(
+                states[..., start:, :].flatten(0, -2) @ self.down.T, self.up
+            )
         return output
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -54,6 +55,12 @@ def inject(backbone: PreTrainedModel, settings: Mapping[str, Any]) -> None:
         inject_adapter_in_model(peft_config(settings), backbone)
     except ValueError as error:
         raise UserError(f"the LoRA targets {settings['targets']!r} do not fit the backbone: {error}") from None
+    for name, layer in backbone.named_modules():
+        if isinstance(layer, ParamWrapper):
+            raise UserError(
+                f"the LoRA targets {settings['targets']!r}: they include the parameters of {name}, which are no linear "
+                "layer; expected the names of linear layers, such as [q_proj, k_proj, v_proj, o_proj]"
+            )
     layers = [layer for layer in backbone.modules() if isinstance(layer, LoraLayer)]
     if any(isinstance(layer.get_base_layer(), nn.Embedding) for layer in layers):  # perhaps the output embedding
         raise UserError(f"the LoRA targets {settings['targets']!r} hold an embedding; expected linear layers")
