@@ -1,4 +1,4 @@
-"""One run at a time on an output: the second is refused, and told of the first."""
+"""One run at a time on an output: the second fails, naming the first."""
 
 import fcntl
 import os

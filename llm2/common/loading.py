@@ -96,7 +96,7 @@ def require_model(name: str) -> None:
 
 
 def changes_logits(config: PreTrainedConfig) -> str | None:
-    """The key of a model's config by which it scales or caps what its output layer returns; None for most models."""
+    """The key of a model's config that scales or caps the output layer's logits; None for most models."""
     text = config.get_text_config()
     keys = ("final_logit_softcapping", "logit_scale", "logits_scaling")
     return next((key for key in keys if getattr(text, key, None) is not None), None)
@@ -206,10 +206,10 @@ def _load_weights(auto_class, name: str, new: Collection[str] = (), **options) -
 
 
 def load_whole(load: Callable[..., tuple], what: str, new: Collection[str] = (), **options) -> PreTrainedModel:
-    """The model of a from_pretrained, none of whose weights, but those in `new`, is drawn at random.
+    """Load a model by `load`; only the weights named in `new` may be missing from the files.
 
-    Raises UserError, in which `what` hold them, where the files lack some or hold some of another shape. What
-    transformers logs is held back until then: a table of the same, or of weights that the model does not take.
+    Raises UserError, beginning with `what`, if weights are missing or misshapen. transformers' own log messages about
+    missing and unused weights are suppressed during the load.
     """
     logger, held = logging.getLogger("transformers.modeling_utils"), []
     logger.addFilter(held.append)  # it returns None: the record is dropped

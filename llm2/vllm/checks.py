@@ -1,4 +1,4 @@
-"""What guidance in vLLM refuses, in one sentence each, before an engine starts or as HTTP 400. Imports no vLLM."""
+"""What guidance in vLLM refuses, in one sentence each, before an engine starts or as HTTP 400. Does not import vllm."""
 
 from typing import Any
 
