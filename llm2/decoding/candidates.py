@@ -66,8 +66,7 @@ def check_scores(scores: torch.Tensor, candidates: torch.Tensor, valid: torch.Te
         row, column = nonfinite.nonzero()[0].tolist()
         token, score = candidates[row, column].item(), scores[row, column].item()
         raise UserError(
-            f"row {row}: the verifier's score of token {token} is {score}, "
-            "expected a finite number; try dtype=float32"
+            f"row {row}: the verifier's score of token {token} is {score}, expected a finite number; try dtype=float32"
         )
 
 

@@ -80,7 +80,7 @@ class PrefixHead(nn.Module):
 
 
 def fingerprint(backbone: PreTrainedModel) -> str:
-    """Tells one System 1's weights from another's, in whatever dtype they are loaded.
+    """Fingerprint of System 1's weights, independent of the dtype they are loaded in.
 
     A hash of a few values of every weight, in bfloat16: a head is worth nothing on states of another model.
     """

@@ -36,7 +36,7 @@ def require_same_template(verifier: str, model: str, chat_template: str | None) 
 
 
 def verifier_config(name: str, **options) -> ProcessVerifierConfig:
-    """Raises UserError where a verifier has none that can be read."""
+    """The config of a verifier. Raises UserError if it is missing or unreadable."""
     require_verifier(name)
     options["local_files_only"] = is_local(name) or options.get("local_files_only", False)
     with explained(f"verifier {name!r} could not be loaded"):

@@ -1,4 +1,4 @@
-"""What guidance has done since a server started: GET /v1/llm2, so that a client need not trust that it is guided.
+"""What guidance has done since a server started: GET /v1/llm2, so that a client can verify that it is guided.
 
 `serve` starts the server with SERVER_OPTIONS, which make it answer. Does not import vllm.
 """
