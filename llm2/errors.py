@@ -1,4 +1,4 @@
-"""A user's mistake, and the one place where errors of files, weights, tokenizers and a user's code become sentences."""
+"""UserError, and the conversion of errors from files, weights, tokenizers and user code into one-sentence messages."""
 
 import traceback
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ class UserError(Exception):
 
 @contextmanager
 def explained(what: str, hint: str = "") -> Iterator[None]:
-    """Whatever is raised within becomes the UserError `WHAT: the reason; HINT`.
+    """Turn any exception raised inside into the UserError `WHAT: the reason; HINT`.
 
-    For what libraries read for us and for code of the user's: the classes of their errors are no contract.
+    For user code and files that libraries read for us: third-party exception types are unstable.
     """
     try:
         yield
@@ -25,7 +25,7 @@ def explained(what: str, hint: str = "") -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The message of an error, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     said = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -41,7 +41,7 @@ def origin(error: Exception) -> str:
 
 
 def of_the_machine(error: Exception) -> str | None:
-    """The sentence of an error that is no defect of the program, such as a full disk; None of any other."""
+    """The message of an environment error (disk, network, lost processes); None for any other error."""
     if isinstance(error, OSError):
         return reason(error)
     writers = ("PytorchStreamWriter", "inline_container", "iostream error", "unexpected pos")  # torch.save

@@ -83,30 +83,6 @@ def test_accuracies_with_intervals_are_those_of_committed_results():
     assert found, "the page of studies has differences"
 
 
-REGIMES = ("same", "foreign", "answers", "two skills", "sorting")
-METHODS = {
-    "as it is": "System 1",
-    "fine-tuned on gold solutions": "fine-tuned",
-    "fine-tuned on its own right solutions": "fine-tuned on own",
-    "guided, explored along gold solutions": "prefix with lm loss, gold",
-    "guided, explored along its own right solutions": "prefix with lm loss, own",
-}
-
-
-def test_the_table_of_when_to_use_llm2_is_that_of_the_studies():
-    study = json.loads((ROOT / "experiments" / "results" / "regimes.json").read_text())
-    own = json.loads(
-        (ROOT / "experiments" / "results" / "own.json").read_text()
-    )  # with more epochs along own solutions
-    guided = [row for row in own["rows"] if (row["method"], row["size"]) == ("prefix with lm loss, own", "1000")]
-    rows = study["rows"] + guided
-    means = {(row["method"], row["regime"]): row["accuracy"]["greedy"]["mean"] for row in rows}
-    for label, method in METHODS.items():
-        cells = re.search(rf"^\| {label} \|(.*)\|$", README, re.M).group(1).split("|")
-        expected = [means.get((method, regime)) for regime in REGIMES]
-        assert [cell.strip() for cell in cells] == ["" if mean is None else f"{100 * mean:.1f}" for mean in expected]
-
-
 def test_the_figures_of_the_long_tests_are_those_of_their_table():
     rows = re.findall(
         r"^\| (\w+) \| (.+?) \| ([\d,]+) \| ([\d,]+) \|", (ROOT / "figs" / "torture" / "README.md").read_text(), re.M

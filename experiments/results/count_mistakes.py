@@ -1,6 +1,6 @@
 """What is still wrong: the greedy solutions of a study with a wrong answer, with and without a false equation.
 
-python -m figs.studies.count_mistakes regimes   # prints a table, writes experiments/results/regimes_mistakes.md
+python -m experiments.results.count_mistakes regimes   # prints a table, writes experiments/results/regimes_mistakes.md
 """
 
 import sys

@@ -90,11 +90,11 @@ class StudyConfig:
     across: str | None = None
     """Axis whose values stand side by side, in one table for each way of decoding; null: one long table."""
     seen_problems: Annotated[int, Field(ge=0)] = 0
-    """Problems, the first ones, that earlier work has looked at; the others then have a table of their own too."""
+    """Number of leading problems used during development; the others then have a table of their own too."""
     columns: dict[str, str] = field(default_factory=dict)
     """Figures of training.json and metrics.json and their headings: columns of the table, with `across` tables."""
     correlate: tuple[str, ...] = ()
-    """Figures whose correlation with the accuracy of each mode is told, over all runs."""
+    """Figures whose correlation with the accuracy of each mode is reported, over all runs."""
     given: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     """Axis -> its values -> figures that were measured elsewhere."""
     plots: dict[str, StudyPlot] = field(default_factory=dict)

@@ -212,7 +212,7 @@ def done_file(config: StudyConfig, step: StudyStep, one: Run) -> Path:
 
 
 def filled(step: StudyStep, text: str, names: Mapping[str, str]) -> str:
-    """A text of a step with its names in braces replaced. Raises UserError for one that nothing stands for."""
+    """A text of a step with its names in braces replaced. Raises UserError for an unknown placeholder."""
     with explained(f"steps: {step.name}: {shown(text)}: expected only {', '.join(names)} in braces"):
         return text.format(**names)
 

@@ -49,6 +49,8 @@ REORDERED = 0.25  # of solutions: independent steps in another valid order, as g
 
 
 class Solution(NamedTuple):
+    """A careless solution of the corpus."""
+
     text: str
     answer: int
     errors: tuple[str, ...]  # in order: a misread phrase, "operand", "slip" or "skipped"

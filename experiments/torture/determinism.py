@@ -33,6 +33,8 @@ class Variation:
 
 @dataclass(frozen=True)
 class Command:
+    """A command whose output must be the same bytes under all variations."""
+
     name: str
     arguments: tuple[str, ...]
     output: str  # the key of its output, relative to a run's folder

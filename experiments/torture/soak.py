@@ -38,6 +38,8 @@ PROBLEMS = {"plain_greedy": 20_000, "guided_greedy": 20_000, "explore": 2_000}
 
 @dataclass(frozen=True)
 class Sample:
+    """Resources of the process at one moment of a long run."""
+
     seconds: float
     address_space_mib: float
     resident_mib: float

@@ -1,4 +1,4 @@
-"""One run at a time on an output: the second is refused, and told of the first."""
+"""One run at a time on an output: the second fails, naming the first."""
 
 import fcntl
 import os
@@ -46,7 +46,7 @@ def claimed(output: str | Path, is_file: bool = False) -> Iterator[None]:
 
 
 def _locked(path: Path) -> BinaryIO | None:
-    """The file, locked; None where another process holds it.
+    """The locked file; None if another process holds it.
 
     A POSIX lock, since worker processes do not inherit it: one that outlives a killed run would hold any other kind.
     """

@@ -90,7 +90,7 @@ def write_config(config: Any, path: str | Path) -> None:
 
 
 def difference(earlier: Mapping[str, Any], config: Any, but: Collection[str]) -> str | None:
-    """The first key with another value than in the earlier run, except the keys `but`, as a clause."""
+    """The first key whose value differs from the earlier run, except the keys `but`, as a clause."""
     for key, value in as_dict(config).items():
         if key not in but and without_home(earlier.get(key)) != value:
             return f"{key} was {earlier.get(key)!r} and now is {value!r}"
@@ -128,7 +128,7 @@ def _parse_override(override: str, text: str) -> Any:
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """YAML has lists where the frozen configs have tuples, and paths may begin with `~`."""
+    """Turn YAML's lists into the tuples of the frozen configs, and expand `~` in paths."""
     return {key: with_home(tuple(value) if isinstance(value, list) else value) for key, value in values.items()}
 
 

@@ -22,6 +22,8 @@ _calls = count()  # numbers the calls of iter_shared_work, alike in all processe
 
 
 class DistInfo(NamedTuple):
+    """Position of this process among those of the launcher."""
+
     rank: int
     world_size: int  # processes on all machines
     local_rank: int  # rank on this machine, which is its GPU

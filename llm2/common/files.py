@@ -1,4 +1,4 @@
-"""Text files in, and files that appear whole or not at all: written beside their place, synced, renamed."""
+"""Read text files, and write files atomically: written beside the target, synced, renamed."""
 
 import hashlib
 import os
@@ -13,14 +13,14 @@ from llm2.errors import UserError
 
 
 def read_text(path: str | Path, what: str) -> str:
-    """A file of UTF-8, with or without a byte order mark. Raises UserError that names `what` it should hold."""
+    """Read a UTF-8 file, with or without a byte order mark. Raises UserError that names `what` it should hold."""
     with reading(path, what):
         return Path(path).read_text(encoding="utf-8-sig")
 
 
 @contextmanager
 def reading(path: str | Path, what: str) -> Iterator[None]:
-    """Raises UserError where `path`, which should hold `what`, cannot be opened or is no UTF-8."""
+    """Raises UserError if `path`, which should hold `what`, cannot be opened or is not UTF-8."""
     try:
         yield
     except OSError as error:
@@ -31,7 +31,7 @@ def reading(path: str | Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[TextIO]:
-    """A text file that takes the place of `path` once it is written without an error."""
+    """Open a text file that replaces `path` once it is written without an error."""
     path = Path(path)
     new = path.with_name(f".{path.name}.new")  # one fixed name: a killed run's is overwritten by the next
     try:

@@ -1,4 +1,4 @@
-"""GGUF files -> folders that every command loads: checked, dequantised by transformers, kept in a cache.
+"""GGUF files -> model folders: checked, dequantised by transformers, and cached.
 
 `smollm2` names SmolLM2-135M-Instruct, whose GGUF file a package of the Python package index carries.
 """

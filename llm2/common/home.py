@@ -5,7 +5,7 @@ from typing import Any
 
 
 def without_home(value: Any) -> Any:
-    """The same value, in which texts that begin with the home folder begin with `~`; lists and mappings too."""
+    """The value with the home folder replaced by `~` at the start of texts, also in lists and mappings."""
     if isinstance(value, dict):
         return {key: without_home(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -17,7 +17,7 @@ def without_home(value: Any) -> Any:
 
 
 def with_home(value: Any) -> Any:
-    """The reverse."""
+    """The value with `~` at the start of texts replaced by the home folder."""
     if isinstance(value, list | tuple):
         return type(value)(map(with_home, value))
     return os.path.expanduser(value) if isinstance(value, str) and (value == "~" or value.startswith("~/")) else value

@@ -1,4 +1,4 @@
-"""What a run reads, known by content: the SHA-256 of every file that the keys of its config name.
+"""Digests of what a run reads: the SHA-256 of every file that the keys of its config name.
 
 A path says where a file is, not what is in it. Whatever goes on from an earlier run (a journal, a results folder, a
 checkpoint) compares these digests with those of that run, and refuses if one differs. They are taken before the files
@@ -44,14 +44,14 @@ def digests(config: Any) -> Digests:
 
 
 def record(config: Any, inputs: Digests) -> dict[str, Any]:
-    """What a run leaves beside its work, as plain values, for whatever may go on from it: `require_same`."""
+    """What a run saves for `require_same` when it is continued, as plain values."""
     return as_dict(config) | {"inputs": inputs}
 
 
 def require_same(
     earlier: Mapping[str, Any], config: Any, inputs: Digests, what: str, way_out: str, but: Collection[str] = ()
 ) -> None:
-    """Raises UserError where results of the run whose `record` is `earlier` are not those of this one.
+    """Raises UserError if the run whose `record` is `earlier` had other settings or inputs than this one.
 
     Args:
         what: begins the sentence: what is to be used again.
@@ -65,7 +65,7 @@ def require_same(
 
 
 def change(earlier: Mapping[str, Any] | None, now: Digests, but: Collection[str] = ()) -> str | None:
-    """The first file with another content than earlier, except those of the keys `but`, as a clause."""
+    """The first file that changed since the earlier run, except those of the keys `but`, as a clause."""
     if earlier is None:
         return "an older version of llm2 wrote it, which did not record the contents of what it read"
     for key in sorted((earlier.keys() | now.keys()) - {*but}):
@@ -80,7 +80,7 @@ def change(earlier: Mapping[str, Any] | None, now: Digests, but: Collection[str]
 
 
 def as_digests(value: Any, where: str | Path) -> Digests | None:
-    """What a file holds of another run's digests; None where an older version of llm2 wrote it."""
+    """The digests that another run wrote to a file; None if an older version of llm2 wrote it."""
     with explained(f"{where}: expected digests as a run writes them"):
         return TypeAdapter(Digests | None).validate_python(value)
 
@@ -122,7 +122,7 @@ def _hub_commit(name: str) -> dict[str, str]:
 
 
 def _file(name: str) -> dict[str, str]:
-    """Other names, such as those of built-in templates, stand for what a package holds."""
+    """The file, unless it is the name of something built in, such as a chat template."""
     path = Path(name)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"{name}: expected a file, found a pipe or device, which cannot be read twice")

@@ -2,8 +2,8 @@
 
 A journal is a folder with one shard per process: an append-only file with a line of a checksum and a JSON object for
 each entry, the first of which, the header, is the run's config with the digests of what it reads (inputs.py). A kill
-can leave a torn last line, never more, and a damaged line is found out. Any process may finish any entry, so a resumed
-run can have another number of processes.
+can tear the last line only, and checksums detect damaged lines. Any process may finish any entry, so a resumed run
+can have another number of processes.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What is said of a key of a config on the key itself, in its annotation; whatever acts on it reads it from there."""
+"""Marks in the annotation of a config key: what the key reads, and whether it may differ when a run resumes."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -13,7 +13,7 @@ class Reads:
 
 
 class Mark(Enum):
-    """What else is said of a key. One without HOW or WHICH is the same in a run and in its continuation."""
+    """Further marks. A key without HOW or WHICH must not differ when a run resumes."""
 
     HOW = "how and where a run works: no result depends on it"
     WHICH = "which results there are; those that a smaller or larger choice has too are the same"

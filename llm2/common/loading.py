@@ -42,7 +42,7 @@ LOCAL_MODEL_HINT = "pass model=<local folder>, or model=testbed for the embedded
 def resolve_device(device: str | int | torch.device) -> torch.device:
     """`auto` is the GPU if there is one, a number the GPU of that index.
 
-    Raises UserError for what is no device, and for `cuda` or `cuda:1` without a GPU.
+    Raises UserError for an unknown device, and for `cuda` or `cuda:1` without a GPU.
     """
     name = f"cuda:{device}" if type(device) is int else str(device)
     has_gpu = torch.cuda.device_count() > 0  # unlike is_available it leaves CUDA alone: vLLM's GPUs are chosen later
@@ -58,7 +58,7 @@ def resolve_device(device: str | int | torch.device) -> torch.device:
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> str | torch.dtype:
     """`auto`, or None, is the checkpoint's dtype on a GPU and float32 on a CPU.
 
-    Raises UserError for what is no floating-point dtype.
+    Raises UserError unless it is a floating-point dtype.
     """
     if dtype in ("auto", None):
         return torch.float32 if device.type == "cpu" else "auto"
@@ -69,7 +69,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> str 
 
 
 def is_gguf(name: str) -> bool:
-    """Whether a name stands for a GGUF file, which is converted where it is new."""
+    """Whether a name is a GGUF file, which is converted at its first use."""
     return name == "smollm2" or name.endswith(".gguf")
 
 
@@ -103,7 +103,7 @@ def require_model(name: str, decodes: bool = True) -> None:
 
 
 def changes_logits(config: PreTrainedConfig) -> str | None:
-    """The key of a model's config by which it scales or caps what its output layer returns; None for most models."""
+    """The key of a model's config that scales or caps the output layer's logits; None for most models."""
     text = config.get_text_config()
     keys = ("final_logit_softcapping", "logit_scale", "logits_scaling")
     return next((key for key in keys if getattr(text, key, None) is not None), None)
@@ -151,7 +151,7 @@ def load_classifier(name: str, **options) -> PreTrainedModel:
 
 
 def refuse_unknown_ids(ids: Iterable[int], model: PreTrainedModel, name: str) -> None:
-    """Raise UserError if the tokenizer of `name` has written a token that its model does not embed."""
+    """Raise UserError if the tokenizer of `name` produced a token that its model does not embed."""
     vocabulary, highest = model.get_input_embeddings().num_embeddings, max(ids, default=0)
     if highest >= vocabulary:
         raise UserError(
@@ -166,7 +166,7 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def eos_ids_by_name(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """`eos_ids` of a model that runs elsewhere: reads its configs, not its weights."""
+    """`eos_ids` of a model that is not loaded here: reads its configs only."""
     try:
         generation = GenerationConfig.from_pretrained(model_path(name), local_files_only=is_local(name))
     except OSError:  # no generation_config.json
@@ -181,7 +181,7 @@ def _eos_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _load(auto_class, name: str, **options):
-    """`auto_class.from_pretrained`. Raises UserError where there is no such model."""
+    """`auto_class.from_pretrained`. Raises UserError if there is no such model."""
     name_newer_transformers()
     name = model_path(name)
     if is_local(name) and (subfolder := options.pop("subfolder", None)):
@@ -202,7 +202,7 @@ def _load(auto_class, name: str, **options):
 
 @cache
 def name_newer_transformers() -> None:
-    """Says once, in the main process, that transformers is newer than what was tested."""
+    """Warn once, in the main process, that transformers is newer than the tested versions."""
     found, tested = (
         tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (transformers.__version__, NEWEST_TESTED)
     )
@@ -219,10 +219,10 @@ def _load_weights(auto_class, name: str, new: Collection[str] = (), **options) -
 
 
 def load_whole(load: Callable[..., tuple], what: str, new: Collection[str] = (), **options) -> PreTrainedModel:
-    """The model of a from_pretrained, none of whose weights, but those in `new`, is drawn at random.
+    """Load a model by `load`; only the weights named in `new` may be missing from the files.
 
-    Raises UserError, in which `what` hold them, where the files lack some or hold some of another shape. What
-    transformers logs is held back until then: a table of the same, or of weights that the model does not take.
+    Raises UserError, beginning with `what`, if weights are missing or misshapen. transformers' own log messages about
+    missing and unused weights are suppressed during the load.
     """
     logger, held = logging.getLogger("transformers.modeling_utils"), []
     logger.addFilter(held.append)  # it returns None: the record is dropped

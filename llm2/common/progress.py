@@ -1,4 +1,4 @@
-"""A progress bar that moves with every token, for rows whose lengths nobody knows before they end."""
+"""A progress bar that moves with every token, for rows of unknown length."""
 
 import math
 from collections import Counter
@@ -9,13 +9,13 @@ from tqdm import tqdm
 
 
 class DecodingBar:
-    """Counts by tokens, of which the rows still to come are taken to have as many as those begun so far.
+    """Counts tokens and estimates their total, assuming that rows not begun are as long on average as those begun.
 
-    Where some of these have not ended, their mean length is bounded: from below by what they have already, from above
-    by the longest row so far or, while few have ended, by `limit`. The geometric mean of both bounds stands for it.
+    While rows are still running, their mean length is bounded from below by the tokens they have and from above by the
+    longest row so far or, while few have ended, by `limit`. The estimate is the geometric mean of both bounds.
 
     Args:
-        total: rows in all, told in units of `rows_per_unit`.
+        total: number of rows, displayed in units of `rows_per_unit`.
         limit: tokens of a row at most.
         options: tqdm's.
     """
@@ -42,7 +42,7 @@ class DecodingBar:
         self._draw()
 
     def on_finished(self, prompt: int, rows: Sequence[Sequence[int]]) -> None:
-        """All rows of a prompt have ended, with these new tokens: also where no token of them was told."""
+        """All rows of a prompt have ended with these new tokens; `on_token` need not have reported them."""
         self.ended += len(rows)
         for sample, row in enumerate(rows):
             self.tokens += len(row) - self.running.pop((prompt, sample), 0)
@@ -56,7 +56,7 @@ class DecodingBar:
 
     @property
     def share(self) -> float:
-        """Of all tokens, those that there are, in [0, 1]."""
+        """Estimated share of all tokens that are decoded, in [0, 1]."""
         begun = self.ended + len(self.running)
         longest = self.longest ** (self.ended / begun) * max(self.limit, self.longest) ** (1 - self.ended / begun)
         most = self.ended_tokens + len(self.running) * longest

@@ -1,4 +1,4 @@
-"""Whether two tokenizers write the same tokens: a vocabulary does not say how a text is cut into them."""
+"""Compare tokenizers by their tokens: equal vocabularies do not imply equal tokenization."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ PROBES += (
 
 
 def require_same_tokenizer(what: str, name: str, system1: PreTrainedTokenizerBase | str) -> None:
-    """Raises UserError, which begins with `what`, where a model has another tokenizer than System 1.
+    """Raises UserError, beginning with `what`, if a model has another tokenizer than System 1.
 
     Args:
         name: of the model; one whose folder holds no tokenizer goes with any.
@@ -45,7 +45,7 @@ def require_same_tokenizer(what: str, name: str, system1: PreTrainedTokenizerBas
 
 
 def difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
-    """The first in what decides which tokens a text becomes, in words; None where there is none."""
+    """The first difference that affects tokenization, in words; None if there is none."""
     vocabularies = a.get_vocab(), b.get_vocab()
     if vocabularies[0] != vocabularies[1]:
         differing = vocabularies[0].items() ^ vocabularies[1].items()

@@ -62,12 +62,11 @@ def guided_logits(logits: torch.Tensor, valid: torch.Tensor, scores: torch.Tenso
 
 def check_scores(scores: torch.Tensor, candidates: torch.Tensor, valid: torch.Tensor) -> None:
     """Raises UserError with row and token of the first candidate's score, all (B, K), that is not finite."""
-    if (spoilt := ~scores.isfinite() & valid).any():
-        row, column = spoilt.nonzero()[0].tolist()
+    if (nonfinite := ~scores.isfinite() & valid).any():
+        row, column = nonfinite.nonzero()[0].tolist()
         token, score = candidates[row, column].item(), scores[row, column].item()
         raise UserError(
-            f"row {row}: the verifier's score of token {token} is {score}, "
-            "expected a finite number; a wider dtype (dtype=float32) may do"
+            f"row {row}: the verifier's score of token {token} is {score}, expected a finite number; try dtype=float32"
         )
 
 

@@ -30,7 +30,7 @@ class Chunk:
     slot: int
     start: int  # cache position of the first token
     ids: Sequence[int]
-    branches: int = 0  # the last so many tokens are candidates: each sees everything before them all and itself
+    branches: int = 0  # number of trailing candidates: each sees everything before them and itself
     prefix: tuple[int, int] | None = None  # slot and length of a shared prefix
     offset: int = 0  # of the first token in the batch, set when it is added to one
 

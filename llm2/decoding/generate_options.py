@@ -29,7 +29,7 @@ MODEL_INPUTS = ("attention_mask", "position_ids", "cache", "past_key_values", "u
 
 
 def refuse_arguments(generate: Callable, options: Mapping[str, Any]) -> None:
-    """Raises ValueError for a named argument of `generate` that it does not hand to a custom decoding loop."""
+    """Raises ValueError for an argument that `generate` does not pass to a custom decoding loop."""
     for name in inspect.signature(generate).parameters:
         if name not in ARGUMENTS and (value := options.get(name)) is not None and value is not False:
             raise ValueError(

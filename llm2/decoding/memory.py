@@ -69,8 +69,8 @@ def plan_memory(
         bodies: the models that keep a cache, one entry each.
         batch_size: sequences in flight, or `auto`: as many as fit.
         num_sequences: of the whole request.
-        capacity: positions of the longest sequence. Fewer are planned where a given batch_size does not fit otherwise;
-            a sequence that needs more makes its cache grow.
+        capacity: positions of the longest sequence. Reduced if a given batch_size does not fit; a sequence that needs
+            more makes its cache grow.
     """
     free = available_bytes(device)
     limit = (AUTO_ROWS if free is None else MAX_AUTO_ROWS) if batch_size == "auto" else batch_size

@@ -1,4 +1,4 @@
-"""What the calls of one decoder share: the runners of both systems, counts, caches."""
+"""State that all calls of one decoder share: the runners of both systems, counts, caches."""
 
 import logging
 from collections import Counter
@@ -37,7 +37,7 @@ class ModelRunners:
 
     @property
     def moved(self) -> bool:
-        """Whether weights have been moved or replaced since the runners were made, which hold copies and addresses."""
+        """Whether weights moved or were replaced since the runners, which hold copies and addresses, were made."""
         return addresses(*self._modules()) != self.weights
 
     @property

@@ -18,6 +18,8 @@ LIKELIEST = 8  # log-probabilities of each token, from which the candidates are 
 
 
 class VllmDecoder:
+    """Decodes with vLLM, in process or on a server, in place of `Decoder`."""
+
     def __init__(self, config: EvaluateConfig, guidance: Guidance | None, tokenizer: PreTrainedTokenizerBase) -> None:
         guided = any(mode.guided for mode in config.modes)
         self.config, self.guidance, self.eos = config, guidance, eos_ids_by_name(config.model, tokenizer)

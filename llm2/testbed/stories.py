@@ -32,6 +32,8 @@ Operand = Given | Computed
 
 
 class Step(NamedTuple):
+    """One calculation of a solution, and the sentences that state it."""
+
     left: Operand
     operator: str
     right: Operand
@@ -41,6 +43,8 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Story:
+    """A word problem: question, steps of the solution, and their results."""
+
     question: str
     steps: tuple[Step, ...]
     values: tuple[int, ...]  # the result of each step
@@ -51,6 +55,8 @@ class Story:
 
 
 class Scenario(NamedTuple):
+    """Which tables of facts make a sensible story."""
+
     weight: float
     tables: tuple[Table, ...]  # a story takes one fact of each
     slots: dict[str, str] = {}  # words that are not drawn

@@ -90,7 +90,7 @@ class PrefixHead(nn.Module):
 
 
 def fingerprint(backbone: PreTrainedModel) -> str:
-    """Tells one System 1's weights from another's, in whatever dtype of float32's range they are loaded.
+    """Fingerprint of System 1's weights, the same in every dtype with float32's range.
 
     A hash of a few values of every weight, in bfloat16: a head is worth nothing on states of another model.
     """

@@ -45,7 +45,7 @@ def trained_template(verifier: str) -> str | None:
 
 
 def verifier_config(name: str, **options) -> ProcessVerifierConfig:
-    """Raises UserError where a verifier has none that can be read."""
+    """The config of a verifier. Raises UserError if it is missing or unreadable."""
     require_verifier(name)
     options["local_files_only"] = is_local(name) or options.get("local_files_only", False)
     with explained(f"verifier {name!r} could not be loaded"):

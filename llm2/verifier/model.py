@@ -75,7 +75,7 @@ class ProcessVerifierConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Where this machine keeps System 1 is nobody's business: `base_model` says what the user called it."""
+        """Omit local paths: `base_model` has the name that the user gave."""
         values = super().to_dict()
         if isinstance(values.get("backbone_config"), dict):
             values["backbone_config"].pop("_name_or_path", None)

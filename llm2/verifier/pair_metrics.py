@@ -91,7 +91,7 @@ def guided_metrics(
 ) -> dict[str, float]:
     """Loss and accuracy of guided margins, z + beta * s, with the best of BETAS by loss; accuracy of z alone.
 
-    Where System 1 alone orders the pairs better, adding the score can only spoil its choices.
+    Where System 1 alone orders the pairs better, adding the score can only make its choices worse.
 
     Args:
         margins: score of gold less score of negative, by pair id.

@@ -21,6 +21,8 @@ class Answer(NamedTuple):
 
 
 class Backend(Protocol):
+    """vLLM in this process or behind a URL."""
+
     def stream(
         self, prompts: Sequence[Sequence[int]], options: Sequence[Mapping[str, Any]]
     ) -> Iterator[tuple[int, Answer]]:

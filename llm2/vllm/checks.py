@@ -1,4 +1,4 @@
-"""What guidance in vLLM refuses, in one sentence each, before an engine starts or as HTTP 400. Imports no vLLM."""
+"""What guidance in vLLM refuses, in one sentence each, before an engine starts or as HTTP 400. Does not import vllm."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ NO_PENALTY = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_pen
 
 
 def resolve_guidance(config: GuidanceConfig, verifier: str) -> GuidanceConfig:
-    """With the beta that the verifier's training chose, where none is given."""
+    """The guidance, with the beta that training chose if none is given."""
     beta = trained_beta(verifier) if config.beta is None else config.beta
     return GuidanceConfig(alpha=config.alpha, top_k=config.top_k, beta=beta)
 
@@ -70,7 +70,7 @@ def check_engine(vllm_config: Any) -> None:
 
 
 def require_applied(vllm_config: Any) -> None:
-    """Raises UserError where an engine's keys ask for guidance and neither processor nor model would guide."""
+    """Raises UserError if an engine's keys ask for guidance but neither processor nor model would guide."""
     keys, model = vllm_config.additional_config, vllm_config.model_config
     if not isinstance(keys, dict) or not any(str(key).startswith(PREFIX) for key in keys):
         return

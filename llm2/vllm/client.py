@@ -31,7 +31,7 @@ class ServerBackend:
         url: up to and with `/v1`.
         model: as the server calls it, unless it serves one model only.
         max_requests: in flight.
-        guides: refuse a server that cannot say what it has guided (`proof`), and what it did not guide.
+        guides: refuse a server without `proof`, and raise if it guided fewer tokens than it wrote.
     """
 
     def __init__(self, url: str, model: str, max_requests: int, guides: bool) -> None:
@@ -69,7 +69,7 @@ class ServerBackend:
             return self._read(answer, len(prompt), options)
 
     def _read(self, answer: dict, prompt_len: int, options: Mapping[str, Any]) -> Answer:
-        """Raises whatever it stumbles over, and UserError or ValueError for an answer that is none to these options."""
+        """Raises UserError or ValueError for an answer that misses the options, any exception for a malformed one."""
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         if any(choice.get("token_ids") is None for choice in choices):
             raise UserError(
@@ -112,7 +112,7 @@ class ServerBackend:
         return model if model in names else names[0]
 
     def _guided(self) -> dict[str, Any]:
-        """What the server says that it has guided so far."""
+        """What the server reports as guided so far."""
         try:
             answer = self._send(PATH, None)
         except UserError as error:

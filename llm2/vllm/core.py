@@ -1,4 +1,4 @@
-"""System 2 for an engine that runs System 1: guided logits for the rows of a batch. Knows no vLLM.
+"""System 2 for an engine that runs System 1: guided logits for the rows of a batch. Does not import vllm.
 
 The engine owns the batch. Its rows come in any order; sequences join, leave, come back after a preemption, or are still
 within their prompt. `VerifierBatch` keeps what System 2 has read of each sequence in a slot of a cache of fixed size.
@@ -49,9 +49,9 @@ class GuidedSequence:
 
     slot: int
     guidance: GuidanceConfig
-    token_ids: list[int] = field(default_factory=list)  # as far as the engine has told; grows at the end
+    token_ids: list[int] = field(default_factory=list)  # tokens reported so far; grows at the end
     num_read: int = 0  # of token_ids, whose keys and values the slot holds
-    spoilt: bool = False  # whether a score was not finite
+    has_nonfinite_score: bool = False  # an error was logged for it
 
 
 class Proposals(NamedTuple):
@@ -87,11 +87,11 @@ class GuidedBatch(ABC):
         for proposal, scores in zip(proposals, self.score(proposals), strict=True):
             finite = scores.isfinite().all(dim=-1)  # (n,)
             for sequence, fine in zip(proposal.sequences, finite.tolist(), strict=True):
-                if not (fine or sequence.spoilt):
-                    sequence.spoilt = True
+                if not (fine or sequence.has_nonfinite_score):
+                    sequence.has_nonfinite_score = True
                     logger.error(
                         "a score of System 2 is not finite at token %d of a request: such tokens are chosen by "
-                        "System 1 alone; a wider dtype may do",
+                        "System 1 alone; try dtype=float32",
                         len(sequence.token_ids),
                     )
             beta = torch.tensor([[sequence.guidance.beta] for sequence in proposal.sequences], device=logits.device)

@@ -1,7 +1,7 @@
-"""A logits processor that vLLM finds by itself where llm2 is installed, by an entry point, and that guards its start.
+"""A logits processor that vLLM loads through an entry point of llm2, to check an engine at its start.
 
-Where an engine's keys name a verifier and nothing would ask it, requests with `llm2_beta` would be answered plainly: it
-is refused. In all other engines this does nothing.
+An engine whose keys name a verifier that nothing would call is refused, since requests with `llm2_beta` would get plain
+answers. In all other engines this does nothing.
 """
 
 from typing import Any

@@ -36,12 +36,12 @@ class ShowsStates:
 
 
 class LLM2LlamaForCausalLM(ShowsStates, LlamaForCausalLM):
-    pass
+    """vLLM's Llama with its states exposed to a prefix head."""
 
 
 class LLM2Qwen2ForCausalLM(ShowsStates, Qwen2ForCausalLM):
-    pass
+    """vLLM's Qwen2 with its states exposed to a prefix head."""
 
 
 class LLM2Qwen3ForCausalLM(ShowsStates, Qwen3ForCausalLM):
-    pass
+    """vLLM's Qwen3 with its states exposed to a prefix head."""

@@ -1,6 +1,6 @@
-"""What guidance has done since a server started: GET /v1/llm2, so that a client need not trust that it is guided.
+"""What guidance has done since a server started: GET /v1/llm2, so that a client can verify that it is guided.
 
-`serve` starts the server with SERVER_OPTIONS, which make it answer. Imports no vLLM.
+`serve` starts the server with SERVER_OPTIONS, which make it answer. Does not import vllm.
 """
 
 import json

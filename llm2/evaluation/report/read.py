@@ -82,6 +82,8 @@ class Sweep:
 
 @validated(frozen=True)
 class Metrics:
+    """The content of metrics.json; accuracies are fractions of 1."""
+
     benchmark: str  # name of the task
     split: str
     n: Annotated[int, Field(ge=1)]
@@ -131,6 +133,8 @@ class Choice:
 
 @validated(frozen=True)
 class Trace:
+    """How the tokens of one completion were chosen."""
+
     tokens: list[str]
     scores: list[StrictFloat] | None
     choices: list[Choice]
