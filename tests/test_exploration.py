@@ -142,7 +142,7 @@ def test_greedy_rollouts_are_generated_once_per_token(config):
 def test_rollouts_that_join_others_in_flight_give_the_files_of_rounds_in_fewer_forwards(
     quick, tmp_path, monkeypatch, changes
 ):
-    config, forwards, real = replace(quick, max_new_tokens=24, batch_size=16, **changes), [], LocalEngine.stream
+    config, forwards, real = replace(quick, limit=6, max_new_tokens=8, **changes), [], LocalEngine.stream
     if config.verifier is not None:
         config = replace(config, verifier=str(tmp_path / config.verifier))
         tiny_verifier(tmp_path / "base", vocab_size=len(load_tokenizer(quick.model))).save_pretrained(config.verifier)
