@@ -335,6 +335,35 @@ def test_completions_are_yielded_as_they_finish(system1):
     assert len(set(lengths)) > 3
 
 
+@pytest.mark.parametrize("in_place", [0, 400])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("sampling", [None, SamplingParams()])
+def test_prompts_that_join_while_others_run_are_written_as_alone(
+    system1, verifier, monkeypatch, in_place, padded, sampling
+):
+    """Prompts along one text, each longer than the last ones, and one that no cache has room for yet."""
+    monkeypatch.setattr(scheduler, "MIN_IN_PLACE_TOKENS", in_place)
+    if padded:
+        use_padded_batches(monkeypatch)
+    text = [token for prompt in prompts(60) for token in prompt]
+    joining = [[text[:20], [*text[:19], 5]], [text[:24]], [text[:90]], [[*text[:88], 4], text[:25]], [text[:120]], []]
+    seeds = {tuple(prompt): [7 * len(prompt), 3] for batch in joining for prompt in batch}
+    options = {"max_new_tokens": 12, "eos": range(0, VOCABULARY, 8), "sampling": sampling}
+    decoder, waiting, found = Decoder(system1, Guidance(verifier=verifier, alpha=0.02, beta=2.0)), joining[:], {}
+
+    def further():
+        new = waiting.pop(0) if waiting and len(found) >= len(joining) - len(waiting) - 1 else []
+        return [(prompt, seeds[tuple(prompt)], "") for prompt in new]
+
+    for index, completions in decoder.stream([], seeds=[], batch_size=3, further=further, **options):
+        found[index] = [row.token_ids for row in completions]
+    together = decoder.counts["system1_tokens"]
+    for index, prompt in enumerate(prompt for batch in joining for prompt in batch):
+        (rows,) = decoder.decode([prompt], seeds=[seeds[tuple(prompt)]], **options)
+        assert found.pop(index) == [row.token_ids for row in rows]
+    assert not found and together < decoder.counts["system1_tokens"] - together, "no prefix was continued"
+
+
 def test_beta_zero_equals_generate(system1, verifier):
     batch = prompts(5)
     longest = max(map(len, batch))

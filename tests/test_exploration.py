@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+from collections import deque
 from dataclasses import replace
 from io import StringIO
 from operator import itemgetter
@@ -29,6 +30,7 @@ from llm2.decoding.llm2 import LLM2
 from llm2.decoding.sampling import SamplingParams
 from llm2.errors import UserError
 from llm2.exploration.engines import PositionQuery, Request, open_engine
+from llm2.exploration.engines.local import LocalEngine
 from llm2.exploration.explore import Explorer, Progress, explore, most_informative
 from llm2.exploration.negatives import NegativeSampler
 from llm2.exploration.own_solutions import own_solutions
@@ -134,6 +136,37 @@ def test_greedy_rollouts_are_generated_once_per_token(config):
     report = explore(replace(config, temperature=0.0, limit=3))
     assert 0 < report["rollouts"] <= 2 * report["candidates"]
     assert report["undecided"] == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, {"verifier": "verifier", "beta": 3.0}])
+def test_rollouts_that_join_others_in_flight_give_the_files_of_rounds_in_fewer_forwards(
+    quick, tmp_path, monkeypatch, changes
+):
+    config, forwards, real = replace(quick, limit=6, max_new_tokens=8, **changes), [], LocalEngine.stream
+    if config.verifier is not None:
+        config = replace(config, verifier=str(tmp_path / config.verifier))
+        tiny_verifier(tmp_path / "base", vocab_size=len(load_tokenizer(quick.model))).save_pretrained(config.verifier)
+
+    def counted(engine, *arguments):
+        yield from real(engine, *arguments)
+        forwards.append(engine.decoder.counts["system1_forwards"])
+
+    def by_rounds(engine, requests, on_token):
+        start = 0
+        while requests:
+            taken = deque(requests)
+            requests.clear()
+            size = len(taken)
+            yield from [(start + index, found) for index, found in real(engine, taken)]
+            start += size
+        forwards.append(engine.decoder.counts["system1_forwards"])
+
+    for name, stream in (("joined", counted), ("rounds", by_rounds)):
+        monkeypatch.setattr(LocalEngine, "stream", stream)
+        explore(replace(config, output=str(tmp_path / name)))
+    for ending in ("", ".pairs.jsonl"):
+        assert (tmp_path / f"joined{ending}").read_bytes() == (tmp_path / f"rounds{ending}").read_bytes()
+    assert forwards[0] < forwards[1]
 
 
 # --- Own solutions ---

@@ -183,11 +183,9 @@ class Explorer:
                 if not state.pending:
                     yield state
 
+        enough = self.engine.window * self.config.batch_size
         while True:
-            while (
-                sum(rows for _, _, rows in running.values()) < self.engine.window * self.config.batch_size
-                and (new := list(islice(waiting, CHUNK)))
-            ):  # fmt: skip
+            while sum(rows for *_, rows in running.values()) < enough and (new := list(islice(waiting, CHUNK))):
                 yield from begin(self.start_problems(new))
             if not running:
                 return
