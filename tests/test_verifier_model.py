@@ -8,10 +8,10 @@ from test_collate import examples, model_inputs
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm2.errors import UserError
+from llm2.verifier.arguments import refuse_sliding_window
 from llm2.verifier.collate import verifier_batch
 from llm2.verifier.load import load_verifier
 from llm2.verifier.model import ProcessVerifier
-from llm2.verifier.train import refuse_sliding_window
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
