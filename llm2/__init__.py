@@ -9,6 +9,7 @@ PUBLIC = {
     "GuidedLogitsProcessor": "llm2.decoding.logits_processor",
     "ProcessVerifier": "llm2.verifier.model",
     "VerifierTrainer": "llm2.verifier.trainer",
+    "VerifierTrainingArguments": "llm2.verifier.arguments",
     "Task": "llm2.tasks",
     "Problem": "llm2.tasks",
     "ExploreConfig": "llm2.config",

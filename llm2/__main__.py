@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from llm2.command_line import Command, add_command, add_commands, run_main
-from llm2.config import EvaluateConfig, ExploreConfig, ServeConfig, SweepConfig, TrainConfig
+from llm2.config import EvaluateConfig, ExploreConfig, ScoreConfig, ServeConfig, SweepConfig, TrainConfig
 
 # Imports are inside the functions: a misspelt key is reported at once, without seconds of importing torch.
 
@@ -95,6 +95,20 @@ def _report(metrics: dict | None, folder: str) -> None:
         print(f"results in {folder}{page}")
 
 
+def check_score(config: ScoreConfig) -> None:
+    from llm2.evaluation.rank import check
+
+    check(config)
+
+
+def run_score(config: ScoreConfig) -> None:
+    from llm2.evaluation.rank import score
+
+    for line in score(config):
+        print(line)
+    print(f"scores in {config.output}")
+
+
 def check_serve(config: ServeConfig) -> None:
     from llm2.vllm.serve import check
 
@@ -112,6 +126,7 @@ COMMANDS = {
     "train": Command(TrainConfig, check_train, run_train),
     "evaluate": Command(EvaluateConfig, check_evaluate, run_evaluate),
     "sweep": Command(SweepConfig, check_evaluate, run_sweep),
+    "score": Command(ScoreConfig, check_score, run_score, "file"),
     "serve": Command(ServeConfig, check_serve, run_serve),
 }
 

@@ -4,6 +4,7 @@ Exit status: 0 done, 2 a user's mistake (one sentence, no traceback), 130 interr
 """
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ class Command(NamedTuple):
     config: type
     check: Callable[[Any], None]  # validates the inputs before workers are launched
     run: Callable[[Any], None]
+    file_key: str | None = None  # a first argument that ends in .jsonl is its value
 
 
 def run_main(parser: argparse.ArgumentParser, arguments: list[str] | None) -> int:
@@ -92,8 +94,11 @@ def claim(config: Any) -> AbstractContextManager:
 
 
 def _run(options: argparse.Namespace) -> None:
-    _, check, run = options.definition
-    config = load_config(options.definition.config, *file_and_overrides(options.arguments))
+    _, check, run, file_key = options.definition
+    file, overrides = file_and_overrides(options.arguments)
+    if file_key is not None and file is not None and file.endswith(".jsonl"):
+        file, overrides = None, [f"{file_key}={json.dumps(file)}", *overrides]
+    config = load_config(options.definition.config, file, overrides)
     if hasattr(config, "model"):
         from llm2.common.loading import require_model, resolve_device
 

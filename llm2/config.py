@@ -338,6 +338,26 @@ class EvaluateConfig(TaskConfig, ModelConfig, GuidanceConfig, EngineConfig):
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
+class ScoreConfig(ModelConfig):
+    """Rank finished solutions by the verifier's scores: best of n, weighted votes."""
+
+    file: File
+    """JSON lines of `messages` and `solutions`, a list of texts, and for grading `gold`; or the first argument."""
+    output: Output
+    """File to write: the same lines with `scores`, `best` (an index) and, with a task, `answers` and `vote`."""
+    verifier: Model
+    """Trained verifier, a local folder or a hub id."""
+    reduction: Literal["mean", "min", "last"] = "mean"
+    """Score of a solution: the mean, lowest or last score of its tokens."""
+    task: OptionalCode = None
+    """Task whose answers are extracted for weighted votes, and graded where every line has `gold`."""
+    batch_size: Annotated[Count, Mark.HOW] = 16
+    """Solutions of a forward."""
+    dtype: Dtype = "auto"
+    """Dtype of the models; auto is the checkpoint's on a GPU, float32 on a CPU."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
 class SweepConfig(EvaluateConfig):
     """Choose alpha, beta, top_k and temperature on a validation split, report them on the test split.
 

@@ -18,11 +18,12 @@ from llm2.decoding.logits_processor import GuidedLogitsProcessor
 from llm2.decoding.output_layer import guided_model
 from llm2.decoding.sampling import Guidance, SamplingParams
 from llm2.errors import UserError
+from llm2.verifier.arguments import new_verifier
 from llm2.verifier.collate import verifier_batch
 from llm2.verifier.loss import pairwise_loss
 from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.scoring import score_tokens
-from llm2.verifier.train import new_verifier, train
+from llm2.verifier.train import train
 from llm2.verifier.triplets import EMPTY_EXAMPLE, Example, Triplet, record_line
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -183,7 +184,7 @@ def test_training_that_becomes_nan_names_the_solution(system1_folder, tmp_path, 
             verifier.get_input_embeddings().weight[spoilt] = math.nan
         return verifier
 
-    monkeypatch.setattr("llm2.verifier.train.new_verifier", spoilt_verifier)
+    monkeypatch.setattr("llm2.verifier.trainer.new_verifier", spoilt_verifier)
     config = {
         "model": system1_folder,
         "train_file": str(tmp_path / "triplets.jsonl"),

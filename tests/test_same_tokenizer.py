@@ -91,7 +91,7 @@ def test_a_verifier_and_a_contrast_model_with_another_tokenizer_are_refused(othe
         LLM2.from_pretrained("testbed", tmp_path / "verifier", device="cpu")
     config = EvaluateConfig(model="testbed", contrast=other, output_dir=str(tmp_path), device="cpu", task="testbed")
     with pytest.raises(UserError, match=f"contrast .*: {sentence}"):
-        Evaluator(config, load_task("testbed"), ())
+        Evaluator(config, load_tokenizer("testbed"), load_task("testbed"), ())
     config = ExploreConfig(
         model="testbed", output="x", task="testbed", device="cpu", negatives="contrast", contrast_model=other
     )

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_collate import examples, model_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, Gemma2Config, TrainingArguments
+from transformers import AutoModelForCausalLM, Gemma2Config
 
 from llm2 import LLM2
 from llm2.common.config_file import as_dict
@@ -28,25 +28,23 @@ from llm2.common.loading import load_tokenizer
 from llm2.common.training import CHECKPOINTING
 from llm2.config import TrainConfig
 from llm2.errors import UserError
+from llm2.verifier.arguments import VerifierTrainingArguments
 from llm2.verifier.checkpoints import last_whole_checkpoint
 from llm2.verifier.collate import verifier_batch
 from llm2.verifier.load import load_verifier
 from llm2.verifier.loss import pairwise_loss
 from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.model_card import model_card
-from llm2.verifier.pair_metrics import WithSystem1Margins, system1_margins
 from llm2.verifier.train import load_data, train, training_arguments
-from llm2.verifier.trainer import LossConfig, PaddedSampler, VerifierTrainer
+from llm2.verifier.trainer import PaddedSampler, VerifierTrainer
 from llm2.verifier.triplets import Summary, Triplet, record_line
 
 UNEMBEDDING = torch.randn(259 + 2, 32, generator=torch.Generator().manual_seed(3))
 
 
-def arguments(folder, **changes) -> TrainingArguments:
-    defaults = {"output_dir": str(folder), "report_to": "none", "use_cpu": True, "remove_unused_columns": False}
-    return TrainingArguments(
-        **{**defaults, "label_names": ["pair_ids"], "save_strategy": "no", "disable_tqdm": True, **changes}
-    )
+def arguments(folder, **changes) -> VerifierTrainingArguments:
+    defaults = {"output_dir": str(folder), "report_to": "none", "use_cpu": True}
+    return VerifierTrainingArguments(**{**defaults, "save_strategy": "no", "disable_tqdm": True, **changes})
 
 
 def gradients(
@@ -55,7 +53,7 @@ def gradients(
     data,
     per_device: int,
     accumulation: int,
-    loss: LossConfig | None = None,
+    loss: dict | None = None,
     lora: dict | None = None,
     **changes,
 ) -> dict[str, torch.Tensor]:
@@ -75,10 +73,10 @@ def gradients(
             learning_rate=1.0,
             lr_scheduler_type="constant",
             max_grad_norm=0.0,
+            **(loss or {}),
             **changes,
         ),
         data,
-        loss,
     )
     trainer.train()
     return {name: before[name] - p.detach() for name, p in verifier.named_parameters()}
@@ -116,9 +114,8 @@ def test_the_guided_loss_is_that_of_system1s_margins_and_the_scores(system1_fold
     """The slow twin: -log sigmoid((z+ - z-) + beta (s+ - s-)) of each pair as two whole sequences, z fixed."""
     data = examples(3)
     system1 = AutoModelForCausalLM.from_pretrained(system1_folder, local_files_only=True)
-    with_margins = WithSystem1Margins(data, system1_margins(system1, data))
-    loss = LossConfig(guided_beta=0.5, label_smoothing=0.2)
-    found = gradients(system1_folder, tmp_path, with_margins, 2, 2, loss)
+    loss = dict(guided_beta=0.5, label_smoothing=0.2)
+    found = gradients(system1_folder, tmp_path, data, 2, 2, loss)
     torch.manual_seed(0)
     verifier = ProcessVerifier.from_system1(system1_folder, local_files_only=True)
     losses = []
@@ -175,7 +172,7 @@ def test_dropout_changes_what_is_trained_and_no_score(config, tmp_path):
     assert verifier.dropout.p == 0.0
 
 
-@pytest.mark.parametrize("loss", [LossConfig(quality_weight=True, margin=0.5), LossConfig(lm_loss_coef=0.5)])
+@pytest.mark.parametrize("loss", [dict(quality_weight=True, margin=0.5), dict(lm_loss_coef=0.5)])
 def test_no_loss_depends_on_how_solutions_were_batched(system1_folder, tmp_path, loss):
     data = [
         example._replace(quality_gaps=[(1 + i) / (1 + len(example.triplets)) for i in range(len(example.triplets))])
@@ -192,7 +189,7 @@ def test_no_loss_depends_on_how_solutions_were_batched(system1_folder, tmp_path,
 def test_the_lm_loss_is_added_to_the_mean_over_pairs(system1_folder, tmp_path):
     """The slow twin: logits of whole solutions, each token behind the prompt once, beside the gradient of the pairs."""
     data = examples(4)
-    found = gradients(system1_folder, tmp_path, data, 4, 1, LossConfig(lm_loss_coef=0.5))
+    found = gradients(system1_folder, tmp_path, data, 4, 1, dict(lm_loss_coef=0.5))
     expected = gradients(system1_folder, tmp_path, data, 4, 1)
     torch.manual_seed(0)
     verifier = ProcessVerifier.from_system1(system1_folder, local_files_only=True)
@@ -520,7 +517,7 @@ def test_each_process_loads_system1_onto_its_own_gpu(config, monkeypatch):
         raise Loaded(device)
 
     monkeypatch.setattr("llm2.verifier.train.resolve_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr("llm2.verifier.train.load_system1", load_system1)
+    monkeypatch.setattr("llm2.verifier.system1.load_system1", load_system1)
     monkeypatch.setenv("LOCAL_RANK", "3")
     with pytest.raises(Loaded, match="cuda:3"):
         train(config)
@@ -536,7 +533,7 @@ def test_a_language_model_loss_on_logits_that_are_capped_is_refused_before_weigh
     sizes |= {"vocab_size": len(load_tokenizer(config.model)), "intermediate_size": 16, "num_hidden_layers": 1}
     Gemma2Config(**sizes).save_pretrained(tmp_path / "capped")
     load_tokenizer(config.model).save_pretrained(tmp_path / "capped")
-    with pytest.raises(UserError, match="lm_loss_coef: .* has final_logit_softcapping, by which its loss"):
+    with pytest.raises(UserError, match="lm_loss_coef: .* has final_logit_softcapping, which changes the loss"):
         train(replace(config, model=str(tmp_path / "capped"), lm_loss_coef=1.0, attn_implementation="eager"))
 
 

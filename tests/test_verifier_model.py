@@ -5,13 +5,14 @@ import torch
 from conftest import VOCABULARY, tiny_system1, tiny_verifier
 from reference import score
 from test_collate import examples, model_inputs
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel,
+    AutoModel, AutoModelForCausalLM
 
 from llm2.errors import UserError
+from llm2.verifier.arguments import refuse_long_solutions
 from llm2.verifier.collate import verifier_batch
 from llm2.verifier.load import load_verifier
 from llm2.verifier.model import ProcessVerifier
-from llm2.verifier.train import refuse_sliding_window
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
@@ -120,11 +121,13 @@ def test_a_missing_verifier_is_refused_in_one_sentence(tmp_path):
 
 
 def test_a_sliding_window_shorter_than_the_text_is_refused():
-    config = AutoConfig.for_model("mistral", sliding_window=16)
-    refuse_sliding_window(config, 16)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    backbone = AutoModel.from_config(AutoConfig.for_model("mistral", sliding_window=16, **sizes, **heads))
+    refuse_long_solutions(backbone, 16)
     with pytest.raises(UserError, match="sliding window of 16 tokens, shorter than the 17"):
-        refuse_sliding_window(config, 17)
-    refuse_sliding_window(tiny_system1().config, 10**6)
+        refuse_long_solutions(backbone, 17)
+    refuse_long_solutions(tiny_system1().base_model, 64)
 
 
 def test_two_seeds_make_two_heads(tmp_path):

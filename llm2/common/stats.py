@@ -199,6 +199,11 @@ def best_of_k(scores: Sequence[float], correct: Sequence[bool], k: int) -> float
     return won / math.comb(n, k)
 
 
+def vote_weights(scores: Sequence[float]) -> list[float]:
+    """exp(score): the loss makes scores log-odds of one solution beating another (Bradley and Terry, 1952)."""
+    return np.exp(np.array(scores) - max(scores)).tolist()
+
+
 def weighted_majority_at_k(
     answers: Sequence[str | None], weights: Sequence[float], gold: str | None, k: int, seed: int = 0
 ) -> float:

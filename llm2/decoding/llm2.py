@@ -37,7 +37,6 @@ from transformers.generation import (
 
 from llm2.common.chat import Message, encode_chats, resolve_template
 from llm2.common.loading import eos_ids, load_system1, load_tokenizer, resolve_device
-from llm2.common.prefix import common_prefix
 from llm2.common.seeds import row_seed
 from llm2.decoding.candidates import guided_logits
 from llm2.decoding.decoder import Decoder
@@ -46,7 +45,7 @@ from llm2.decoding.sampling import Guidance, LogitsFn, SamplingParams, StopFn, T
 from llm2.errors import UserError, shown
 from llm2.verifier.load import load_verifier, require_same_template, require_verifier, trained_template
 from llm2.verifier.model import HUB, ProcessVerifier
-from llm2.verifier.scoring import Reduction, score_tokens, solution_score
+from llm2.verifier.scoring import Reduction, encode_solutions, score_tokens, solution_score
 
 # Values of transformers' device_map that spread a model over several GPUs.
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -256,7 +255,8 @@ class LLM2:
         Args:
             options: of `generate`, such as do_sample, seed and streamer.
         """
-        ids = torch.tensor([self._encode(messages)], device=self.system1.device)
+        ids = encode_chats(self.tokenizer, [_conversation(messages)], generation_prompt=True)
+        ids = torch.tensor(ids, device=self.system1.device)
         options = {"max_new_tokens": max_new_tokens, **options, "return_dict_in_generate": False}
         return self.tokenizer.decode(self.generate(ids, **options)[0, ids.shape[1] :], skip_special_tokens=True)
 
@@ -275,22 +275,12 @@ class LLM2:
         """
         if self.guidance is None:
             raise ValueError("a score needs a verifier: expected LLM2.from_pretrained(model, verifier)")
-        prompt, prompts, answers = self._encode(messages), [], []
-        for solution in solutions:
-            ids = self._encode(messages, solution)
-            start = common_prefix(ids, prompt)
-            end = next((i for i in range(start, len(ids)) if ids[i] in self.eos), len(ids))
-            prompts.append(ids[:start])
-            answers.append(ids[start : end + 1])  # what a template writes behind the end is not the answer's
-        scores = score_tokens(self.guidance.verifier, prompts, answers)
-        return [solution_score(row, reduction) for row in scores]
+        texts = encode_solutions(self.tokenizer, _conversation(messages), solutions, self.eos)
+        return [solution_score(row, reduction) for row in score_tokens(self.guidance.verifier, *texts)]
 
-    def _encode(self, messages: str | Sequence[Message], answer: str | None = None) -> list[int]:
-        """Token ids up to where the answer begins, or with the answer."""
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        answered = [] if answer is None else [{"role": "assistant", "content": answer}]
-        return encode_chats(self.tokenizer, [[*messages, *answered]], None, answer is None)[0]
+
+def _conversation(messages: str | Sequence[Message]) -> Sequence[Message]:
+    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
 
 
 def _device(options: dict[str, Any]) -> torch.device:

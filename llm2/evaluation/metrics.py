@@ -14,6 +14,7 @@ from llm2.common.stats import (
     mean_intervals,
     paired_bootstrap,
     pass_at_k,
+    vote_weights,
     weighted_majority_at_k,
     wilson_interval,
 )
@@ -136,6 +137,4 @@ def right_answer(line: dict) -> str | None:
 
 
 def _weights(line: dict) -> list[float]:
-    """exp(score): the loss makes scores log-odds of one solution beating another (Bradley and Terry, 1952)."""
-    scores = np.array(_values(line, "score"))
-    return np.exp(scores - scores.max()).tolist()
+    return vote_weights(_values(line, "score"))

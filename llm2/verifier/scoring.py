@@ -5,11 +5,38 @@ from typing import Literal
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
+from llm2.common.chat import Message, encode_chats
+from llm2.common.prefix import common_prefix
 from llm2.errors import UserError
 from llm2.verifier.model import ProcessVerifier
 
 Reduction = Literal["mean", "min", "last"]
+
+
+def encode_solutions(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    solutions: Sequence[str],
+    eos: Sequence[int],
+    template: str | None = None,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of the prompt and of the answer of each solution, end of sequence included.
+
+    What a template writes behind the end is not the answer's. Raises UserError where an answer has no token.
+    """
+    (prompt,) = encode_chats(tokenizer, [messages], template, True)
+    chats = [[*messages, {"role": "assistant", "content": solution}] for solution in solutions]
+    prompts, answers = [], []
+    for index, ids in enumerate(encode_chats(tokenizer, chats, template)):
+        start = common_prefix(ids, prompt)
+        end = next((i for i in range(start, len(ids)) if ids[i] in eos), len(ids))
+        if start == 0 or start == len(ids):
+            raise UserError(f"solution {index}: expected a prompt and a text of at least one token, found none")
+        prompts.append(ids[:start])
+        answers.append(ids[start : end + 1])
+    return prompts, answers
 
 
 @torch.inference_mode()

@@ -2,39 +2,45 @@
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from llm2.common.chat import resolve_template
+from llm2.common.loading import load_tokenizer
 from llm2.errors import UserError
+from llm2.verifier.arguments import (
+    VerifierTrainingArguments,
+    new_verifier,
+    refuse_long_solutions,
+    refuse_options,
+    refuse_unknown_tokens,
+)
 from llm2.verifier.checkpoints import PathsWithoutHome
 from llm2.verifier.collate import verifier_batch
 from llm2.verifier.frozen_states import FrozenExample, FrozenStates, frozen_batch
 from llm2.verifier.loss import IGNORE_INDEX, NO_PAIR, pairwise_loss
 from llm2.verifier.masks import BLOCK
 from llm2.verifier.model import ProcessVerifier
-from llm2.verifier.pair_metrics import PairInfo, Rival, choice_metrics, compute_metrics, guided_metrics
-from llm2.verifier.triplets import EMPTY_EXAMPLE, Example
+from llm2.verifier.pair_metrics import (
+    WithSystem1Margins,
+    choice_metrics,
+    compute_metrics,
+    fork_rivals,
+    guided_metrics,
+    pair_info,
+)
+from llm2.verifier.system1 import System1Measures, measure_system1
+from llm2.verifier.triplets import EMPTY_EXAMPLE, Example, load_examples
 
+READ_BATCH = 16  # solutions of a forward that reads frozen states
 ALL_FINITE = torch.iinfo(torch.long).max  # in place of the id of a pair whose margin is not finite
 NOT_FOR_THE_MODEL = ("pair_ids", "pair_weights", "pair_targets", "pair_offsets")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """Options of the loss; the defaults give the plain mean over pairs."""
-
-    quality_weight: bool = False
-    guided_beta: float | None = None  # the examples then have System 1's margins
-    label_smoothing: float = 0.0
-    margin: float = 0.0
-    lm_loss_coef: float = 0.0
 
 
 class PaddedSampler(Sampler[int]):
@@ -76,49 +82,105 @@ class PaddedDataset(Dataset):
         return self.examples[index] if index < len(self.examples) else self.empty
 
 
-class VerifierTrainer(Trainer):
-    """Trains a ProcessVerifier on `Example`s, a prefix head on `FrozenStates`.
+def as_examples(
+    data: Sequence[Example] | Iterable[Mapping[str, Any]],
+    args: VerifierTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase | None,
+    name: str,
+) -> Sequence[Example]:
+    """Rows checked and tokenized as a file's lines are; Examples as they are."""
+    first = next(iter(data), None)
+    if first is None or isinstance(first, Example):
+        return data
+    if tokenizer is None:
+        raise UserError("processing_class: expected the tokenizer of the rows, found none")
+    template = resolve_template(args.chat_template)
+    sizes = {"max_length": args.max_length, "quality": args.quality_weight}
+    return load_examples(name, tokenizer, template, rows=data, **sizes)[0]
 
-    The TrainingArguments need label_names=["pair_ids"] and remove_unused_columns=False.
+
+class VerifierTrainer(Trainer):
+    """A transformers Trainer of a ProcessVerifier. An evaluation reports the metrics of `pair_metrics`.
 
     Args:
-        loss: options of the loss.
-        eval_pairs: the held-out pairs by id; an evaluation then reports `compute_metrics`.
-        eval_forks: their forks; it then reports `choice_metrics` too.
-        eval_system1: System 1's margins of these pairs; it then reports `guided_metrics` too.
+        model: System 1's name or folder, from which `args` make a new verifier; or a verifier.
+        train_dataset, eval_dataset: rows of `messages` and `samples` (and `quality`), such as a `datasets.Dataset`;
+            each is checked as a line of a file is. Or `Example`s.
+        processing_class: the tokenizer; System 1's own when None and `model` is a name.
+        system1: what was measured of System 1 before; measured here when None and `guided_beta` or `model` needs it.
+        options: as for any Trainer (callbacks, optimizers, ...); a `compute_metrics` replaces ours.
+
+    Raises UserError for rows that do not fit, and for options that exclude each other.
     """
 
     def __init__(
         self,
-        model: ProcessVerifier,
-        args: TrainingArguments,
-        train_dataset: Sequence[Example] | FrozenStates,
-        loss: LossConfig | None = None,
-        eval_pairs: Mapping[int, PairInfo] | None = None,
-        eval_forks: Sequence[Sequence[Rival]] = (),
-        eval_system1: Mapping[int, float] | None = None,
+        model: str | Path | ProcessVerifier,
+        args: VerifierTrainingArguments,
+        train_dataset: Sequence[Example] | Iterable[Mapping[str, Any]],
+        eval_dataset: Sequence[Example] | Iterable[Mapping[str, Any]] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        system1: System1Measures | None = None,
         **options: Any,
     ) -> None:
-        self.loss, self._first_bad = loss or LossConfig(), ALL_FINITE
+        self.loss, self._first_bad = args, ALL_FINITE
+        if args.n_gpu > 1:  # the Trainer would wrap the model in DataParallel
+            raise UserError(
+                f"one process sees {args.n_gpu} GPUs, and the batch would be multiplied by them; expected one process "
+                "for each (bash scripts/train_verifier.sh), or one GPU in CUDA_VISIBLE_DEVICES"
+            )
+        name = model.config.base_model if isinstance(model, ProcessVerifier) else str(model)
+        if not isinstance(model, ProcessVerifier):
+            refuse_options(name, args)
+            processing_class = processing_class or load_tokenizer(name)
+        train_set = as_examples(train_dataset, args, processing_class, "train_dataset")
+        eval_set = as_examples(eval_dataset or (), args, processing_class, "eval_dataset")
+        pairs = pair_info(eval_set, processing_class) if eval_set else {}
+        if eval_set and not pairs:
+            raise UserError("eval_dataset: expected a pair with a clear winner, found none")
+        guided = args.guided_beta is not None
+        if system1 is None and (not isinstance(model, ProcessVerifier) or guided):
+            system1 = measure_system1(name, args, train_set, eval_set, pairs, args.device, "guided_pair_loss")
+        if not isinstance(model, ProcessVerifier):
+            set_seed(args.seed)  # the head is drawn before the Trainer sets the seed itself
+            model = new_verifier(name, args, args.device)
+            model.set_unembedding(system1.unembedding)
+        model.dropout.p = args.dropout
+        refuse_long_solutions(model.backbone, max(len(example.ids) for example in [*train_set, *eval_set]))
+        if processing_class is not None:
+            refuse_unknown_tokens(model, processing_class)
+            for special in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                setattr(model.config, special, getattr(processing_class, special))  # the Trainer would, and warn
+        margins = system1.eval_margins if system1 is not None else {}
+        forks = fork_rivals(eval_set, margins) if margins else ()
+        data = {"train": train_set, "eval": eval_set}
+        if guided:
+            data["train"] = WithSystem1Margins(train_set, system1.train_margins)
+            data["eval"] = WithSystem1Margins(eval_set, margins)
+        if model.config.prefix_head is not None:
+            model.to(args.device)
+            data = {split: FrozenStates(model, examples, READ_BATCH) for split, examples in data.items()}
 
         def metrics(prediction: EvalPrediction) -> dict[str, float]:
             """Over all held-out pairs at once, so that batches and ranks have no weight."""
             real = prediction.label_ids != NO_PAIR
-            ids, margins = (array[real].tolist() for array in (prediction.label_ids, prediction.predictions))
-            by_id = dict(zip(ids, margins, strict=True))
+            ids, found = (array[real].tolist() for array in (prediction.label_ids, prediction.predictions))
+            by_id = dict(zip(ids, found, strict=True))
             if bad := [pair_id for pair_id, margin in by_id.items() if not math.isfinite(margin)]:
                 self._refuse(min(bad))
-            found = compute_metrics(by_id, eval_pairs)
-            found |= choice_metrics(eval_forks, by_id) if eval_forks else {}
-            return found | (guided_metrics(by_id, eval_pairs, eval_system1) if eval_system1 else {})
+            found = compute_metrics(by_id, pairs)
+            found |= choice_metrics(forks, by_id) if forks else {}
+            return found | (guided_metrics(by_id, pairs, margins) if margins else {})
 
         super().__init__(
             model=model,
             args=args,
-            train_dataset=PaddedDataset(train_dataset),
+            train_dataset=PaddedDataset(data["train"]),
+            eval_dataset=data["eval"] if eval_set else None,
+            processing_class=processing_class,
             data_collator=self.collate,
-            compute_metrics=None if eval_pairs is None else metrics,
-            **options,
+            **{"compute_metrics": metrics if eval_set else None, **options},
         )
         self.add_callback(PathsWithoutHome())
         # compute_loss divides by the pairs of the whole step: the Trainer must not divide by accumulation steps again.

@@ -8,7 +8,7 @@ import os
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -161,6 +161,14 @@ def read_records(path: str | Path) -> Iterator[Record]:
         yield _from_verdicts(record, line, where) if "pairs" in record else _parse(record, line, where)
 
 
+def _rows(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Record]:
+    """The rows of a dataset, as `read_records` reads lines."""
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise UserError(f"{name}, row {number}: expected an object, found a {type(row).__name__}")
+        yield _parse(dict(row), number, f"{name}, row {number}")
+
+
 def load_examples(
     path: str | Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -170,6 +178,7 @@ def load_examples(
     max_length: int | None = None,
     quality: bool = False,
     into: ExampleFile | None = None,
+    rows: Iterable[Mapping[str, Any]] | None = None,
 ) -> tuple[ExampleFile, Summary]:
     """Read and tokenize a file, and check every position of every line.
 
@@ -179,11 +188,13 @@ def load_examples(
         max_length: tokens that are kept of a line; triplets beyond are dropped, and lines left without triplets.
         quality: require the quality of each triplet's tokens.
         into: examples of other files, to which these are added.
+        rows: of a dataset, in place of a file's lines; `path` is then what errors call it.
 
     Raises UserError with the first misfits: line, position, expected and found token, and the likely cause.
     """
     examples, summary, misfits = ExampleFile() if into is None else into, Summary(), []
-    for record, ids, start in _tokenized(islice(read_records(path), limit), tokenizer, template):
+    records, unit = (read_records(path), "line") if rows is None else (_rows(rows, str(path)), "row")
+    for record, ids, start in _tokenized(islice(records, limit), tokenizer, template):
         misfit = find_misfit(ids, record.triplets, len(tokenizer), start)
         if misfit is not None:
             misfits.append((record, ids, misfit, start))
@@ -192,7 +203,7 @@ def load_examples(
             continue
         if quality and record.quality_gaps is None:
             raise UserError(
-                f"{path}, line {record.line}: key 'quality': expected [gold's, negative's] for each of the samples, "
+                f"{path}, {unit} {record.line}: key 'quality': expected [gold's, negative's] for each of the samples, "
                 "since quality_weight is on, found none"
             )
         kept = [i for i, t in enumerate(record.triplets) if max_length is None or t.position < max_length]
@@ -203,9 +214,9 @@ def load_examples(
             triplets = [record.triplets[i] for i in kept]
             examples.append(ids[:max_length], triplets, start, gaps, gold_better, record.line)
     if misfits:
-        raise UserError(_explain(path, tokenizer, misfits))
+        raise UserError(_explain(path, unit, tokenizer, misfits))
     if not summary.triplets:
-        raise UserError(f"{path}: expected at least one triplet, found none in {summary.lines} lines")
+        raise UserError(f"{path}: expected at least one triplet, found none in {summary.lines} {unit}s")
     if summary.emptied == summary.lines:
         raise UserError(f"{path}: expected triplets before max_length {max_length}, found none")
     return examples, summary
@@ -300,18 +311,21 @@ def _tokenized(
 
 
 def _explain(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, misfits: list[tuple[Record, list[int], Triplet, int]]
+    path: str | Path,
+    unit: str,
+    tokenizer: PreTrainedTokenizerBase,
+    misfits: list[tuple[Record, list[int], Triplet, int]],
 ) -> str:
     """Each misfit, and the cause where all of them have the same."""
     lines = [f"{path}: triplets do not fit the tokenizer {tokenizer.name_or_path} and its chat template:"]
     for record, ids, (position, gold, negative), start in misfits:
-        where = f"  line {record.line}, position {position}:"
+        where = f"  {unit} {record.line}, position {position}:"
         if not 0 <= negative < len(tokenizer):
             lines.append(f"{where} negative token {negative} is not in the vocabulary of {len(tokenizer)} tokens")
         elif negative == gold:
             lines.append(f"{where} gold and negative are the same token {_named(tokenizer, gold)}")
         elif not 0 < position < len(ids):
-            lines.append(f"{where} expected token {_named(tokenizer, gold)}, but the line has only {len(ids)} tokens")
+            lines.append(f"{where} expected token {_named(tokenizer, gold)}, but the {unit} has only {len(ids)} tokens")
         elif ids[position] == gold:
             lines.append(f"{where} the token is in the question, expected one of the solution, from position {start}")
         else:

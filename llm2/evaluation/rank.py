@@ -1,0 +1,130 @@
+"""The command `score`: finished solutions ranked by the verifier, best of n and weighted votes."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from llm2.common.chat import Message, check_messages, resolve_template
+from llm2.common.files import whole_file
+from llm2.common.jsonl import read_jsonl
+from llm2.common.loading import eos_ids, load_system1, load_tokenizer, resolve_device
+from llm2.common.stats import best_of_k, vote_weights, weighted_majority_at_k
+from llm2.config import ScoreConfig
+from llm2.errors import UserError, shortened, shown
+from llm2.tasks import Task, load_task
+from llm2.verifier.load import load_verifier, require_same_template, require_verifier
+from llm2.verifier.model import ProcessVerifier
+from llm2.verifier.scoring import encode_solutions, score_tokens, solution_score
+
+LINES = 64  # whose solutions are batched together
+
+
+class Line(NamedTuple):
+    number: int
+    record: dict
+    messages: list[Message]
+    solutions: list[str]
+
+
+def check(config: ScoreConfig) -> list[Line]:
+    """The lines of the file. Raises UserError for what can be refused before weights are loaded."""
+    require_verifier(config.verifier)
+    require_same_template(config.verifier, config.model, config.chat_template)
+    if Path(config.output).absolute() == Path(config.file).absolute():
+        raise UserError(f"output: found {config.output}, the file that is read; expected another one")
+    lines = [_line(number, record, f"{config.file}, line {number}") for number, record in read_jsonl(config.file)]
+    if not lines:
+        raise UserError(f"{config.file}: expected at least one line, found none")
+    return lines
+
+
+def _line(number: int, record: dict, where: str) -> Line:
+    messages, solutions = record.get("messages"), record.get("solutions")
+    for key, value in (("messages", messages), ("solutions", solutions)):
+        if not isinstance(value, list) or not value:
+            raise UserError(f"{where}: key {key!r}: expected a list that is not empty, found {shown(value)}")
+    check_messages(messages, where)
+    for key, texts in (("solutions", solutions), ("gold", [record.get("gold", "")])):
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise UserError(f"{where}: key {key!r}: expected a text, found {shown(wrong[0])}")
+    return Line(number, record, messages, solutions)
+
+
+def score(config: ScoreConfig) -> Iterator[str]:
+    """Writes config.output; gives what the command prints, a text a line and, where graded, the accuracies."""
+    lines, device = check(config), resolve_device(config.device)
+    task = None if config.task is None else load_task(config.task)
+    tokenizer, template = load_tokenizer(config.model), resolve_template(config.chat_template)
+    system1 = load_system1(config.model, device, config.dtype)
+    eos, vocabulary = eos_ids(system1, tokenizer), system1.config.get_text_config().vocab_size
+    texts = []
+    for line in tqdm(lines, desc="encode", unit="line", disable=None):
+        try:
+            texts.append(encode_solutions(tokenizer, line.messages, line.solutions, eos, template))
+        except UserError as error:
+            raise UserError(f"{config.file}, line {line.number}: {error}") from error
+    verifier = load_verifier(config.verifier, device, config.dtype, vocabulary, system1, tokenizer)
+    graded = task is not None and all("gold" in line.record for line in lines)
+    accuracies, said = defaultdict(list), []
+    with whole_file(config.output) as file, tqdm(total=len(lines), desc="score", unit="line", disable=None) as bar:
+        for first in range(0, len(lines), LINES):
+            chunk = [*zip(lines[first : first + LINES], texts[first : first + LINES], strict=True)]
+            rows = _scores(verifier, chunk, config.batch_size)
+            for line, _ in chunk:
+                scores = [solution_score(next(rows), config.reduction) for _ in line.solutions]
+                ranked = rank(line, scores, task, graded)
+                for name, value in ranked.pop("accuracies").items():
+                    accuracies[name].append(value)
+                file.write(json.dumps(line.record | ranked, ensure_ascii=False) + "\n")
+                said.append(_sentence(line, ranked))
+            bar.update(len(chunk))
+    yield from said
+    for name, values in accuracies.items():
+        yield f"{name}: {sum(values) / len(values):.1%} of {len(values)} problems"
+    if task is not None:
+        task.close()
+
+
+def _scores(verifier: ProcessVerifier, chunk: Sequence[tuple], batch_size: int) -> Iterator[list[float]]:
+    prompts = [prompt for _, (prompts, _) in chunk for prompt in prompts]
+    answers = [answer for _, (_, answers) in chunk for answer in answers]
+    names = [f"line {line.number}" for line, _ in chunk for _ in line.solutions]
+    return iter(score_tokens(verifier, prompts, answers, batch_size, names))
+
+
+def rank(line: Line, scores: list[float], task: Task | None, graded: bool) -> dict:
+    """`scores` and `best`; with a task `answers` and `vote`, the answer with the largest sum of exp(score), of equal
+    ones the first; where graded `accuracies`, in which ties share, as in evaluation."""
+    found = {"scores": scores, "best": scores.index(max(scores)), "accuracies": {}}
+    if task is None:
+        return found
+    weights, votes = vote_weights(scores), defaultdict(float)
+    if graded:
+        gold, n = line.record["gold"], len(scores)
+        grades = task.grade(line.solutions, gold)
+        answers, correct = [grade.answer for grade in grades], [grade.correct for grade in grades]
+        right = next((answer for answer, good in zip(answers, correct, strict=True) if good), None)
+        found["accuracies"] = {
+            "mean of all solutions": sum(correct) / n,
+            "majority vote": weighted_majority_at_k(answers, [1.0] * n, right, n),
+            "weighted vote": weighted_majority_at_k(answers, weights, right, n),
+            "best of n": best_of_k(scores, correct, n),
+        }
+    else:
+        answers = [task.extract_answer(text) for text in line.solutions]
+    for answer, weight in zip(answers, weights, strict=True):
+        if answer is not None:
+            votes[answer] += weight
+    return found | {"answers": answers, "vote": max(votes, key=votes.get, default=None)}
+
+
+def _sentence(line: Line, ranked: dict) -> str:
+    best = ranked["best"]
+    text = f"line {line.number}: best of {len(line.solutions)} is solution {best} ({ranked['scores'][best]:.3f})"
+    if "vote" in ranked:
+        text += f", weighted vote {ranked['vote']}"
+    return f"{text}: {shortened(' '.join(line.solutions[best].split()), 60)}"

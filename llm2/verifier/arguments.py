@@ -1,0 +1,119 @@
+"""The arguments of a VerifierTrainer, and the new verifier that they describe."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from llm2.common.architecture import examine, refuse_too_long
+from llm2.common.loading import changes_logits, load_config
+from llm2.config import TrainConfig
+from llm2.errors import UserError
+from llm2.verifier.model import ProcessVerifier
+
+
+@dataclass
+class VerifierTrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments and the keys of `llm2 train` that concern data, verifier and loss.
+
+    `llm2 train --help` describes each. Those of the verifier are read where the trainer gets a name, not a verifier.
+    """
+
+    chat_template: str | None = None
+    max_length: int = 2048
+    score: Literal["candidate", "prefix"] = "candidate"
+    prefix_head: Literal["bilinear", "mlp"] | None = None
+    prefix_head_size: int = 8
+    token_weight: bool = False
+    trainable_layers: int | None = None
+    lora_r: int | None = None
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    lora_target_modules: str | list[str] | tuple[str, ...] = "all-linear"
+    dropout: float = 0.0
+    attn_implementation: str = "auto"
+    guided_beta: float | None = None
+    quality_weight: bool = False
+    label_smoothing: float = 0.0
+    margin: float = 0.0
+    lm_loss_coef: float = 0.0
+    # What a Trainer of verifiers needs of transformers' own.
+    label_names: list[str] | None = field(default_factory=lambda: ["pair_ids"])
+    remove_unused_columns: bool = False
+    logging_nan_inf_filter: bool = False  # it would hide what VerifierTrainer.log refuses
+    ddp_broadcast_buffers: bool | None = False  # every process loads the same unembedding, and it is large
+
+
+OWN = tuple(
+    name for name in vars(VerifierTrainingArguments)["__annotations__"] if name in TrainConfig.__dataclass_fields__
+)
+
+
+def refuse_options(model: str, config: TrainConfig | VerifierTrainingArguments) -> None:
+    """Raise UserError for keys that exclude each other, or that System 1 excludes, before anything slow."""
+    for key in ("prefix_head", "token_weight"):
+        if getattr(config, key) and config.score == "candidate":
+            raise UserError(f"{key}: expected score: prefix, found score: candidate")
+    for key in ("lora_r", "lm_loss_coef"):
+        if config.prefix_head and getattr(config, key):
+            raise UserError(f"prefix_head: a head on frozen states has no weights for {key}; leave one of the two out")
+    if config.lm_loss_coef > 0 and (key := changes_logits(load_config(model))) is not None:
+        raise UserError(f"lm_loss_coef: {model} has {key}, which changes the loss; expected 0")
+
+
+def new_verifier(model: str, config: VerifierTrainingArguments, device: torch.device) -> ProcessVerifier:
+    """In float32, whatever System 1 is stored in: 16 bits would lose small updates."""
+    lora = config.lora_r and {
+        "rank": config.lora_r,
+        "alpha": config.lora_alpha,
+        "dropout": config.lora_dropout,
+        "targets": config.lora_target_modules,
+    }
+    attention = config.attn_implementation
+    if attention == "auto":
+        attention = "flex_attention" if device.type == "cuda" else "sdpa"
+    if attention == "flex_attention" and device.type != "cuda":
+        raise UserError(
+            "attn_implementation flex_attention: expected a CUDA GPU, since torch trains it nowhere else; use sdpa"
+        )
+    weight = {"token_weight": True} if config.token_weight else {}
+    head = config.prefix_head and {"kind": config.prefix_head, "size": config.prefix_head_size, **weight}
+    options = {"dtype": torch.float32, "attn_implementation": attention, **({} if head else weight)}
+    verifier = ProcessVerifier.from_system1(model, lora, config.score, head, **options)
+    if config.trainable_layers is not None:
+        freeze_layers(verifier, config.trainable_layers)
+    return verifier
+
+
+def freeze_layers(verifier: ProcessVerifier, trainable: int) -> None:
+    """Leave only the head and the `trainable` highest layers to be trained."""
+    backbone, count = verifier.backbone, verifier.backbone.config.get_text_config().num_hidden_layers
+    if trainable > count:
+        raise UserError(f"trainable_layers: found {trainable}, expected at most the {count} of {backbone.name_or_path}")
+    layers = next(m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    backbone.requires_grad_(False)
+    layers[count - trainable :].requires_grad_(True)
+
+
+def refuse_long_solutions(backbone: PreTrainedModel, length: int) -> None:
+    """Raise UserError if the backbone has too few positions for `length` tokens, or a shorter window: with branch masks
+    a token sees its whole prefix, so its scores would not be those of the backbone's own attention."""
+    window = examine(type(backbone), backbone.config).window
+    if window is not None and length > window:
+        raise UserError(
+            f"the backbone attends to a sliding window of {window} tokens, shorter than the {length} of prompt "
+            f"and solution; keep them within {window} tokens"
+        )
+    refuse_too_long(backbone.config, length, "the longest solution")
+
+
+def refuse_unknown_tokens(verifier: ProcessVerifier, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError if the tokenizer has added tokens that System 1 does not embed."""
+    rows = verifier.backbone.config.get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens and the model embeds {rows}; "
+            "expected a model whose embeddings were resized"
+        )

@@ -1,0 +1,90 @@
+"""VerifierTrainer from Python: rows of a dataset give the losses of the same file, and are checked as its lines are."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from datasets import Dataset
+from test_train import arguments, config, write_triplets  # noqa: F401 (a fixture)
+from transformers import TrainerCallback
+
+from llm2 import LLM2, UserError, VerifierTrainer
+from llm2.common.loading import load_tokenizer
+from llm2.config import TrainConfig
+from llm2.verifier.arguments import OWN
+from llm2.verifier.model import ProcessVerifier
+from llm2.verifier.train import train
+
+
+def rows(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"guided_beta": 1.0, "lora_r": 4}, {"score": "prefix", "prefix_head": "bilinear"}, {"margin": 0.5}]
+)
+def test_a_dataset_and_a_name_train_as_the_command_does(config, tmp_path, changes):  # noqa: F811
+    """Equal held-out metrics: the same verifier is drawn, and sees the same batches."""
+    write_triplets(tmp_path / "eval.jsonl", load_tokenizer(config.model), 9)
+    config = replace(config, eval_file=str(tmp_path / "eval.jsonl"), num_train_epochs=1.0, evaluations=1, **changes)
+    expected = train(config)
+    args = arguments(
+        tmp_path / "python",
+        num_train_epochs=1,
+        learning_rate=config.learning_rate,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        data_seed=config.seed,
+        **changes,
+    )
+    steps = []
+
+    class Counts(TrainerCallback):
+        def on_step_end(self, args, state, control, **others):
+            steps.append(state.global_step)
+
+    data = {
+        "train_dataset": Dataset.from_list(rows(tmp_path / "triplets.jsonl")),
+        "eval_dataset": rows(tmp_path / "eval.jsonl"),
+    }
+    trainer = VerifierTrainer(model=config.model, args=args, **data, callbacks=[Counts()])
+    trainer.train()
+    found = trainer.evaluate()
+    assert steps == [1, 2, 3, 4, 5]
+    for key in ("eval_pair_loss", "eval_pair_accuracy", "eval_mean_margin", "eval_guided_pair_loss"):
+        assert found[key] == pytest.approx(expected[key], abs=1e-6), key
+    trainer.save_model()
+    assert LLM2.from_pretrained(config.model, args.output_dir, device="cpu").score("1 ?", ["7"])
+
+
+def test_the_arguments_have_the_defaults_of_the_command(tmp_path):
+    args, defaults = arguments(tmp_path), TrainConfig(model="m", train_file="f", output_dir="o")
+    assert {name: getattr(args, name) for name in OWN} == {name: getattr(defaults, name) for name in OWN}
+    assert {"chat_template", "max_length", "score", "lora_r", "guided_beta", "attn_implementation"} <= set(OWN)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"samples": [[3, 1]]}, "train_dataset, row 2: key 'samples': expected [position, gold_token_id"),
+        ({"samples": [[1, 5, 6]]}, "row 2, position 1: expected token 5"),
+        ({"messages": None}, "train_dataset, row 2: expected the key 'messages' with a list"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named_before_weights_load(  # noqa: F811
+    config,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    change,
+    message,
+):
+    monkeypatch.setattr(ProcessVerifier, "from_system1", None)
+    data = rows(tmp_path / "triplets.jsonl")
+    data[1] |= change
+    with pytest.raises(UserError) as refused:
+        VerifierTrainer(config.model, arguments(tmp_path / "out"), data)
+    assert message in str(refused.value)
