@@ -5,8 +5,7 @@ import torch
 from conftest import VOCABULARY, tiny_system1, tiny_verifier
 from reference import score
 from test_collate import examples, model_inputs
-from transformers import AutoConfig, AutoModel,
-    AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from llm2.errors import UserError
 from llm2.verifier.arguments import refuse_long_solutions
