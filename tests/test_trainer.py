@@ -67,11 +67,18 @@ def test_the_arguments_have_the_defaults_of_the_command(tmp_path):
     assert {"chat_template", "max_length", "score", "lora_r", "guided_beta", "attn_implementation"} <= set(OWN)
 
 
+@pytest.mark.parametrize("key, value", [("score", "candidates"), ("lora_r", 0), ("margin", -1.0), ("max_length", "8")])
+def test_arguments_refuse_what_the_command_refuses(tmp_path, key, value):
+    with pytest.raises(UserError, match=f"^{key}: .*found {value!r}"):
+        arguments(tmp_path, **{key: value})
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"samples": [[3, 1]]}, "train_dataset, row 2: key 'samples': expected [position, gold_token_id"),
         ({"samples": [[1, 5, 6]]}, "row 2, position 1: expected token 5"),
+        ({"completions": ["a"], "labels": [True]}, "row 2: expected messages and samples, found completions"),
         ({"messages": None}, "train_dataset, row 2: expected the key 'messages' with a list"),
     ],
 )

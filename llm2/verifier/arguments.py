@@ -4,13 +4,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from llm2.common.architecture import examine, refuse_too_long
 from llm2.common.loading import changes_logits, load_config
 from llm2.config import TrainConfig
-from llm2.errors import UserError
+from llm2.errors import UserError, shown
 from llm2.verifier.model import ProcessVerifier
 
 
@@ -44,6 +45,18 @@ class VerifierTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False
     logging_nan_inf_filter: bool = False  # it would hide what VerifierTrainer.log refuses
     ddp_broadcast_buffers: bool | None = False  # every process loads the same unembedding, and it is large
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a value that the command refuses too."""
+        super().__post_init__()
+        values = {name: getattr(self, name) for name in OWN}
+        if isinstance(self.lora_target_modules, list):
+            values["lora_target_modules"] = tuple(self.lora_target_modules)
+        try:
+            TrainConfig(model="", train_file="", output_dir="", **values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UserError(f"{first['loc'][0]}: {first['msg']}, found {shown(first['input'])}") from None
 
 
 OWN = tuple(

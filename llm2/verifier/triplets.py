@@ -166,6 +166,8 @@ def _rows(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Record]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise UserError(f"{name}, row {number}: expected an object, found a {type(row).__name__}")
+        if "completions" in row:
+            raise UserError(f"{name}, row {number}: expected messages and samples, found completions of labelled steps")
         yield _parse(dict(row), number, f"{name}, row {number}")
 
 
