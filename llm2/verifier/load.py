@@ -40,8 +40,10 @@ def trained_template(verifier: str) -> str | None:
     name = read_values(trained).get("chat_template") if trained.exists() else None
     if name in TEMPLATES:
         return TEMPLATES[name]
-    has_tokenizer = not is_local(verifier) or Path(folder, "tokenizer_config.json").is_file()
-    return load_tokenizer(folder).chat_template if has_tokenizer else None
+    if is_local(verifier) and not Path(folder, "tokenizer_config.json").is_file():
+        return None
+    verifier_config(verifier)  # a folder that is none is an error that names it as the verifier
+    return load_tokenizer(folder).chat_template
 
 
 def verifier_config(name: str, **options) -> ProcessVerifierConfig:
