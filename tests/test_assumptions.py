@@ -20,14 +20,17 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoConfig,
     AutoModelForCausalLM,
     ContinuousBatchingConfig,
+    DynamicCache,
     Gemma2Config,
     GenerationConfig,
     LogitsProcessor,
     MistralConfig,
     Trainer,
     TrainingArguments,
+    cache_utils,
 )
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -50,7 +53,12 @@ RELIED_ON = {
     "lm_eval.api.registry.register_model": "lm_eval",
     "lm_eval.models": "lm_eval",
     "peft.tuners.lora.LoraLayer": "lora",
+    "peft.tuners.lora.layer.ParamWrapper": "lora",
     "peft.utils.SAFETENSORS_WEIGHTS_NAME": "file_names",
+    "transformers.cache_utils.CacheLayerMixin": "cache_layers",
+    "transformers.cache_utils.DynamicLayer": "cache_layers",
+    "transformers.cache_utils.DynamicSlidingWindowLayer": "cache_layers",
+    "transformers.cache_utils.LinearAttentionCacheLayerMixin": "cache_layers",
     "transformers.generation.BaseStreamer": "custom_generate",
     "transformers.generation.EosTokenCriteria": "custom_generate",
     "transformers.generation.GenerateDecoderOnlyOutput": "custom_generate",
@@ -163,6 +171,18 @@ def test_attention_functions_get_their_arguments_once_a_layer(kind):
         hold("transformers", window == 4 or kind != "mistral", "no longer passes sliding_window to attention")
         softcap = options.get("softcap")
         hold("transformers", softcap == 20.0 or kind != "gemma2", "no longer passes softcap to attention")
+
+
+def test_cache_layers_tell_keys_and_values_from_other_states():
+    found = {}
+    for kind in ("llama", "mistral", "mamba", "jamba"):
+        layers = DynamicCache(config=AutoConfig.for_model(kind)).layers
+        found[kind] = {type(layer) for layer in layers}
+    hold("transformers", found["llama"] == {cache_utils.DynamicLayer}, "caches llama's keys in another class")
+    hold("transformers", found["mistral"] == {cache_utils.DynamicSlidingWindowLayer}, "caches windows in another class")
+    for kind in ("mamba", "jamba"):
+        states = any(issubclass(layer, cache_utils.LinearAttentionCacheLayerMixin) for layer in found[kind])
+        hold("transformers", states, f"says nothing of the states of {kind}")
 
 
 def test_attention_of_transformers_is_not_replaced_by_ours():

@@ -5,7 +5,7 @@ import torch
 from conftest import VOCABULARY, tiny_system1, tiny_verifier
 from reference import score
 from test_collate import examples, model_inputs
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm2.errors import UserError
 from llm2.verifier.arguments import refuse_long_solutions
@@ -119,14 +119,19 @@ def test_a_missing_verifier_is_refused_in_one_sentence(tmp_path):
         load_verifier(str(tmp_path), torch.device("cpu"), "auto", VOCABULARY)
 
 
-def test_a_sliding_window_shorter_than_the_text_is_refused():
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 8}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    backbone = AutoModel.from_config(AutoConfig.for_model("mistral", sliding_window=16, **sizes, **heads))
-    refuse_long_solutions(backbone, 16)
+def test_a_solution_longer_than_window_or_positions_is_refused():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+    mistral = AutoConfig.for_model("mistral", sliding_window=16, intermediate_size=32, num_key_value_heads=2, **sizes)
+    with torch.device("meta"):
+        windowed = AutoModelForCausalLM.from_config(mistral).model
+        table = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_positions=20, **sizes)).transformer
+    refuse_long_solutions(windowed, 16)
     with pytest.raises(UserError, match="sliding window of 16 tokens, shorter than the 17"):
-        refuse_long_solutions(backbone, 17)
-    refuse_long_solutions(tiny_system1().base_model, 64)
+        refuse_long_solutions(windowed, 17)
+    refuse_long_solutions(table, 20)
+    with pytest.raises(UserError, match=r"the longest solution .* 21 positions, .*gpt2\) has a table of 20"):
+        refuse_long_solutions(table, 21)
+    refuse_long_solutions(tiny_system1().model, 10**6)
 
 
 def test_two_seeds_make_two_heads(tmp_path):

@@ -33,7 +33,7 @@ from llm2.errors import UserError, reason
 
 logger = logging.getLogger("llm2")
 
-PROBE = "llm2_probe"
+PROBE = "llm2_dry_run"
 ATTENTION_OPTIONS = ("scaling", "sliding_window", "softcap", "s_aux")  # those of decoding.attention.attend
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # what our cache holds as well
 FAR = 2**17  # position of the query whose mask is looked at; longer windows are taken at their word
