@@ -43,7 +43,7 @@ def measure_system1(
     return System1Measures(
         {
             f"system1_{name}": value
-            for name, value in (compute_metrics(margins, pairs) if is_main else {}).items()
+            for name, value in (compute_metrics(margins, pairs) if is_main and pairs else {}).items()
             if not name.startswith("pairs")
         },
         margins,
