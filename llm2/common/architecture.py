@@ -86,7 +86,9 @@ def refuse_undecodable(model: type[PreTrainedModel], config: PreTrainedConfig, p
 
 
 def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that AutoModel would choose."""
+    """The class that AutoModel would choose. Raises UserError if there is none."""
+    if type(config) not in MODEL_MAPPING:
+        raise UserError(f"expected a language model, found a config of type {config.model_type!r}")
     chosen = MODEL_MAPPING[type(config)]
     return chosen[0] if isinstance(chosen, tuple) else chosen
 
@@ -171,7 +173,7 @@ def refuse_too_long(config: PreTrainedConfig, length: int, what: str) -> None:
 def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
     """The parameters of rope: one for all layers, or one for each kind of layer; empty without rope."""
     ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    return [ropes] if "rope_type" in ropes else list(ropes.values())
+    return [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if rope]
 
 
 @lru_cache

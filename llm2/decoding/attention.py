@@ -267,7 +267,8 @@ def attend(
     attention_metadata.write(values, value)
     params = AttentionParams(scaling, sliding_window, softcap, s_aux is not None, s_aux)
     parts = [read.attend(query, keys, values, params) for read in attention_metadata.reads]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))[..., :width], None
+    output = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return output[..., :width].contiguous(), None  # some models view it
 
 
 AttentionInterface.register(IMPLEMENTATION, attend)
