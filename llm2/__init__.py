@@ -1,8 +1,8 @@
 """LLM2: a language model proposes plausible next tokens, a token-level process verifier chooses among them."""
 
 from importlib import import_module
-from importlib.metadata import version
 
+__version__ = "0.1.0"  # pyproject.toml's
 PUBLIC = {
     "LLM2": "llm2.decoding.llm2",
     "Guidance": "llm2.decoding.sampling",
@@ -27,6 +27,4 @@ def __getattr__(name: str):
     """The public names, imported at their first use: importing torch and transformers takes seconds."""
     if name in PUBLIC:
         return getattr(import_module(PUBLIC[name]), name)
-    if name == "__version__":
-        return version("llm2")
     raise AttributeError(f"module 'llm2' has no attribute {name!r}")
