@@ -133,7 +133,7 @@ def _examine(model: type[PreTrainedModel], key: _Config) -> Examination:
                 return Examination("takes no position_ids")
             run = _dry_run(body)
     except Exception as error:  # whatever a model does without weights, such as reading numbers that are not there
-        return Examination(f"cannot be tried without its weights ({reason(error)})")
+        return Examination(f"fails a dry run without weights ({reason(error)})")
     keeping = [index for index, layer in enumerate(layers) if isinstance(layer, PLAIN)]
     for layer in sorted({*keeping, *run.calls}):
         if run.calls[layer] != 1:
@@ -250,17 +250,29 @@ def _attend(
     value: torch.Tensor,
     attention_mask: Any = None,
     *,
-    attention_metadata: DryRun,
+    attention_metadata: DryRun | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Looks at its arguments, and returns no numbers: (1, tokens, heads, width of the values)."""
+    if attention_metadata is None:
+        raise ValueError("arguments that it does not know do not reach its attention")
     attention_metadata.see(module.layer_idx, key, value, attention_mask, options)
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
 
 
-def _mask(q_length: int, kv_length: int, mask_function: Any, **unused: Any) -> torch.Tensor:
+class _Mask(torch.Tensor):
     """Stands for a mask, and knows which keys a query sees; one that a model computes from it does not."""
-    mask = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = super().__torch_function__(function, types, args, kwargs)
+        if function is torch.Tensor.__getitem__ and result.shape == args[0].shape:  # a slice of everything
+            result.sees = args[0].sees
+        return result
+
+
+def _mask(q_length: int, kv_length: int, mask_function: Any, **unused: Any) -> _Mask:
+    mask = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool).as_subclass(_Mask)
     mask.sees = mask_function
     return mask
 
