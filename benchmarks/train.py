@@ -214,8 +214,8 @@ def write_lines(path: Path, tokenizer: PreTrainedTokenizerBase, lines: int, pair
                 {"role": "user", "content": " ".join(story.question for story in drawn)},
                 {"role": "assistant", "content": " ".join(gold_solution(story) for story in drawn)},
             ]
-            ids = encode_chats(tokenizer, [messages])[0]
-            positions = [len(ids) // 2 + len(ids) * i // (2 * pairs) for i in range(pairs)]
+            (ids,), (prompt,) = encode_chats(tokenizer, [messages]), encode_chats(tokenizer, [messages[:1]], None, True)
+            positions = [len(prompt) + (len(ids) - len(prompt)) * i // pairs for i in range(pairs)]
             file.write(record_line(messages, make_triplets(ids, positions, len(tokenizer))))
             tokens += len(ids)
     return tokens

@@ -69,13 +69,14 @@ def test_a_missing_model_folder_is_refused(capsys):
     assert "expected a folder" in refusal(capsys, "train", config, "device=cpu", "model=./nowhere")
 
 
-def test_a_dry_run_refuses_missing_inputs_and_passes_otherwise(system1_folder, capsys):
+def test_a_dry_run_refuses_missing_inputs_and_passes_otherwise(system1_folder, tmp_path, capsys):
     train = ("train", "configs/llama-3.2-1b-instruct/train.yaml", "device=cpu", f"model={system1_folder}")
     assert "cannot read the triplets nowhere.jsonl" in refusal(capsys, *train, "train_file=nowhere.jsonl", "--dry-run")
     assert main([*train, "train_file=dataset/testbed.jsonl", "--dry-run"]) == 0
     assert capsys.readouterr().out == "1 1\n"  # processes, threads of each
     evaluate = ("evaluate", "configs/testbed/evaluate.yaml", f"model={system1_folder}")
-    verifier = f"verifier={system1_folder}"  # any folder with a config.json
+    ProcessVerifier.from_system1(system1_folder, local_files_only=True).save_pretrained(tmp_path)
+    verifier = f"verifier={tmp_path}"
     assert "'a/b/c': expected a folder with config.json" in refusal(capsys, *evaluate, "verifier=a/b/c", "--dry-run")
     assert "majority_at: found 20" in refusal(capsys, *evaluate, verifier, "num_samples=3", "--dry-run")
     assert main([*evaluate, verifier, "--dry-run"]) == 0

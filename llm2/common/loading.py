@@ -36,6 +36,7 @@ from llm2.errors import UserError, explained, shown
 NEWEST_TESTED = "5.24.0"  # of transformers; tests/README.md has all versions
 TESTBED = Path(llm2.__file__).parent / "testbed" / "system1"
 BUILT_IN = {"testbed": TESTBED, "testbed-verifier": TESTBED.parent / "verifier"}
+HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")  # where files are
 LOCAL_MODEL_HINT = "pass model=<local folder>, or model=testbed for the embedded one (`bash scripts/quickstart.sh`)"
 
 
@@ -86,13 +87,14 @@ def is_local(name: str) -> bool:
     return name in BUILT_IN or is_gguf(name) or is_path
 
 
-def require_model(name: str, decodes: bool = True) -> None:
+def require_model(name: str, decodes: bool = True, **options) -> None:
     """Raise UserError where a model's config cannot be loaded, or its models cannot be used, before weights load.
 
     Args:
         decodes: whether this project's decoder or verifier is to run it; an engine such as vLLM takes more models.
+        options: where its files are (`HUB`).
     """
-    config = load_config(name)
+    config = load_config(name, **{key: options[key] for key in HUB if key in options})
     kind = type(config)
     reads_both_ways = kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     if config.is_encoder_decoder or reads_both_ways or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -109,8 +111,8 @@ def changes_logits(config: PreTrainedConfig) -> str | None:
     return next((key for key in keys if getattr(text, key, None) is not None), None)
 
 
-def load_config(name: str) -> PreTrainedConfig:
-    return _load(AutoConfig, name)
+def load_config(name: str, **options) -> PreTrainedConfig:
+    return _load(AutoConfig, name, **options)
 
 
 def vocabulary_size(name: str) -> int:
@@ -135,13 +137,13 @@ def load_system1(
 
 def load_language_model(name: str, **options) -> PreTrainedModel:
     """The language model; `options` go to AutoModelForCausalLM.from_pretrained."""
-    require_model(name)
+    require_model(name, **options)
     return _load_weights(AutoModelForCausalLM, name, **options)
 
 
 def load_backbone(name: str, **options) -> PreTrainedModel:
     """The language model without its vocabulary-sized head; `options` go to AutoModel.from_pretrained."""
-    require_model(name)
+    require_model(name, **options)
     return _load_weights(AutoModel, name, **options)
 
 

@@ -36,7 +36,7 @@ from transformers.generation import (
 )
 
 from llm2.common.chat import Message, encode_chats, resolve_template
-from llm2.common.loading import eos_ids, load_system1, load_tokenizer, resolve_device
+from llm2.common.loading import HUB, eos_ids, load_system1, load_tokenizer, resolve_device
 from llm2.common.seeds import row_seed
 from llm2.decoding.candidates import guided_logits
 from llm2.decoding.decoder import Decoder
@@ -44,7 +44,7 @@ from llm2.decoding.generate_options import refuse_arguments, refuse_ignored
 from llm2.decoding.sampling import Guidance, LogitsFn, SamplingParams, StopFn, TokenTrace
 from llm2.errors import UserError, shown
 from llm2.verifier.load import load_verifier, require_same_template, require_verifier, trained_template
-from llm2.verifier.model import HUB, ProcessVerifier
+from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.scoring import Reduction, encode_solutions, score_tokens, solution_score
 
 # Values of transformers' device_map that spread a model over several GPUs.

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput
 
 from llm2.common.home import with_home, without_home
-from llm2.common.loading import is_local, load_backbone, load_language_model, load_whole, resolve_dtype
+from llm2.common.loading import HUB, is_local, load_backbone, load_language_model, load_whole, resolve_dtype
 from llm2.errors import UserError
 from llm2.verifier import lora
 from llm2.verifier.checkpoints import is_sharded, sharded_state
@@ -28,7 +28,6 @@ from llm2.verifier.heads import PrefixHead, TokenWeight, fingerprint, stored_fin
 from llm2.verifier.loss import IGNORE_INDEX, chunked_cross_entropy
 from llm2.verifier.masks import as_attention_mask, packed_block_mask, packed_mask
 
-HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")  # where files are
 FLEX = "flex_attention"  # transformers' FlexAttention
 LLM2_FLEX = "llm2_flex_attention"  # ours, which every verifier has in its place
 
