@@ -266,7 +266,8 @@ class _Mask(torch.Tensor):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = super().__torch_function__(function, types, args, kwargs)
-        if function is torch.Tensor.__getitem__ and result.shape == args[0].shape:  # a slice of everything
+        whole = function is torch.Tensor.__getitem__ and result.shape == args[0].shape  # a slice of everything
+        if whole and hasattr(args[0], "sees"):
             result.sees = args[0].sees
         return result
 
