@@ -295,6 +295,8 @@ ROPES = {"dynamic": {"factor": 2.0}, "longrope": LONG}
 @pytest.mark.parametrize("kind", ROPES)
 def test_a_rope_of_the_length_is_right_up_to_it_and_refused_beyond(kind):
     """Beyond, a short prompt's text would depend on what else is in the batch."""
+    if kind == "longrope" and transformers.__version__ < "5.18":
+        pytest.skip("refused by the dry run: it asks a tensor for its value, which has none without weights")
     rope = {"rope_type": kind, "rope_theta": 10_000.0, **ROPES[kind]}
     (model,) = small_models("llama", rope_parameters=rope)
     limit = 32 if kind == "longrope" else 64

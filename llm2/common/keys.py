@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,18 @@ class Mark(Enum):
 
 def reads(config: Any) -> dict[str, str]:
     """Key -> kind of what it names, for the keys of a config that are marked with `Reads`."""
-    fields = type(config).__pydantic_fields__.items()
-    return {key: mark.kind for key, field in fields for mark in field.metadata if isinstance(mark, Reads)}
+    notes = _annotations(type(config)).items()
+    return {key: mark.kind for key, marks in notes for mark in marks if isinstance(mark, Reads)}
 
 
 def marked(config: Any, *wanted: Mark) -> dict[str, Any]:
     """Key -> value, for the keys of a config that have at least one of these marks."""
-    fields = type(config).__pydantic_fields__.items()
-    return {key: getattr(config, key) for key, field in fields if not set(wanted).isdisjoint(field.metadata)}
+    notes = _annotations(type(config)).items()
+    return {key: getattr(config, key) for key, marks in notes if any(mark in wanted for mark in marks)}
+
+
+@cache
+def _annotations(config: type) -> dict[str, tuple]:
+    """Key -> what is said of it in its annotation; pydantic's own `metadata` drops some of it before 2.12."""
+    hints = get_type_hints(config, include_extras=True)
+    return {key: getattr(hints[key], "__metadata__", ()) for key in config.__dataclass_fields__}
