@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from llm2.common.architecture import backbone_class, examine, refuse_too_long
+from llm2.common.architecture import _examine, backbone_class, examine, refuse_too_long
 from llm2.common.loading import NEWEST_TESTED, load_backbone, load_system1, require_model
 from llm2.decoding import scheduler
 from llm2.decoding.decoder import Decoder
@@ -322,6 +322,16 @@ def test_a_constant_rope_goes_on_and_says_so_once(caplog):
     (message,) = [record.getMessage() for record in caplog.records if record.name == "llm2"]
     assert "longer than the 16 positions of the model (llama)" in message
     refuse_too_long(model.config, 16, "a text")
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_a_dry_run_finds_the_same_whether_something_was_compiled_before(validate, monkeypatch):
+    """Dynamo turns off the validation of distributions' arguments, for the whole process."""
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", validate)
+    (model,) = small_models("gemma3n_text")
+    _examine.cache_clear()
+    assert examine(type(model.base_model), model.base_model.config).objection is None
+    assert torch.distributions.Distribution._validate_args == validate
 
 
 def test_a_large_model_is_tried_quickly_and_once():

@@ -7,6 +7,8 @@ the model runs once on the `meta` device, with an attention function that looks 
 
 import logging
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -118,7 +120,7 @@ def _examine(model: type[PreTrainedModel], key: _Config) -> Examination:
         if "dynamic" in rope["rope_type"]:  # it would look at the positions; `refuse_too_long` judges it
             rope["rope_type"] = "default"
     try:
-        with torch.device("meta"), torch.inference_mode():
+        with torch.device("meta"), torch.inference_mode(), _unvalidated_distributions():
             body = model(config).get_decoder().eval()
             layers = DynamicCache(config=body.config).layers
             for index, layer in enumerate(layers):
@@ -140,6 +142,17 @@ def _examine(model: type[PreTrainedModel], key: _Config) -> Examination:
             return Examination(f"calls its attention {run.calls[layer]} times in layer {layer}, expected once")
     objection = run.objections[0] if run.objections else None
     return Examination(objection, run.values_per_token.total(), min(run.windows, default=None))
+
+
+@contextmanager
+def _unvalidated_distributions() -> Iterator[None]:
+    """A check of a distribution's arguments reads their values; `torch.compile` turns such checks off by itself."""
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(before)
 
 
 def refuse_too_long(config: PreTrainedConfig, length: int, what: str) -> None:
