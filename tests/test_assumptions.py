@@ -81,6 +81,7 @@ RELIED_ON = {
     "_linear_pointwise": "onednn",
     "_reorder_linear_weight": "onednn",
     "_scaled_dot_product_flash_attention_for_cpu": "flash_attention",
+    "_validate_args": "distributions",
 }
 NOT_OTHERS = {"_asdict", "_replace", "_run"}  # of named tuples, and our own
 
@@ -312,6 +313,14 @@ def test_flash_attention_of_torch_returns_the_logarithm_of_its_total_on_a_cpu():
     holds = torch.allclose(log_total, scores.logsumexp(-1), atol=1e-5)
     holds &= torch.allclose(output, scores.softmax(-1) @ keys, atol=1e-5)
     hold("torch", holds, "changed what flash attention on a CPU returns")
+
+
+def test_distributions_keep_whether_they_validate_where_we_restore_it(monkeypatch):
+    kind = torch.distributions.Distribution
+    monkeypatch.setattr(kind, "_validate_args", kind._validate_args)
+    for value in (False, True):
+        kind.set_default_validate_args(value)
+        hold("torch", kind._validate_args == value, "keeps the default validation of distributions elsewhere")
 
 
 def test_datasets_read_their_offline_switch_when_they_load():
