@@ -122,10 +122,10 @@ def run_serve(config: ServeConfig) -> None:
 
 
 COMMANDS = {
-    "explore": Command(ExploreConfig, check_explore, run_explore),
-    "train": Command(TrainConfig, check_train, run_train),
-    "evaluate": Command(EvaluateConfig, check_evaluate, run_evaluate),
-    "sweep": Command(SweepConfig, check_evaluate, run_sweep),
+    "explore": Command(ExploreConfig, check_explore, run_explore, parallel=True),
+    "train": Command(TrainConfig, check_train, run_train, parallel=True),
+    "evaluate": Command(EvaluateConfig, check_evaluate, run_evaluate, parallel=True),
+    "sweep": Command(SweepConfig, check_evaluate, run_sweep, parallel=True),
     "score": Command(ScoreConfig, check_score, run_score, "file"),
     "serve": Command(ServeConfig, check_serve, run_serve),
 }

@@ -6,6 +6,7 @@ Exit status: 0 done, 2 a user's mistake (one sentence, no traceback), 130 interr
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -24,6 +25,14 @@ class Command(NamedTuple):
     check: Callable[[Any], None]  # validates the inputs before workers are launched
     run: Callable[[Any], None]
     file_key: str | None = None  # a first argument that ends in .jsonl is its value
+    parallel: bool = False  # llm2 starts it in several processes
+
+
+LAUNCH_OPTIONS = {
+    "processes": ("NUM_PROCESSES", "N", "start N, on all machines; default: one a GPU, or `tensor_parallel` GPUs"),
+    "accelerate-config": ("ACCELERATE_CONFIG", "FILE", "of `accelerate config`; default: none, plain data parallelism"),
+    "accelerate-args": ("ACCELERATE_ARGS", "ARGS", "more arguments of `accelerate launch`, such as '--num_machines 2'"),
+}
 
 
 def run_main(parser: argparse.ArgumentParser, arguments: list[str] | None) -> int:
@@ -53,6 +62,9 @@ def add_commands(subparsers: Any, commands: Mapping[str, Command]) -> None:
         parser.epilog = f"keys:\n{help_text(command.config)}"
         add_keys(parser)
         parser.add_argument("--dry-run", action="store_true", help="check inputs; print processes and threads to start")
+        for option, (variable, metavar, text) in LAUNCH_OPTIONS.items() if command.parallel else ():
+            help_ = f"{text} (or {variable} in the environment)"
+            parser.add_argument(f"--{option}", default=os.environ.get(variable), metavar=metavar, help=help_)
 
 
 def add_command(
@@ -94,7 +106,7 @@ def claim(config: Any) -> AbstractContextManager:
 
 
 def _run(options: argparse.Namespace) -> None:
-    _, check, run, file_key = options.definition
+    _, check, run, file_key, parallel = options.definition
     file, overrides = file_and_overrides(options.arguments)
     if file_key is not None and file is not None and file.endswith(".jsonl"):
         file, overrides = None, [f"{file_key}={json.dumps(file)}", *overrides]
@@ -104,14 +116,15 @@ def _run(options: argparse.Namespace) -> None:
 
         resolve_device(config.device)
         require_model(config.model, decodes=getattr(config, "engine", "llm2") == "llm2")
+    from llm2.common.distributed import destroy_group, is_launched, launch, resolve_parallelism
+
     if options.dry_run:
-        from llm2.common.distributed import resolve_parallelism
-
         check(config)
-        print(*resolve_parallelism(config))
+        print(*resolve_parallelism(config, getattr(options, "processes", "1")))
         return
-    from llm2.common.distributed import destroy_group
-
+    if parallel and not is_launched():
+        debug = ["--debug"] if options.debug else []
+        launch(config, check, options, [options.command, *options.arguments, *debug])
     with claim(config):
         run(config)
         destroy_group()

@@ -42,7 +42,7 @@ def test_commands_use_existing_keys():
     others = [*ROOT.glob("scripts/*.sh"), *ROOT.glob("configs/*/*.yaml"), *ROOT.glob("experiments/studies/*.yaml")]
     for path, text in (DOCUMENTS | {path: path.read_text() for path in others}).items():
         for command in re.findall(
-            r"(?:bash scripts/(?!lm_eval)|python -m (?:llm2|experiments|benchmarks) )[^`\n]*", text
+            r"(?:bash scripts/(?!lm_eval)|(?:python -m (?:experiments|benchmarks)|\bllm2) [a-z])[^`\n]*", text
         ):
             only = re.findall(r"--only ([a-z]\w*=[\w.]+)", command)
             if only:

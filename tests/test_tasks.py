@@ -307,7 +307,7 @@ def test_an_unreachable_hub_is_refused_quickly_in_one_sentence(tmp_path, offline
     output = run_without_network(tmp_path, HF_HUB_OFFLINE=offline)
     assert output.count("\n") == 1
     assert "data_file=" in output
-    assert "bash scripts/quickstart.sh" in output
+    assert "task=testbed" in output
 
 
 def test_a_local_file_needs_no_network(tmp_path, write):

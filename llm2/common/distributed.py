@@ -1,12 +1,14 @@
-"""Rank and world size of a process that `accelerate launch` started, and work shared among such processes.
+"""Processes of a command: their start by `accelerate launch`, rank and world size, and work shared among them.
 
 Processes exchange barriers and counters only; results go through files that all of them see.
 """
 
 import gc
 import os
+import shlex
 import sys
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import cache
 from itertools import count
@@ -15,8 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.rendezvous import rendezvous
 
+from llm2.config import OptimizerConfig
 from llm2.errors import UserError
 
+# What `accelerate launch` needs without a config file, on CPUs too; the port is any free one.
+ONE_MACHINE = (
+    *("--multi_gpu", "--same_network", "--num_machines", "1", "--machine_rank", "0", "--main_process_port", "0"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no"),
+)
 WAIT = timedelta(days=30)  # for the slowest process; if one dies, the launcher ends the others
 _calls = count()  # numbers the calls of iter_shared_work, alike in all processes
 
@@ -105,16 +113,44 @@ def destroy_group() -> None:
         _store.cache_clear()
 
 
-def resolve_parallelism(config: Any) -> tuple[int, int]:
-    """Number of processes to start on this machine and threads of each, for the config of any command.
+def is_launched() -> bool:
+    """Whether a launcher started this process. The last variable is all that accelerate sets for a single process."""
+    return not os.environ.keys().isdisjoint(("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"))
 
-    NUM_PROCESSES overrides the default: one process for every `tensor_parallel` GPUs, and one where there is no GPU or
-    where a server does the work.
+
+def launch(config: Any, check: Callable[[Any], None], options: Namespace, arguments: Sequence[str]) -> None:
+    """Replace this process by `accelerate launch` of `llm2 ARGUMENTS`; returns if one process without it is enough.
+
+    Args:
+        check: validates the inputs first; raises UserError.
+        options: `processes`, `accelerate_config` and `accelerate_args` of the command line, texts or None.
+    """
+    processes, threads = resolve_parallelism(config, options.processes)
+    if processes == 1 and not options.accelerate_config:
+        if isinstance(config, OptimizerConfig):  # the Trainer would multiply the batch by the GPUs that it sees
+            os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+        return
+    setting = ONE_MACHINE
+    if options.accelerate_config:
+        if not os.path.isfile(options.accelerate_config):
+            raise UserError(f"--accelerate-config: expected a file, found none at {options.accelerate_config!r}")
+        setting = ("--config_file", options.accelerate_config)
+    check(config)
+    sizes = ("--num_processes", str(processes), "--num_cpu_threads_per_process", str(threads))
+    command = (*setting, *sizes, *shlex.split(options.accelerate_args or ""), "-m", "llm2", *arguments)
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *command])
+
+
+def resolve_parallelism(config: Any, number: str | None = None) -> tuple[int, int]:
+    """Number of processes to start and threads of each, for the config of any command.
+
+    By default one process for every `tensor_parallel` GPUs, and one where there is no GPU or where a server does the
+    work. `number` overrides this; raises UserError unless it is a whole number from 1 on.
     """
     on_cpu = getattr(config, "device", "auto") == "cpu" or getattr(config, "server", None) is not None
     num_gpus = 0 if on_cpu else torch.cuda.device_count()
-    number = os.environ.get("NUM_PROCESSES", "")
     if number and not (number.isdecimal() and int(number)):
-        raise UserError(f"NUM_PROCESSES: found {number!r}, expected a whole number from 1 on")
+        raise UserError(f"--processes (NUM_PROCESSES): found {number!r}, expected a whole number from 1 on")
     processes = int(number or max(1, num_gpus // getattr(config, "tensor_parallel", 1)))
     return processes, max(1, torch.get_num_threads() // processes)

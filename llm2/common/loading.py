@@ -37,7 +37,7 @@ NEWEST_TESTED = "5.24.0"  # of transformers; tests/README.md has all versions
 TESTBED = Path(llm2.__file__).parent / "testbed" / "system1"
 BUILT_IN = {"testbed": TESTBED, "testbed-verifier": TESTBED.parent / "verifier"}
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")  # where files are
-LOCAL_MODEL_HINT = "pass model=<local folder>, or model=testbed for the embedded one (`bash scripts/quickstart.sh`)"
+LOCAL_MODEL_HINT = "pass model=<local folder>, or model=testbed for the embedded one"
 
 
 def resolve_device(device: str | int | torch.device) -> torch.device:

@@ -18,8 +18,7 @@ def hub_rows(dataset: str, split: str, subset: str | None = None) -> Iterable[di
     except (OSError, ValueError):  # the hub's errors are OSErrors; a ValueError: cached, but not this part of it
         raise UserError(
             f"{dataset} is not in the local cache and the Hugging Face hub cannot be reached: "
-            "set data_file=<local JSON lines in its format>, "
-            "or task=testbed, which needs no download (`bash scripts/quickstart.sh`)"
+            "set data_file=<local JSON lines in its format>, or task=testbed, which needs no download"
         ) from None
 
 

@@ -119,8 +119,8 @@ class ServerBackend:
             if "HTTP 404" not in str(error):
                 raise
             raise UserError(
-                f"server: {self.url} does not say what it guides ({PATH}: HTTP 404); expected one that was started by "
-                "`bash scripts/serve.sh`"
+                f"server: {self.url} does not say what it guides ({PATH}: HTTP 404); "
+                "expected one that `llm2 serve` started"
             ) from None
         with explained(f"server: {self.url}{PATH} answers {shown(answer)}", "expected counts of llm2"):
             betas = {str(beta): int(tokens) for beta, tokens in answer["guided_tokens"].items()}
