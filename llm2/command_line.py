@@ -95,11 +95,11 @@ def file_and_overrides(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 def claim(config: Any) -> AbstractContextManager:
     """Keeps other runs away from what this one writes."""
-    from llm2.common.claim import claimed
+    from llm2.common.claim import lock_output
 
     if hasattr(config, "output_dir"):
-        return claimed(config.output_dir)
-    return claimed(config.output, is_file=True) if hasattr(config, "output") else nullcontext()
+        return lock_output(config.output_dir)
+    return lock_output(config.output, is_file=True) if hasattr(config, "output") else nullcontext()
 
 
 # Imports are inside the functions: a misspelt key is reported at once, without seconds of importing torch.

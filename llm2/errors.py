@@ -29,7 +29,7 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     said = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = shortened(said[0] + (f" {said[1]}" if said[0].endswith(":") and said[1:] else ""), 300) if said else ""
+    text = shorten(said[0] + (f" {said[1]}" if said[0].endswith(":") and said[1:] else ""), 300) if said else ""
     speaks = isinstance(error, OSError | ValueError | RuntimeError) and text  # others say a key or nothing at all
     return text if speaks else f"{type(error).__name__}{f': {text}' if text else ''}"
 
@@ -55,10 +55,10 @@ def of_the_machine(error: Exception) -> str | None:
 def shown(value: Any) -> str:
     """A value as an error quotes it: its repr, shortened."""
     try:
-        return shortened(repr(value), 100)
+        return shorten(repr(value), 100)
     except (ValueError, RecursionError):  # an integer of too many digits, too deep a nesting
         return f"a {type(value).__name__}"
 
 
-def shortened(text: str, limit: int) -> str:
+def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.configs import BENCHMARKS
 from experiments.commands import CONFIGS
 from experiments.study.config import StudyConfig
-from experiments.study.run import chosen
+from experiments.study.run import choose_values
 from llm2.common.config_file import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +47,7 @@ def test_commands_use_existing_keys():
             only = re.findall(r"--only ([a-z]\w*=[\w.]+)", command)
             if only:
                 study = re.search(r"study\.sh (\w+)", command)[1]
-                assert chosen(load_config(StudyConfig, ROOT / "experiments" / "studies" / f"{study}.yaml"), only)
+                assert choose_values(load_config(StudyConfig, ROOT / "experiments" / "studies" / f"{study}.yaml"), only)
             found = re.findall(r"\s\[?([a-z]\w*)=", re.sub(r"--only \S+", "", command))
             assert set(found) <= keys, f"{path}: {command}"
 

@@ -14,7 +14,7 @@ from llm2.errors import UserError
 
 
 @contextmanager
-def claimed(output: str | Path, is_file: bool = False) -> Iterator[None]:
+def lock_output(output: str | Path, is_file: bool = False) -> Iterator[None]:
     """Hold OUTPUT/.lock, or OUTPUT.lock of a file, while this block runs; a killed process does not leave it held.
 
     The main process holds it for all. Raises UserError with the process, the machine and the start of the run that has
@@ -26,7 +26,7 @@ def claimed(output: str | Path, is_file: bool = False) -> Iterator[None]:
     lock = Path(f"{output}.lock") if is_file else Path(output, ".lock")
     made = not lock.parent.exists()
     lock.parent.mkdir(parents=True, exist_ok=True)
-    file = _locked(lock)
+    file = _try_lock(lock)
     if file is None:
         owner = lock.read_text(encoding="utf-8") if lock.exists() else ""
         raise UserError(
@@ -39,13 +39,13 @@ def claimed(output: str | Path, is_file: bool = False) -> Iterator[None]:
         file.flush()
         yield
     finally:
-        lock.unlink(missing_ok=True)  # before it is released: see _locked
+        lock.unlink(missing_ok=True)  # before it is released: see _try_lock
         file.close()
         if made and not any(lock.parent.iterdir()):
             lock.parent.rmdir()
 
 
-def _locked(path: Path) -> BinaryIO | None:
+def _try_lock(path: Path) -> BinaryIO | None:
     """The locked file; None if another process holds it.
 
     A POSIX lock, since worker processes do not inherit it: one that outlives a killed run would hold any other kind.

@@ -150,11 +150,11 @@ def _explain(error: ValidationError, cls: type, path: str | Path | None, places:
 
 def help_text(cls: type) -> str:
     """Every key of a config with its type, default and sentence, the required ones first."""
-    keys = sorted(_described(cls), key=lambda key: "(default " in key[0])
+    keys = sorted(_describe_keys(cls), key=lambda key: "(default " in key[0])
     return "\n".join(f"  {head}\n      {text}" if text else f"  {head}" for head, text in keys)
 
 
-def _described(cls: type) -> Iterator[tuple[str, str]]:
+def _describe_keys(cls: type) -> Iterator[tuple[str, str]]:
     schema = TypeAdapter(cls).json_schema()
     for name, field in schema["properties"].items():
         # Only the class that declares a key holds its sentence.

@@ -18,7 +18,7 @@ import llm2
 from llm2.common.config_file import as_dict, difference
 from llm2.common.files import digest, write_text
 from llm2.common.home import without_home
-from llm2.common.keys import Mark, marked, reads
+from llm2.common.keys import Mark, reads, select_keys
 from llm2.errors import UserError, explained
 
 Digests = dict[str, dict[str, str]]  # key -> name of a file, without its folder -> SHA-256, or a hub's commit
@@ -57,7 +57,7 @@ def require_same(
         what: begins the sentence: what is to be used again.
         but: keys that may differ here besides those marked HOW and WHICH.
     """
-    but = {*but, *marked(config, Mark.HOW, Mark.WHICH)}
+    but = {*but, *select_keys(config, Mark.HOW, Mark.WHICH)}
     if changed := difference(earlier, config, but):
         raise UserError(f"{what} is of another config: {changed}; {way_out}")
     if changed := change(earlier.get("inputs"), inputs, but):

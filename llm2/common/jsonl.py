@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2.common.files import reading
-from llm2.errors import UserError, shortened, shown
+from llm2.errors import UserError, shorten, shown
 
 
 def read_jsonl(
@@ -48,7 +48,7 @@ def _parse(line: str, where: str, text_keys: tuple[str, ...]) -> dict:
         raise UserError(f"{where}: expected an object, found a {type(record).__name__}")
     for key in text_keys:
         if key not in record:
-            keys = shortened(", ".join(map(repr, record)) or "no keys", 100)
+            keys = shorten(", ".join(map(repr, record)) or "no keys", 100)
             raise UserError(f"{where}: expected the key {key!r}, found {keys}")
         if not isinstance(record[key], str):
             raise UserError(f"{where}: key {key!r}: expected a text, found {shown(record[key])}")

@@ -31,7 +31,7 @@ def reads(config: Any) -> dict[str, str]:
     return {key: mark.kind for key, marks in notes for mark in marks if isinstance(mark, Reads)}
 
 
-def marked(config: Any, *wanted: Mark) -> dict[str, Any]:
+def select_keys(config: Any, *wanted: Mark) -> dict[str, Any]:
     """Key -> value, for the keys of a config that have at least one of these marks."""
     notes = _annotations(type(config)).items()
     return {key: getattr(config, key) for key, marks in notes if any(mark in wanted for mark in marks)}

@@ -7,7 +7,7 @@ from tqdm import tqdm
 from transformers import ProgressCallback, Trainer, TrainingArguments
 
 from llm2.common.distributed import dist_info
-from llm2.common.keys import Mark, marked
+from llm2.common.keys import Mark, select_keys
 from llm2.config import OptimizerConfig
 from llm2.errors import UserError
 
@@ -51,7 +51,7 @@ def optimizer_arguments(config: OptimizerConfig, device: torch.device) -> dict[s
             f"{config.per_device_train_batch_size} x {world_size} processes"
         )
     return {
-        **marked(config, Mark.TRAINER),
+        **select_keys(config, Mark.TRAINER),
         CHECKPOINTING: config.gradient_checkpointing,
         "warmup_steps": config.warmup_ratio,  # below 1 it is a ratio
         "gradient_accumulation_steps": config.global_batch_size // forward_size,

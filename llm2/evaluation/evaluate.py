@@ -18,7 +18,7 @@ from llm2.common.config_file import as_dict
 from llm2.common.distributed import barrier, dist_info, process_device
 from llm2.common.files import write_text
 from llm2.common.inputs import Digests, digests
-from llm2.common.keys import Mark, marked
+from llm2.common.keys import Mark, select_keys
 from llm2.common.loading import load_system1, load_tokenizer, refuse_unknown_ids, resolve_device
 from llm2.common.progress import DecodingBar
 from llm2.common.same_tokenizer import require_same_tokenizer
@@ -107,7 +107,7 @@ def describe(config: EvaluateConfig, inputs: Digests, n: int) -> dict:
         "split": config.split,
         "n": n,
         "seed": config.seed,
-        "settings": {key: values[key] for key in marked(config, Mark.SHOWN)},
+        "settings": {key: values[key] for key in select_keys(config, Mark.SHOWN)},
         "inputs": inputs,
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
         "git_commit": git_commit(),
@@ -168,7 +168,7 @@ class Evaluator:
         samples = self.config.num_samples if mode.sampled else 1
         options = {"desc": mode, "unit": "problem", "disable": not dist.is_main}
         with DecodingBar(len(share) * samples, self.config.max_new_tokens, samples, **options) as progress:
-            for group in _grouped(self._decode(mode, share, progress), group_size):
+            for group in _group(self._decode(mode, share, progress), group_size):
                 for entry in self._entries(mode, group):
                     predictions.add(entry)
                     correct += sum(sample["correct"] for sample in entry["samples"])
@@ -257,7 +257,7 @@ class Evaluator:
         ]
 
 
-def _grouped(decoded: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
+def _group(decoded: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
     """Groups of problems with at least `size` completions each; the last group may have fewer."""
     group = []
     for problem in decoded:

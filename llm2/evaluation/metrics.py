@@ -89,7 +89,7 @@ def _cost(mode: Mode, lines: Sequence[dict]) -> dict[str, float]:
 def _compare_greedy(lines: dict[Mode, list[dict]]) -> dict:
     """McNemar's exact test."""
     correct = [[line["samples"][0]["correct"] for line in lines[mode]] for mode in GREEDY]
-    return _paired(GREEDY, "accuracy", mcnemar(*correct))
+    return _pair(GREEDY, "accuracy", mcnemar(*correct))
 
 
 def _compare_sampling(curves: dict[Mode, Curves], ks: Sequence[int], seed: int) -> list[dict]:
@@ -98,10 +98,10 @@ def _compare_sampling(curves: dict[Mode, Curves], ks: Sequence[int], seed: int) 
     shared = [key for key in tested if all(key in curves[mode] for mode in SAMPLING)]
     tables = [np.array([curves[mode][key] for key in shared]).T for mode in SAMPLING]  # (N, F) each
     tests = paired_bootstrap(*tables, seed)
-    return [_paired(SAMPLING, FIGURES[figure].format(k), test) for (figure, k), test in zip(shared, tests, strict=True)]
+    return [_pair(SAMPLING, FIGURES[figure].format(k), test) for (figure, k), test in zip(shared, tests, strict=True)]
 
 
-def _paired(modes: tuple[Mode, Mode], metric: str, test: PairedTest) -> dict:
+def _pair(modes: tuple[Mode, Mode], metric: str, test: PairedTest) -> dict:
     return {"a": modes[0], "b": modes[1], "metric": metric, **asdict(test)}
 
 

@@ -15,7 +15,7 @@ from llm2.common.files import whole_file
 from llm2.common.inputs import INPUTS, Digests, change, read_inputs, require_same, write_inputs
 from llm2.common.journal import Journal
 from llm2.common.jsonl import read_jsonl
-from llm2.common.keys import Mark, marked
+from llm2.common.keys import Mark, select_keys
 from llm2.config import EvaluateConfig, Mode
 from llm2.errors import UserError
 from llm2.tasks import Problem
@@ -99,7 +99,7 @@ class Predictions:
         """The entries of another results folder. Raises UserError if this run would have made other ones."""
         if not (folder / "predictions.jsonl").exists():
             raise UserError(f"reuse_from: {folder} holds no predictions.jsonl; evaluate there first")
-        scoring, checked = marked(self.config, Mark.SCORES), set()
+        scoring, checked = select_keys(self.config, Mark.SCORES), set()
         others = as_dict(self.config).keys() - scoring
         same_scores = difference(read_values(folder / "config.yaml"), self.config, others) is None
         same_scores &= change(read_inputs(folder), self.inputs, others) is None
@@ -118,7 +118,7 @@ class Predictions:
 def _without_effect(config: EvaluateConfig, mode: Mode) -> Collection[str]:
     """The keys on which what this mode writes does not depend."""
     unused = ([] if mode.guided else [Mark.GUIDED]) + ([] if mode.sampled else [Mark.SAMPLED])
-    return marked(config, *unused)
+    return select_keys(config, *unused)
 
 
 def _key(entry: dict) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from llm2.common.jsonl import read_jsonl
 from llm2.common.loading import eos_ids, load_system1, load_tokenizer, resolve_device
 from llm2.common.stats import best_of_k, vote_weights, weighted_majority_at_k
 from llm2.config import ScoreConfig
-from llm2.errors import UserError, shortened, shown
+from llm2.errors import UserError, shorten, shown
 from llm2.tasks import Task, load_task
 from llm2.verifier.load import load_verifier, require_same_template, require_verifier
 from llm2.verifier.model import ProcessVerifier
@@ -127,4 +127,4 @@ def _sentence(line: Line, ranked: dict) -> str:
     text = f"line {line.number}: best of {len(line.solutions)} is solution {best} ({ranked['scores'][best]:.3f})"
     if "vote" in ranked:
         text += f", weighted vote {ranked['vote']}"
-    return f"{text}: {shortened(' '.join(line.solutions[best].split()), 60)}"
+    return f"{text}: {shorten(' '.join(line.solutions[best].split()), 60)}"

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 
-from llm2.common.claim import claimed
+from llm2.common.claim import lock_output
 from llm2.common.files import write_text
 from llm2.common.home import without_home
 from llm2.common.inputs import digests
@@ -32,7 +32,7 @@ def sweep(config: SweepConfig) -> dict | None:
     points, inputs = [], digests(config)
     for settings in grid(config):
         point = validation_config(config, settings)
-        with claimed(point.output_dir):
+        with lock_output(point.output_dir):
             evaluate(point)
         metrics = json.loads(Path(point.output_dir, "metrics.json").read_text(encoding="utf-8"))  # in every process
         points.append({**settings, **_accuracy(metrics, config.choose_by)})

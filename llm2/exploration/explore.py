@@ -24,7 +24,7 @@ from llm2.common.config_file import difference
 from llm2.common.distributed import barrier, dist_info, iter_shared_work
 from llm2.common.inputs import Digests, change, digests
 from llm2.common.journal import Journal
-from llm2.common.keys import Mark, marked
+from llm2.common.keys import Mark, select_keys
 from llm2.common.loading import load_tokenizer
 from llm2.common.prefix import common_prefix
 from llm2.config import ExploreConfig
@@ -38,7 +38,7 @@ from llm2.exploration.summary import BINS, write_outputs
 from llm2.tasks import Problem, Task, load_task
 from llm2.verifier.triplets import Triplet, record_line
 
-CHUNK = 16  # problems that are started together
+START_SIZE = 16  # problems that are started together
 
 
 @dataclass
@@ -104,7 +104,7 @@ def explore(config: ExploreConfig) -> dict | None:
 def finished_report(config: ExploreConfig, inputs: Digests) -> dict | None:
     """The report beside the output; None if it is that of another run."""
     report = json.loads(Path(f"{config.output}.report.json").read_text(encoding="utf-8"))
-    other = difference(report["config"], config, marked(config, Mark.HOW)) or change(report.get("inputs"), inputs)
+    other = difference(report["config"], config, select_keys(config, Mark.HOW)) or change(report.get("inputs"), inputs)
     return None if other else report
 
 
@@ -177,7 +177,7 @@ class Explorer:
             """Let the engine have their pending rollouts; yields those that have none."""
             for state in states:
                 for key, indices in state.pending.items():
-                    request = state.solution.rollout_request(*key, self.config.seed, self._generated(indices))
+                    request = state.solution.rollout_request(*key, self.config.seed, self._distinct(indices))
                     running[next(numbers)] = (state, key, len(request.seeds))
                     requests.append(request)
                 if not state.pending:
@@ -185,7 +185,7 @@ class Explorer:
 
         enough = self.engine.window * self.config.batch_size
         while True:
-            while sum(rows for *_, rows in running.values()) < enough and (new := list(islice(waiting, CHUNK))):
+            while sum(rows for *_, rows in running.values()) < enough and (new := list(islice(waiting, START_SIZE))):
                 yield from begin(self.start_problems(new))
             if not running:
                 return
@@ -228,14 +228,14 @@ class Explorer:
         self.progress.add(1.0)
         return ProblemState(solution, test)
 
-    def _generated(self, indices: range) -> range:
+    def _distinct(self, indices: range) -> range:
         """Of a token's rollouts: greedy ones are all equal, and one is generated."""
         return indices[:1] if self.config.temperature == 0 else indices
 
     def finish(self, state: ProblemState, key: tuple[int, int], continuations: Sequence[Sequence[int]]) -> bool:
         """Count a token's finished rollouts. Whether they were its problem's last: then the next ones are pending."""
         before, indices = state.test.progress, state.pending.pop(key)
-        self.record_outcomes(state, *key, continuations, weight=len(indices) // len(self._generated(indices)))
+        self.record_outcomes(state, *key, continuations, weight=len(indices) // len(self._distinct(indices)))
         state.counts["rollouts"] += len(continuations)
         state.counts["generated_tokens"] += sum(map(len, continuations))
         if last := not state.pending:

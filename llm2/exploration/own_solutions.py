@@ -24,7 +24,7 @@ from llm2.exploration.engines import Engine, Request
 from llm2.tasks import Problem, Task
 from llm2.tasks.grading import Grade
 
-WINDOW = 4  # batches of samples between entries of the journal
+JOURNAL_BATCHES = 4  # batches of samples between entries of the journal
 
 
 class Sample(NamedTuple):
@@ -52,7 +52,7 @@ def own_solutions(
     journal = Journal(folder, config, inputs, key=itemgetter("id"), shard=dist_info().rank)
     barrier()  # all processes have read the same journal before one adds to it
     waiting = [problem for problem in problems if problem.id not in journal.done]
-    size = max(1, WINDOW * config.batch_size // config.solution_samples)
+    size = max(1, JOURNAL_BATCHES * config.batch_size // config.solution_samples)
     groups = [waiting[start : start + size] for start in range(0, len(waiting), size)]
     with sampling_bar(config, len(waiting)) as bar:
         for index in iter_shared_work(len(groups)):

@@ -8,7 +8,7 @@ from llm2.common.config_file import as_dict
 from llm2.common.files import whole_file, write_text
 from llm2.common.inputs import Digests
 from llm2.common.journal import Journal
-from llm2.common.memory import peak_rss_mib
+from llm2.common.peak_memory import peak_rss_mib
 from llm2.config import ExploreConfig
 from llm2.errors import UserError
 

@@ -24,7 +24,7 @@ def load_few_shot(source: str | None, num_fewshot: int | None = None) -> list[Me
     if source is None:
         return []
     if source == PUBLISHED:
-        examples = _published()
+        examples = _harness_examples()
     else:
         examples = [(problem.question, problem.solution) for problem in read_problems(source, "example")]
     if len(examples) < (num_fewshot or 0):
@@ -44,7 +44,7 @@ def with_examples(examples: Sequence[Message], prompt: Sequence[Message]) -> lis
     return [*prompt[:start], *examples, *prompt[start:]]
 
 
-def _published() -> list[tuple[str, str]]:
+def _harness_examples() -> list[tuple[str, str]]:
     harness = find_spec("lm_eval")
     if harness is None:
         raise UserError(f"few_shot={PUBLISHED} reads the examples from lm-evaluation-harness: pip install lm-eval")

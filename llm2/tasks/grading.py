@@ -72,7 +72,7 @@ def extract_answer(text: str, mode: MatchMode = "flexible") -> str | None:
             before, behind = text.find("=") < announcement.start(), text.rfind("=") < decoration.end() + len(statement)
             if announcement.lastgroup == "heading" and not (before or behind):
                 continue  # it heads a whole solution: the calculations follow
-            if number := _stated(statement):
+            if number := _find_number(statement):
                 return _read(number)
     numbers = list(NUMBER.finditer(text)) if mode == "flexible" else []
     return _read(numbers[-1]) if numbers else None
@@ -105,7 +105,7 @@ def canonical(value: Fraction) -> str:
     return f"{'-' * (value < 0)}{whole}.{decimals:0{num_decimals}}"
 
 
-def _stated(statement: str) -> re.Match | None:
+def _find_number(statement: str) -> re.Match | None:
     """The first number of a statement, or the result of its equation: 16 of `32 / 2 = 16`."""
     return NUMBER.search(statement.rpartition("=")[2]) or NUMBER.search(statement)
 

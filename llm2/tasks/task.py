@@ -109,8 +109,8 @@ def load_task(name: str, data_file: str | None = None, grader: str | None = None
         task = cls(data_file)
     if grader is not None:
         task.can_compare = lambda gold: True
-        is_correct = _guarded(grader, _load("grader", grader, "MODULE:FUNCTION"))
-        task.grade = lambda texts, gold: [_graded(task, text, gold, is_correct(text, gold)) for text in texts]
+        is_correct = _guard(grader, _load("grader", grader, "MODULE:FUNCTION"))
+        task.grade = lambda texts, gold: [_grade(task, text, gold, is_correct(text, gold)) for text in texts]
     return task
 
 
@@ -138,7 +138,7 @@ def require_distinct_ids(task: Task, problems: Sequence[Problem]) -> None:
         raise UserError(f"{where}the id {name!r} stands for {count} problems, expected different ids")
 
 
-def _guarded(name: str, grader: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
+def _guard(name: str, grader: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
     """A grader of the user's, whose error or endless loop is a UserError with what it was asked."""
 
     def too_slow(*_) -> None:
@@ -164,7 +164,7 @@ def _guarded(name: str, grader: Callable[[str, str], bool]) -> Callable[[str, st
     return guarded
 
 
-def _graded(task: Task, text: str, gold: str, correct: bool) -> Grade:
+def _grade(task: Task, text: str, gold: str, correct: bool) -> Grade:
     """Correct solutions vote for gold, wrong ones for their extracted answer, or for their text if there is none."""
     answer = gold if correct else task.extract_answer(text) or text
     return Grade(None if answer == gold and not correct else answer, bool(correct), bool(correct))

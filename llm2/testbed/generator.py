@@ -54,7 +54,7 @@ def split_of(question: str) -> str:
 
 def worked_answer(story: Story) -> str:
     """The gold solution in GSM8K's format."""
-    lines = [story.say(step, _annotated(step, story.values, value)) for step, value in _solved(story)]
+    lines = [story.say(step, _annotate(step, story.values, value)) for step, value in _solve(story)]
     return "\n".join([*lines, final_answer(story)])
 
 
@@ -65,7 +65,7 @@ def final_answer(story: Story) -> str:
 
 def gold_solution(story: Story) -> str:
     """The gold solution as an assistant's message: one paragraph without annotations, the answer at its end."""
-    sentences = [story.say(step, equation(step, story.values, value)) for step, value in _solved(story)]
+    sentences = [story.say(step, equation(step, story.values, value)) for step, value in _solve(story)]
     return " ".join([*sentences, CONCLUSION.format(story.values[-1])])
 
 
@@ -73,13 +73,13 @@ def equation(step: Step, values: tuple[int, ...] | list[int], result: int) -> st
     return f"{value_of(step.left, values)} {step.operator} {value_of(step.right, values)} = {result}"
 
 
-def _annotated(step: Step, values: tuple[int, ...], result: int) -> str:
+def _annotate(step: Step, values: tuple[int, ...], result: int) -> str:
     plain = equation(step, values, result)
     calculation, _, _ = plain.rpartition(" ")
     return f"{calculation} <<{plain.replace(' ', '')}>>{result}"
 
 
-def _solved(story: Story) -> Iterator[tuple[Step, int]]:
+def _solve(story: Story) -> Iterator[tuple[Step, int]]:
     return zip(story.steps, story.values, strict=True)
 
 

@@ -126,11 +126,11 @@ def calculate(left: int, operator: str, right: int) -> int:
 
 def draw_story(rng: random.Random, variety: Variety = VARIETIES["usual"]) -> Story | None:
     """A random story, or None if its numbers do not work out (a remainder, a negative or too large result)."""
-    scenario = _weighted(rng, variety.scenarios)
+    scenario = _draw(rng, variety.scenarios)
     slots = _draw_words(rng, variety) | scenario.slots
     draft = _Draft(rng, slots, variety.limits)
     for table in scenario.tables:
-        if not draft.add(_weighted(rng, table)):
+        if not draft.add(_draw(rng, table)):
             return None
     learnt = all(LEARNT.allow(step.operator, value) for step, value in zip(draft.steps, draft.values, strict=True))
     if len(draft.steps) not in variety.steps or (variety.beyond and learnt):
@@ -197,7 +197,7 @@ def _dependencies(step: Step) -> set[int]:
     return {operand.step for operand in (step.left, step.right) if isinstance(operand, Computed)}
 
 
-def _weighted(rng: random.Random, options: Sequence):
+def _draw(rng: random.Random, options: Sequence):
     return rng.choices(options, [option.weight for option in options])[0]
 
 

@@ -18,7 +18,7 @@ from llm2.common.distributed import dist_info, process_device
 from llm2.common.files import whole_files
 from llm2.common.inputs import Digests, digests, write_inputs
 from llm2.common.loading import load_tokenizer, resolve_device
-from llm2.common.memory import peak_memory_mib
+from llm2.common.peak_memory import peak_memory_mib
 from llm2.common.training import ForwardsBar, optimizer_arguments
 from llm2.config import TrainConfig
 from llm2.errors import UserError, explained

@@ -24,7 +24,7 @@ from llm2.common.prefix import common_prefix
 from llm2.common.stats import probability_worse
 from llm2.errors import UserError, shown
 
-CHUNK = 250  # lines tokenized at a time: fast, and memory does not grow with the file
+TOKENIZED_LINES = 250  # lines tokenized at a time: fast, and memory does not grow with the file
 MAX_MISFITS = 3  # quoted in an error
 
 
@@ -196,7 +196,7 @@ def load_examples(
     """
     examples, summary, misfits = ExampleFile() if into is None else into, Summary(), []
     records, unit = (read_records(path), "line") if rows is None else (_rows(rows, str(path)), "row")
-    for record, ids, start in _tokenized(islice(records, limit), tokenizer, template):
+    for record, ids, start in _tokenize(islice(records, limit), tokenizer, template):
         misfit = find_misfit(ids, record.triplets, len(tokenizer), start)
         if misfit is not None:
             misfits.append((record, ids, misfit, start))
@@ -299,11 +299,11 @@ def _quality_gaps(quality: Any, num_triplets: int) -> list[float] | None:
     return [gold - negative for gold, negative in quality]
 
 
-def _tokenized(
+def _tokenize(
     records: Iterator[Record], tokenizer: PreTrainedTokenizerBase, template: str | None
 ) -> Iterator[tuple[Record, list[int], int]]:
     """Each record with its token ids and the position where its last message, the solution, begins."""
-    while chunk := list(islice(records, CHUNK)):
+    while chunk := list(islice(records, TOKENIZED_LINES)):
         conversations = encode_chats(tokenizer, [record.messages for record in chunk], template)
         questions = [record.messages[:-1] for record in chunk]
         prompts = iter(encode_chats(tokenizer, [messages for messages in questions if messages], template, True))
@@ -325,13 +325,13 @@ def _explain(
         if not 0 <= negative < len(tokenizer):
             lines.append(f"{where} negative token {negative} is not in the vocabulary of {len(tokenizer)} tokens")
         elif negative == gold:
-            lines.append(f"{where} gold and negative are the same token {_named(tokenizer, gold)}")
+            lines.append(f"{where} gold and negative are the same token {_quote(tokenizer, gold)}")
         elif not 0 < position < len(ids):
-            lines.append(f"{where} expected token {_named(tokenizer, gold)}, but the {unit} has only {len(ids)} tokens")
+            lines.append(f"{where} expected token {_quote(tokenizer, gold)}, but the {unit} has only {len(ids)} tokens")
         elif ids[position] == gold:
             lines.append(f"{where} the token is in the question, expected one of the solution, from position {start}")
         else:
-            expected, found = _named(tokenizer, gold), _named(tokenizer, ids[position])
+            expected, found = _quote(tokenizer, gold), _quote(tokenizer, ids[position])
             lines.append(f"{where} expected token {expected}, found {found}")
     shifts = {_shift(ids, record.triplets) for record, ids, *_ in misfits}
     if len(shifts) == 1 and (shift := shifts.pop()):
@@ -353,6 +353,6 @@ def _shift(ids: list[int], triplets: list[Triplet]) -> int | None:
     return None
 
 
-def _named(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+def _quote(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     in_vocabulary = 0 <= token < len(tokenizer)
     return f"{token} {tokenizer.decode([token])!r}" if in_vocabulary else f"{token} (outside the vocabulary)"

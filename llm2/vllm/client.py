@@ -40,13 +40,13 @@ class ServerBackend:
         self.model = self._model_name(model)
         self.pool = ThreadPoolExecutor(max_requests)
         if guides:
-            self._guided()
+            self._guided_counts()
 
     def stream(
         self, prompts: Sequence[Sequence[int]], options: Sequence[Mapping[str, Any]]
     ) -> Iterator[tuple[int, Answer]]:
         betas = [(request.get("extra_args") or {}).get("llm2_beta") for request in options]
-        written, before = Counter(), self._guided() if any(beta is not None for beta in betas) else {}
+        written, before = Counter(), self._guided_counts() if any(beta is not None for beta in betas) else {}
         futures = {
             self.pool.submit(self._answer, ids, request): index
             for index, (ids, request) in enumerate(zip(prompts, options, strict=True))
@@ -111,7 +111,7 @@ class ServerBackend:
             raise UserError(f"server: {self.url} serves {', '.join(names)}; expected {model} to be among them")
         return model if model in names else names[0]
 
-    def _guided(self) -> dict[str, Any]:
+    def _guided_counts(self) -> dict[str, Any]:
         """What the server reports as guided so far."""
         try:
             answer = self._send(PATH, None)
@@ -131,7 +131,7 @@ class ServerBackend:
 
         Of several engines one tells, and one that was restarted has begun to count anew: then some must be guided.
         """
-        now = self._guided()
+        now = self._guided_counts()
         same = now["started"] == before["started"]
         for beta, tokens in written.items():
             key = f"{beta:g}" if beta is not None else None

@@ -49,13 +49,13 @@ def table(metrics: Metrics) -> str:
     lines = [(row.group, row.cells(metrics.n)) for row in rows(metrics)]
     widths = _widths([HEADER, *(cells for _, cells in lines)])
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    text = [title(metrics), "", _aligned(HEADER, widths)]
+    text = [title(metrics), "", _align(HEADER, widths)]
     for _, group in groupby(lines, key=itemgetter(0)):
-        text += [rule, *(_aligned(cells, widths) for _, cells in group)]
+        text += [rule, *(_align(cells, widths) for _, cells in group)]
     text.append(rule)
     costs = cost_lines(metrics)
     if costs:
-        text += ["", *(_aligned(line, _widths(costs)) for line in costs), ""]
+        text += ["", *(_align(line, _widths(costs)) for line in costs), ""]
     return "\n".join(text + [line for note in notes(metrics) for line in wrap(note, COLUMNS, subsequent_indent="  ")])
 
 
@@ -149,6 +149,6 @@ def _widths(lines: Sequence[tuple[str, ...]]) -> list[int]:
     return [max(map(len, column)) for column in zip(*lines, strict=True)]
 
 
-def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:
+def _align(cells: tuple[str, ...], widths: list[int]) -> str:
     first, *rest = zip(cells, widths, strict=True)
     return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]).rstrip()
