@@ -1,6 +1,6 @@
-"""What the command lines of the project share: arguments, overrides, claims on outputs, one sentence for a mistake.
+"""Shared by the command lines of llm2, experiments and benchmarks: arguments, overrides, locks, error messages.
 
-Exit status: 0 done, 2 a user's mistake (one sentence, no traceback), 130 interrupted.
+Exit status: 0 on success, 2 for a user's mistake (one sentence, no traceback), 130 when interrupted.
 """
 
 import argparse
@@ -22,9 +22,9 @@ class Command(NamedTuple):
     """A command whose arguments are the keys of a config."""
 
     config: type
-    check: Callable[[Any], None]  # validates the inputs before workers are launched
+    check: Callable[[Any], None]  # validates the inputs, before processes start
     run: Callable[[Any], None]
-    file_key: str | None = None  # a first argument that ends in .jsonl is its value
+    file_key: str | None = None  # key that a first argument ending in .jsonl sets
     parallel: bool = False  # llm2 starts it in several processes
 
 
@@ -50,7 +50,7 @@ def run_main(parser: argparse.ArgumentParser, arguments: list[str] | None) -> in
         sentence = str(error) if isinstance(error, UserError) else of_the_machine(error)
         if options.debug or sentence is None:
             raise
-        tqdm.write(f"{name}: {sentence}", file=sys.stderr)  # on a line of its own below a bar
+        tqdm.write(f"{name}: {sentence}", file=sys.stderr)  # on its own line, below a progress bar
         return 2
     return 0
 
@@ -87,14 +87,14 @@ def add_keys(parser: argparse.ArgumentParser) -> None:
 
 
 def file_and_overrides(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """A first argument that is no key=value is the config file."""
+    """The config file, if the first argument is not of the form key=value, and the remaining arguments."""
     if arguments and "=" not in arguments[0]:
         return arguments[0], arguments[1:]
     return None, arguments
 
 
 def claim(config: Any) -> AbstractContextManager:
-    """Keeps other runs away from what this one writes."""
+    """Lock the output of a config against other runs."""
     from llm2.common.claim import lock_output
 
     if hasattr(config, "output_dir"):

@@ -15,10 +15,10 @@ from llm2.errors import UserError
 
 @contextmanager
 def lock_output(output: str | Path, is_file: bool = False) -> Iterator[None]:
-    """Hold OUTPUT/.lock, or OUTPUT.lock of a file, while this block runs; a killed process does not leave it held.
+    """Hold the lock OUTPUT/.lock (OUTPUT.lock for a file) while this block runs; a kill releases it.
 
-    The main process holds it for all. Raises UserError with the process, the machine and the start of the run that has
-    it already.
+    The main process holds it for all processes. Raises UserError if another run holds it, with that run's process,
+    machine and start.
     """
     if not dist_info().is_main:
         yield
@@ -48,7 +48,8 @@ def lock_output(output: str | Path, is_file: bool = False) -> Iterator[None]:
 def _try_lock(path: Path) -> BinaryIO | None:
     """The locked file; None if another process holds it.
 
-    A POSIX lock, since worker processes do not inherit it: one that outlives a killed run would hold any other kind.
+    A POSIX lock, since worker processes do not inherit it: any other kind would stay held by a worker that outlives a
+    killed run.
     """
     while True:
         file = path.open("a+b")

@@ -43,7 +43,7 @@ class DistInfo(NamedTuple):
 
 
 def dist_info() -> DistInfo:
-    """What the launcher put into the environment; a single process without a launcher."""
+    """Read from the launcher's environment variables; without a launcher, a single process."""
     single = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     return DistInfo(*(int(os.environ.get(name, value)) for name, value in single.items()))
 

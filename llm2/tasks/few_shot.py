@@ -19,7 +19,7 @@ def load_few_shot(source: str | None, num_fewshot: int | None = None) -> list[Me
     Args:
         source: `gsm8k-cot`, the published 8-shot chain of thought (Wei et al., 2022) as lm-evaluation-harness ships it,
             or a JSON Lines file in GSM8K's format.
-        num_fewshot: how many examples, the first ones; all when None.
+        num_fewshot: number of examples to take; all when None.
     """
     if source is None:
         return []
@@ -39,7 +39,7 @@ def load_few_shot(source: str | None, num_fewshot: int | None = None) -> list[Me
 
 
 def with_examples(examples: Sequence[Message], prompt: Sequence[Message]) -> list[Message]:
-    """The prompt with the examples before its first question, and after its system prompt."""
+    """The prompt with the examples between its system prompt and its first question."""
     start = 1 if prompt[0]["role"] in ("system", "developer") else 0
     return [*prompt[:start], *examples, *prompt[start:]]
 

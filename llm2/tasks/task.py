@@ -47,7 +47,7 @@ class Task:
     """Base class of all tasks. A subclass needs only `problems` and `extract_answer`.
 
     Args:
-        data_file: local JSON lines in the task's format, read instead of its source and without network.
+        data_file: local JSON Lines in the task's format, read instead of its source, without network.
     """
 
     def __init__(self, data_file: str | None = None) -> None:
@@ -66,7 +66,7 @@ class Task:
         return [*self.prompt(problem), {"role": "assistant", "content": problem.solution}]
 
     def extract_answer(self, text: str) -> str | None:
-        """A solution's final answer, None where there is none. Equal answers are equal strings: they vote together."""
+        """A solution's final answer, None if there is none. Equal answers must be equal strings, for voting."""
         raise NotImplementedError
 
     def grade(self, texts: Sequence[str], gold: str) -> list[Grade]:
@@ -79,7 +79,7 @@ class Task:
         return True
 
     def close(self) -> None:
-        """Release what the task holds, such as processes."""
+        """Release resources such as processes."""
 
 
 class NumberTask(Task):
@@ -100,7 +100,7 @@ def load_task(name: str, data_file: str | None = None, grader: str | None = None
 
     Args:
         grader: MODULE:FUNCTION of (text, gold) -> bool that replaces the task's grading.
-        key: what errors call the name.
+        key: name of the key in errors.
     """
     cls = _load(key, BUILT_IN.get(name, name), f"one of {', '.join(BUILT_IN)}, or MODULE:CLASS")
     if not (isinstance(cls, type) and issubclass(cls, Task)):
@@ -115,7 +115,7 @@ def load_task(name: str, data_file: str | None = None, grader: str | None = None
 
 
 def read_problems(task: Task, split: str, limit: int | None = None) -> list[Problem]:
-    """The problems of a task. Raises UserError where there are none, or one that no solution could solve."""
+    """The problems of a task. Raises UserError if there are none, or if a gold answer cannot be compared."""
     where = task.data_file or f"the split {split!r} of {type(task).__name__}"
     with explained(f"{where}: the problems could not be read"):
         problems = task.problems(split, limit)
@@ -131,7 +131,7 @@ def read_problems(task: Task, split: str, limit: int | None = None) -> list[Prob
 
 
 def require_distinct_ids(task: Task, problems: Sequence[Problem]) -> None:
-    """Raises UserError where two problems have the same id."""
+    """Raise UserError if two problems have the same id."""
     name, count = Counter(problem.id for problem in problems).most_common(1)[0]
     if count > 1:
         where = f"{task.data_file}: " if task.data_file else ""
@@ -139,13 +139,13 @@ def require_distinct_ids(task: Task, problems: Sequence[Problem]) -> None:
 
 
 def _guard(name: str, grader: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
-    """A grader of the user's, whose error or endless loop is a UserError with what it was asked."""
+    """Wrap a user's grader: an exception or a timeout becomes a UserError with its arguments."""
 
     def too_slow(*_) -> None:
         raise UserError(f"no answer in {GRADER_SECONDS:g} seconds")
 
     def guarded(text: str, gold: str) -> bool:
-        # Only the main thread may set an alarm, and it grades in all commands.
+        # Only the main thread can set an alarm; all commands grade in it.
         alarmed = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGALRM, too_slow) if alarmed else None
         try:

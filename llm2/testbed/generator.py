@@ -1,8 +1,8 @@
 """The testbed's word problems as GSM8K records, in splits that share no question.
 
-Standard library only and seeded by the names of regime and split: the same problems on every machine. A regime says
-what the gold solutions are like and which System 1 they are for (llm2/testbed/README.md); a question of a split is in
-no other split of any regime.
+Uses the standard library only, seeded by the names of regime and split, so every machine gets the same problems. A
+regime sets the style of gold solutions and the System 1 they are for (llm2/testbed/README.md); a question of a split is
+in no other split of any regime.
 """
 
 import hashlib
@@ -83,14 +83,14 @@ def _solve(story: Story) -> Iterator[tuple[Step, int]]:
     return zip(story.steps, story.values, strict=True)
 
 
-# What a regime gives as the answer of a story.
+# Regime -> function that writes the answer of a story.
 REGIMES: dict[str, Callable[[Story], str]] = {
     "same": worked_answer,
     "foreign": foreign_answer,
     "answers": final_answer,
     "careful": worked_answer,
     "two_skills": worked_answer,
-    # Unlike all that System 1 has read
+    # Unlike System 1's training data
     "more_steps": worked_answer,
     "new_words": worked_answer,
     "large_numbers": worked_answer,

@@ -1,4 +1,4 @@
-"""A second skill for System 1, of no use for word problems: lists of numbers to sort."""
+"""A second skill for System 1, unrelated to word problems: lists of numbers to sort."""
 
 import random
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """Word problems as programs: a story combines facts into a question and the steps of its solution.
 
-A scenario says which facts make a sensible story; its words and numbers are drawn and its steps computed here.
+A scenario lists facts that make a sensible story; words and numbers are drawn and steps computed here.
 """
 
 import random
@@ -13,7 +13,7 @@ from llm2.testbed.facts import Fact, Table
 from llm2.testbed.words import Sentences
 
 SMALLEST = 2
-MAX_DRAWS = 8  # of a fact's numbers, before the story is given up
+MAX_DRAWS = 8  # of a fact's numbers, before the story is discarded
 
 
 class Given(NamedTuple):
@@ -55,7 +55,7 @@ class Story:
 
 
 class Scenario(NamedTuple):
-    """Which tables of facts make a sensible story."""
+    """Tables of facts that make a sensible story."""
 
     weight: float
     tables: tuple[Table, ...]  # a story takes one fact of each
@@ -97,14 +97,14 @@ LEARNT = Limits(150, 100)  # arithmetic that a small System 1 can learn
 
 @dataclass(frozen=True)
 class Variety:
-    """Which stories are drawn."""
+    """Restricts which stories are drawn."""
 
     scenarios: tuple[Scenario, ...] = SCENARIOS
     people: tuple[words.Person, ...] = words.PEOPLE
     things: tuple[str, ...] = words.THINGS
     steps: range = range(1, 7)
     limits: Limits = LEARNT
-    beyond: bool = False  # at least one result is larger than what System 1 has learnt
+    beyond: bool = False  # at least one result is larger than in System 1's training data
 
 
 VARIETIES = {

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-NO_PAIR = -100  # the Trainer's padding where it gathers pair ids from batches and ranks of unequal size
-IGNORE_INDEX = -100  # the target of a token whose next token is not predicted
+NO_PAIR = -100  # the Trainer's padding when it gathers pair ids from batches and ranks of unequal size
+IGNORE_INDEX = -100  # target of tokens without a prediction
 LOGITS_CHUNK = 256  # tokens whose vocabulary-sized logits exist at a time
 
 

@@ -40,10 +40,10 @@ System 1 {system1}. By fifth of the solution and by kind of the gold token:
 def model_card(
     config: TrainConfig, inputs: Digests, metrics: Mapping[str, float], data: Sequence[tuple[str, Summary]]
 ) -> str:
-    """The text of the card, which names only the last part of local paths.
+    """The text of the card, with only the last component of local paths.
 
     Args:
-        inputs: digests of what the training read.
+        inputs: digests of the training's inputs.
         metrics: as in training.json.
         data: path and counts of each data file.
     """

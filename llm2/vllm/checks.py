@@ -1,4 +1,4 @@
-"""What guidance in vLLM refuses, in one sentence each, before an engine starts or as HTTP 400. Does not import vllm."""
+"""Checks of engine options and requests that guidance does not support. Does not import vllm."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def resolve_guidance(config: GuidanceConfig, verifier: str) -> GuidanceConfig:
 
 
 def check_engine(vllm_config: Any) -> None:
-    """Raises UserError where guidance does not work with a `VllmConfig`."""
+    """Raise UserError if guidance does not work with a `VllmConfig`."""
     settings, model = engine_settings(vllm_config.additional_config), vllm_config.model_config
     scheduler, system1 = vllm_config.scheduler_config, model.hf_text_config
     config = verifier_config(settings.verifier)
@@ -70,7 +70,7 @@ def check_engine(vllm_config: Any) -> None:
 
 
 def require_applied(vllm_config: Any) -> None:
-    """Raises UserError if an engine's keys ask for guidance but neither processor nor model would guide."""
+    """Raise UserError if an engine's keys ask for guidance but neither a processor nor a model applies it."""
     keys, model = vllm_config.additional_config, vllm_config.model_config
     if not isinstance(keys, dict) or not any(str(key).startswith(PREFIX) for key in keys):
         return
@@ -84,7 +84,7 @@ def require_applied(vllm_config: Any) -> None:
 
 
 def check_kind(config: ProcessVerifierConfig, name: str, architecture: str, model: str) -> None:
-    """A prefix head needs a model that shows its states and has the weights that the head was trained on."""
+    """Raise UserError unless a prefix head has a model that exposes its states and has its System 1's weights."""
     shows_states = architecture.startswith(PLUGIN)
     if config.prefix_head is None and shows_states:
         raise UserError(f"verifier {name!r}: found no prefix head, expected one with the architecture {architecture}")
@@ -98,7 +98,7 @@ def check_kind(config: ProcessVerifierConfig, name: str, architecture: str, mode
 
 
 def check_request(params: Any) -> None:
-    """Raises UserError for `SamplingParams` that guidance does not go with."""
+    """Raise UserError for `SamplingParams` that guidance does not support."""
     if request_guidance(params.extra_args) is None:
         return
     for key, neutral in NO_PENALTY.items():
@@ -110,7 +110,7 @@ def check_request(params: Any) -> None:
 
 
 def describe_memory(config: ProcessVerifierConfig, dtype: torch.dtype, num_slots: int, max_len: int) -> str:
-    """The bytes that System 2 takes, and what to lower."""
+    """A sentence with System 2's memory in bytes and the options to lower."""
     backbone = config.backbone_config.get_text_config()
     with torch.device("meta"):
         weights = sum(p.numel() for p in AutoModel.from_config(backbone).parameters()) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""The figures of metrics.json as tables: accuracy, plain beside guided, and cost per problem."""
+"""Tables of metrics.json: accuracy of plain and guided decoding side by side, and cost per problem."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from llm2.config import Mode, Share
 from llm2.evaluation.metrics import FIGURES, GREEDY, SAMPLING
 from llm2.evaluation.report.read import Interval, Metrics
 
-COLUMNS = 100  # of the terminal
+COLUMNS = 100  # width in characters
 HEADER = ("", "plain, %", "guided, %", "difference", "error red.", "paired p", "n")
 COSTS = {
     "tokens_per_problem": "tokens",
@@ -22,7 +22,7 @@ COSTS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A figure of plain decoding beside the same figure of guided decoding."""
+    """One figure for plain and guided decoding."""
 
     group: str  # a rule separates groups
     label: str
