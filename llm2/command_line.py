@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -53,6 +54,12 @@ def run_main(parser: argparse.ArgumentParser, arguments: list[str] | None) -> in
         tqdm.write(f"{name}: {sentence}", file=sys.stderr)  # on its own line, below a progress bar
         return 2
     return 0
+
+
+def lazily(name: str) -> Callable:
+    """The function MODULE:NAME, imported when it is called: importing torch takes seconds."""
+    module, _, function = name.partition(":")
+    return lambda *arguments: getattr(import_module(module), function)(*arguments)
 
 
 def add_commands(subparsers: Any, commands: Mapping[str, Command]) -> None:
@@ -116,15 +123,14 @@ def _run(options: argparse.Namespace) -> None:
 
         resolve_device(config.device)
         require_model(config.model, decodes=getattr(config, "engine", "llm2") == "llm2")
-    from llm2.common.distributed import destroy_group, is_launched, launch, resolve_parallelism
+    from llm2.common.distributed import destroy_group, launch, resolve_parallelism
 
     if options.dry_run:
         check(config)
         print(*resolve_parallelism(config, getattr(options, "processes", "1")))
         return
-    if parallel and not is_launched():
-        debug = ["--debug"] if options.debug else []
-        launch(config, check, options, [options.command, *options.arguments, *debug])
+    if parallel:
+        launch(config, check, options, [options.command, *options.arguments, *["--debug"] * options.debug])
     with claim(config):
         run(config)
         destroy_group()

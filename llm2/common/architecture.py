@@ -128,9 +128,7 @@ def _examine(model: type[PreTrainedModel], key: _Config) -> Examination:
                 if state and type(layer) not in PLAIN:
                     return Examination(f"keeps more than keys and values in layer {index} ({type(layer).__name__})")
             if not body._supports_attention_backend:
-                return Examination(
-                    "does not let its attention be replaced (transformers' `_supports_attention_backend`)"
-                )
+                return Examination("does not let its attention be replaced (`_supports_attention_backend`)")
             if "position_ids" not in signature(body.forward).parameters:
                 return Examination("takes no position_ids")
             run = _dry_run(body)

@@ -50,9 +50,7 @@ def check_messages(messages: Sequence[Any], where: str) -> None:
     """Raise UserError, prefixed with `where`, at the first message that lacks a known role or a content."""
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise UserError(
-                f"{where}: key 'messages': expected objects with 'role' and 'content', found {shown(message)}"
-            )
+            raise UserError(f"{where}: key 'messages': expected objects with role and content, found {shown(message)}")
         if message["role"] not in ROLES:
             raise UserError(
                 f"{where}: key 'messages': expected a role of {', '.join(ROLES)}, found {shown(message['role'])}"

@@ -20,11 +20,14 @@ from torch.distributed.rendezvous import rendezvous
 from llm2.config import OptimizerConfig
 from llm2.errors import UserError
 
-# What `accelerate launch` needs without a config file, on CPUs too; the port is any free one.
-ONE_MACHINE = (
-    *("--multi_gpu", "--same_network", "--num_machines", "1", "--machine_rank", "0", "--main_process_port", "0"),
-    *("--mixed_precision", "no", "--dynamo_backend", "no"),
-)
+# What `accelerate launch` needs without a config file, on CPUs too; port 0 is any free one.
+ONE_MACHINE = "--multi_gpu --same_network --num_machines 1 --machine_rank 0 --main_process_port 0 --mixed_precision no"
+LAUNCHED = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "ACCELERATE_MIXED_PRECISION",
+)  # the last one is set for a single process
 WAIT = timedelta(days=30)  # for the slowest process; if one dies, the launcher ends the others
 _calls = count()  # numbers the calls of iter_shared_work, alike in all processes
 
@@ -113,33 +116,27 @@ def destroy_group() -> None:
         _store.cache_clear()
 
 
-def is_launched() -> bool:
-    """Whether a launcher started this process. The last variable is all that accelerate sets for a single process."""
-    return not os.environ.keys().isdisjoint(("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"))
-
-
 def launch(config: Any, check: Callable[[Any], None], options: Namespace, arguments: Sequence[str]) -> None:
-    """Replace this process by `accelerate launch` of `llm2 ARGUMENTS`; returns if one process without it is enough.
+    """Replace this process by `accelerate launch` of `llm2 ARGUMENTS`, after `check`, if several processes are to run.
 
-    Args:
-        check: validates the inputs first; raises UserError.
-        options: `processes`, `accelerate_config` and `accelerate_args` of the command line, texts or None.
+    Returns if one is enough, or if a launcher started this one.
     """
+    if not os.environ.keys().isdisjoint(LAUNCHED):
+        return
     processes, threads = resolve_parallelism(config, options.processes)
-    if processes == 1 and not options.accelerate_config:
+    file = options.accelerate_config
+    if processes == 1 and not file:
         if isinstance(config, OptimizerConfig):  # the Trainer would multiply the batch by the GPUs that it sees
             os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
         return
-    setting = ONE_MACHINE
-    if options.accelerate_config:
-        if not os.path.isfile(options.accelerate_config):
-            raise UserError(f"--accelerate-config: expected a file, found none at {options.accelerate_config!r}")
-        setting = ("--config_file", options.accelerate_config)
+    if file and not os.path.isfile(file):
+        raise UserError(f"--accelerate-config: expected a file, found none at {file!r}")
     check(config)
-    sizes = ("--num_processes", str(processes), "--num_cpu_threads_per_process", str(threads))
-    command = (*setting, *sizes, *shlex.split(options.accelerate_args or ""), "-m", "llm2", *arguments)
+    setting = f"--config_file {shlex.quote(file)}" if file else f"{ONE_MACHINE} --dynamo_backend no"
+    sizes = f"--num_processes {processes} --num_cpu_threads_per_process {threads}"
+    launcher = shlex.split(f"-m accelerate.commands.launch --quiet {setting} {sizes} {options.accelerate_args or ''}")
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *command])
+    os.execv(sys.executable, [sys.executable, *launcher, "-m", "llm2", *arguments])
 
 
 def resolve_parallelism(config: Any, number: str | None = None) -> tuple[int, int]:

@@ -205,9 +205,7 @@ def _load(auto_class, name: str, **options):
 @cache
 def name_newer_transformers() -> None:
     """Warn once, in the main process, that transformers is newer than the tested versions."""
-    found, tested = (
-        tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (transformers.__version__, NEWEST_TESTED)
-    )
+    found, tested = (tuple(map(int, re.findall(r"\d+", v)[:3])) for v in (transformers.__version__, NEWEST_TESTED))
     if found > tested and dist_info().is_main:
         logging.getLogger("llm2").warning(
             "transformers %s is newer than %s, the newest that this llm2 was tested with",

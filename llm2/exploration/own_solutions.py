@@ -84,10 +84,8 @@ def own_solutions(
 
 def sampling_bar(config: SamplesConfig, problems: int) -> DecodingBar:
     """A bar for the samples of this process; its share of the problems is an estimate (`iter_shared_work`)."""
-    share = math.ceil(problems / dist_info().world_size) * config.solution_samples
-    return DecodingBar(
-        share, config.max_new_tokens, desc="own solutions", unit="sample", disable=not dist_info().is_main
-    )
+    samples = math.ceil(problems / dist_info().world_size) * config.solution_samples
+    return DecodingBar(samples, config.max_new_tokens, desc="solutions", unit="sample", disable=not dist_info().is_main)
 
 
 def sample_solutions(

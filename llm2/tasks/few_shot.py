@@ -28,9 +28,7 @@ def load_few_shot(source: str | None, num_fewshot: int | None = None) -> list[Me
     else:
         examples = [(problem.question, problem.solution) for problem in read_problems(source, "example")]
     if len(examples) < (num_fewshot or 0):
-        raise UserError(
-            f"few_shot: {source} holds {len(examples)} examples, expected at least num_fewshot={num_fewshot}"
-        )
+        raise UserError(f"few_shot: {source} has {len(examples)} examples, expected at least num_fewshot={num_fewshot}")
     return [
         {"role": role, "content": text}
         for question, solution in examples[:num_fewshot]

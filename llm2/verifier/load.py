@@ -17,10 +17,7 @@ from llm2.verifier.model import ProcessVerifier, ProcessVerifierConfig
 def require_verifier(name: str) -> None:
     """Raise UserError, before anything slow, if a local verifier does not exist."""
     if is_local(name) and not Path(model_path(name), "config.json").is_file():
-        raise UserError(
-            f"verifier {name!r}: expected a folder with config.json, found none; "
-            "`llm2 train` makes one (`bash scripts/train_verifier.sh`)"
-        )
+        raise UserError(f"verifier {name!r}: expected a folder with config.json, found none; `llm2 train` makes one")
 
 
 def require_same_template(verifier: str, model: str, chat_template: str | None) -> None:

@@ -1,6 +1,6 @@
 """Attention masks of branches: tree attention of depth 1. Pure.
 
-A branch is a token that sees a prefix and itself, and is hidden from all others. A triplet's negative is a branch of the
+A branch is a token that sees a prefix and itself, and is hidden from others. A triplet's negative is a branch of the
 gold solution; a decoding candidate is a branch of what was written so far. One forward therefore scores all pairs of a
 solution, or all candidates of a step. Each token of a forward, on the trunk or a branch, has
 

@@ -33,19 +33,13 @@ def check_engine(vllm_config: Any) -> None:
     config = verifier_config(settings.verifier)
     backbone = config.backbone_config.get_text_config()
     if vllm_config.speculative_config is not None:
-        raise UserError(
-            "speculative_config: found one, expected none: System 2 scores one token of a request at a time"
-        )
+        raise UserError("speculative_config: found one, expected none: System 2 scores one token per request at a time")
     if model.enable_prompt_embeds:
         raise UserError("enable_prompt_embeds: found true, expected false: System 2 reads token ids")
     if model.is_multimodal_model:
-        raise UserError(
-            f"model {model.model}: found a multimodal model, expected one of text: System 2 reads text only"
-        )
+        raise UserError(f"model {model.model}: found a multimodal model, expected text: System 2 reads text only")
     if getattr(vllm_config.parallel_config, "enable_batch_sharded_sampling", False):
-        raise UserError(
-            "enable_batch_sharded_sampling: found true, expected false: a rank would hold the logits of some requests"
-        )
+        raise UserError("enable_batch_sharded_sampling: found true, expected false: a rank would lack some logits")
     if scheduler.async_scheduling and not model.logits_processors and not vllm_config.use_v2_model_runner:
         raise UserError(
             "async_scheduling: found true with a processor that was loaded as a plug-in, which vLLM then does not show "
@@ -64,9 +58,7 @@ def check_engine(vllm_config: Any) -> None:
         )
     check_kind(config, settings.verifier, model.architectures[0], model.model)
     if config.prefix_head is not None and vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise UserError(
-            "pipeline_parallel_size: found more than 1, expected 1: a prefix head needs states and embeddings"
-        )
+        raise UserError("pipeline_parallel_size: found more than 1, expected 1: a head needs states and embeddings")
 
 
 def require_applied(vllm_config: Any) -> None:

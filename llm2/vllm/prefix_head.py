@@ -66,7 +66,7 @@ def check_fingerprint(model: str, name: str, config: ProcessVerifierConfig) -> N
     if stored_fingerprint(model) != config.system1_fingerprint:
         raise UserError(
             f"verifier {name!r}: it was trained on the states of {config.base_model}, found another System 1, {model}; "
-            "a prefix head is of no use to any other model"
+            "a prefix head does not work with any other model"
         )
 
 

@@ -33,14 +33,12 @@ class EngineSettings:
 
 def engine_settings(additional_config: Any) -> EngineSettings:
     """Parse an engine's keys. Raises UserError if one is unknown, missing or out of range."""
-    values = _own_keys(
-        additional_config if isinstance(additional_config, dict) else {}, ENGINE_KEYS, "additional_config"
-    )
-    verifier = values.pop("llm2_verifier", None)
+    keys = _own_keys(additional_config if isinstance(additional_config, dict) else {}, ENGINE_KEYS, "additional_config")
+    verifier = keys.pop("llm2_verifier", None)
     if not isinstance(verifier, str):
         raise UserError(f"additional_config: llm2_verifier: found {verifier!r}, expected a verifier's folder or hub id")
-    default = _guidance(values, "additional_config")
-    return EngineSettings(verifier, default, {k: v for k, v in values.items() if k != "llm2_beta"})
+    default = _guidance(keys, "additional_config")
+    return EngineSettings(verifier, default, {k: v for k, v in keys.items() if k != "llm2_beta"})
 
 
 def request_guidance(

@@ -13,9 +13,7 @@ from llm2.evaluation.report.table import table
 
 __all__ = ["read_metrics", "table", "write_report"]
 
-WITHOUT_PLOTS = (
-    "(no plots and no report.html: they need matplotlib: `pip install 'llm2[report]'`; then `llm2 report {}`)"
-)
+WITHOUT_PLOTS = "(no plots, no report.html without matplotlib: `pip install 'llm2[report]'`; then `llm2 report {}`)"
 
 
 def write_report(folder: str | Path) -> str:

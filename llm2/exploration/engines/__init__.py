@@ -92,14 +92,10 @@ def check_engine(config: RolloutConfig) -> None:
         if config.beta is None:
             trained_beta(config.verifier)
     if config.engine == "vllm" and config.top_k is None:
-        raise UserError(
-            "engine: vllm needs top_k (say 10; a server shows at most 20): it lists the likeliest tokens only"
-        )
+        raise UserError("engine: vllm needs top_k (say 10; at most 20 on a server): it lists the likeliest tokens only")
     if config.stop_pattern is not None:
         if config.engine != "llm2":
-            raise UserError(
-                f"stop_pattern: found {config.stop_pattern!r} with engine {config.engine}, expected engine llm2"
-            )
+            raise UserError(f"stop_pattern: found {config.stop_pattern!r} with engine {config.engine}, expected llm2")
         try:
             re.compile(config.stop_pattern)
         except re.error as error:

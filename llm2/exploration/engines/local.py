@@ -63,9 +63,7 @@ class LocalEngine(Engine):
         probabilities = logits.softmax(-1).gather(-1, candidates).tolist()
         for position, row in enumerate(probabilities, start=query.start):
             if not math.isfinite(row[0]):
-                raise UserError(
-                    f"System 1's logits at position {position} of a solution are not finite; try dtype=float32"
-                )
+                raise UserError(f"System 1's logits at position {position} are not finite; try dtype=float32")
         return [
             [(token, p) for token, p, is_candidate in zip(*row, strict=True) if is_candidate]
             for row in zip(candidates.tolist(), probabilities, valid.tolist(), strict=True)
