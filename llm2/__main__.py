@@ -1,4 +1,4 @@
-"""The command line: python -m llm2 COMMAND [config.yaml] [key=value ...], or `llm2 COMMAND` where it is installed.
+"""The command line: llm2 COMMAND [config.yaml] [key=value ...], or `python -m llm2` instead of `llm2`.
 
 The only module that imports every command.
 """
@@ -25,7 +25,7 @@ def run_explore(config: ExploreConfig) -> None:
 
 
 def check_train(config: TrainConfig) -> None:
-    """Checks the first line of each file; errors that need the whole file surface later."""
+    """Check the first line of each file; other lines are checked by the training itself."""
     from llm2.verifier.triplets import read_records
 
     further = [*getattr(config, "further_files", ()), getattr(config, "eval_file", None)]
@@ -70,7 +70,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
 
 
 def run_and_report(name: str, config: EvaluateConfig) -> None:
-    """Args: name: MODULE:NAME of what evaluates."""
+    """Run the evaluating function MODULE:NAME and print its report."""
     from llm2.evaluation.report import write_report
 
     if lazily(name)(config) is not None:  # the main process alone reports
