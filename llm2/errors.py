@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 @contextmanager
-def explained(what: str, hint: str = "") -> Iterator[None]:
+def as_user_error(what: str, hint: str = "") -> Iterator[None]:
     """Turn any exception raised inside into the UserError `WHAT: the reason; HINT`.
 
     For user code and for files read by libraries, whose exception types are unstable.

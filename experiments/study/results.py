@@ -23,7 +23,7 @@ from llm2.common.files import write_text
 from llm2.common.jsonl import read_jsonl
 from llm2.common.stats import best_of_k, majority_curve
 from llm2.config import Mode
-from llm2.errors import explained
+from llm2.errors import as_user_error
 from llm2.evaluation.metrics import right_answer
 
 TRAINING = ("eval_choice_quality", "eval_choice_beta", "eval_pair_accuracy", "eval_margin_spearman")
@@ -132,7 +132,7 @@ def read_published(config: StudyConfig) -> list[Result]:
     """Raises UserError for a file that is not as `publish` writes it."""
     path, found = _path(config), []
     for number, line in read_jsonl(path, "runs") if path.exists() else ():
-        with explained(f"{path}, line {number}: expected a run as a study publishes it"):
+        with as_user_error(f"{path}, line {number}: expected a run as a study publishes it"):
             problems = {name: np.array([float(share) for share in each]) for name, each in line["problems"].items()}
             found.append(Result(**line | {"problems": problems}))
     return found

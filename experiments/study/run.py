@@ -20,7 +20,7 @@ from experiments.study.config import StudyConfig, StudyStep
 from llm2.common.config_file import as_dict, difference, load_config, read_values
 from llm2.common.inputs import Digests, as_digests, change, digests, read_inputs
 from llm2.common.keys import Mark, select_keys
-from llm2.errors import UserError, explained, shown
+from llm2.errors import UserError, as_user_error, shown
 
 ALL = "all"  # in place of a step: all steps that have the key
 
@@ -64,7 +64,7 @@ def check(config: StudyConfig, summary: bool = False) -> None:
             axes, keys = ", ".join(config.axes), "over, across, baseline, compare and curves"
             raise UserError(f"{keys}: expected axes, found {axis!r}; the axes are {axes}")
     for value in config.axes[config.curves.x] if config.curves else ():
-        with explained(f"curves: x: {config.curves.x}: expected numbers, found {shown(value)}"):
+        with as_user_error(f"curves: x: {config.curves.x}: expected numbers, found {shown(value)}"):
             float(value)
     for step in (*config.once, *config.steps):
         if step.command not in (None, *CONFIGS):
@@ -213,7 +213,7 @@ def done_file(config: StudyConfig, step: StudyStep, one: Run) -> Path:
 
 def fill(step: StudyStep, text: str, names: Mapping[str, str]) -> str:
     """A text of a step with its names in braces replaced. Raises UserError for an unknown placeholder."""
-    with explained(f"steps: {step.name}: {shown(text)}: expected only {', '.join(names)} in braces"):
+    with as_user_error(f"steps: {step.name}: {shown(text)}: expected only {', '.join(names)} in braces"):
         return text.format(**names)
 
 

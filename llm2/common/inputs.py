@@ -19,7 +19,7 @@ from llm2.common.config_file import as_dict, difference
 from llm2.common.files import digest, write_text
 from llm2.common.home import without_home
 from llm2.common.keys import Mark, reads, select_keys
-from llm2.errors import UserError, explained
+from llm2.errors import UserError, as_user_error
 
 Digests = dict[str, dict[str, str]]  # key -> name of a file, without its folder -> SHA-256, or a hub's commit
 
@@ -81,7 +81,7 @@ def change(earlier: Mapping[str, Any] | None, now: Digests, but: Collection[str]
 
 def as_digests(value: Any, where: str | Path) -> Digests | None:
     """Validate the digests that another run wrote to a file; None if an older version of llm2 wrote it."""
-    with explained(f"{where}: expected digests as a run writes them"):
+    with as_user_error(f"{where}: expected digests as a run writes them"):
         return TypeAdapter(Digests | None).validate_python(value)
 
 
@@ -94,7 +94,7 @@ def read_inputs(folder: str | Path) -> Digests | None:
     path = Path(folder, INPUTS)
     if not path.exists():
         return None
-    with explained(f"{path}: expected digests as a run writes them"):
+    with as_user_error(f"{path}: expected digests as a run writes them"):
         return as_digests(json.loads(path.read_text(encoding="utf-8")), path)
 
 

@@ -31,7 +31,7 @@ import llm2
 from llm2.common.architecture import backbone_class, refuse_undecodable
 from llm2.common.distributed import dist_info
 from llm2.common.gguf import gguf_folder
-from llm2.errors import UserError, explained, shown
+from llm2.errors import UserError, as_user_error, shown
 
 NEWEST_TESTED = "5.24.0"  # of transformers; tests/README.md has all versions
 TESTBED = Path(llm2.__file__).parent / "testbed" / "system1"
@@ -49,7 +49,7 @@ def resolve_device(device: str | int | torch.device) -> torch.device:
     has_gpu = torch.cuda.device_count() > 0  # is_available would initialize CUDA before vLLM's GPUs are chosen
     if name.startswith("cuda") and not has_gpu:
         raise UserError(f"device {name} needs a CUDA GPU and torch sees none; {LOCAL_MODEL_HINT} device=cpu")
-    with explained(f"device: found {shown(device)}, expected auto, cpu, cuda or such"):
+    with as_user_error(f"device: found {shown(device)}, expected auto, cpu, cuda or such"):
         found = torch.device(("cuda" if has_gpu else "cpu") if name == "auto" else name)
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name}: torch sees {torch.cuda.device_count()} GPUs, expected an index below that")
@@ -195,7 +195,7 @@ def _load(auto_class, name: str, **options):
     hub_alone = not is_local(name) and not options.get("local_files_only")
     if hub_alone and not isinstance(try_to_load_from_cache(name, file, **cached), str):
         _probe_hub(name, options.get("revision"), options.get("token"))
-    with explained(f"model {name!r} could not be loaded", LOCAL_MODEL_HINT):
+    with as_user_error(f"model {name!r} could not be loaded", LOCAL_MODEL_HINT):
         # trust_remote_code: if it is not given, transformers asks on the terminal
         return auto_class.from_pretrained(
             name, **{"trust_remote_code": False, **options, "local_files_only": not hub_alone}

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from llm2.common.chat import Message
-from llm2.errors import UserError, explained, origin, reason, shown
+from llm2.errors import UserError, as_user_error, origin, reason, shown
 from llm2.tasks.grading import Grade, extract_answer, grade_numbers
 
 GRADER_SECONDS = 60.0  # for one solution
@@ -105,7 +105,7 @@ def load_task(name: str, data_file: str | None = None, grader: str | None = None
     cls = _load(key, BUILT_IN.get(name, name), f"one of {', '.join(BUILT_IN)}, or MODULE:CLASS")
     if not (isinstance(cls, type) and issubclass(cls, Task)):
         raise UserError(f"key {key!r}: {name!r} is no subclass of llm2.tasks.Task")
-    with explained(f"key {key!r}: {name!r} fails on data_file={data_file}"):
+    with as_user_error(f"key {key!r}: {name!r} fails on data_file={data_file}"):
         task = cls(data_file)
     if grader is not None:
         task.can_compare = lambda gold: True
@@ -117,7 +117,7 @@ def load_task(name: str, data_file: str | None = None, grader: str | None = None
 def read_problems(task: Task, split: str, limit: int | None = None) -> list[Problem]:
     """The problems of a task. Raises UserError if there are none, or if a gold answer cannot be compared."""
     where = task.data_file or f"the split {split!r} of {type(task).__name__}"
-    with explained(f"{where}: the problems could not be read"):
+    with as_user_error(f"{where}: the problems could not be read"):
         problems = task.problems(split, limit)
     if not problems:
         raise UserError(f"{where}: expected at least one problem, found none")
@@ -176,5 +176,5 @@ def _load(key: str, name: str, expected: str):
         raise UserError(f"key {key!r}: found {name!r}, expected {expected}")
     if (folder := str(Path.cwd())) not in sys.path:
         sys.path.append(folder)
-    with explained(f"key {key!r}: {name!r} cannot be imported"):
+    with as_user_error(f"key {key!r}: {name!r} cannot be imported"):
         return getattr(import_module(module), attribute)

@@ -10,7 +10,7 @@ from llm2.common.chat import TEMPLATES, resolve_template
 from llm2.common.config_file import read_values
 from llm2.common.loading import is_local, load_tokenizer, model_path, resolve_dtype
 from llm2.common.same_tokenizer import require_same_tokenizer
-from llm2.errors import UserError, explained
+from llm2.errors import UserError, as_user_error
 from llm2.verifier.model import ProcessVerifier, ProcessVerifierConfig
 
 
@@ -47,7 +47,7 @@ def verifier_config(name: str, **options) -> ProcessVerifierConfig:
     """The config of a verifier. Raises UserError if it is missing or unreadable."""
     require_verifier(name)
     options["local_files_only"] = is_local(name) or options.get("local_files_only", False)
-    with explained(f"verifier {name!r} could not be loaded"):
+    with as_user_error(f"verifier {name!r} could not be loaded"):
         content, _ = ProcessVerifierConfig.get_config_dict(model_path(name), **options)
         kind, expected = content.get("model_type"), ProcessVerifierConfig.model_type
         if kind != expected:  # transformers would only warn, and make up what is not there
@@ -90,7 +90,7 @@ def load_verifier(
     follow = dtype in ("auto", None) and system1 is not None
     options["dtype"] = system1.dtype if follow else resolve_dtype(dtype, device)
     try:
-        with explained("it could not be loaded"):
+        with as_user_error("it could not be loaded"):
             verifier = ProcessVerifier.from_pretrained(model_path(name), system1=system1, **options)
     except UserError as error:
         raise UserError(f"verifier {name!r}: {error}") from error
