@@ -27,7 +27,7 @@ from llm2.tasks import Problem, load_task
 
 TokenKey = tuple[str, int, int]  # problem, position, token
 TESTBED = ["model=testbed", "task=testbed", "max_new_tokens=200", "batch_size=256", "device=cpu"]
-CHUNK = 4  # problems of the reference that are generated together
+TOGETHER = 4  # problems of the reference that are generated together
 
 
 def measure(config: LabelsBenchmark) -> str:
@@ -66,8 +66,8 @@ def reference(config: LabelsBenchmark, settings: ExploreConfig, folder: Path) ->
     waiting = [problem for problem in problems if problem.id not in journal.done]
     explorer = Explorer(settings, open_engine(settings, tokenizer), tokenizer, task)
     with tqdm(total=len(problems), initial=len(problems) - len(waiting), desc="reference", unit="problem") as bar:
-        for index in range(0, len(waiting), CHUNK):
-            for entry in reference_entries(explorer, waiting[index : index + CHUNK], config):
+        for index in range(0, len(waiting), TOGETHER):
+            for entry in reference_entries(explorer, waiting[index : index + TOGETHER], config):
                 journal.add(entry)
                 bar.update()
     gaps, tokens = {}, 0

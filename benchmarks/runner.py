@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from llm2.common.config_file import as_dict
 from llm2.common.files import write_text
-from llm2.common.memory import MIB
+from llm2.common.peak_memory import MIB
 
 
 @dataclass

@@ -23,7 +23,7 @@ from benchmarks.configs import TrainBenchmark
 from benchmarks.runner import BenchmarkCase, peak_memory, report, resident_mib, run_interleaved, spread
 from llm2.common.chat import encode_chats
 from llm2.common.loading import load_tokenizer, resolve_device
-from llm2.common.memory import MIB
+from llm2.common.peak_memory import MIB
 from llm2.testbed.generator import gold_solution, stories
 from llm2.verifier.collate import VerifierBatch, verifier_batch
 from llm2.verifier.loss import pairwise_loss

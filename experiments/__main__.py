@@ -12,16 +12,10 @@ from experiments.baselines.config import FinetuneConfig, OutcomeConfig, PreferCo
 from experiments.study.config import StudyConfig
 from experiments.testbed.config import GenerateConfig, PretrainConfig
 from llm2.__main__ import check_train
-from llm2.command_line import Command, add_command, add_commands, claim, run_main
+from llm2.command_line import Command, add_command, add_commands, claim, lazily, run_main
 from llm2.common.config_file import help_text, load_config
 
 # Imports are inside the functions: a misspelt key is reported at once, without seconds of importing torch.
-
-
-def check_pretrain(config: PretrainConfig) -> None:
-    from experiments.testbed.pretrain import check
-
-    check(config)
 
 
 def run_pretrain(config: PretrainConfig) -> None:
@@ -86,7 +80,7 @@ COMMANDS = {
     "outcome": Command(OutcomeConfig, check_problems, run_outcome),
     "self-consistency": Command(SelfConsistencyConfig, lambda config: None, run_self_consistency),
     "generate": Command(GenerateConfig, lambda config: None, run_generate),
-    "pretrain": Command(PretrainConfig, check_pretrain, run_pretrain),
+    "pretrain": Command(PretrainConfig, lazily("experiments.testbed.pretrain:check"), run_pretrain),
 }
 
 

@@ -1,22 +1,17 @@
-"""The command line: python -m llm2 COMMAND [config.yaml] [key=value ...], or `llm2 COMMAND` where it is installed.
+"""The command line: llm2 COMMAND [config.yaml] [key=value ...], or `python -m llm2` instead of `llm2`.
 
 The only module that imports every command.
 """
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
-from llm2.command_line import Command, add_command, add_commands, run_main
+from llm2.command_line import Command, add_command, add_commands, lazily, run_main
 from llm2.config import EvaluateConfig, ExploreConfig, ScoreConfig, ServeConfig, SweepConfig, TrainConfig
 
 # Imports are inside the functions: a misspelt key is reported at once, without seconds of importing torch.
-
-
-def check_explore(config: ExploreConfig) -> None:
-    from llm2.exploration.explore import prepare
-
-    prepare(config)
 
 
 def run_explore(config: ExploreConfig) -> None:
@@ -30,7 +25,7 @@ def run_explore(config: ExploreConfig) -> None:
 
 
 def check_train(config: TrainConfig) -> None:
-    """Checks the first line of each file; errors that need the whole file surface later."""
+    """Check the first line of each file; other lines are checked by the training itself."""
     from llm2.verifier.triplets import read_records
 
     further = [*getattr(config, "further_files", ()), getattr(config, "eval_file", None)]
@@ -74,31 +69,14 @@ def check_evaluate(config: EvaluateConfig) -> None:
     read_problems(load_task(config.task, config.data_file, config.grader), config.split, 1)
 
 
-def run_evaluate(config: EvaluateConfig) -> None:
-    from llm2.evaluation.evaluate import evaluate
-
-    _report(evaluate(config), config.output_dir)
-
-
-def run_sweep(config: SweepConfig) -> None:
-    from llm2.evaluation.sweep import sweep
-
-    _report(sweep(config), config.output_dir)
-
-
-def _report(metrics: dict | None, folder: str) -> None:
+def run_and_report(name: str, config: EvaluateConfig) -> None:
+    """Run the evaluating function MODULE:NAME and print its report."""
     from llm2.evaluation.report import write_report
 
-    if metrics is not None:  # the main process alone reports
-        print(write_report(folder))
-        page = ": open report.html" if Path(folder, "report.html").exists() else ""
-        print(f"results in {folder}{page}")
-
-
-def check_score(config: ScoreConfig) -> None:
-    from llm2.evaluation.rank import check
-
-    check(config)
+    if lazily(name)(config) is not None:  # the main process alone reports
+        print(write_report(config.output_dir))
+        page = ": open report.html" if Path(config.output_dir, "report.html").exists() else ""
+        print(f"results in {config.output_dir}{page}")
 
 
 def run_score(config: ScoreConfig) -> None:
@@ -109,25 +87,15 @@ def run_score(config: ScoreConfig) -> None:
     print(f"scores in {config.output}")
 
 
-def check_serve(config: ServeConfig) -> None:
-    from llm2.vllm.serve import check
-
-    check(config)
-
-
-def run_serve(config: ServeConfig) -> None:
-    from llm2.vllm.serve import serve
-
-    serve(config)
-
-
+EVALUATE = partial(run_and_report, "llm2.evaluation.evaluate:evaluate")
+SWEEP = partial(run_and_report, "llm2.evaluation.sweep:sweep")
 COMMANDS = {
-    "explore": Command(ExploreConfig, check_explore, run_explore),
-    "train": Command(TrainConfig, check_train, run_train),
-    "evaluate": Command(EvaluateConfig, check_evaluate, run_evaluate),
-    "sweep": Command(SweepConfig, check_evaluate, run_sweep),
-    "score": Command(ScoreConfig, check_score, run_score, "file"),
-    "serve": Command(ServeConfig, check_serve, run_serve),
+    "explore": Command(ExploreConfig, lazily("llm2.exploration.explore:prepare"), run_explore, parallel=True),
+    "train": Command(TrainConfig, check_train, run_train, parallel=True),
+    "evaluate": Command(EvaluateConfig, check_evaluate, EVALUATE, parallel=True),
+    "sweep": Command(SweepConfig, check_evaluate, SWEEP, parallel=True),
+    "score": Command(ScoreConfig, lazily("llm2.evaluation.rank:check"), run_score, "file"),
+    "serve": Command(ServeConfig, lazily("llm2.vllm.serve:check"), lazily("llm2.vllm.serve:serve")),
 }
 
 

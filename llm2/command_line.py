@@ -1,14 +1,16 @@
-"""What the command lines of the project share: arguments, overrides, claims on outputs, one sentence for a mistake.
+"""Shared by the command lines of llm2, experiments and benchmarks: arguments, overrides, locks, error messages.
 
-Exit status: 0 done, 2 a user's mistake (one sentence, no traceback), 130 interrupted.
+Exit status: 0 on success, 2 for a user's mistake (one sentence, no traceback), 130 when interrupted.
 """
 
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -21,9 +23,17 @@ class Command(NamedTuple):
     """A command whose arguments are the keys of a config."""
 
     config: type
-    check: Callable[[Any], None]  # validates the inputs before workers are launched
+    check: Callable[[Any], None]  # validates the inputs, before processes start
     run: Callable[[Any], None]
-    file_key: str | None = None  # a first argument that ends in .jsonl is its value
+    file_key: str | None = None  # key that a first argument ending in .jsonl sets
+    parallel: bool = False  # llm2 starts it in several processes
+
+
+LAUNCH_OPTIONS = {
+    "processes": ("NUM_PROCESSES", "N", "start N, on all machines; default: one a GPU, or `tensor_parallel` GPUs"),
+    "accelerate-config": ("ACCELERATE_CONFIG", "FILE", "of `accelerate config`; default: none, plain data parallelism"),
+    "accelerate-args": ("ACCELERATE_ARGS", "ARGS", "more arguments of `accelerate launch`, such as '--num_machines 2'"),
+}
 
 
 def run_main(parser: argparse.ArgumentParser, arguments: list[str] | None) -> int:
@@ -41,9 +51,15 @@ def run_main(parser: argparse.ArgumentParser, arguments: list[str] | None) -> in
         sentence = str(error) if isinstance(error, UserError) else of_the_machine(error)
         if options.debug or sentence is None:
             raise
-        tqdm.write(f"{name}: {sentence}", file=sys.stderr)  # on a line of its own below a bar
+        tqdm.write(f"{name}: {sentence}", file=sys.stderr)  # on its own line, below a progress bar
         return 2
     return 0
+
+
+def lazily(name: str) -> Callable:
+    """The function MODULE:NAME, imported when it is called: importing torch takes seconds."""
+    module, _, function = name.partition(":")
+    return lambda *arguments: getattr(import_module(module), function)(*arguments)
 
 
 def add_commands(subparsers: Any, commands: Mapping[str, Command]) -> None:
@@ -53,6 +69,9 @@ def add_commands(subparsers: Any, commands: Mapping[str, Command]) -> None:
         parser.epilog = f"keys:\n{help_text(command.config)}"
         add_keys(parser)
         parser.add_argument("--dry-run", action="store_true", help="check inputs; print processes and threads to start")
+        for option, (variable, metavar, text) in LAUNCH_OPTIONS.items() if command.parallel else ():
+            help_ = f"{text} (or {variable} in the environment)"
+            parser.add_argument(f"--{option}", default=os.environ.get(variable), metavar=metavar, help=help_)
 
 
 def add_command(
@@ -75,26 +94,26 @@ def add_keys(parser: argparse.ArgumentParser) -> None:
 
 
 def file_and_overrides(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """A first argument that is no key=value is the config file."""
+    """The config file, if the first argument is not of the form key=value, and the remaining arguments."""
     if arguments and "=" not in arguments[0]:
         return arguments[0], arguments[1:]
     return None, arguments
 
 
 def claim(config: Any) -> AbstractContextManager:
-    """Keeps other runs away from what this one writes."""
-    from llm2.common.claim import claimed
+    """Lock the output of a config against other runs."""
+    from llm2.common.claim import lock_output
 
     if hasattr(config, "output_dir"):
-        return claimed(config.output_dir)
-    return claimed(config.output, is_file=True) if hasattr(config, "output") else nullcontext()
+        return lock_output(config.output_dir)
+    return lock_output(config.output, is_file=True) if hasattr(config, "output") else nullcontext()
 
 
 # Imports are inside the functions: a misspelt key is reported at once, without seconds of importing torch.
 
 
 def _run(options: argparse.Namespace) -> None:
-    _, check, run, file_key = options.definition
+    _, check, run, file_key, parallel = options.definition
     file, overrides = file_and_overrides(options.arguments)
     if file_key is not None and file is not None and file.endswith(".jsonl"):
         file, overrides = None, [f"{file_key}={json.dumps(file)}", *overrides]
@@ -104,14 +123,14 @@ def _run(options: argparse.Namespace) -> None:
 
         resolve_device(config.device)
         require_model(config.model, decodes=getattr(config, "engine", "llm2") == "llm2")
+    from llm2.common.distributed import destroy_group, launch, resolve_parallelism
+
     if options.dry_run:
-        from llm2.common.distributed import resolve_parallelism
-
         check(config)
-        print(*resolve_parallelism(config))
+        print(*resolve_parallelism(config, getattr(options, "processes", "1")))
         return
-    from llm2.common.distributed import destroy_group
-
+    if parallel:
+        launch(config, check, options, [options.command, *options.arguments, *["--debug"] * options.debug])
     with claim(config):
         run(config)
         destroy_group()

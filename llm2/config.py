@@ -1,7 +1,6 @@
 """The config of every command: a frozen dataclass whose fields are the keys of its YAML file.
 
-The sentence under each key is what `python -m llm2 COMMAND --help` prints; llm2/common/config_file.py reads YAML files
-and overrides.
+`llm2 COMMAND --help` prints the sentence under each key; llm2/common/config_file.py reads YAML files and overrides.
 """
 
 from enum import StrEnum
@@ -21,7 +20,7 @@ Positive = Annotated[float, Field(gt=0)]
 Device = Literal["auto", "cpu", "cuda"]
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-# Keys that name what a run reads, which is known by its content.
+# Keys that name a run's inputs, which are compared by content.
 Model = Annotated[str, Reads("model")]
 OptionalModel = Annotated[str | None, Reads("model")]
 File = Annotated[str, Reads("file")]
@@ -69,7 +68,7 @@ class GuidanceConfig(CandidateConfig):
     """Guided logits on the plausible set: z + beta * s (arXiv 2412.20372)."""
 
     beta: Annotated[NonNegative | None, Mark.GUIDED, Mark.SHOWN] = 0.25
-    """Weight of the verifier's score in the guided logits; null: the one that its training chose."""
+    """Weight of the verifier's score in the guided logits; null: the weight chosen in its training."""
 
     def guidance(self) -> dict[str, Any]:
         """alpha, beta and top_k, as `Guidance` and `LLM2.from_pretrained` take them."""
@@ -92,21 +91,21 @@ class ModelConfig:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class TaskConfig:
-    """Which problems, and what counts as a right answer."""
+    """The problems, and how answers are graded."""
 
     task: Code
     """gsm8k, math500, mawps, svamp, testbed, chats, or MODULE:CLASS of another task (llm2/tasks/README.md)."""
     data_file: OptionalFile = None
-    """Local JSON Lines file in the task's format, read instead of its source; required for chats."""
+    """Local JSON Lines file in the task's format, instead of its source; required for chats."""
     limit: Annotated[Count | None, Mark.WHICH] = None
-    """Number of problems, the first ones; all when null."""
+    """Number of leading problems; all when null."""
     grader: OptionalCode = None
-    """MODULE:FUNCTION of (text, gold) -> bool that says whether a solution is right; the task's grading when null."""
+    """MODULE:FUNCTION of (text, gold) -> bool that grades a solution; the task's grading when null."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class EngineConfig:
-    """What decodes, and where."""
+    """The engine that decodes, and where it runs."""
 
     engine: Literal["llm2", "vllm"] = "llm2"
     """Engine that decodes; vllm is installed separately, and explore then needs top_k."""
@@ -115,9 +114,9 @@ class EngineConfig:
     tensor_parallel: Annotated[Count, Mark.HOW] = 1
     """GPUs per vLLM engine."""
     max_model_len: Count | None = None
-    """Tokens of a sequence, prompt included, that vLLM makes room for; the model's own limit when null."""
+    """Maximum tokens of a sequence in vLLM, including the prompt; the model's limit when null."""
     memory_share: Annotated[Share | None, Mark.HOW] = None
-    """Share of each device's memory that vLLM takes, beside what scores and traces need; its default when null."""
+    """Share of each device's memory that vLLM takes, without memory for scores and traces; its default when null."""
     server: Annotated[str | None, Mark.HOW] = None
     """With engine vllm: URL of a vLLM server (http://HOST:8000/v1) to use instead of an engine in this process."""
     server_requests: Annotated[Count, Mark.HOW] = 64
@@ -126,7 +125,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class RolloutConfig(ModelConfig, GuidanceConfig, EngineConfig):
-    """How System 1 continues prefixes, alone or guided, and the engine that runs it."""
+    """Rollouts: continuations of prefixes by System 1, alone or guided."""
 
     verifier: OptionalModel = None
     """Verifier that guides rollouts and own solutions, with weight beta; System 1 alone when null."""
@@ -144,7 +143,7 @@ class RolloutConfig(ModelConfig, GuidanceConfig, EngineConfig):
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class SamplesConfig(TaskConfig, RolloutConfig):
-    """Solutions that System 1 writes itself, alone or guided."""
+    """Solutions sampled from System 1, alone or guided."""
 
     split: str = "train"
     """Split of the task whose problems are solved."""
@@ -154,17 +153,17 @@ class SamplesConfig(TaskConfig, RolloutConfig):
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class SolutionsConfig(SamplesConfig):
-    """The right solutions of which problems: the task's gold ones, or own ones, for which a grader is enough."""
+    """Right solutions: the task's gold ones, or own ones, which only need a grader."""
 
     solutions: Literal["gold", "own"] = "gold"
     """The task's gold solutions, or right ones sampled from System 1, guided if there is a verifier."""
     max_solutions: Annotated[Count, Mark.WHICH] = 1
-    """Distinct right solutions kept per problem with solutions=own, the first ones."""
+    """Number of distinct right solutions kept per problem with solutions=own."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class StoppingRule:
-    """When the sequential test of a token continues, and when it stops (llm2/exploration/quality.py)."""
+    """Stopping rule of the sequential test of a token (llm2/exploration/quality.py)."""
 
     quality_margin: Share = 0.35
     """A negative's quality is below the gold token's by more than this margin."""
@@ -213,18 +212,18 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class ExploreConfig(SolutionsConfig, StoppingRule):
-    """Token quality exploration: right solutions in, triplets out."""
+    """Token quality exploration: make triplets from right solutions."""
 
     output: Output
     """Triplets file to write, JSON lines; every verdict goes to OUTPUT.pairs.jsonl, counts to OUTPUT.report.json."""
     max_triplets: Count | None = None
-    """Limit of triplets per solution, the most informative ones; all when null."""
+    """Number of triplets kept per solution, the most informative ones; all when null."""
     negatives: Literal["explored", "plausible", "sampled", "contrast", "random"] = "explored"
     """Tokens that become negatives: by rollouts, or without them (llm2/exploration/negatives.py)."""
     negatives_per_fork: Count = 4
     """Draws per fork, with replacement, for negatives sampled, contrast and random."""
     contrast_model: OptionalModel = None
-    """For negatives=contrast, a better model with System 1's tokenizer, such as System 1 fine-tuned."""
+    """For negatives=contrast, a better model with System 1's tokenizer, such as a fine-tuned System 1."""
     contrast_weight: NonNegative = 1.0
     """For negatives=contrast, w in the logits z1 + w * (z1 - z2) of System 1 and the contrast model."""
 
@@ -234,23 +233,23 @@ class TrainConfig(ModelConfig, OptimizerConfig):
     """Train the verifier on triplets."""
 
     train_file: File
-    """What to train on, JSON lines: triplets, or an exploration's verdicts (OUTPUT.pairs.jsonl) as soft targets."""
+    """Training data, JSON Lines: triplets, or an exploration's verdicts (OUTPUT.pairs.jsonl) as soft targets."""
     output_dir: Annotated[Output, Mark.TRAINER]
     """Folder for the verifier and its checkpoints."""
     device: Device = "auto"
     """Device that trains; auto is the GPU if there is one. A run ends on the one that it began on."""
     further_files: Annotated[tuple[str, ...], Reads("file")] = ()
-    """More files to train on, each whole, such as the second round of an exploration."""
+    """Further training files, such as the second round of an exploration."""
     limit: Count | None = None
-    """Number of solutions of train_file, the first ones; all when null."""
+    """Number of leading solutions of train_file; all when null."""
     eval_file: OptionalFile = None
     """Held-out triplets; when null a share of train_file is held out."""
     eval_share: Share = 0.05
     """Share of the solutions held out if there is no eval_file."""
     max_length: Count = 2048
-    """Solutions are truncated to this many tokens; pairs beyond are dropped and counted."""
+    """Solutions are truncated to this many tokens; later pairs are dropped and counted."""
     score: Literal["candidate", "prefix"] = "candidate"
-    """A candidate's score is read from its own state (the paper's), or from the state before it."""
+    """Whether a candidate's score is read from its own state (as in the paper) or from the state before it."""
     prefix_head: Literal["bilinear", "mlp"] | None = None
     """With score: prefix, train only a head on System 1's states, which reads no tokens; null trains all layers."""
     prefix_head_size: Count = 8
@@ -266,7 +265,7 @@ class TrainConfig(ModelConfig, OptimizerConfig):
     lora_target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Names of the layers that get LoRA adapters."""
     token_weight: bool = False
-    """With score: prefix, learn a factor of the scores from each prefix's state: how far to trust them there."""
+    """With score: prefix, learn from each prefix's state a factor of the scores: how far to trust them."""
     guided_beta: Positive | None = None
     """Train on guided margins, System 1's plus this times the scores', as decoding adds them; null: on scores alone."""
     best_by: Literal["pair_accuracy", "choice_quality", "guided_pair_loss"] | None = None
@@ -274,7 +273,7 @@ class TrainConfig(ModelConfig, OptimizerConfig):
     quality_weight: bool = False
     """Weight each pair by the difference in quality of its tokens (key `quality` of the file)."""
     label_smoothing: Share = 0.0
-    """Share of each pair's target that is moved to 0.5, so that the loss asks for no infinite margin."""
+    """Label smoothing: share of each pair's target that is moved to 0.5, so that margins stay finite."""
     dropout: Share = 0.0
     """Dropout probability on the states that scores are read from."""
     margin: NonNegative = 0.0
@@ -304,7 +303,7 @@ class EvaluateConfig(TaskConfig, ModelConfig, GuidanceConfig, EngineConfig):
     verifier: Annotated[OptionalModel, Mark.GUIDED, Mark.SCORES, Mark.SHOWN] = None
     """Trained verifier, a local folder or a hub id; the guided modes need one."""
     contrast: Annotated[OptionalModel, Mark.GUIDED, Mark.SHOWN] = None
-    """In a verifier's place, a model whose logits less System 1's are the score, such as System 1 fine-tuned."""
+    """Instead of a verifier, a model whose logits minus System 1's are the score, such as a fine-tuned System 1."""
     modes: Annotated[tuple[ModeKey, ...], Mark.WHICH] = (Mode.PLAIN_GREEDY, Mode.GUIDED_GREEDY)
     """Ways of decoding: plain_greedy, guided_greedy, plain_sampling, guided_sampling."""
     split: str = "test"
@@ -312,7 +311,7 @@ class EvaluateConfig(TaskConfig, ModelConfig, GuidanceConfig, EngineConfig):
     few_shot: Annotated[OptionalFile, Mark.SHOWN] = None
     """Worked examples before each problem: gsm8k-cot (the 8 published ones) or a JSON lines file."""
     num_fewshot: Annotated[Count | None, Mark.SHOWN] = None
-    """Number of few-shot examples, the first ones; all when null."""
+    """Number of few-shot examples; all when null."""
     num_samples: Annotated[Count, Mark.SAMPLED, Mark.SHOWN] = 20
     """Samples per problem in the sampling modes."""
     majority_at: Annotated[tuple[Count, ...], Mark.WHICH] = (1, 5, 10, 20)
@@ -332,9 +331,9 @@ class EvaluateConfig(TaskConfig, ModelConfig, GuidanceConfig, EngineConfig):
     traced_samples: Annotated[int, Field(ge=0), Mark.WHICH] = 4
     """Samples per problem and mode that the report shows token by token."""
     reuse_from: Annotated[tuple[str, ...], Mark.HOW] = ()
-    """Results folders whose predictions are reused where they were made with equal settings."""
+    """Results folders whose predictions are reused if they were made with equal settings."""
     resume: Annotated[bool, Mark.HOW] = True
-    """Keep the predictions that the results folder already has."""
+    """Keep the existing predictions in the results folder."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -377,7 +376,7 @@ class SweepConfig(EvaluateConfig):
     validation_file: OptionalFile = None
     """Local JSON lines in place of the task's own validation split."""
     validation_limit: Count | None = None
-    """Number of validation problems, the first ones; all when null."""
+    """Number of leading validation problems; all when null."""
     choose_by: ModeKey = Mode.GUIDED_GREEDY
     """Mode whose accuracy decides; in a sampling mode majority@k of the largest k."""
 
@@ -389,7 +388,7 @@ class ServeConfig(ModelConfig, GuidanceConfig, EngineConfig):
     verifier: str
     """Trained verifier, a local folder or a hub id."""
     guide_by_default: bool = False
-    """Guide requests without llm2_beta too, with the keys alpha, beta and top_k; else they are plain."""
+    """Guide requests without llm2_beta too, with alpha, beta and top_k; otherwise they are plain."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000

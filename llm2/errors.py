@@ -11,10 +11,10 @@ class UserError(Exception):
 
 
 @contextmanager
-def explained(what: str, hint: str = "") -> Iterator[None]:
+def as_user_error(what: str, hint: str = "") -> Iterator[None]:
     """Turn any exception raised inside into the UserError `WHAT: the reason; HINT`.
 
-    For user code and files that libraries read for us: third-party exception types are unstable.
+    For user code and for files read by libraries, whose exception types are unstable.
     """
     try:
         yield
@@ -29,8 +29,8 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     said = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = shortened(said[0] + (f" {said[1]}" if said[0].endswith(":") and said[1:] else ""), 300) if said else ""
-    speaks = isinstance(error, OSError | ValueError | RuntimeError) and text  # others say a key or nothing at all
+    text = shorten(said[0] + (f" {said[1]}" if said[0].endswith(":") and said[1:] else ""), 300) if said else ""
+    speaks = isinstance(error, OSError | ValueError | RuntimeError) and text  # others may be just a key
     return text if speaks else f"{type(error).__name__}{f': {text}' if text else ''}"
 
 
@@ -53,12 +53,12 @@ def of_the_machine(error: Exception) -> str | None:
 
 
 def shown(value: Any) -> str:
-    """A value as an error quotes it: its repr, shortened."""
+    """The repr of a value, shortened, for errors."""
     try:
-        return shortened(repr(value), 100)
+        return shorten(repr(value), 100)
     except (ValueError, RecursionError):  # an integer of too many digits, too deep a nesting
         return f"a {type(value).__name__}"
 
 
-def shortened(text: str, limit: int) -> str:
+def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"

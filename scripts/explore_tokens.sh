@@ -1,10 +1,6 @@
 #!/usr/bin/env bash
-# Token quality exploration: gold solutions in, triplets out. To resume a killed run, run it again.
-#
-#   bash scripts/explore_tokens.sh [config.yaml] [key=value ...]
-#   bash scripts/explore_tokens.sh configs/llama-3.2-1b-instruct/explore.yaml limit=100
-#   NUM_PROCESSES=2 bash scripts/explore_tokens.sh configs/testbed/explore.yaml
-#
-# Several processes or machines: see scripts/launch.sh. How many there are changes no triplet.
+# Token quality exploration: bash scripts/explore_tokens.sh [config.yaml] [key=value ...] [--processes N]
 set -euo pipefail
-exec bash "$(dirname "$0")/launch.sh" explore configs/llama-3.2-1b-instruct/explore.yaml "$@"
+source "$(dirname "$0")/setup.sh"
+[[ ${1:-} == *.yaml ]] || set -- configs/llama-3.2-1b-instruct/explore.yaml "$@"
+exec python -m llm2 explore "$@"

@@ -13,19 +13,19 @@ export HF_HUB_OFFLINE=1
 case ${1:-testbed} in
   testbed)
     rm -rf results/quickstart
-    bash scripts/explore_tokens.sh configs/quickstart/explore.yaml
-    bash scripts/train_verifier.sh configs/quickstart/train.yaml
-    bash scripts/train_verifier.sh configs/quickstart/train_prefix.yaml
-    bash scripts/evaluate_gsm8k.sh configs/quickstart/evaluate.yaml
-    bash scripts/evaluate_gsm8k.sh configs/quickstart/evaluate_prefix.yaml
-    bash scripts/study.sh quickstart --summary
+    python -m llm2 explore configs/quickstart/explore.yaml
+    python -m llm2 train configs/quickstart/train.yaml
+    python -m llm2 train configs/quickstart/train_prefix.yaml
+    python -m llm2 evaluate configs/quickstart/evaluate.yaml
+    python -m llm2 evaluate configs/quickstart/evaluate_prefix.yaml
+    python -m experiments study experiments/studies/quickstart.yaml --summary
     ;;
   smollm2)
     results=results/quickstart-smollm2
     [ -e $results/words/finetune.yaml ] || python -m experiments finetune configs/quickstart-smollm2/finetune.yaml
-    [ -e $results/triplets.jsonl ] || bash scripts/explore_tokens.sh configs/quickstart-smollm2/explore.yaml
-    bash scripts/train_verifier.sh configs/quickstart-smollm2/train.yaml
-    bash scripts/evaluate_gsm8k.sh configs/quickstart-smollm2/evaluate.yaml
+    [ -e $results/triplets.jsonl ] || python -m llm2 explore configs/quickstart-smollm2/explore.yaml
+    python -m llm2 train configs/quickstart-smollm2/train.yaml
+    python -m llm2 evaluate configs/quickstart-smollm2/evaluate.yaml
     ;;
   *)
     echo "quickstart.sh: found '$1', expected testbed or smollm2" >&2

@@ -28,3 +28,4 @@ if [ "$(cat "$venv/llm2.installed" 2>/dev/null)" != "$version" ]; then
 fi
 source "$venv/bin/activate"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # also for processes that vLLM starts
+export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}  # GiB

@@ -6,6 +6,6 @@
 # LLM2_VERIFIER and LLM2_PREFIX_HEAD name trained verifiers of the testbed to use; without them small ones are trained.
 set -euo pipefail
 source "$(dirname "$0")/setup_vllm.sh"
-export HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
+export HF_HUB_OFFLINE=1
 # pyproject.toml's options are for pytest-xdist
 python -m pytest -q -o addopts= --noconftest tests/vllm_engines.py tests/vllm_guidance.py "$@"

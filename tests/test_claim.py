@@ -8,14 +8,14 @@ import sys
 
 import pytest
 
-from llm2.common.claim import claimed
+from llm2.common.claim import lock_output
 from llm2.common.files import read_text, whole_file, whole_files, write_bytes, write_text
 from llm2.errors import UserError
 
 HOLD = """
 import os, sys
-from llm2.common.claim import claimed
-with claimed(sys.argv[1], is_file=sys.argv[2] == "file"):
+from llm2.common.claim import lock_output
+with lock_output(sys.argv[1], is_file=sys.argv[2] == "file"):
     child = os.fork()
     if child == 0:
         import time
@@ -43,7 +43,7 @@ def test_the_second_run_is_refused_and_told_of_the_first_until_that_is_gone_or_k
         first = rf"process {holder.pid} on {socket.gethostname()} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d"
         with (
             pytest.raises(UserError, match=rf"out is being written by another run \({first}.*\); wait for it, or end"),
-            claimed(output, is_file=kind == "file"),
+            lock_output(output, is_file=kind == "file"),
         ):
             pass
         if ends_well:
@@ -52,7 +52,7 @@ def test_the_second_run_is_refused_and_told_of_the_first_until_that_is_gone_or_k
         else:
             holder.kill()
             holder.wait()
-            with claimed(output, is_file=kind == "file"):
+            with lock_output(output, is_file=kind == "file"):
                 assert str(os.getpid()) in (tmp_path / lock).read_text()
             os.kill(child, signal.SIGKILL)
             holder.stdin.close(), holder.stdout.close()
@@ -60,7 +60,7 @@ def test_the_second_run_is_refused_and_told_of_the_first_until_that_is_gone_or_k
 
 def test_only_the_main_process_of_a_run_claims(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    with claimed(tmp_path / "out"):
+    with lock_output(tmp_path / "out"):
         assert not (tmp_path / "out").exists()
 
 

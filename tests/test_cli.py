@@ -61,7 +61,7 @@ def test_without_gpu_or_hub_the_llama_configs_point_to_the_quickstart(capsys, co
     config = f"configs/llama-3.2-1b-instruct/{command}.yaml"
     for overrides in (["device=cuda"], ["device=cpu"]):
         text = refusal(capsys, command, config, *overrides)
-        assert "bash scripts/quickstart.sh" in text and "model=<local folder>" in text and text.count("\n") == 1
+        assert "model=testbed" in text and "model=<local folder>" in text and text.count("\n") == 1
 
 
 def test_a_missing_model_folder_is_refused(capsys):

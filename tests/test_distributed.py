@@ -86,9 +86,7 @@ def on_two_cpus(stage: int, folder: Path) -> Path:
 def train_with_deepspeed(config: TrainConfig, stage: int, folder: Path) -> dict:
     (folder / "train.yaml").write_text(yaml.safe_dump(as_dict(config) | {"output_dir": str(folder / "zero")}))
     accelerate = on_two_cpus(stage, folder)
-    launch(
-        "accelerate.commands.launch", "--config_file", accelerate, "--module", "llm2", "train", folder / "train.yaml"
-    )
+    launch("llm2", "train", folder / "train.yaml", "--processes", 2, "--accelerate-config", accelerate)
     return json.loads((folder / "zero" / "training.json").read_text())
 
 

@@ -197,7 +197,7 @@ GUIDED = [{"n": 2, "extra_args": {"llm2_beta": beta}} for beta in (0.5, 0.25)] +
 
 
 def test_a_server_that_cannot_say_what_it_guides_is_refused(server, system1_folder):
-    with pytest.raises(UserError, match="does not say what it guides .*expected one that was started by `bash scr"):
+    with pytest.raises(UserError, match="does not say what it guides .*expected one that `llm2 serve` started"):
         ServerBackend(server, system1_folder, 4, guides=True)
     FalteringServer.guiding = {"unknown": 1}
     with pytest.raises(UserError, match="expected counts of llm2"):

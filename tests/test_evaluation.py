@@ -217,9 +217,8 @@ def test_the_launched_command_gives_the_result_of_one_process(small, tmp_path):
     metrics = evaluate(small)
     shared = replace(small, output_dir=str(tmp_path / "shared"))
     write_config(shared, tmp_path / "shared.yaml")
-    launch = ["accelerate.commands.launch", "--quiet", "--config_file", "configs/accelerate/multi_gpu.yaml"]
-    command = ["-m", *launch, "--num_processes", "2", "-m", "llm2", "evaluate"]
-    finished = subprocess.run([sys.executable, *command, tmp_path / "shared.yaml"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "llm2", "evaluate", tmp_path / "shared.yaml", "--processes", "2"]
+    finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr[-6000:]
     assert alike(results(shared), results(small))
     assert alike(json.loads(Path(shared.output_dir, "metrics.json").read_text()), metrics)

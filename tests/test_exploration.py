@@ -200,7 +200,7 @@ def test_own_solutions_are_right_and_distinct_and_seeded_by_their_problem(quick)
 
 
 def test_exploration_along_own_solutions_needs_no_gold_and_resumes_to_the_byte(quick, monkeypatch):
-    monkeypatch.setattr("llm2.exploration.explore.CHUNK", 2)
+    monkeypatch.setattr("llm2.exploration.explore.START_SIZE", 2)
     config = own(quick)
     report = explore(config)
     assert report["triplets"] > 0 and report["sampled_problems"] == 20
@@ -438,7 +438,7 @@ KILLED_RUNS = [(1, 1), (2, 2), (1, 2), (3, 1), (1, 1), (2, 2)]  # processes, pro
 @pytest.mark.parametrize("killed_runs", [KILLED_RUNS[:2], pytest.param(KILLED_RUNS, marks=pytest.mark.slow)])
 def test_output_is_the_same_to_the_byte_after_kills_and_with_any_number_of_processes(quick, monkeypatch, killed_runs):
     """Each process of the killed runs gets a SIGKILL; then two processes complete the exploration."""
-    monkeypatch.setattr("llm2.exploration.explore.CHUNK", 2)
+    monkeypatch.setattr("llm2.exploration.explore.START_SIZE", 2)
     report = explore(replace(quick, batch_size=64))
     assert report["triplets"] > 5 and report["rejected_as_equal"] > 5
     killed = replace(quick, output=quick.output + ".killed")
@@ -497,7 +497,7 @@ def chats(config, tmp_path):
     [
         ("{not json", "line 2: not valid JSON"),
         ({"messages": []}, "line 2: expected the key 'messages'"),
-        ({"messages": [{"role": "user"}] * 2}, "line 2: key 'messages': expected objects with 'role' and 'content'"),
+        ({"messages": [{"role": "user"}] * 2}, "line 2: key 'messages': expected objects with role and content"),
         ({"messages": chat()["messages"][::-1]}, "line 2: key 'messages': .* found messages by assistant and user"),
         (chat("3 + 3?", "I do not know."), "chats.jsonl: problem line-2: expected a number as gold answer"),
         (chat("3 + 3?", answer="5"), "chats.jsonl: problem line-2: the grader rejects .* for the answer '5'"),

@@ -38,7 +38,7 @@ def test_a_batch_without_pairs_is_zero_and_not_nan():
 
 
 def test_the_chunked_cross_entropy_is_cross_entropy(monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK", 3)
+    monkeypatch.setattr(losses, "LOGITS_CHUNK", 3)
     torch.manual_seed(0)
     hidden, weight = torch.randn(8, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
     targets = torch.randint(11, (8,))

@@ -24,7 +24,7 @@ def ran(tmp_path_factory):
 def test_the_commands_work_without_network(ran):
     folder, finished, _ = ran
     assert finished.returncode == 0, finished.stderr[-3000:]
-    assert network.reached(folder) == []
+    assert network.addresses_asked_for(folder) == []
 
 
 @pytest.mark.slow
@@ -44,7 +44,7 @@ def test_a_hub_id_is_the_one_thing_that_reaches_out(tmp_path):
     line = [sys.executable, "-m", "llm2", "explore", "model=owner/name", "task=testbed", "output=x.jsonl", "device=cpu"]
     finished = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert finished.returncode == 2 and "nor available from the hub" in finished.stderr
-    assert network.reached(tmp_path) != []
+    assert network.addresses_asked_for(tmp_path) != []
 
 
 def test_the_search_finds_the_mark_in_names_texts_and_archives(tmp_path):

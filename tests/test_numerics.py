@@ -30,9 +30,16 @@ HALVES = [torch.bfloat16, torch.float16]
 LONG = [[*range(3, 60)] * 6, [5], [7, 8], [*range(3, 60)] * 6 + [9]]  # a prompt of one token beside one of 342
 
 
-@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("layout", ["varlen", "padded", "graphs"])
-@pytest.mark.parametrize("kind, family", [("full", "llama"), ("lora", "gemma2")])  # gemma2: soft caps, windows
+@pytest.mark.parametrize(
+    "kind, family, dtype",
+    [
+        ("full", "llama", torch.float16),
+        ("lora", "gemma2", torch.bfloat16),  # gemma2: soft caps, windows
+        pytest.param("full", "llama", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("lora", "gemma2", torch.float16, marks=pytest.mark.slow),
+    ],
+)
 def test_decoding_in_16_bits_gives_finite_numbers(dtype, layout, kind, family, tmp_path, monkeypatch):
     if layout == "padded":
         use_padded_batches(monkeypatch)

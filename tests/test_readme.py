@@ -10,7 +10,7 @@ import pytest
 from benchmarks.configs import BENCHMARKS
 from experiments.commands import CONFIGS
 from experiments.study.config import StudyConfig
-from experiments.study.run import chosen
+from experiments.study.run import choose_values
 from llm2.common.config_file import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -42,12 +42,12 @@ def test_commands_use_existing_keys():
     others = [*ROOT.glob("scripts/*.sh"), *ROOT.glob("configs/*/*.yaml"), *ROOT.glob("experiments/studies/*.yaml")]
     for path, text in (DOCUMENTS | {path: path.read_text() for path in others}).items():
         for command in re.findall(
-            r"(?:bash scripts/(?!lm_eval)|python -m (?:llm2|experiments|benchmarks) )[^`\n]*", text
+            r"(?:bash scripts/(?!lm_eval)|(?:python -m (?:experiments|benchmarks)|\bllm2) [a-z])[^`\n]*", text
         ):
             only = re.findall(r"--only ([a-z]\w*=[\w.]+)", command)
             if only:
                 study = re.search(r"study\.sh (\w+)", command)[1]
-                assert chosen(load_config(StudyConfig, ROOT / "experiments" / "studies" / f"{study}.yaml"), only)
+                assert choose_values(load_config(StudyConfig, ROOT / "experiments" / "studies" / f"{study}.yaml"), only)
             found = re.findall(r"\s\[?([a-z]\w*)=", re.sub(r"--only \S+", "", command))
             assert set(found) <= keys, f"{path}: {command}"
 

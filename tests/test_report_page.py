@@ -196,5 +196,5 @@ def test_no_script_but_its_own_would_run(browser, report, tmp_path):
 
 def test_five_hundred_problems_are_usable(browser, tmp_path):
     """`bash scripts/torture.sh page` does the same with 20,000."""
-    row = torture_page.judged(500, torture_page.measure(tmp_path, 500, browser))
+    row = torture_page.judge(500, torture_page.measure(tmp_path, 500, browser))
     assert row.failed == 0, row

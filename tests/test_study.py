@@ -13,7 +13,7 @@ from experiments.__main__ import main
 from experiments.study import run as study
 from experiments.study.config import StudyConfig, StudyCurves, StudyStep
 from experiments.study.plot import draw_curves
-from experiments.study.results import in_one_column, published, results
+from experiments.study.results import in_one_column, read_published, results
 from experiments.study.summary import rows
 from experiments.study.table import write_summary
 from llm2.common.config_file import load_config, write_config
@@ -217,7 +217,7 @@ def test_votes_are_published_as_they_are(config):
     (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "metrics.json").write_text(json.dumps({"modes": {"guided_sampling": {}}}))
     write_summary(replace(config, plots={}))
-    (one,) = published(config)
+    (one,) = read_published(config)
     assert one.problems["guided sampling"].tolist() == [0.5, 1.0]
 
 
@@ -227,7 +227,7 @@ def test_published_runs_were_made_with_the_settings_of_their_study(path, tmp_pat
     config = load_config(StudyConfig, f"experiments/studies/{name}.yaml")
     assert str(path) == f"{config.report}.runs.jsonl"
     found = results(replace(config, output_dir=str(tmp_path)))
-    assert len(found) == len(published(config)), "runs that its config does not ask for"
+    assert len(found) == len(read_published(config)), "runs that its config does not ask for"
 
 
 def test_only_some_runs_are_run(config, monkeypatch):

@@ -79,7 +79,7 @@ def test_few_shot_examples_are_turns_of_the_chat(write):
     messages = load_few_shot(write(NATALIA, NATALIA), num_fewshot=1)
     assert [message["role"] for message in messages] == ["user", "assistant"]
     assert messages[1]["content"].endswith("So the answer is 1072.")
-    with pytest.raises(UserError, match="holds 2 examples, expected at least num_fewshot=3"):
+    with pytest.raises(UserError, match="has 2 examples, expected at least num_fewshot=3"):
         load_few_shot(write(NATALIA, NATALIA), num_fewshot=3)
 
 
@@ -307,7 +307,7 @@ def test_an_unreachable_hub_is_refused_quickly_in_one_sentence(tmp_path, offline
     output = run_without_network(tmp_path, HF_HUB_OFFLINE=offline)
     assert output.count("\n") == 1
     assert "data_file=" in output
-    assert "bash scripts/quickstart.sh" in output
+    assert "task=testbed" in output
 
 
 def test_a_local_file_needs_no_network(tmp_path, write):

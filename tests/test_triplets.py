@@ -179,7 +179,7 @@ def test_quality_weights_need_the_quality_of_each_pair(seed_record, tokenizer, q
 
 
 def test_memory_does_not_grow_with_the_file(seed_record, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(triplets, "CHUNK", 50)
+    monkeypatch.setattr(triplets, "TOKENIZED_LINES", 50)
     path, _, _ = seed_record
     line = path.read_text()
 

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from experiments.study.config import StudyConfig, StudyStep
-from experiments.study.run import Run, asked, names_of, runs, step_folders, wanted_steps
+from experiments.study.run import Run, names_of, runs, settings_as_written, step_folders, wanted_steps
 from llm2.common.files import write_text
 from llm2.common.jsonl import read_jsonl
 from llm2.common.stats import best_of_k, majority_curve
 from llm2.config import Mode
-from llm2.errors import explained
+from llm2.errors import as_user_error
 from llm2.evaluation.metrics import right_answer
 
 TRAINING = ("eval_choice_quality", "eval_choice_beta", "eval_pair_accuracy", "eval_margin_spearman")
@@ -47,18 +47,18 @@ def results(config: StudyConfig) -> list[Result]:
     """Of all runs with at least one evaluation, and of the evaluations before all runs."""
     before = [(Run(step.values, Path(config.output_dir)), [step]) for step in config.once]
     planned = before + [(one, wanted_steps(config, one)) for one in runs(config)]
-    earlier = published(config)
-    found = [with_published(read_result(config, one, steps), earlier) for one, steps in planned]
+    earlier = read_published(config)
+    found = [add_published(read_result(config, one, steps), earlier) for one, steps in planned]
     return [result for result in found if result.problems]
 
 
 def in_one_column(found: Sequence[Result]) -> list[Result]:
     """The results with `greedy` and `sampling` for the modes' names, unless a run has both modes."""
     both = {end for result in found for end in ENDS if {f"plain {end}", f"guided {end}"} <= result.problems.keys()}
-    return [_renamed(result, set(ENDS) - both) for result in found]
+    return [_rename(result, set(ENDS) - both) for result in found]
 
 
-def _renamed(result: Result, ends: Set[str]) -> Result:
+def _rename(result: Result, ends: Set[str]) -> Result:
     """Without the way in the names that begin with `plain END` or `guided END`."""
 
     def name(old: str) -> str:
@@ -114,7 +114,7 @@ def read_problems(path: Path, mode: str) -> dict[str, np.ndarray]:
 def settings_of(config: StudyConfig, one: Run, steps: Sequence[StudyStep]) -> str:
     """Digest of the keys of the steps' config files and overrides, names in braces as they stand."""
     names = names_of(config, one)
-    settings = [(step.command, asked(config, step, names)) for step in steps if step.command is not None]
+    settings = [(step.command, settings_as_written(config, step, names)) for step in steps if step.command is not None]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -128,17 +128,17 @@ def publish(config: StudyConfig, found: Sequence[Result]) -> None:
     write_text(_path(config), "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
-def published(config: StudyConfig) -> list[Result]:
+def read_published(config: StudyConfig) -> list[Result]:
     """Raises UserError for a file that is not as `publish` writes it."""
     path, found = _path(config), []
     for number, line in read_jsonl(path, "runs") if path.exists() else ():
-        with explained(f"{path}, line {number}: expected a run as a study publishes it"):
+        with as_user_error(f"{path}, line {number}: expected a run as a study publishes it"):
             problems = {name: np.array([float(share) for share in each]) for name, each in line["problems"].items()}
             found.append(Result(**line | {"problems": problems}))
     return found
 
 
-def with_published(here: Result, earlier: Sequence[Result]) -> Result:
+def add_published(here: Result, earlier: Sequence[Result]) -> Result:
     """The result, and what was published of the same run with the same settings, where it lacks something."""
     for one in earlier:
         if (one.values, one.settings) == (here.values, here.settings):

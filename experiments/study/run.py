@@ -19,8 +19,8 @@ from experiments.commands import CONFIGS, MODULES
 from experiments.study.config import StudyConfig, StudyStep
 from llm2.common.config_file import as_dict, difference, load_config, read_values
 from llm2.common.inputs import Digests, as_digests, change, digests, read_inputs
-from llm2.common.keys import Mark, marked
-from llm2.errors import UserError, explained, shown
+from llm2.common.keys import Mark, select_keys
+from llm2.errors import UserError, as_user_error, shown
 
 ALL = "all"  # in place of a step: all steps that have the key
 
@@ -64,7 +64,7 @@ def check(config: StudyConfig, summary: bool = False) -> None:
             axes, keys = ", ".join(config.axes), "over, across, baseline, compare and curves"
             raise UserError(f"{keys}: expected axes, found {axis!r}; the axes are {axes}")
     for value in config.axes[config.curves.x] if config.curves else ():
-        with explained(f"curves: x: {config.curves.x}: expected numbers, found {shown(value)}"):
+        with as_user_error(f"curves: x: {config.curves.x}: expected numbers, found {shown(value)}"):
             float(value)
     for step in (*config.once, *config.steps):
         if step.command not in (None, *CONFIGS):
@@ -86,10 +86,10 @@ def check_done(config: StudyConfig, step: StudyStep, one: Run, summary: bool = F
     """
     names = names_of(config, one)
     wanted = load_config(CONFIGS[step.command], step.config, list(arguments(config, step, names)))
-    compared = {k for k, v in asked(config, step, names).items() if v is not None and "{" not in str(v)}
+    compared = {k for k, v in settings_as_written(config, step, names).items() if v is not None and "{" not in str(v)}
     done = done_file(config, step, one)
-    earlier = recorded(step, done)
-    ignored = (as_dict(wanted).keys() - compared) | marked(wanted, Mark.HOW).keys()
+    earlier = read_config_of(step, done)
+    ignored = (as_dict(wanted).keys() - compared) | select_keys(wanted, Mark.HOW).keys()
     way_out = "delete what this step wrote, or choose another output_dir"
     if earlier is not None and (changed := difference(earlier, wanted, ignored)):
         raise UserError(f"{done}: {changed} in the study; {way_out}")
@@ -102,7 +102,7 @@ def check_done(config: StudyConfig, step: StudyStep, one: Run, summary: bool = F
         raise UserError(f"{done} is out of date: {changed}; {way_out}")
 
 
-def recorded(step: StudyStep, done: Path) -> dict[str, Any] | None:
+def read_config_of(step: StudyStep, done: Path) -> dict[str, Any] | None:
     """The config with which a step was done, where its command writes one."""
     if not done.exists():
         return None
@@ -121,7 +121,7 @@ def recorded_inputs(step: StudyStep, done: Path) -> Digests | None:
     return read_inputs(done.parent)
 
 
-def chosen(config: StudyConfig, only: Sequence[str]) -> dict[str, list[str]]:
+def choose_values(config: StudyConfig, only: Sequence[str]) -> dict[str, list[str]]:
     """Axis -> values of texts AXIS=VALUE. Raises UserError for any other text."""
     choice = defaultdict(list)
     for text in only:
@@ -139,7 +139,7 @@ def run(config: StudyConfig, only: Sequence[str] = ()) -> None:
     Raises UserError with the log of the first step that fails, after all others.
     """
     check(config)
-    choice = chosen(config, only)
+    choice = choose_values(config, only)
     planned, locks = [one for one in runs(config) if _among(one.values, choice)], defaultdict(Lock)
     before = Run({}, Path(config.output_dir))
     steps = [(before, config.once), *((one, wanted_steps(config, one)) for one in planned)]
@@ -208,12 +208,12 @@ def names_of(config: StudyConfig, one: Run) -> dict[str, str]:
 
 def done_file(config: StudyConfig, step: StudyStep, one: Run) -> Path:
     """The file that a step leaves."""
-    return Path(filled(step, step.done, names_of(config, one)))
+    return Path(fill(step, step.done, names_of(config, one)))
 
 
-def filled(step: StudyStep, text: str, names: Mapping[str, str]) -> str:
+def fill(step: StudyStep, text: str, names: Mapping[str, str]) -> str:
     """A text of a step with its names in braces replaced. Raises UserError for an unknown placeholder."""
-    with explained(f"steps: {step.name}: {shown(text)}: expected only {', '.join(names)} in braces"):
+    with as_user_error(f"steps: {step.name}: {shown(text)}: expected only {', '.join(names)} in braces"):
         return text.format(**names)
 
 
@@ -228,7 +228,7 @@ def overrides(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) ->
     return found
 
 
-def asked(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) -> dict[str, Any]:
+def settings_as_written(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) -> dict[str, Any]:
     """Keys of a step's config file and of its overrides, with names in braces as they stand."""
     return (read_values(step.config) if step.config else {}) | overrides(config, step, names)
 
@@ -237,10 +237,10 @@ def arguments(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) ->
     """The step's overrides as key=value, with names in braces replaced."""
     for key, value in overrides(config, step, names).items():
         if isinstance(value, str):
-            yield f"{key}={filled(step, value, names)}"
+            yield f"{key}={fill(step, value, names)}"
             continue
         if isinstance(value, list):
-            value = [filled(step, item, names) if isinstance(item, str) else item for item in value]
+            value = [fill(step, item, names) if isinstance(item, str) else item for item in value]
         text = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
         yield f"{key}={text}"
 

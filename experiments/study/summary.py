@@ -31,7 +31,7 @@ class Row:
     against_baseline: dict[str, SeedsTest]  # column -> mean difference, interval and p; empty for the baseline itself
 
 
-def unseen(config: StudyConfig, found: Sequence[Result]) -> list[Result]:
+def drop_seen(config: StudyConfig, found: Sequence[Result]) -> list[Result]:
     """The results on the problems behind the first `config.seen_problems`."""
     return [
         replace(result, problems={name: shares[config.seen_problems :] for name, shares in result.problems.items()})

@@ -10,7 +10,7 @@ from scipy import stats
 
 from experiments.study.config import StudyConfig
 from experiments.study.results import Result, in_one_column, publish, results
-from experiments.study.summary import Comparison, Row, comparisons, rows, unseen
+from experiments.study.summary import Comparison, Row, comparisons, drop_seen, rows
 from llm2.common.files import write_text
 from llm2.common.stats import SeedsTest
 from llm2.errors import UserError
@@ -31,7 +31,7 @@ def write_summary(config: StudyConfig) -> str:
     sentences = [*map(sentence, compared), *correlations(config, found)]
     lines, data = [*tables(config, summary), *(f"- {each}" for each in sentences)], as_json(summary, compared)
     if config.seen_problems:
-        others = rows(config, unseen(config, found))
+        others = rows(config, drop_seen(config, found))
         lines += [f"\nWithout the first {config.seen_problems:,} problems\n"]
         lines += tables(replace(config, columns={}), others)  # whose figures are of all problems
         data["unseen"] = as_json(others, [])["rows"]

@@ -184,7 +184,7 @@ def has_traceback(log: str) -> bool:
     return log.count("Traceback") > log.count("ChildFailedError:")
 
 
-def refused(job: Job, folder: Path, *says: str) -> str | None:
+def flaw_of_refusal(job: Job, folder: Path, *says: str) -> str | None:
     """What is wrong with the answer of a run that had to give up."""
     log = (folder / "log").read_text()
     sentences = [line for line in log.replace("\r", "\n").splitlines() if line.startswith(f"llm2 {job.arguments[0]}: ")]
@@ -202,7 +202,7 @@ def without_room(job: Job, folder: Path, expected: Undisturbed, draw: random.Ran
     (folder / "log").write_bytes(said)
     if process.returncode == 0:
         return None  # all files were smaller
-    return refused(job, folder) or after(job, folder, expected, f"files of {size} bytes at most")
+    return flaw_of_refusal(job, folder) or after(job, folder, expected, f"files of {size} bytes at most")
 
 
 def read_only(job: Job, folder: Path, expected: Undisturbed, draw: random.Random) -> str | None:
@@ -215,7 +215,7 @@ def read_only(job: Job, folder: Path, expected: Undisturbed, draw: random.Random
         job.start(folder, keep_to_permissions).wait(PATIENCE)
     finally:
         target.chmod(0o755)
-    return refused(job, folder, "Permission denied") or after(job, folder, expected, "read-only")
+    return flaw_of_refusal(job, folder, "Permission denied") or after(job, folder, expected, "read-only")
 
 
 def two_runs(job: Job, folder: Path, expected: Undisturbed, draw: random.Random) -> str | None:
@@ -237,7 +237,7 @@ def two_runs(job: Job, folder: Path, expected: Undisturbed, draw: random.Random)
     if status != 2:
         return f"the second run ended with status {status}: {(aside / 'log').read_text()[-1500:]}"
     named = f"another run (process {first.pid} on " if job.processes == 1 else "another run (process "
-    problem = refused(job, aside, named, " since ")
+    problem = flaw_of_refusal(job, aside, named, " since ")
     return problem or str(differences(outcome(folder, job), expected.files) or "") or None
 
 

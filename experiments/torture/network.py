@@ -106,7 +106,7 @@ def run_commands(folder: Path) -> tuple[subprocess.CompletedProcess, Path]:
     return subprocess.run(line, cwd=home, env=environment, capture_output=True, text=True), home
 
 
-def reached(folder: Path) -> list[str]:
+def addresses_asked_for(folder: Path) -> list[str]:
     """The addresses that were asked for."""
     path = folder / "reached.txt"
     return path.read_text().splitlines() if path.exists() else []
@@ -134,7 +134,7 @@ def run(folder: Path, scale: float) -> list[Row]:
     finished, home = run_commands(small)
     found, searched = leaks(home / "out")
     where = "a namespace without network" if without_network() else "sockets that refuse"
-    asked = reached(small)
+    asked = addresses_asked_for(small)
     rows = [
         Row(
             f"commands in {where}",
@@ -167,7 +167,7 @@ def _quickstart(folder: Path) -> Row:
     line = [*without_network(), "bash", "scripts/quickstart.sh"]
     finished = subprocess.run(line, cwd=checkout, env=environment, capture_output=True, text=True)
     found, searched = leaks(checkout / "results")
-    asked = reached(folder)
+    asked = addresses_asked_for(folder)
     failed = (finished.returncode != 0) + len(asked) + len(found)
     tail = finished.stderr[-300:] if finished.returncode else ""
     return Row(

@@ -47,10 +47,10 @@ def run(folder: Path, scale: float) -> list[Row]:
     if CHROMIUM is None:
         return [Row(f"report page of {n:,} problems", 0, 0, "no Chromium on the path")]
     with chromium() as browser:
-        return [judged(n, measure(folder, n, browser))]
+        return [judge(n, measure(folder, n, browser))]
 
 
-def judged(n: int, measured: dict[str, float]) -> Row:
+def judge(n: int, measured: dict[str, float]) -> Row:
     slow = [name for name, limit in LIMITS.items() if measured[name] > limit]
     figures = ", ".join(f"{name} {measured[name]:.2f} s" for name in ("writing", *LIMITS))
     detail = f"{measured['MB']:.0f} MB; {figures}; {measured['heap']:.0f} MiB of JavaScript objects"

@@ -1,8 +1,8 @@
-"""What a backbone needs of its attention and its cache: a dry run of the model itself, without weights.
+"""What a backbone requires of attention and cache, found by a dry run without weights.
 
-Decoding keeps keys and values alone, replaces the function that attends, and puts tokens of many sequences into one
-row. A model that keeps more, attends twice a layer, or masks in its own way would write another text in silence. So
-the model runs once on the `meta` device, with an attention function that looks at what it is given.
+Decoding caches keys and values only, replaces the attention function, and puts tokens of many sequences into one row. A
+model that caches more, attends twice per layer, or builds its own masks would silently decode wrong text. So the model
+runs once on the `meta` device, with an attention function that inspects its arguments.
 """
 
 import logging
@@ -37,8 +37,8 @@ logger = logging.getLogger("llm2")
 
 PROBE = "llm2_dry_run"
 ATTENTION_OPTIONS = ("scaling", "sliding_window", "softcap", "s_aux")  # those of decoding.attention.attend
-PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # what our cache holds as well
-FAR = 2**17  # position of the query whose mask is looked at; longer windows are taken at their word
+PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # cache layers that ours replaces
+FAR = 2**17  # position of the query whose mask is checked; longer windows are not verified
 
 
 @dataclass(eq=False)
@@ -46,7 +46,7 @@ class DryRun:
     """What the attention layers of a model were called with."""
 
     calls: Counter[int] = field(default_factory=Counter)  # by layer
-    values_per_token: Counter[int] = field(default_factory=Counter)  # numbers that a cache keeps of a token, by layer
+    values_per_token: Counter[int] = field(default_factory=Counter)  # cached numbers per token, by layer
     windows: set[int] = field(default_factory=set)
     objections: list[str] = field(default_factory=list)
 
@@ -68,20 +68,20 @@ class DryRun:
             self.objections.append(f"masks its attention {where} other than causally within its window")
 
 
-RUN_OPTIONS = ("input_ids", "position_ids", "use_cache", "attention_metadata")  # of the model's call
+RUN_OPTIONS = ("input_ids", "position_ids", "use_cache", "attention_metadata")  # arguments of the model's call
 
 
 @dataclass(frozen=True)
 class Examination:
     """What a dry run found."""
 
-    objection: str | None  # why a model cannot be decoded, a predicate
-    values_per_token: int = 0  # numbers that a cache keeps of a token
+    objection: str | None  # why a model cannot be decoded, as the predicate of a sentence
+    values_per_token: int = 0  # cached numbers per token
     window: int | None = None  # the shortest sliding window of a layer
 
 
 def refuse_undecodable(model: type[PreTrainedModel], config: PreTrainedConfig, prefix: str = "") -> None:
-    """Raise UserError where models of this class and config would not be decoded as they are."""
+    """Raise UserError if models of this class and config cannot be decoded correctly."""
     objection = examine(model, config).objection
     if objection is not None:
         raise UserError(f"{prefix}{model.__name__} {objection}; decoding cannot hold that, use another backbone")
@@ -101,7 +101,7 @@ def examine(model: type[PreTrainedModel], config: PreTrainedConfig) -> Examinati
 
 
 class _Config:
-    """A config as a key: equal where its content is."""
+    """A config as a cache key, compared by content."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config, self.content = config, config.to_json_string(use_diff=False)
@@ -117,7 +117,7 @@ class _Config:
 def _examine(model: type[PreTrainedModel], key: _Config) -> Examination:
     config = deepcopy(key.config)
     for rope in _ropes(config):
-        if "dynamic" in rope["rope_type"]:  # it would look at the positions; `refuse_too_long` judges it
+        if "dynamic" in rope["rope_type"]:  # it depends on the positions; `refuse_too_long` handles it
             rope["rope_type"] = "default"
     try:
         with torch.device("meta"), torch.inference_mode(), _unvalidated_distributions():
@@ -128,13 +128,11 @@ def _examine(model: type[PreTrainedModel], key: _Config) -> Examination:
                 if state and type(layer) not in PLAIN:
                     return Examination(f"keeps more than keys and values in layer {index} ({type(layer).__name__})")
             if not body._supports_attention_backend:
-                return Examination(
-                    "does not let its attention be replaced (transformers' `_supports_attention_backend`)"
-                )
+                return Examination("does not let its attention be replaced (`_supports_attention_backend`)")
             if "position_ids" not in signature(body.forward).parameters:
                 return Examination("takes no position_ids")
             run = _dry_run(body)
-    except Exception as error:  # whatever a model does without weights, such as reading numbers that are not there
+    except Exception as error:  # anything may fail on `meta`, such as reading a value
         return Examination(f"fails a dry run without weights ({reason(error)})")
     keeping = [index for index, layer in enumerate(layers) if isinstance(layer, PLAIN)]
     for layer in sorted({*keeping, *run.calls}):
@@ -146,7 +144,7 @@ def _examine(model: type[PreTrainedModel], key: _Config) -> Examination:
 
 @contextmanager
 def _unvalidated_distributions() -> Iterator[None]:
-    """A check of a distribution's arguments reads their values; `torch.compile` turns such checks off by itself."""
+    """Disable argument checks of distributions, which read values; `torch.compile` does the same."""
     before = torch.distributions.Distribution._validate_args
     torch.distributions.Distribution.set_default_validate_args(False)
     try:
@@ -156,11 +154,11 @@ def _unvalidated_distributions() -> Iterator[None]:
 
 
 def refuse_too_long(config: PreTrainedConfig, length: int, what: str) -> None:
-    """Raise UserError where a sequence needs positions that a model does not have, warn where it has not learnt them.
+    """Raise UserError if a sequence exceeds the model's positions; warn if it exceeds those seen in training.
 
-    A table of positions ends. Rope can be computed for any position, but where its frequencies depend on the length of
-    the sequence (types dynamic and longrope), tokens beyond the original length would change those before them, and
-    those of other sequences in the same forward.
+    Learned positions end. Rope can be computed for any position, but if its frequencies depend on the length of the
+    sequence (types dynamic and longrope), tokens beyond the original length would change earlier ones, and those of
+    other sequences in the same forward.
     """
     text = config.get_text_config()
     limit, why = getattr(text, "max_position_embeddings", None), "has a table of"
@@ -201,7 +199,7 @@ def _warn_untrained(kind: str, limit: int) -> None:
 
 def _dry_run(body: PreTrainedModel) -> DryRun:
     body.set_attn_implementation(PROBE)
-    body.set_experts_implementation("batched_mm")  # its shapes do not depend on which experts are chosen
+    body.set_experts_implementation("batched_mm")  # its shapes do not depend on the routing
     kinds = _drop_repeated_layers(body)
     run, ids = DryRun(), torch.zeros(1, 4, dtype=torch.long)
     options = {"input_ids": ids, "position_ids": ids, "use_cache": False, "attention_metadata": run}
@@ -216,10 +214,9 @@ def _dry_run(body: PreTrainedModel) -> DryRun:
 
 
 def _drop_repeated_layers(body: PreTrainedModel) -> list[str]:
-    """Leave the first layers of a body, until all kinds have occurred: operations on `meta` are slow.
+    """Keep the first layers of a body up to the first of each kind: operations on `meta` are slow.
 
-    Returns each layer's kind: its modules, their attributes, and what the config says of it. Layers whose attributes
-    are all different are all left.
+    Returns each layer's kind: its modules, their attributes, and its entry in the config.
     """
     count, types = body.config.num_hidden_layers, getattr(body.config, "layer_types", None)
     for layers in body.children():
@@ -242,14 +239,14 @@ def _kind(layer: torch.nn.Module) -> str:
 
 
 def _sees_window(sees: Any, window: int | None) -> bool:
-    """Whether a token sees itself and what is before it, within the window if there is one."""
+    """Whether a mask is causal, within the window if there is one."""
     keys = torch.arange(FAR + 2, device="cpu")
     for query in (FAR, FAR + 1):
         first = 0 if window is None else query + 1 - window
         arguments = (torch.tensor(index, device="cpu") for index in (0, 0, query))
         try:
             seen = sees(*arguments, keys).expand_as(keys)
-        except RuntimeError:  # it depends on more than the two positions
+        except RuntimeError:  # it depends on more than two positions
             return False
         if not torch.equal(seen, (keys >= first) & (keys <= query)):
             return False
@@ -266,7 +263,7 @@ def _attend(
     attention_metadata: DryRun | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Looks at its arguments, and returns no numbers: (1, tokens, heads, width of the values)."""
+    """Record the arguments; returns a tensor without data (1, tokens, heads, width of the values)."""
     if attention_metadata is None:
         raise ValueError("arguments that it does not know do not reach its attention")
     attention_metadata.see(module.layer_idx, key, value, attention_mask, options)
@@ -274,7 +271,7 @@ def _attend(
 
 
 class _Mask(torch.Tensor):
-    """Stands for a mask, and knows which keys a query sees; one that a model computes from it does not."""
+    """A mask with its mask function as `sees`; a mask that a model computes from it has none."""
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

@@ -1,8 +1,8 @@
 """Chat messages -> token ids, through a chat template.
 
 The built-in templates write only what the messages hold: no system preamble, no date. The published triplets were made
-with such a template; under a model's stock template their positions are wrong. A stock template is taken as it is, with
-its own system prompt; one that writes today's date is refused.
+with such a template; under a model's stock template their positions are wrong. Stock templates are used unchanged,
+including their system prompts, unless they write today's date: those are refused.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from llm2.common.files import read_text
-from llm2.errors import UserError, explained, shown
+from llm2.errors import UserError, as_user_error, shown
 
 Message = dict[str, str]
 
@@ -29,7 +29,7 @@ CHATML_PLAIN = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# For base models, which know no roles: a blank line ends what is asked, the end-of-sequence token what is answered.
+# For base models without roles: a blank line ends the question, the end-of-sequence token the answer.
 BASE = (
     "{{ bos_token or '' }}"
     "{% for message in messages %}"
@@ -38,7 +38,7 @@ BASE = (
 )
 TEMPLATES = {"llama3-plain": LLAMA3_PLAIN, "chatml-plain": CHATML_PLAIN, "base": BASE}
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# Put before a template, writes the digit DAY where it would ask for a part of today's date.
+# Prepended to a template: its strftime_now writes the digit DAY for each part of a date.
 ANOTHER_DAY = (
     "{% macro strftime_now(format) %}{% for part in format.split('%') %}"
     "{{ part if loop.first else 'DAY' ~ part[1:] }}{% endfor %}{% endmacro %}"
@@ -47,12 +47,10 @@ EXPECTED_TEMPLATE = f"one of {', '.join(TEMPLATES)}, or a readable Jinja file"
 
 
 def check_messages(messages: Sequence[Any], where: str) -> None:
-    """Raise UserError, which begins with `where`, at the first message without a known role or a content."""
+    """Raise UserError, prefixed with `where`, at the first message that lacks a known role or a content."""
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise UserError(
-                f"{where}: key 'messages': expected objects with 'role' and 'content', found {shown(message)}"
-            )
+            raise UserError(f"{where}: key 'messages': expected objects with role and content, found {shown(message)}")
         if message["role"] not in ROLES:
             raise UserError(
                 f"{where}: key 'messages': expected a role of {', '.join(ROLES)}, found {shown(message['role'])}"
@@ -60,7 +58,7 @@ def check_messages(messages: Sequence[Any], where: str) -> None:
 
 
 def resolve_template(name: str | None) -> str | None:
-    """The Jinja text of a named template or a file; None, which stands for the tokenizer's own template, for None."""
+    """The Jinja text of a built-in template or a file; None (the tokenizer's own template) is returned unchanged."""
     if name is None or name in TEMPLATES:
         return TEMPLATES.get(name)
     if not Path(name).is_file():
@@ -92,14 +90,14 @@ def render(
 ) -> str:
     """The text of a conversation; `options` go to apply_chat_template, `template` is as for `encode_chats`.
 
-    Raises UserError where there is no template, where it fails, and where it writes today's date: what is made of its
-    positions today would not fit tomorrow.
+    Raises UserError if there is no template, if it fails, or if it writes today's date, since positions counted today
+    would be wrong tomorrow.
     """
     name = f"the tokenizer {tokenizer.name_or_path}"
     if template is None and tokenizer.chat_template is None:
         raise UserError(f"{name} has no chat template of its own; expected chat_template to be {EXPECTED_TEMPLATE}")
     source = f"the chat template of {name}" if template is None else f"the chat_template {shown(template)}"
-    with explained(f"{source} fails on the messages {shown(list(messages))}"):
+    with as_user_error(f"{source} fails on the messages {shown(list(messages))}"):
         jinja = tokenizer.get_chat_template(template)
         days = [ANOTHER_DAY.replace("DAY", day) for day in "12"] if "strftime_now" in jinja else []
         text, *others = (
@@ -115,8 +113,8 @@ def render(
 
 
 def _require_bos(tokenizer: PreTrainedTokenizerBase, template: str, conversations: Sequence[Sequence[int]]) -> None:
-    """Raises UserError where a tokenizer begins every text with a token, and a template leaves it out: the model was
-    trained with it. A tokenizer's own template is taken as it is."""
+    """Raise UserError if the tokenizer begins texts with a BOS token and the template does not: the model was trained
+    with it."""
     bos = tokenizer.bos_token_id
     begins = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     if begins and any(ids[:1] != [bos] for ids in conversations):

@@ -14,11 +14,11 @@ from llm2.errors import UserError
 
 
 @contextmanager
-def claimed(output: str | Path, is_file: bool = False) -> Iterator[None]:
-    """Hold OUTPUT/.lock, or OUTPUT.lock of a file, while this block runs; a killed process does not leave it held.
+def lock_output(output: str | Path, is_file: bool = False) -> Iterator[None]:
+    """Hold the lock OUTPUT/.lock (OUTPUT.lock for a file) while this block runs; a kill releases it.
 
-    The main process holds it for all. Raises UserError with the process, the machine and the start of the run that has
-    it already.
+    The main process holds it for all processes. Raises UserError if another run holds it, with that run's process,
+    machine and start.
     """
     if not dist_info().is_main:
         yield
@@ -26,7 +26,7 @@ def claimed(output: str | Path, is_file: bool = False) -> Iterator[None]:
     lock = Path(f"{output}.lock") if is_file else Path(output, ".lock")
     made = not lock.parent.exists()
     lock.parent.mkdir(parents=True, exist_ok=True)
-    file = _locked(lock)
+    file = _try_lock(lock)
     if file is None:
         owner = lock.read_text(encoding="utf-8") if lock.exists() else ""
         raise UserError(
@@ -39,16 +39,17 @@ def claimed(output: str | Path, is_file: bool = False) -> Iterator[None]:
         file.flush()
         yield
     finally:
-        lock.unlink(missing_ok=True)  # before it is released: see _locked
+        lock.unlink(missing_ok=True)  # before it is released: see _try_lock
         file.close()
         if made and not any(lock.parent.iterdir()):
             lock.parent.rmdir()
 
 
-def _locked(path: Path) -> BinaryIO | None:
+def _try_lock(path: Path) -> BinaryIO | None:
     """The locked file; None if another process holds it.
 
-    A POSIX lock, since worker processes do not inherit it: one that outlives a killed run would hold any other kind.
+    A POSIX lock, since worker processes do not inherit it: any other kind would stay held by a worker that outlives a
+    killed run.
     """
     while True:
         file = path.open("a+b")

@@ -21,14 +21,14 @@ MAX_DEPTH = 50  # of lists and mappings in a file or an override
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads `2e-5` as a number, which YAML 1.1 reads as a string.
 
-    It refuses a repeated key, a list or mapping within itself, and deep nesting, for which its time grows with the
+    It refuses repeated keys, values that contain themselves, and deep nesting, since parsing time grows with the
     square of the depth.
     """
 
     depth = 0
 
     def construct_document(self, node: yaml.Node) -> Any:
-        self.deep_construct = True  # whole values at once: what refers to itself has none
+        self.deep_construct = True  # construct values whole: a self-referencing one fails
         return super().construct_document(node)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -53,7 +53,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# Besides its own: what int, float and datetime raise for texts like `0b_`.
+# YAML's own errors, and those of int, float and datetime for texts like `0b_`.
 YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
@@ -72,7 +72,7 @@ def load_config(cls: type[Config], path: str | Path | None, overrides: Sequence[
             raise UserError(f"the override {override!r} is not of the form key=value")
         values[key], places[key] = _parse_override(override, text), f"override {shown(override)}"
     for key in values:
-        if not str(key).isprintable():  # pydantic could not name it
+        if not str(key).isprintable():  # pydantic fails on such names
             raise UserError(f"{places.get(key, path)}: found the key {shown(key)}, expected a name")
     try:
         return cls(**_tuples(values))
@@ -150,11 +150,11 @@ def _explain(error: ValidationError, cls: type, path: str | Path | None, places:
 
 def help_text(cls: type) -> str:
     """Every key of a config with its type, default and sentence, the required ones first."""
-    keys = sorted(_described(cls), key=lambda key: "(default " in key[0])
+    keys = sorted(_describe_keys(cls), key=lambda key: "(default " in key[0])
     return "\n".join(f"  {head}\n      {text}" if text else f"  {head}" for head, text in keys)
 
 
-def _described(cls: type) -> Iterator[tuple[str, str]]:
+def _describe_keys(cls: type) -> Iterator[tuple[str, str]]:
     schema = TypeAdapter(cls).json_schema()
     for name, field in schema["properties"].items():
         # Only the class that declares a key holds its sentence.

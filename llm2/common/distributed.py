@@ -1,12 +1,14 @@
-"""Rank and world size of a process that `accelerate launch` started, and work shared among such processes.
+"""Processes of a command: their start by `accelerate launch`, rank and world size, and work shared among them.
 
 Processes exchange barriers and counters only; results go through files that all of them see.
 """
 
 import gc
 import os
+import shlex
 import sys
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import cache
 from itertools import count
@@ -15,8 +17,17 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.rendezvous import rendezvous
 
+from llm2.config import OptimizerConfig
 from llm2.errors import UserError
 
+# What `accelerate launch` needs without a config file, on CPUs too; port 0 is any free one.
+ONE_MACHINE = "--multi_gpu --same_network --num_machines 1 --machine_rank 0 --main_process_port 0 --mixed_precision no"
+LAUNCHED = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "ACCELERATE_MIXED_PRECISION",
+)  # the last one is set for a single process
 WAIT = timedelta(days=30)  # for the slowest process; if one dies, the launcher ends the others
 _calls = count()  # numbers the calls of iter_shared_work, alike in all processes
 
@@ -35,7 +46,7 @@ class DistInfo(NamedTuple):
 
 
 def dist_info() -> DistInfo:
-    """What the launcher put into the environment; a single process without a launcher."""
+    """Read from the launcher's environment variables; without a launcher, a single process."""
     single = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     return DistInfo(*(int(os.environ.get(name, value)) for name, value in single.items()))
 
@@ -105,16 +116,38 @@ def destroy_group() -> None:
         _store.cache_clear()
 
 
-def resolve_parallelism(config: Any) -> tuple[int, int]:
-    """Number of processes to start on this machine and threads of each, for the config of any command.
+def launch(config: Any, check: Callable[[Any], None], options: Namespace, arguments: Sequence[str]) -> None:
+    """Replace this process by `accelerate launch` of `llm2 ARGUMENTS`, after `check`, if several processes are to run.
 
-    NUM_PROCESSES overrides the default: one process for every `tensor_parallel` GPUs, and one where there is no GPU or
-    where a server does the work.
+    Returns if one is enough, or if a launcher started this one.
+    """
+    if not os.environ.keys().isdisjoint(LAUNCHED):
+        return
+    processes, threads = resolve_parallelism(config, options.processes)
+    file = options.accelerate_config
+    if processes == 1 and not file:
+        if isinstance(config, OptimizerConfig):  # the Trainer would multiply the batch by the GPUs that it sees
+            os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+        return
+    if file and not os.path.isfile(file):
+        raise UserError(f"--accelerate-config: expected a file, found none at {file!r}")
+    check(config)
+    setting = f"--config_file {shlex.quote(file)}" if file else f"{ONE_MACHINE} --dynamo_backend no"
+    sizes = f"--num_processes {processes} --num_cpu_threads_per_process {threads}"
+    launcher = shlex.split(f"-m accelerate.commands.launch --quiet {setting} {sizes} {options.accelerate_args or ''}")
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *launcher, "-m", "llm2", *arguments])
+
+
+def resolve_parallelism(config: Any, number: str | None = None) -> tuple[int, int]:
+    """Number of processes to start and threads of each, for the config of any command.
+
+    By default one process for every `tensor_parallel` GPUs, and one where there is no GPU or where a server does the
+    work. `number` overrides this; raises UserError unless it is a whole number from 1 on.
     """
     on_cpu = getattr(config, "device", "auto") == "cpu" or getattr(config, "server", None) is not None
     num_gpus = 0 if on_cpu else torch.cuda.device_count()
-    number = os.environ.get("NUM_PROCESSES", "")
     if number and not (number.isdecimal() and int(number)):
-        raise UserError(f"NUM_PROCESSES: found {number!r}, expected a whole number from 1 on")
+        raise UserError(f"--processes (NUM_PROCESSES): found {number!r}, expected a whole number from 1 on")
     processes = int(number or max(1, num_gpus // getattr(config, "tensor_parallel", 1)))
     return processes, max(1, torch.get_num_threads() // processes)

@@ -13,14 +13,14 @@ from llm2.errors import UserError
 
 
 def read_text(path: str | Path, what: str) -> str:
-    """Read a UTF-8 file, with or without a byte order mark. Raises UserError that names `what` it should hold."""
+    """Read a UTF-8 file, with or without a byte order mark. Raises UserError; `what` names the expected content."""
     with reading(path, what):
         return Path(path).read_text(encoding="utf-8-sig")
 
 
 @contextmanager
 def reading(path: str | Path, what: str) -> Iterator[None]:
-    """Raises UserError if `path`, which should hold `what`, cannot be opened or is not UTF-8."""
+    """Convert errors of this block to a UserError: `path`, expected to hold `what`, is unreadable or not UTF-8."""
     try:
         yield
     except OSError as error:
@@ -33,13 +33,13 @@ def reading(path: str | Path, what: str) -> Iterator[None]:
 def whole_file(path: str | Path) -> Iterator[TextIO]:
     """Open a text file that replaces `path` once it is written without an error."""
     path = Path(path)
-    new = path.with_name(f".{path.name}.new")  # one fixed name: a killed run's is overwritten by the next
+    new = path.with_name(f".{path.name}.new")  # a fixed name: the next run overwrites the file of a killed one
     try:
         with new.open("w", encoding="utf-8") as file:
             yield file
         _put(new, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk names none
+        error.filename = error.filename or str(path)  # not set if the disk is full
         raise
     finally:
         new.unlink(missing_ok=True)
@@ -57,10 +57,10 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 @contextmanager
 def whole_files(folder: str | Path, is_main: bool = True) -> Iterator[Path]:
-    """An empty folder for what a library writes; each of its files then takes its place in `folder`.
+    """An empty folder for a library to write to; afterwards its files are moved to `folder`.
 
-    config.json is the last one: a folder that has it is complete. Of several processes only the main one makes the
-    folder and moves the files.
+    config.json is moved last, so a folder with a config.json is complete. Only the main process creates the folder and
+    moves the files.
     """
     folder = Path(folder)
     new = folder / ".new"
@@ -80,7 +80,7 @@ def whole_files(folder: str | Path, is_main: bool = True) -> Iterator[Path]:
 def _put(new: Path, path: Path) -> None:
     _sync(new)
     os.replace(new, path)
-    _sync(path.parent)  # else a power cut could undo the renaming
+    _sync(path.parent)  # otherwise a power cut could undo the rename
 
 
 def _sync(path: Path) -> None:

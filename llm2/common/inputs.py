@@ -1,8 +1,8 @@
 """Digests of what a run reads: the SHA-256 of every file that the keys of its config name.
 
-A path says where a file is, not what is in it. Whatever goes on from an earlier run (a journal, a results folder, a
-checkpoint) compares these digests with those of that run, and refuses if one differs. They are taken before the files
-are read: a file that changes in between is noticed by the next run.
+Whatever continues an earlier run (a journal, a results folder, a checkpoint) compares these digests with those of that
+run, and refuses to continue if one differs. They are computed before the files are read, so that the next run notices a
+file that changes in between.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ import llm2
 from llm2.common.config_file import as_dict, difference
 from llm2.common.files import digest, write_text
 from llm2.common.home import without_home
-from llm2.common.keys import Mark, marked, reads
-from llm2.errors import UserError, explained
+from llm2.common.keys import Mark, reads, select_keys
+from llm2.errors import UserError, as_user_error
 
 Digests = dict[str, dict[str, str]]  # key -> name of a file, without its folder -> SHA-256, or a hub's commit
 
@@ -32,11 +32,11 @@ OTHERS += ("special_tokens_map.json", "added_tokens.json", "chat_template.json",
 
 
 def digests(config: Any) -> Digests:
-    """Of all that the marked keys of a config name; keys that name no file, or none that is there, are left out."""
+    """Digests of all files that the marked keys of a config name; keys without an existing file are left out."""
     found = {}
     for key, kind in reads(config).items():
         value, read = getattr(config, key), KINDS[kind]
-        if isinstance(value, tuple):  # files, by their paths: two may have one name
+        if isinstance(value, tuple):  # keyed by path, since two files may share a name
             found[key] = {without_home(path): content for path in value for content in read(path).values()}
         elif value is not None:
             found[key] = read(value)
@@ -44,20 +44,20 @@ def digests(config: Any) -> Digests:
 
 
 def record(config: Any, inputs: Digests) -> dict[str, Any]:
-    """What a run saves for `require_same` when it is continued, as plain values."""
+    """The config and digests that a run saves for a later `require_same`, as plain values."""
     return as_dict(config) | {"inputs": inputs}
 
 
 def require_same(
     earlier: Mapping[str, Any], config: Any, inputs: Digests, what: str, way_out: str, but: Collection[str] = ()
 ) -> None:
-    """Raises UserError if the run whose `record` is `earlier` had other settings or inputs than this one.
+    """Raise UserError unless the run with the `record` `earlier` had the same settings and inputs.
 
     Args:
-        what: begins the sentence: what is to be used again.
+        what: the subject of the error message: what is to be reused.
         but: keys that may differ here besides those marked HOW and WHICH.
     """
-    but = {*but, *marked(config, Mark.HOW, Mark.WHICH)}
+    but = {*but, *select_keys(config, Mark.HOW, Mark.WHICH)}
     if changed := difference(earlier, config, but):
         raise UserError(f"{what} is of another config: {changed}; {way_out}")
     if changed := change(earlier.get("inputs"), inputs, but):
@@ -80,8 +80,8 @@ def change(earlier: Mapping[str, Any] | None, now: Digests, but: Collection[str]
 
 
 def as_digests(value: Any, where: str | Path) -> Digests | None:
-    """The digests that another run wrote to a file; None if an older version of llm2 wrote it."""
-    with explained(f"{where}: expected digests as a run writes them"):
+    """Validate the digests that another run wrote to a file; None if an older version of llm2 wrote it."""
+    with as_user_error(f"{where}: expected digests as a run writes them"):
         return TypeAdapter(Digests | None).validate_python(value)
 
 
@@ -90,11 +90,11 @@ def write_inputs(folder: str | Path, inputs: Digests) -> None:
 
 
 def read_inputs(folder: str | Path) -> Digests | None:
-    """None where an older version of llm2 wrote the folder."""
+    """The digests in a folder; None if an older version of llm2 wrote it."""
     path = Path(folder, INPUTS)
     if not path.exists():
         return None
-    with explained(f"{path}: expected digests as a run writes them"):
+    with as_user_error(f"{path}: expected digests as a run writes them"):
         return as_digests(json.loads(path.read_text(encoding="utf-8")), path)
 
 
@@ -117,12 +117,12 @@ def _hub_commit(name: str) -> dict[str, str]:
 
     try:
         return {name: Path(hf_hub_download(name, "config.json")).parent.name}
-    except Exception:  # the errors of the hub client share no base class; loading says what is wrong
+    except Exception:  # the hub client's errors share no base class; loading reports them
         return {}
 
 
 def _file(name: str) -> dict[str, str]:
-    """The file, unless it is the name of something built in, such as a chat template."""
+    """The file; none for a built-in name, such as that of a chat template."""
     path = Path(name)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"{name}: expected a file, found a pipe or device, which cannot be read twice")
@@ -134,7 +134,7 @@ def _results(name: str) -> dict[str, str]:
 
 
 def _code(name: str) -> dict[str, str]:
-    """The module of MODULE:NAME, and the package's own tasks, which grade; what that module imports is not followed."""
+    """The file of the module in MODULE:NAME, and llm2's tasks, which grade; imports are not followed."""
     found, package = {}, Path(llm2.__file__).parent
     for folder in ("tasks", "testbed") if name.startswith("testbed") else ("tasks",):
         lines = [f"{path.name} {digest(path)}" for path in sorted((package / folder).glob("*.py"))]
@@ -146,7 +146,7 @@ def _code(name: str) -> dict[str, str]:
 def _module_file(module: str) -> str:
     try:
         spec = find_spec(module)
-    except Exception:  # of the user's package; who imports the module explains it
+    except Exception:  # raised by the user's package; reported when the module is imported
         spec = None
     return spec.origin if spec and spec.origin else f"{module.replace('.', '/')}.py"  # in the working directory
 

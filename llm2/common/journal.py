@@ -1,8 +1,8 @@
 """Finished work on disk, entry by entry, so that a killed run can resume; one run at a time (claim.py).
 
-A journal is a folder with one shard per process: an append-only file with a line of a checksum and a JSON object for
-each entry, the first of which, the header, is the run's config with the digests of what it reads (inputs.py). A kill
-can tear the last line only, and checksums detect damaged lines. Any process may finish any entry, so a resumed run
+A journal is a folder with one shard per process: an append-only file whose lines are a checksum and a JSON object each.
+The first line is a header with the run's config and the digests of its inputs (inputs.py), every other line an entry. A
+kill can only tear the last line, and checksums detect damaged lines. Any process may finish any entry, so a resumed run
 can have another number of processes.
 """
 
@@ -22,11 +22,11 @@ CHECKSUM = 9  # bytes: eight digits and a space
 
 
 class Journal:
-    """One process's handle on the journal in `folder`; `done` holds the keys of all finished entries known to it.
+    """One process's handle on the journal in `folder`; `done` holds the keys of all finished entries it has read.
 
     Args:
-        config, inputs: the run's config and digests; raises UserError for shards of a run with others (`require_same`),
-            unless they hold no entry yet.
+        config, inputs: the run's config and digests; raises UserError if non-empty shards were written with others
+            (`require_same`).
         key: identifies an entry.
         shard: the number of this process, the only writer of that shard.
     """
@@ -49,7 +49,7 @@ class Journal:
         self.done = set(self._offsets())
 
     def add(self, entry: dict) -> None:
-        """Write one entry; it survives a kill of this process from now on."""
+        """Write one entry; once this returns, it survives a kill of this process."""
         self._write(entry)
         self.done.add(self.key(entry))
 
@@ -74,7 +74,7 @@ class Journal:
         text = json.dumps(content, ensure_ascii=False).encode()
         line = memoryview(_checksum(text) + text + b"\n")
         try:
-            while line:  # unbuffered: on a full disk nothing is left to be written later
+            while line:  # unbuffered, so that nothing is pending if the disk is full
                 line = line[os.write(self.file.fileno(), line) :]
         except OSError as error:
             error.filename = self.file.name

@@ -1,4 +1,4 @@
-"""Names -> loaded models and tokenizers, with a one-sentence error where one is missing.
+"""Load models and tokenizers by name, with a one-sentence error if one is missing.
 
 A name is a local folder, a GGUF file or `smollm2` (llm2/common/gguf.py), a hub id, or `testbed` for the embedded
 System 1. Local folders never touch the network; weights are safetensors; remote code is never run.
@@ -31,13 +31,13 @@ import llm2
 from llm2.common.architecture import backbone_class, refuse_undecodable
 from llm2.common.distributed import dist_info
 from llm2.common.gguf import gguf_folder
-from llm2.errors import UserError, explained, shown
+from llm2.errors import UserError, as_user_error, shown
 
 NEWEST_TESTED = "5.24.0"  # of transformers; tests/README.md has all versions
 TESTBED = Path(llm2.__file__).parent / "testbed" / "system1"
 BUILT_IN = {"testbed": TESTBED, "testbed-verifier": TESTBED.parent / "verifier"}
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")  # where files are
-LOCAL_MODEL_HINT = "pass model=<local folder>, or model=testbed for the embedded one (`bash scripts/quickstart.sh`)"
+LOCAL_MODEL_HINT = "pass model=<local folder>, or model=testbed for the embedded one"
 
 
 def resolve_device(device: str | int | torch.device) -> torch.device:
@@ -46,10 +46,10 @@ def resolve_device(device: str | int | torch.device) -> torch.device:
     Raises UserError for an unknown device, and for `cuda` or `cuda:1` without a GPU.
     """
     name = f"cuda:{device}" if type(device) is int else str(device)
-    has_gpu = torch.cuda.device_count() > 0  # unlike is_available it leaves CUDA alone: vLLM's GPUs are chosen later
+    has_gpu = torch.cuda.device_count() > 0  # is_available would initialize CUDA before vLLM's GPUs are chosen
     if name.startswith("cuda") and not has_gpu:
         raise UserError(f"device {name} needs a CUDA GPU and torch sees none; {LOCAL_MODEL_HINT} device=cpu")
-    with explained(f"device: found {shown(device)}, expected auto, cpu, cuda or such"):
+    with as_user_error(f"device: found {shown(device)}, expected auto, cpu, cuda or such"):
         found = torch.device(("cuda" if has_gpu else "cpu") if name == "auto" else name)
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name}: torch sees {torch.cuda.device_count()} GPUs, expected an index below that")
@@ -70,7 +70,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> str 
 
 
 def is_gguf(name: str) -> bool:
-    """Whether a name is a GGUF file, which is converted at its first use."""
+    """Whether a name is a GGUF file, which is converted on first use."""
     return name == "smollm2" or name.endswith(".gguf")
 
 
@@ -88,10 +88,10 @@ def is_local(name: str) -> bool:
 
 
 def require_model(name: str, decodes: bool = True, **options) -> None:
-    """Raise UserError where a model's config cannot be loaded, or its models cannot be used, before weights load.
+    """Raise UserError, before weights load, if a model's config cannot be loaded or its architecture is unsupported.
 
     Args:
-        decodes: whether this project's decoder or verifier is to run it; an engine such as vLLM takes more models.
+        decodes: whether llm2's decoder or verifier will run it; vLLM supports more models.
         options: where its files are (`HUB`).
     """
     config = load_config(name, **{key: options[key] for key in HUB if key in options})
@@ -116,7 +116,7 @@ def load_config(name: str, **options) -> PreTrainedConfig:
 
 
 def vocabulary_size(name: str) -> int:
-    """Number of tokens that a model's config counts."""
+    """The vocabulary size in a model's config."""
     return load_config(name).get_text_config().vocab_size
 
 
@@ -148,12 +148,12 @@ def load_backbone(name: str, **options) -> PreTrainedModel:
 
 
 def load_classifier(name: str, **options) -> PreTrainedModel:
-    """The language model with a new head in the place of its own."""
+    """The language model with a new classification head."""
     return _load_weights(AutoModelForSequenceClassification, name, new=("score.weight",), **options)
 
 
 def refuse_unknown_ids(ids: Iterable[int], model: PreTrainedModel, name: str) -> None:
-    """Raise UserError if the tokenizer of `name` produced a token that its model does not embed."""
+    """Raise UserError if the tokenizer of `name` produced an id outside its model's vocabulary."""
     vocabulary, highest = model.get_input_embeddings().num_embeddings, max(ids, default=0)
     if highest >= vocabulary:
         raise UserError(
@@ -168,7 +168,7 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def eos_ids_by_name(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """`eos_ids` of a model that is not loaded here: reads its configs only."""
+    """`eos_ids` of a model that is not loaded: only reads its configs."""
     try:
         generation = GenerationConfig.from_pretrained(model_path(name), local_files_only=is_local(name))
     except OSError:  # no generation_config.json
@@ -195,8 +195,8 @@ def _load(auto_class, name: str, **options):
     hub_alone = not is_local(name) and not options.get("local_files_only")
     if hub_alone and not isinstance(try_to_load_from_cache(name, file, **cached), str):
         _probe_hub(name, options.get("revision"), options.get("token"))
-    with explained(f"model {name!r} could not be loaded", LOCAL_MODEL_HINT):
-        # trust_remote_code: where it is left out, transformers asks on the terminal
+    with as_user_error(f"model {name!r} could not be loaded", LOCAL_MODEL_HINT):
+        # trust_remote_code: if it is not given, transformers asks on the terminal
         return auto_class.from_pretrained(
             name, **{"trust_remote_code": False, **options, "local_files_only": not hub_alone}
         )
@@ -205,9 +205,7 @@ def _load(auto_class, name: str, **options):
 @cache
 def name_newer_transformers() -> None:
     """Warn once, in the main process, that transformers is newer than the tested versions."""
-    found, tested = (
-        tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (transformers.__version__, NEWEST_TESTED)
-    )
+    found, tested = (tuple(map(int, re.findall(r"\d+", v)[:3])) for v in (transformers.__version__, NEWEST_TESTED))
     if found > tested and dist_info().is_main:
         logging.getLogger("llm2").warning(
             "transformers %s is newer than %s, the newest that this llm2 was tested with",
@@ -247,6 +245,6 @@ def _probe_hub(name: str, revision: str | None, token: str | bool | None) -> Non
     """One request with a short timeout: `from_pretrained` would retry for half a minute."""
     try:
         HfApi().model_info(name, timeout=10, revision=revision, token=token)
-    except Exception as error:  # the errors of the hub client's transport share no base class
+    except Exception as error:  # errors of the hub client's transport share no base class
         problem = f"neither a local folder nor available from the hub ({type(error).__name__})"
         raise UserError(f"model {name!r} is {problem}; {LOCAL_MODEL_HINT}") from None

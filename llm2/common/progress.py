@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 
 class DecodingBar:
-    """Counts tokens and estimates their total, assuming that rows not begun are as long on average as those begun.
+    """Counts tokens and estimates their total, assuming that rows not yet started are as long on average as the others.
 
     While rows are still running, their mean length is bounded from below by the tokens they have and from above by the
     longest row so far or, while few have ended, by `limit`. The estimate is the geometric mean of both bounds.
@@ -42,7 +42,7 @@ class DecodingBar:
         self._draw()
 
     def on_finished(self, prompt: int, rows: Sequence[Sequence[int]]) -> None:
-        """All rows of a prompt have ended with these new tokens; `on_token` need not have reported them."""
+        """All rows of a prompt have ended with these new tokens, whether or not `on_token` reported them."""
         self.ended += len(rows)
         for sample, row in enumerate(rows):
             self.tokens += len(row) - self.running.pop((prompt, sample), 0)

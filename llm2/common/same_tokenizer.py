@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from llm2.common.loading import is_local, load_tokenizer, model_path
 from llm2.errors import UserError, shown
 
-# What pre-tokenizers and normalizers treat differently: digits, spaces, contractions, scripts, composed characters.
+# Texts on which pre-tokenizers and normalizers differ: digits, spaces, contractions, scripts, composed characters.
 PROBES = (
     "Nina has 1234567 shells, and 8.90 more.",
     " a  b   12\n\n3 \n x\t\t4567  \r\n",
@@ -28,10 +28,10 @@ PROBES += (
 
 
 def require_same_tokenizer(what: str, name: str, system1: PreTrainedTokenizerBase | str) -> None:
-    """Raises UserError, beginning with `what`, if a model has another tokenizer than System 1.
+    """Raise UserError, prefixed with `what`, if a model's tokenizer differs from System 1's.
 
     Args:
-        name: of the model; one whose folder holds no tokenizer goes with any.
+        name: of the model; a folder without a tokenizer is accepted.
         system1: its tokenizer, or its name.
     """
     if any(isinstance(each, str) and _has_none(each) for each in (name, system1)):

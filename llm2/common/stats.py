@@ -51,7 +51,7 @@ def mean_intervals(values: np.ndarray, seed: int = 0) -> list[tuple[float, float
     Args:
         values: (N, F): N problems, F metrics; all columns use the same resamples.
 
-    A column of equal values has no spread under resampling and gets Wilson's interval, which is wider.
+    A column of equal values has no spread under resampling, so it gets Wilson's interval, which is wider.
     """
     values = np.asarray(values, dtype=float)  # (N, F)
     if len(values) == 1:
@@ -115,7 +115,7 @@ def seeds_bootstrap(values: np.ndarray, seed: int = 0) -> SeedsTest:
 def _draws(num_seeds: int, n: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Batches of resamples: how often each problem was drawn, (R, N), and each seed, (R, S).
 
-    Kept, since drawing takes far longer than using the draws, and a study uses the same ones for every row.
+    Cached, since drawing is slow and a study uses the same draws for every row.
     """
     generator, draws = np.random.default_rng(seed), []
     for start in range(0, RESAMPLES, BATCH):
@@ -144,11 +144,11 @@ def majority_at_k(answers: Sequence[str | None], gold: str | None, k: int) -> fl
     """Probability that gold wins a majority vote of k of the answers: the exact mean over all subsets of size k.
 
     Args:
-        answers: canonical answers (`grading.extract_answer`); None, an unreadable one, has no vote.
+        answers: canonical answers (`grading.extract_answer`); None (unreadable) has no vote.
         gold: the canonical gold answer.
         k: number of voters, at most len(answers).
 
-    A tie of t answers counts 1/t. A subset of None alone is lost.
+    A tie of t answers counts 1/t. A subset with only None counts 0.
     """
     _check_k(len(answers), k)
     return majority_curve(answers, gold)[k - 1]
@@ -186,7 +186,7 @@ def _win_probabilities(gold: int, others: tuple[int, ...], blank: int) -> tuple[
 def best_of_k(scores: Sequence[float], correct: Sequence[bool], k: int) -> float:
     """Probability that the sample with the highest score of k is correct: the exact mean over all subsets of size k.
 
-    Samples of equal score are equally likely to be taken.
+    Ties are broken at random.
     """
     n = len(scores)
     _check_k(n, k)
@@ -209,8 +209,8 @@ def weighted_majority_at_k(
 ) -> float:
     """Probability that gold gets the largest sum of weights among k of the answers, a mean over subsets of size k.
 
-    Over all subsets if there are at most SUBSETS, else over SUBSETS random ones, the same for every problem: the draw
-    then adds no noise to a comparison of two modes. Ties and None as in `majority_at_k`.
+    Over all subsets if there are at most SUBSETS, else over SUBSETS random ones, the same for every problem, so that
+    sampling adds no noise to a comparison of two modes. Ties and None as in `majority_at_k`.
     """
     subsets = _subsets(len(answers), k, seed)  # (S, n)
     distinct = sorted({answer for answer in answers if answer is not None})
@@ -261,7 +261,7 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, seed: int = 0) -> list[Paired
     """Two-sided paired bootstrap tests of per-problem metrics a and b, (N, F) each: one test per column.
 
     Interval and p come from the same resamples, so that p < 0.05 where the interval excludes 0. Where only c problems
-    changed, p is at least that of c coin tosses, 2 / 2^c: the bootstrap overstates few changes.
+    changed, p is at least that of c coin tosses, 2 / 2^c, since the bootstrap is too optimistic for few changes.
     """
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     _check_paired(a, b, dimensions=2)
@@ -333,8 +333,8 @@ def probability_worse(counts: tuple[int, int], other: tuple[int, int], margin: f
     Args:
         counts, other: successes and trials.
 
-    The integral over the other's share of its posterior times the distribution function of this one's, `margin` below:
-    cell by cell, with the cell's exact mass and the distribution function at its middle.
+    Integrates the other's posterior times this one's distribution function at `margin` below, cell by cell: the cell's
+    exact mass times the distribution function at its middle.
     """
     (successes, trials), (other_successes, other_trials) = counts, other
     edges = np.linspace(0, 1, CELLS + 1)

@@ -1,4 +1,4 @@
-"""Arguments of a transformers Trainer that the verifier and its rivals have in common."""
+"""Trainer arguments shared by the verifier and the baselines."""
 
 from typing import Any
 
@@ -7,22 +7,22 @@ from tqdm import tqdm
 from transformers import ProgressCallback, Trainer, TrainingArguments
 
 from llm2.common.distributed import dist_info
-from llm2.common.keys import Mark, marked
+from llm2.common.keys import Mark, select_keys
 from llm2.config import OptimizerConfig
 from llm2.errors import UserError
 
-# Its name since transformers 5.24, which warns of the old one.
+# Its name since transformers 5.24, which deprecates the old one.
 CHECKPOINTING = "activation_checkpointing"
 if not hasattr(TrainingArguments, CHECKPOINTING):
     CHECKPOINTING = "gradient_checkpointing"
 
 
 class ForwardsBar(ProgressCallback):
-    """The Trainer's bar, which moves with every forward of a step; its estimate is from this run's average speed."""
+    """A progress bar that advances with every forward, with an ETA from this run's average speed."""
 
     @classmethod
     def of(cls, trainer: Trainer) -> None:
-        """In the place of the trainer's own, if it has one."""
+        """Replace the trainer's own bar, if it has one."""
         if trainer.pop_callback(ProgressCallback) is not None:
             trainer.add_callback(cls)
 
@@ -42,7 +42,7 @@ class ForwardsBar(ProgressCallback):
 
 
 def optimizer_arguments(config: OptimizerConfig, device: torch.device) -> dict[str, Any]:
-    """Keyword arguments of TrainingArguments and of TRL's configs. Raises UserError where batch sizes do not fit."""
+    """Keyword arguments of TrainingArguments and of TRL's configs. Raises UserError if batch sizes do not divide."""
     world_size = dist_info().world_size
     forward_size = config.per_device_train_batch_size * world_size
     if config.global_batch_size % forward_size:
@@ -51,7 +51,7 @@ def optimizer_arguments(config: OptimizerConfig, device: torch.device) -> dict[s
             f"{config.per_device_train_batch_size} x {world_size} processes"
         )
     return {
-        **marked(config, Mark.TRAINER),
+        **select_keys(config, Mark.TRAINER),
         CHECKPOINTING: config.gradient_checkpointing,
         "warmup_steps": config.warmup_ratio,  # below 1 it is a ratio
         "gradient_accumulation_steps": config.global_batch_size // forward_size,

@@ -122,14 +122,14 @@ class PrefixGroup:
         return output[0], log_total[0]
 
     def _bias(self, width: int, window: int | None, dtype: torch.dtype, group_size: int) -> torch.Tensor | None:
-        """(1, 1, G * H / J, width); None where everything is seen."""
+        """Attention bias (1, 1, G * H / J, width); None if every token sees the whole prefix."""
         position = torch.arange(width, device=self.lengths.device)
         visible = position < self.lengths[:, None]
         if window is not None:
             visible &= position > (self.lengths + self.positions)[:, None] - window
         if visible.all():
             return None
-        # Finite, since a token may see nothing of the prefix: it then counts for nothing beside what the token sees.
+        # Finite: a token may see nothing of the prefix, whose weight is then 0 once both parts are merged.
         bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min / 2)
         return bias.repeat_interleave(group_size, dim=0)[None, None]
 

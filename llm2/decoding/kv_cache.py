@@ -14,7 +14,7 @@ HEADROOM = 64  # positions added when a cache grows, on top of a quarter of what
 
 
 class Placement:
-    """Stands for the addresses of a cache's buffers: another one where they have moved, gone where they are."""
+    """Identity of a cache's buffers: replaced when they move, freed with the cache."""
 
 
 class SlotCache:

@@ -50,7 +50,7 @@ class ModelRunner:
     def forward(self, cache: SlotCache, chunks: Sequence[Chunk], verifier_chunks: Sequence[Chunk] = ()) -> torch.Tensor:
         """Read chunks of distinct slots; sets each chunk's offset. -> hidden states (N, width).
 
-        One forward, or several where padding would be wasted, memory is to be bounded or shapes are to recur (`split`).
+        One forward, or several to save padding, bound memory or reuse shapes (`split`).
 
         Args:
             verifier_chunks: with a SharedRunner, the chunks that the verifier's adapter acts on.

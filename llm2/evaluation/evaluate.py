@@ -18,7 +18,7 @@ from llm2.common.config_file import as_dict
 from llm2.common.distributed import barrier, dist_info, process_device
 from llm2.common.files import write_text
 from llm2.common.inputs import Digests, digests
-from llm2.common.keys import Mark, marked
+from llm2.common.keys import Mark, select_keys
 from llm2.common.loading import load_system1, load_tokenizer, refuse_unknown_ids, resolve_device
 from llm2.common.progress import DecodingBar
 from llm2.common.same_tokenizer import require_same_tokenizer
@@ -59,11 +59,11 @@ def evaluate(config: EvaluateConfig) -> dict | None:
     def evaluator() -> Evaluator:
         first, template = with_examples(examples, task.prompt(problems[0])), resolve_template(config.chat_template)
         tokenizer = load_tokenizer(config.model)
-        encode_chats(tokenizer, [first], template)  # what is wrong is said before weights are loaded
+        encode_chats(tokenizer, [first], template)  # fails before weights are loaded
         return Evaluator(config, tokenizer, task, examples)
 
     if not config.resume:
-        evaluator()  # earlier results are deleted once both systems are loaded
+        evaluator()  # earlier results are deleted only after both systems are loaded
     predictions = Predictions(config, inputs)
     if any(predictions.missing(problems, mode) for mode in config.modes):
         for mode in config.modes:
@@ -80,12 +80,12 @@ def evaluate(config: EvaluateConfig) -> dict | None:
 
 
 def check(config: EvaluateConfig) -> None:
-    """Validate what involves more than one key. Raises UserError."""
+    """Raise UserError for keys that do not fit together."""
     require_engine(config)
     if not config.modes:
         raise UserError(f"modes: found none, expected some of {', '.join(Mode)}")
     if config.verifier is None and config.contrast is None and any(mode.guided for mode in config.modes):
-        raise UserError("the guided modes need a verifier: set verifier=<folder>, or leave them out of modes")
+        raise UserError("the guided modes need a verifier: set verifier=<folder>, or remove them from modes")
     if config.verifier is not None and config.contrast is not None:
         raise UserError(f"contrast: found {config.contrast!r} beside a verifier, expected one of the two")
     if config.contrast is not None and config.engine != "llm2":
@@ -107,7 +107,7 @@ def describe(config: EvaluateConfig, inputs: Digests, n: int) -> dict:
         "split": config.split,
         "n": n,
         "seed": config.seed,
-        "settings": {key: values[key] for key in marked(config, Mark.SHOWN)},
+        "settings": {key: values[key] for key in select_keys(config, Mark.SHOWN)},
         "inputs": inputs,
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
         "git_commit": git_commit(),
@@ -115,8 +115,8 @@ def describe(config: EvaluateConfig, inputs: Digests, n: int) -> dict:
 
 
 def git_commit() -> str | None:
-    """The code's commit, with `-dirty` if there are local changes; None where the code is part of no repository, even
-    if it is installed within one."""
+    """The code's commit, with `-dirty` if there are local changes; None outside a repository, even if
+    the package is installed within one."""
     path = Path(__file__)
     git = partial(subprocess.run, capture_output=True, text=True, check=True, cwd=path.parent)
     try:
@@ -142,7 +142,7 @@ class Evaluator:
     ) -> None:
         where = process_device(resolve_device(config.device)), config.dtype
         self.llm2: LLM2 | None = None
-        if config.engine == "llm2" or config.verifier is not None:  # beside vLLM it scores and traces
+        if config.engine == "llm2" or config.verifier is not None:  # with vLLM it only scores and traces
             system1, verifier = load_system1(config.model, *where), None
             if config.verifier is not None:
                 verifier = load_verifier(config.verifier, *where, system1.config.vocab_size, system1, tokenizer)
@@ -168,7 +168,7 @@ class Evaluator:
         samples = self.config.num_samples if mode.sampled else 1
         options = {"desc": mode, "unit": "problem", "disable": not dist.is_main}
         with DecodingBar(len(share) * samples, self.config.max_new_tokens, samples, **options) as progress:
-            for group in _grouped(self._decode(mode, share, progress), group_size):
+            for group in _group(self._decode(mode, share, progress), group_size):
                 for entry in self._entries(mode, group):
                     predictions.add(entry)
                     correct += sum(sample["correct"] for sample in entry["samples"])
@@ -180,7 +180,7 @@ class Evaluator:
         return self.config.verifier is not None and (self.config.score_samples or not mode.sampled)
 
     def _decode(self, mode: Mode, problems: Sequence[Problem], progress: DecodingBar) -> Iterator[Decoded]:
-        """The problems, in the order in which they are finished."""
+        """Yield problems in the order in which they finish."""
         config, llm2 = self.config, self.llm2
         conversations = [with_examples(self.examples, self.task.prompt(problem)) for problem in problems]
         template = resolve_template(config.chat_template)
@@ -208,7 +208,7 @@ class Evaluator:
         for index, completions in finished:
             progress.on_finished(index, [row.token_ids for row in completions])
             prompt = prompts[index]
-            if contrasts:  # the second model takes a verifier's place, and reads every token but the last
+            if contrasts:  # the second model replaces the verifier and reads every token but the last
                 completions = [
                     row._replace(
                         num_verifier_calls=len(row.token_ids), num_verifier_tokens=len(prompt) + len(row.token_ids) - 1
@@ -257,7 +257,7 @@ class Evaluator:
         ]
 
 
-def _grouped(decoded: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
+def _group(decoded: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
     """Groups of problems with at least `size` completions each; the last group may have fewer."""
     group = []
     for problem in decoded:

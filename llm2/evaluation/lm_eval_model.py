@@ -2,15 +2,15 @@
 
     python -m llm2.evaluation.lm_eval_model --model llm2 --tasks gsm8k --model_args pretrained=...,verifier=...
 
-For several GPUs `accelerate launch -m` stands in place of `python -m`. The arguments are those of `lm_eval`, which is
-an optional extra: no other module imports it or this one.
+For several GPUs, replace `python -m` by `accelerate launch -m`. The arguments are those of `lm_eval`, which is an
+optional dependency: no other module imports it or this one.
 """
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import lm_eval.models  # noqa: F401  its own models stay available beside this one
+import lm_eval.models  # noqa: F401  registers lm_eval's own models
 import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
@@ -27,12 +27,12 @@ from llm2.decoding.llm2 import LLM2
 from llm2.decoding.sampling import SamplingParams
 from llm2.errors import UserError
 
-TAIL = 16  # last tokens that are searched for a stop string, besides those that the string itself may take
+TAIL = 16  # trailing tokens searched for a stop string, in addition to the string's own length
 
 
 @register_model("llm2")
 class HarnessModel(LM):
-    """Generates until a stop string. Tasks that rank given continuations are refused: see `loglikelihood`.
+    """Generates until a stop string. Tasks that need log-likelihoods are refused: see `loglikelihood`.
 
     Under `accelerate launch` every process has a GPU of its own and a share of the requests.
 
@@ -41,8 +41,8 @@ class HarnessModel(LM):
         verifier: System 2; without it System 1 decodes alone.
         chat_template: name or file (llm2/common/chat.py) for --apply_chat_template; the verifier's, or the
             tokenizer's, when None.
-        max_gen_toks: limit of new tokens, unless the task sets one.
-        batch_size: sequences in flight; `auto` for as many as fit a GPU's memory.
+        max_gen_toks: maximum number of new tokens, unless the task sets one.
+        batch_size: sequences in flight; `auto`: as many as fit into GPU memory.
         max_batch_size: unused; lm_eval passes it to every model.
         guidance: alpha, beta and top_k.
     """
@@ -62,20 +62,20 @@ class HarnessModel(LM):
     ) -> None:
         super().__init__()
         self._rank, self._world_size = dist_info().rank, dist_info().world_size
-        self._device = torch.device("cpu")  # of the counts that processes exchange, over gloo
+        self._device = torch.device("cpu")  # device of the counts that processes exchange over gloo
         own = resolve_device(device or "auto")
-        own = process_device(own) if self.world_size > 1 else own  # one process keeps the index of `cuda:1`
+        own = process_device(own) if self.world_size > 1 else own  # a single process keeps an index such as `cuda:1`
         options = {"device": str(own), "dtype": dtype, "chat_template": chat_template}
         self.llm2 = LLM2.from_pretrained(pretrained, verifier, **options, **guidance)
         self.decoder = Decoder(self.llm2.system1, self.llm2.guidance)
-        self.add_special_tokens = True  # until a chat template has written them
+        self.add_special_tokens = True  # until a chat template writes them
         self.max_gen_toks, self.seed = max_gen_toks, seed
         self.batch_size = batch_size if batch_size == "auto" else int(batch_size)
         self.pretrained = pretrained
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Each context's continuation, up to the first of its stop strings."""
-        groups: dict[str, list[int]] = {}  # requests of equal options are decoded together
+        """The continuation of each context, up to its first stop string."""
+        groups: dict[str, list[int]] = {}  # requests with equal options are decoded together
         for index, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
         texts: dict[int, str] = {}
@@ -89,7 +89,7 @@ class HarnessModel(LM):
         return [texts[index] for index in range(len(requests))]
 
     def _decode(self, contexts: Sequence[str], options: dict, bar: DecodingBar) -> Iterator[tuple[int, str]]:
-        """Index and text of each context as it is finished. Options that LLM2 does not know are ignored."""
+        """Yield index and text of each context when it finishes. Unknown options are ignored."""
         stops = options.get("until") or []
         stops = [stops] if isinstance(stops, str) else list(stops)
         sampling = None
@@ -122,7 +122,7 @@ class HarnessModel(LM):
 
     def _encode(self, context: str) -> list[int]:
         tokenizer = self.llm2.tokenizer
-        has_bos = bool(tokenizer.bos_token) and context.startswith(tokenizer.bos_token)  # from a chat template
+        has_bos = bool(tokenizer.bos_token) and context.startswith(tokenizer.bos_token)  # written by a chat template
         return tokenizer(context, add_special_tokens=self.add_special_tokens and not has_bos)["input_ids"]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

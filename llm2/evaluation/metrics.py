@@ -1,4 +1,4 @@
-"""Graded predictions -> the figures of metrics.json; the statistics themselves are in llm2/common/stats.py."""
+"""Compute the figures of metrics.json from graded predictions; the statistics are in llm2/common/stats.py."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,10 +20,10 @@ from llm2.common.stats import (
 )
 from llm2.config import Mode
 
-# The modes that are compared: plain, guided.
+# Pairs of modes to compare: plain, guided.
 GREEDY = (Mode.PLAIN_GREEDY, Mode.GUIDED_GREEDY)
 SAMPLING = (Mode.PLAIN_SAMPLING, Mode.GUIDED_SAMPLING)
-# Figures of k samples: key in metrics.json -> label of one of them in paired tests and tables.
+# Figures of k samples: key in metrics.json -> label in paired tests and tables.
 FIGURES = {"majority": "majority@{}", "weighted": "weighted@{}", "best_of": "best of {}", "pass": "pass@{}"}
 
 Curves = dict[tuple[str, int], list[float]]  # (figure, k) -> its value on each problem
@@ -34,7 +34,7 @@ def summarise(lines: dict[Mode, list[dict]], ks: Sequence[int], seed: int) -> di
 
     Args:
         lines: the lines of predictions.jsonl of each mode: the same problems in the same order.
-        ks: the k of weighted votes and paired tests; the other figures are given for every k.
+        ks: the k of weighted votes and paired tests; other figures are computed for every k.
     """
     curves = {mode: _curves(lines[mode], ks, seed) for mode in lines if mode.sampled}
     modes = {mode: _mode_figures(mode, lines[mode], curves.get(mode, {}), seed) for mode in lines}
@@ -70,7 +70,7 @@ def _cost(mode: Mode, lines: Sequence[dict]) -> dict[str, float]:
     """Means per problem. A forward counts once for each row in it, so the cost does not depend on the batch size.
 
     The samples of a problem share the forward that reads the prompt. After it System 1 takes one forward per token, and
-    System 2 one wherever there is a choice. Scoring finished solutions, for best of k, is counted apart.
+    System 2 one per token with a choice. Scoring finished solutions, for best of k, is counted separately.
     """
     samples = [sample for line in lines for sample in line["samples"]]
     counted = ("tokens", "verifier_forwards", "verifier_tokens")
@@ -89,7 +89,7 @@ def _cost(mode: Mode, lines: Sequence[dict]) -> dict[str, float]:
 def _compare_greedy(lines: dict[Mode, list[dict]]) -> dict:
     """McNemar's exact test."""
     correct = [[line["samples"][0]["correct"] for line in lines[mode]] for mode in GREEDY]
-    return _paired(GREEDY, "accuracy", mcnemar(*correct))
+    return _pair(GREEDY, "accuracy", mcnemar(*correct))
 
 
 def _compare_sampling(curves: dict[Mode, Curves], ks: Sequence[int], seed: int) -> list[dict]:
@@ -98,10 +98,10 @@ def _compare_sampling(curves: dict[Mode, Curves], ks: Sequence[int], seed: int) 
     shared = [key for key in tested if all(key in curves[mode] for mode in SAMPLING)]
     tables = [np.array([curves[mode][key] for key in shared]).T for mode in SAMPLING]  # (N, F) each
     tests = paired_bootstrap(*tables, seed)
-    return [_paired(SAMPLING, FIGURES[figure].format(k), test) for (figure, k), test in zip(shared, tests, strict=True)]
+    return [_pair(SAMPLING, FIGURES[figure].format(k), test) for (figure, k), test in zip(shared, tests, strict=True)]
 
 
-def _paired(modes: tuple[Mode, Mode], metric: str, test: PairedTest) -> dict:
+def _pair(modes: tuple[Mode, Mode], metric: str, test: PairedTest) -> dict:
     return {"a": modes[0], "b": modes[1], "metric": metric, **asdict(test)}
 
 
@@ -132,7 +132,7 @@ def _share(line: dict, key: str) -> float:
 
 
 def right_answer(line: dict) -> str | None:
-    """The answer of the correct samples: equal answers are equal strings."""
+    """The answer of the correct samples, which all have the same string; None if there are none."""
     return next((sample["answer"] for sample in line["samples"] if sample["correct"]), None)
 
 

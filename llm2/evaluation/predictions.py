@@ -15,19 +15,19 @@ from llm2.common.files import whole_file
 from llm2.common.inputs import INPUTS, Digests, change, read_inputs, require_same, write_inputs
 from llm2.common.journal import Journal
 from llm2.common.jsonl import read_jsonl
-from llm2.common.keys import Mark, marked
+from llm2.common.keys import Mark, select_keys
 from llm2.config import EvaluateConfig, Mode
 from llm2.errors import UserError
 from llm2.tasks import Problem
 
 
 class Predictions:
-    """Writes the predictions of this process, and in the main process publishes those of all.
+    """Writes the predictions of this process; the main process publishes those of all processes.
 
-    All processes agree on what is missing, since each opens the journal before any of them adds to it.
+    All processes agree on which predictions are missing, since each opens the journal before any of them writes to it.
 
     Args:
-        inputs: digests of what the run reads; raises UserError where earlier predictions were made with others.
+        inputs: digests of the run's inputs; raises UserError if earlier predictions were made with others.
     """
 
     def __init__(self, config: EvaluateConfig, inputs: Digests) -> None:
@@ -51,7 +51,7 @@ class Predictions:
         return [problem for problem in problems if (problem.id, mode) not in self.done_before]
 
     def count_correct(self, problems: Sequence[Problem], mode: Mode) -> tuple[int, int]:
-        """Correct samples and all samples of this mode when the run started."""
+        """Numbers of correct samples and of all samples of this mode when the run started."""
         keys = [(problem.id, mode) for problem in problems if (problem.id, mode) in self.done_before]
         correct = [sample["correct"] for entry in self.journal.read(keys) for sample in entry["samples"]]
         return sum(correct), len(correct)
@@ -66,7 +66,7 @@ class Predictions:
         """
         lines = {mode: [] for mode in Mode if mode in modes or not self.missing(problems, mode)}
         keys = [(problem.id, mode) for mode in lines for problem in problems]
-        others = sorted(self.done_before - set(keys))  # of other problems or incomplete modes: kept for a later run
+        others = sorted(self.done_before - set(keys))  # other problems and incomplete modes, kept for a later run
         write_config(self.config, self.folder / "config.yaml")
         write_inputs(self.folder, self.inputs)
         texts, details = self.folder / "predictions.jsonl", self.folder / "traces.jsonl"
@@ -96,10 +96,10 @@ class Predictions:
                     self.journal.add(entry)
 
     def _read_reusable(self, folder: Path) -> Iterator[dict]:
-        """The entries of another results folder. Raises UserError if this run would have made other ones."""
+        """The entries of another results folder. Raises UserError if this run's settings would change them."""
         if not (folder / "predictions.jsonl").exists():
             raise UserError(f"reuse_from: {folder} holds no predictions.jsonl; evaluate there first")
-        scoring, checked = marked(self.config, Mark.SCORES), set()
+        scoring, checked = select_keys(self.config, Mark.SCORES), set()
         others = as_dict(self.config).keys() - scoring
         same_scores = difference(read_values(folder / "config.yaml"), self.config, others) is None
         same_scores &= change(read_inputs(folder), self.inputs, others) is None
@@ -116,9 +116,9 @@ class Predictions:
 
 
 def _without_effect(config: EvaluateConfig, mode: Mode) -> Collection[str]:
-    """The keys on which what this mode writes does not depend."""
+    """The keys that do not affect this mode's predictions."""
     unused = ([] if mode.guided else [Mark.GUIDED]) + ([] if mode.sampled else [Mark.SAMPLED])
-    return marked(config, *unused)
+    return select_keys(config, *unused)
 
 
 def _key(entry: dict) -> tuple[str, str]:
@@ -134,7 +134,7 @@ def _json_line(record: dict) -> str:
 
 
 def _read_entries(folder: Path) -> Iterator[dict]:
-    """The entries of a results folder; a run of an earlier version, killed, may have left torn last lines."""
+    """The entries of a results folder; a killed run of an older version may have left torn last lines."""
     traces = {_key(line): line["traces"] for line in _whole_lines(folder / "traces.jsonl")}
     for entry in _whole_lines(folder / "predictions.jsonl"):
         yield {**entry, "traces": traces.get(_key(entry), [])}

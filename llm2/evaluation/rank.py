@@ -14,13 +14,13 @@ from llm2.common.jsonl import read_jsonl
 from llm2.common.loading import eos_ids, load_system1, load_tokenizer, resolve_device
 from llm2.common.stats import best_of_k, vote_weights, weighted_majority_at_k
 from llm2.config import ScoreConfig
-from llm2.errors import UserError, shortened, shown
+from llm2.errors import UserError, shorten, shown
 from llm2.tasks import Task, load_task
 from llm2.verifier.load import load_verifier, require_same_template, require_verifier
 from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.scoring import encode_solutions, score_tokens, solution_score
 
-LINES = 64  # whose solutions are batched together
+LINES = 64  # lines whose solutions are scored together
 
 
 class Line(NamedTuple):
@@ -31,7 +31,7 @@ class Line(NamedTuple):
 
 
 def check(config: ScoreConfig) -> list[Line]:
-    """The lines of the file. Raises UserError for what can be refused before weights are loaded."""
+    """Read and check the lines of the file. Raises UserError before weights are loaded."""
     require_verifier(config.verifier)
     require_same_template(config.verifier, config.model, config.chat_template)
     if Path(config.output).absolute() == Path(config.file).absolute():
@@ -55,7 +55,7 @@ def _line(number: int, record: dict, where: str) -> Line:
 
 
 def score(config: ScoreConfig) -> Iterator[str]:
-    """Writes config.output; gives what the command prints, a text a line and, where graded, the accuracies."""
+    """Write config.output; yields the lines to print: one for each line of the file, then accuracies if graded."""
     lines, device = check(config), resolve_device(config.device)
     task = None if config.task is None else load_task(config.task)
     tokenizer, template = load_tokenizer(config.model), resolve_template(config.chat_template)
@@ -97,8 +97,8 @@ def _scores(verifier: ProcessVerifier, chunk: Sequence[tuple], batch_size: int) 
 
 
 def rank(line: Line, scores: list[float], task: Task | None, graded: bool) -> dict:
-    """`scores` and `best`; with a task `answers` and `vote`, the answer with the largest sum of exp(score), of equal
-    ones the first; where graded `accuracies`, in which ties share, as in evaluation."""
+    """`scores` and `best`; with a task also `answers` and `vote`, the first answer with the largest sum of exp(score);
+    if graded also `accuracies`, with ties split as in evaluation."""
     found = {"scores": scores, "best": scores.index(max(scores)), "accuracies": {}}
     if task is None:
         return found
@@ -127,4 +127,4 @@ def _sentence(line: Line, ranked: dict) -> str:
     text = f"line {line.number}: best of {len(line.solutions)} is solution {best} ({ranked['scores'][best]:.3f})"
     if "vote" in ranked:
         text += f", weighted vote {ranked['vote']}"
-    return f"{text}: {shortened(' '.join(line.solutions[best].split()), 60)}"
+    return f"{text}: {shorten(' '.join(line.solutions[best].split()), 60)}"

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 
-from llm2.common.claim import claimed
+from llm2.common.claim import lock_output
 from llm2.common.files import write_text
 from llm2.common.home import without_home
 from llm2.common.inputs import digests
@@ -20,9 +20,9 @@ SWEPT = {"alpha": "alphas", "beta": "betas", "top_k": "top_ks", "temperature": "
 
 
 def sweep(config: SweepConfig) -> dict | None:
-    """Fill `config.output_dir` with the evaluation of the settings that were best on the validation split.
+    """Choose the best settings on the validation split and evaluate them into `config.output_dir`.
 
-    Its metrics.json says under `sweep` how they were chosen; the results of each point are in OUTPUT/validation/POINT.
+    The key `sweep` of metrics.json says how they were chosen; the results of each point are in OUTPUT/validation/POINT.
     Returns the metrics in the main process, None in the others.
     """
     same_file = config.data_file == config.validation_file
@@ -32,11 +32,11 @@ def sweep(config: SweepConfig) -> dict | None:
     points, inputs = [], digests(config)
     for settings in grid(config):
         point = validation_config(config, settings)
-        with claimed(point.output_dir):
+        with lock_output(point.output_dir):
             evaluate(point)
         metrics = json.loads(Path(point.output_dir, "metrics.json").read_text(encoding="utf-8"))  # in every process
         points.append({**settings, **_accuracy(metrics, config.choose_by)})
-    best = max(points, key=lambda point: point["accuracy"])  # of equal ones the first in the order of the lists
+    best = max(points, key=lambda point: point["accuracy"])  # ties: the first in the order of the lists
     chosen = {key: best[key] for key in SWEPT}
     validation_n = metrics["n"]
     metrics = evaluate(replace(_evaluation(config), **chosen))
@@ -56,7 +56,7 @@ def sweep(config: SweepConfig) -> dict | None:
 
 
 def grid(config: SweepConfig) -> list[dict]:
-    """All combinations of the swept settings; a setting without a list keeps its one value."""
+    """All combinations of the swept settings; a setting without a list keeps its value."""
     values = [getattr(config, several) or (getattr(config, one),) for one, several in SWEPT.items()]
     return [dict(zip(SWEPT, combination, strict=True)) for combination in product(*values)]
 

@@ -1,4 +1,4 @@
-"""Traces: how each token of a completion was chosen, as plain JSON for the report."""
+"""Traces: how each token of a completion was chosen, as JSON for the report."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ class TokenText:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer, self.cache = tokenizer, {}
-        self.anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]  # some tokenizers strip a first space
+        self.anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]  # some tokenizers strip a leading space
         self.offset = len(tokenizer.decode(self.anchor))
 
     def __call__(self, token: int) -> str:
@@ -58,9 +58,9 @@ def trace_record(completion: Completion, scores: Sequence[float] | None, token_t
 def recompute_trace(
     system1: PreTrainedModel, guidance: Guidance, prompt: Sequence[int], completion: Completion, sampled: bool
 ) -> Completion:
-    """The completion with its trace, for an engine that shows its tokens only: a forward of each system.
+    """The completion with its trace, for an engine that returns only tokens; one forward of each system.
 
-    Where it was sampled, `changed` is always False: the random numbers that chose are not known.
+    For sampled completions `changed` is always False, since the engine's random numbers are unknown.
     """
     new, start = completion.token_ids, len(prompt)
     ids = torch.tensor([[*prompt, *new]], device=system1.device)
@@ -83,7 +83,7 @@ def recompute_trace(
     )
     trace = []
     for at, (token, tokens) in enumerate(zip(new, lists, strict=True)):
-        if token not in tokens:  # a near tie that the engine saw the other way round
+        if token not in tokens:  # a near tie that the engine resolved differently
             tokens = [*tokens, token]
             scores.pop(at, None)
         logprobs = logits[at].log_softmax(dim=-1)[tokens].tolist()

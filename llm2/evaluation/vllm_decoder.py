@@ -1,6 +1,6 @@
-"""vLLM as evaluation's decoder: the completions of prompts, plain or guided, greedy or sampled.
+"""Decode with vLLM in evaluation: completions of prompts, plain or guided, greedy or sampled.
 
-vLLM draws other random numbers than our engine: samples differ, distributions do not.
+vLLM's random numbers differ from those of our engine, so samples differ; distributions do not.
 """
 
 import math
@@ -14,7 +14,7 @@ from llm2.decoding.sampling import Completion, Guidance
 from llm2.vllm.backend import SEEDS, Answer, open_backend
 from llm2.vllm.settings import guidance_args
 
-LIKELIEST = 8  # log-probabilities of each token, from which the candidates are counted; more count as so many
+LIKELIEST = 8  # log-probabilities per token, from which candidates are counted, so at most this many are counted
 
 
 class VllmDecoder:
@@ -28,7 +28,7 @@ class VllmDecoder:
     def decode(
         self, mode: Mode, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """(index of a prompt, its completions), in the order in which they finish; as many as it has seeds."""
+        """Yield (index of a prompt, its completions, one per seed) in the order in which prompts finish."""
         options = {"temperature": 0.0}
         if mode.sampled:
             options = {"temperature": self.config.temperature, "top_p": self.config.top_p}
@@ -47,13 +47,13 @@ class VllmDecoder:
         ]
 
     def _num_candidates(self, logprobs: Sequence[float]) -> int:
-        """From a token's likeliest ones, and itself where it is not among them."""
+        """Count candidates in the log-probabilities of the likeliest tokens and of the chosen token."""
         threshold = max(logprobs) + math.log(self.config.alpha)
         plausible = sum(value >= threshold for value in logprobs)
         return min(plausible, self.config.top_k or plausible)
 
     def _read(self, prompt_len: int, num_candidates: Sequence[int]) -> tuple[int, int]:
-        """System 2's forwards and tokens: one forward for each choice; shared prefixes are not deducted."""
+        """System 2's forwards and tokens: one forward per choice; shared prefixes are counted for each sequence."""
         choices = [at for at, count in enumerate(num_candidates) if count > 1]
         if not choices or self.guidance.verifier.config.prefix_head is not None:
             return 0, 0

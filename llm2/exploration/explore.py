@@ -1,8 +1,8 @@
-"""Token quality exploration: right solutions, gold or System 1's own, in; triplets out.
+"""Token quality exploration: find triplets along right solutions, gold or System 1's own.
 
 At every fork of a solution, a position where System 1 has more than one plausible token, the tokens are rolled out
-until the sequential test (quality.py) has a verdict on each. Tokens that are worse than gold become triplets. Problems
-are explored many at a time, and shared among processes; a journal keeps those that are complete.
+until the sequential test (quality.py) has a verdict on each. Tokens that are worse than gold become triplets. Many
+problems are explored at a time, and processes share them; a journal keeps finished problems.
 """
 
 import json
@@ -24,7 +24,7 @@ from llm2.common.config_file import difference
 from llm2.common.distributed import barrier, dist_info, iter_shared_work
 from llm2.common.inputs import Digests, change, digests
 from llm2.common.journal import Journal
-from llm2.common.keys import Mark, marked
+from llm2.common.keys import Mark, select_keys
 from llm2.common.loading import load_tokenizer
 from llm2.common.prefix import common_prefix
 from llm2.config import ExploreConfig
@@ -38,7 +38,7 @@ from llm2.exploration.summary import BINS, write_outputs
 from llm2.tasks import Problem, Task, load_task
 from llm2.verifier.triplets import Triplet, record_line
 
-CHUNK = 16  # problems that are started together
+START_SIZE = 16  # problems that are started together
 
 
 @dataclass
@@ -49,7 +49,7 @@ class ProblemState:
     test: SequentialTest
     pending: dict[tuple[int, int], range] = field(
         default_factory=dict
-    )  # rollouts that are not graded yet: see `next_rollouts`
+    )  # rollouts not graded yet, as in `next_rollouts`
     counts: Counter = field(default_factory=Counter)  # rollouts, rollouts_passing_by, generated_tokens
 
 
@@ -58,10 +58,10 @@ def explore(config: ExploreConfig) -> dict | None:
 
     Returns the report in the main process; None in the others, once their share is done.
     """
-    barrier()  # the main process has the claim on the output: no other run touches these files
+    barrier()  # the main process has locked the output against other runs
     output, partial, inputs = Path(config.output), Path(f"{config.output}.partial"), digests(config)
     report = finished_report(config, inputs) if output.exists() and partial.exists() else None
-    if report is not None:  # killed between the last output file and the journal's end
+    if report is not None:  # killed after the last output file, before the journal was discarded
         barrier()  # all processes have seen the folder
         if not dist_info().is_main:
             return None
@@ -75,7 +75,7 @@ def explore(config: ExploreConfig) -> dict | None:
     shard = dist_info().rank
     journal = Journal(partial, config, inputs, key=itemgetter("id"), shard=shard)
     earlier = frozenset(journal.done)
-    barrier()  # all processes have read the same journal before one adds to it
+    barrier()  # all processes read the same journal before one adds to it
     sampling = {}
     if config.solutions == "own":
         problems, sampling = own_solutions(config, engine, tokenizer, task, problems, partial / "solutions", inputs)
@@ -92,7 +92,7 @@ def explore(config: ExploreConfig) -> dict | None:
     engine.close()
     task.close()
     journal.close()
-    barrier()  # every problem is in some shard
+    barrier()  # every problem is in a shard
     if not dist_info().is_main:
         return None
     seconds = time.perf_counter() - start
@@ -102,14 +102,14 @@ def explore(config: ExploreConfig) -> dict | None:
 
 
 def finished_report(config: ExploreConfig, inputs: Digests) -> dict | None:
-    """The report beside the output; None if it is that of another run."""
+    """The report beside the output; None if another run wrote it."""
     report = json.loads(Path(f"{config.output}.report.json").read_text(encoding="utf-8"))
-    other = difference(report["config"], config, marked(config, Mark.HOW)) or change(report.get("inputs"), inputs)
+    other = difference(report["config"], config, select_keys(config, Mark.HOW)) or change(report.get("inputs"), inputs)
     return None if other else report
 
 
 def prepare(config: ExploreConfig) -> tuple[Task, list[Problem], int]:
-    """The task, its problems, and the number of repetitions dropped. Raises UserError before any model is loaded."""
+    """The task, its problems, and the number of duplicates dropped. Raises UserError before models are loaded."""
     check_engine(config)
     check_negatives(config)
     if config.min_rollouts > config.max_rollouts:
@@ -123,9 +123,9 @@ def prepare(config: ExploreConfig) -> tuple[Task, list[Problem], int]:
 
 
 class Progress:
-    """A bar, drawn at most once a second, with an ETA from the average speed.
+    """A progress bar, drawn at most once a second, with an ETA from the average speed.
 
-    Each problem counts by the share of its tokens that are decided: problems are completed in bursts.
+    A problem counts by the share of its tokens with a verdict, since problems finish in bursts.
     """
 
     def __init__(self, problems: int, **options) -> None:
@@ -135,7 +135,7 @@ class Progress:
         self.start = time.perf_counter()
 
     def on_token(self, *_: int) -> None:
-        """Of a rollout that is running."""
+        """Count a token of an unfinished rollout."""
         self.running += 1
         self.add(0.0)
 
@@ -151,7 +151,7 @@ class Progress:
 
 @dataclass
 class Explorer:
-    """Judges System 1's plausible tokens along right solutions, with rollouts by an engine."""
+    """Tests System 1's plausible tokens along right solutions, with an engine's rollouts."""
 
     config: ExploreConfig
     engine: Engine
@@ -165,19 +165,19 @@ class Explorer:
         self.negative_sampler = None if explored else NegativeSampler(self.config, self.tokenizer)
 
     def explore(self, problems: Iterable[Problem]) -> Iterator[ProblemState]:
-        """Yields each problem once its last verdict is made.
+        """Yield each problem when all its verdicts are made.
 
-        A problem's next rollouts join those of the others as soon as its last ones are graded; new problems join while
-        the engine has fewer than `window` batches of rollouts.
+        A problem's next rollouts are queued as soon as its previous ones are graded; new problems are started while the
+        engine has fewer than `window` batches of rollouts.
         """
         waiting, requests, running, numbers = iter(problems), deque(), {}, count()
         finished = self.engine.stream(requests, self.progress.on_token)
 
         def begin(states: Iterable[ProblemState]) -> Iterator[ProblemState]:
-            """Let the engine have their pending rollouts; yields those that have none."""
+            """Queue the pending rollouts of these problems; yields problems without any."""
             for state in states:
                 for key, indices in state.pending.items():
-                    request = state.solution.rollout_request(*key, self.config.seed, self._generated(indices))
+                    request = state.solution.rollout_request(*key, self.config.seed, self._distinct(indices))
                     running[next(numbers)] = (state, key, len(request.seeds))
                     requests.append(request)
                 if not state.pending:
@@ -185,7 +185,7 @@ class Explorer:
 
         enough = self.engine.window * self.config.batch_size
         while True:
-            while sum(rows for *_, rows in running.values()) < enough and (new := list(islice(waiting, CHUNK))):
+            while sum(rows for *_, rows in running.values()) < enough and (new := list(islice(waiting, START_SIZE))):
                 yield from begin(self.start_problems(new))
             if not running:
                 return
@@ -206,7 +206,7 @@ class Explorer:
                 continue
             state = ProblemState(solution, SequentialTest(forks, self.config))
             for position, token in state.test.counts:
-                if token in self.engine.eos:  # it ends the answer: no rollout is needed
+                if token in self.engine.eos:  # ends the answer: no rollout needed
                     enough = max(self.config.gold_rollouts, self.config.max_rollouts)
                     self.record_outcomes(state, position, token, [[]], weight=enough)
             state.pending = state.test.next_rollouts()
@@ -215,27 +215,27 @@ class Explorer:
         return states
 
     def _shared_with_earlier(self, solution: TokenizedSolution) -> int:
-        """How many tokens begin an earlier solution of the same problem too: their forks are explored there."""
+        """Length of the prefix shared with an earlier solution of the problem, whose forks are explored already."""
         earlier = self.earlier.get(solution.problem.id, ())
         template = resolve_template(self.config.chat_template)
         others = tokenize_solutions(self.task, earlier, self.tokenizer, template, self.engine.eos)
         return max((common_prefix(solution.ids, other.ids) for other in others), default=0)
 
     def _without_rollouts(self, solution: TokenizedSolution, forks: Sequence[Fork]) -> ProblemState:
-        """A complete problem: every token that the sampler chose is a negative."""
+        """A finished problem in which every token that the sampler chose is a negative."""
         test = SequentialTest(self.negative_sampler(solution, forks), self.config)
         test.verdicts = {(fork.position, token): "negative" for fork in test.forks for token in fork.tokens[1:]}
         self.progress.add(1.0)
         return ProblemState(solution, test)
 
-    def _generated(self, indices: range) -> range:
-        """Of a token's rollouts: greedy ones are all equal, and one is generated."""
+    def _distinct(self, indices: range) -> range:
+        """The rollouts to generate: greedy ones are equal, so only the first."""
         return indices[:1] if self.config.temperature == 0 else indices
 
     def finish(self, state: ProblemState, key: tuple[int, int], continuations: Sequence[Sequence[int]]) -> bool:
-        """Count a token's finished rollouts. Whether they were its problem's last: then the next ones are pending."""
+        """Count a token's finished rollouts; True if its problem has no others running; the next are then pending."""
         before, indices = state.test.progress, state.pending.pop(key)
-        self.record_outcomes(state, *key, continuations, weight=len(indices) // len(self._generated(indices)))
+        self.record_outcomes(state, *key, continuations, weight=len(indices) // len(self._distinct(indices)))
         state.counts["rollouts"] += len(continuations)
         state.counts["generated_tokens"] += sum(map(len, continuations))
         if last := not state.pending:
@@ -246,7 +246,7 @@ class Explorer:
     def record_outcomes(
         self, state: ProblemState, position: int, token: int, continuations: Sequence[Sequence[int]], weight: int
     ) -> None:
-        """Grade rollouts of a token, each counted `weight` times; those of gold count for later forks too."""
+        """Grade rollouts of a token, each counted `weight` times; gold's also count for later forks that they pass."""
         solution = state.solution
         outcomes = solution.grade_rollouts(self.task, self.tokenizer, position, token, continuations)
         for right, continuation in zip(outcomes, continuations, strict=True):
@@ -258,7 +258,7 @@ class Explorer:
 
 
 def earlier_solutions(problems: Sequence[Problem]) -> dict[str, Sequence[Problem]]:
-    """Each problem's id -> those before it with the same prompt and other solutions."""
+    """Each problem's id -> earlier problems with the same prompt and other solutions."""
     same: dict[str, list[Problem]] = {}
     earlier = {}
     for problem in problems:
@@ -269,7 +269,7 @@ def earlier_solutions(problems: Sequence[Problem]) -> dict[str, Sequence[Problem
 
 
 def journal_entry(state: ProblemState, max_triplets: int | None) -> dict:
-    """A problem's line of triplets, every verdict with its evidence, and the counts for the report."""
+    """A journal entry: the problem's line of triplets, every verdict with its rollouts, and counts for the report."""
     solution, rollout_counts = state.solution, state.test.counts
     pairs = [
         {
@@ -307,7 +307,7 @@ def journal_entry(state: ProblemState, max_triplets: int | None) -> dict:
 
 
 def most_informative(negatives: list[dict], max_triplets: int | None) -> list[dict]:
-    """The negatives that cost System 1 most (its probability times the quality lost, if known), in their order."""
+    """The negatives with the highest expected cost (System 1's probability times lost quality), in their order."""
 
     def cost(pair: dict) -> float:
         lost = pair["gold"].quality - pair["token"].quality if pair["token"].rollouts else 1.0

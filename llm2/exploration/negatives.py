@@ -1,8 +1,8 @@
-"""Negatives without rollouts, for comparison with explored ones: whether a token is any worse than gold is not asked.
+"""Negatives without rollouts, for comparison: they may be as good as gold.
 
 plausible  every plausible token but gold
 sampled    draws from the plausible tokens but gold, by System 1's probabilities
-contrast   the same by the logits z1 + w * (z1 - z2), which favour what System 1 likes more than a better model does
+contrast   the same with the logits z1 + w * (z1 - z2), favouring tokens that System 1 rates above a better model
 random     draws from the vocabulary but gold, uniformly
 """
 
@@ -35,7 +35,7 @@ class NegativeSampler:
             self.contrast_model = load_system1(config.contrast_model, device, config.dtype)
 
     def __call__(self, solution: TokenizedSolution, forks: Sequence[Fork]) -> list[Fork]:
-        """The forks with their negatives, each once, in place of the plausible tokens."""
+        """The forks with their distinct negatives in place of the plausible tokens."""
         rng = random.Random(row_seed(self.config.seed, solution.problem.id, "negatives"))
         if self.config.negatives == "contrast":
             weights = self._contrast_weights(solution, forks)
@@ -71,7 +71,7 @@ class NegativeSampler:
 
 
 def check_negatives(config: ExploreConfig) -> None:
-    """Raises UserError where contrast_model is missing, or given for nothing."""
+    """Raise UserError if contrast_model is missing, or set but unused."""
     if (config.contrast_model is not None) != (config.negatives == "contrast"):
         raise UserError(
             f"contrast_model: found {config.contrast_model!r} with negatives={config.negatives}, expected a model with "

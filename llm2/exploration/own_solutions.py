@@ -1,6 +1,6 @@
-"""Solutions that System 1, guided or not, writes itself: sampled, graded, and the distinct right ones kept.
+"""Sample solutions from System 1, guided or not, grade them, and keep distinct right ones.
 
-For exploration without gold solutions and for rejection-sampling fine-tuning; a task's grader is all that they need.
+For exploration without gold solutions and for rejection-sampling fine-tuning; they only need a task's grader.
 """
 
 import math
@@ -24,7 +24,7 @@ from llm2.exploration.engines import Engine, Request
 from llm2.tasks import Problem, Task
 from llm2.tasks.grading import Grade
 
-WINDOW = 4  # batches of samples between entries of the journal
+JOURNAL_BATCHES = 4  # batches of samples between entries of the journal
 
 
 class Sample(NamedTuple):
@@ -44,15 +44,15 @@ def own_solutions(
     folder: Path,
     inputs: Digests,
 ) -> tuple[list[Problem], dict[str, int]]:
-    """Each problem with each of its own solutions, as `ID/0`, `ID/1` and so on, and what they cost.
+    """Each problem with each of its own solutions, as `ID/0`, `ID/1` and so on, and their cost.
 
-    Processes share the problems; an interrupted run resumes from the journal in `folder`, which knows the run's
-    `inputs`. Raises UserError where no sample is right.
+    Processes share the problems; an interrupted run resumes from the journal in `folder`, which records the run's
+    `inputs`. Raises UserError if no sample is right.
     """
     journal = Journal(folder, config, inputs, key=itemgetter("id"), shard=dist_info().rank)
-    barrier()  # all processes have read the same journal before one adds to it
+    barrier()  # all processes read the same journal before one adds to it
     waiting = [problem for problem in problems if problem.id not in journal.done]
-    size = max(1, WINDOW * config.batch_size // config.solution_samples)
+    size = max(1, JOURNAL_BATCHES * config.batch_size // config.solution_samples)
     groups = [waiting[start : start + size] for start in range(0, len(waiting), size)]
     with sampling_bar(config, len(waiting)) as bar:
         for index in iter_shared_work(len(groups)):
@@ -62,7 +62,7 @@ def own_solutions(
                 tokens = sum(sample.tokens for sample in samples)
                 journal.add({"id": problem.id, "solutions": list(right), "tokens": tokens})
     journal.close()
-    barrier()  # every problem is in some shard
+    barrier()  # every problem is in a shard
     solved, tokens, num_solved = [], 0, 0
     for problem, entry in zip(problems, journal.read([problem.id for problem in problems]), strict=True):
         kept = entry["solutions"][: config.max_solutions]
@@ -83,11 +83,9 @@ def own_solutions(
 
 
 def sampling_bar(config: SamplesConfig, problems: int) -> DecodingBar:
-    """For the samples of this process's share of so many problems, an estimate: see `iter_shared_work`."""
-    share = math.ceil(problems / dist_info().world_size) * config.solution_samples
-    return DecodingBar(
-        share, config.max_new_tokens, desc="own solutions", unit="sample", disable=not dist_info().is_main
-    )
+    """A bar for the samples of this process; its share of the problems is an estimate (`iter_shared_work`)."""
+    samples = math.ceil(problems / dist_info().world_size) * config.solution_samples
+    return DecodingBar(samples, config.max_new_tokens, desc="solutions", unit="sample", disable=not dist_info().is_main)
 
 
 def sample_solutions(
@@ -98,7 +96,7 @@ def sample_solutions(
     problems: Sequence[Problem],
     bar: DecodingBar,
 ) -> Iterator[list[Sample]]:
-    """`config.solution_samples` graded solutions of each problem; sample i depends on seed, problem and i alone."""
+    """`config.solution_samples` graded solutions of each problem; sample i depends only on seed, problem and i."""
     template = resolve_template(config.chat_template)
     prompts = encode_chats(tokenizer, [task.prompt(problem) for problem in problems], template, generation_prompt=True)
     requests = [

@@ -8,7 +8,7 @@ Beta(1/2, 1/2) its posterior after h right ones of n is Beta(1/2 + h, 1/2 + n - 
 decides: the token is a negative from P >= confidence, as good as gold from P <= futility, and undecided, which is
 dropped, where max_rollouts bring neither. Two thresholds on the posterior difference of two shares: Thall and Simon,
 "Practical Bayesian guidelines for phase IIB clinical trials", Biometrics 50 (1994), 337-349. A posterior does not
-depend on how often it is looked at: where the prior holds, at most 1 - confidence of the negatives, and at most
+depend on how often it is evaluated: where the prior holds, at most 1 - confidence of the negatives, and at most
 `futility` of the tokens called equal, are mislabelled. Wald's SPRT would need two fixed qualities to tell apart, and
 both are unknown here; Hoeffding's bound (racing: Maron and Moore, 1994) is still 0.3 wide on either side after 16
 rollouts. The Jeffreys prior has most of its mass near 0 and 1, as qualities have: from most prefixes a model nearly
@@ -17,7 +17,7 @@ always or nearly never succeeds.
 Most tokens are as good as gold, so futility decides the cost. Gold goes first: where it never succeeds, no token can be
 worse, and none is rolled out. All tokens of a fork share gold's rollouts, and a rollout that follows the gold solution
 to a later fork also counts for the token it takes there (it is System 1's continuation of that prefix), so the
-first fork's rollouts pay for much of what follows. The price: errors about gold happen at neighbouring forks together.
+first fork's rollouts serve many later forks. The cost: errors about gold are correlated between neighbouring forks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -51,12 +51,12 @@ class RolloutCounts(NamedTuple):
 
 
 class SequentialTest:
-    """The tests of all tokens of one solution's forks, by (position, token); gold tokens have counts and no verdict."""
+    """Tests of all tokens at one solution's forks, by (position, token); gold tokens have counts but no verdict."""
 
     def __init__(self, forks: Sequence[Fork], rule: StoppingRule) -> None:
         self.forks, self.rule = forks, rule
         self.counts = {(fork.position, token): RolloutCounts() for fork in forks for token in fork.tokens}
-        self.requested = dict.fromkeys(self.counts, 0)  # rollouts that begin at the token; reused ones are extra
+        self.requested = dict.fromkeys(self.counts, 0)  # rollouts that begin at the token, without reused ones
         self.verdicts: dict[tuple[int, int], Verdict] = {}
 
     @property
@@ -66,14 +66,14 @@ class SequentialTest:
         return (len(self.verdicts) + sum(min(1, share) for share in gold)) / len(self.counts) if self.counts else 1.0
 
     def add(self, position: int, token: int, right: bool, rollouts: int = 1) -> None:
-        """Count rollouts, all of one outcome, that begin at this token or pass through it."""
+        """Count rollouts with equal outcomes that begin at this token or pass through it."""
         counts = self.counts[position, token]
         self.counts[position, token] = RolloutCounts(counts.right + right * rollouts, counts.rollouts + rollouts)
 
     def next_rollouts(self) -> dict[tuple[int, int], range]:
-        """The rollouts to begin now: (position, token) -> their indices. Empty once every token has its verdict.
+        """The rollouts to start now: (position, token) -> their indices. Empty when every token has a verdict.
 
-        Of the forks whose gold token lacks rollouts only the first one begins some: they may pass through the others.
+        Gold rollouts are started only at the first fork that lacks some, since they may pass through later forks.
         """
         missing: dict[tuple[int, int], int] = {}
         gold_begins = False
@@ -89,7 +89,7 @@ class SequentialTest:
         return indices
 
     def _judge(self, key: tuple[int, int], gold: RolloutCounts) -> int:
-        """Give the token its verdict where its rollouts suffice (0); else how many to add."""
+        """Set the token's verdict and return 0 if its rollouts suffice; otherwise return how many to add."""
         if key in self.verdicts:
             return 0
         rule, token = self.rule, self.counts[key]
@@ -110,9 +110,9 @@ class SequentialTest:
 def reused_rollouts(
     ids: Sequence[int], position: int, continuation: Sequence[int], forks: Sequence[Fork]
 ) -> Iterator[tuple[int, int]]:
-    """The (position, token) of later forks for which a rollout counts too: it follows the gold solution to there.
+    """The (position, token) of later forks for which a rollout also counts, since it follows the gold solution to them.
 
-    The rollout is the gold token at `position` and its continuation; ids are those of the whole conversation.
+    The rollout is the gold token at `position` and its continuation; `ids` are the whole conversation's.
     """
     for fork in forks:
         between = fork.position - position - 1  # tokens between the two positions

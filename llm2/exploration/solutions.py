@@ -1,4 +1,4 @@
-"""Right solutions as token ids, checked against grading and chat template; their forks and rollouts."""
+"""Tokenize right solutions, check them against grading and chat template, find their forks, grade their rollouts."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -17,33 +17,33 @@ from llm2.tasks import Problem, Task, read_problems, require_distinct_ids
 
 @dataclass(frozen=True)
 class TokenizedSolution:
-    """A problem with the token ids of its gold solution, or of one of its own."""
+    """A problem with the token ids of its gold solution or of an own solution."""
 
     problem: Problem
     messages: list[Message]  # the prompt and the gold solution
     ids: list[int]  # the whole conversation
     start: int  # position of the assistant's first token
     end: int  # one past the token that ends its turn
-    vocabulary: int  # number of tokens that the tokenizer knows: a model may embed more
+    vocabulary: int  # size of the tokenizer's vocabulary; the model's may be larger
 
     def rollout_request(self, position: int, token: int, seed: int, indices: Iterable[int]) -> Request:
-        """Rollouts that take `token` at `position`; the seed of a rollout depends on its index, not on run or batch."""
+        """Rollouts from `token` at `position`; a rollout's seed depends on its index, not on run or batch."""
         seeds = [row_seed(seed, self.problem.id, position, token, i) for i in indices]
         return Request(self.ids, position, (token,), seeds, self.problem.id)
 
     def grade_rollouts(
         self, task: Task, tokenizer: PreTrainedTokenizerBase, position: int, token: int, continuations: Continuations
     ) -> list[bool]:
-        """Whether each of these continuations of `token` at `position` ends in the right answer."""
+        """Whether each continuation of `token` at `position` ends in the right answer."""
         begin = [*self.ids[self.start : position], token]
         texts = tokenizer.batch_decode([[*begin, *tokens] for tokens in continuations], skip_special_tokens=True)
         return [grade.correct for grade in task.grade(texts, self.problem.gold)]
 
 
 def load_problems(task: Task, split: str, limit: int | None, need_gold: bool = True) -> tuple[list[Problem], int]:
-    """The problems, each conversation once, and the number of repetitions dropped.
+    """The problems without duplicate conversations, and the number of duplicates.
 
-    Raises UserError where two problems share an id or, with need_gold, the task's grading rejects a gold solution.
+    Raises UserError if two problems share an id or, with need_gold, the grader rejects a gold solution.
     """
     loaded = read_problems(task, split, limit)
     distinct: dict[str, Problem] = {}
@@ -67,7 +67,7 @@ def load_problems(task: Task, split: str, limit: int | None, need_gold: bool = T
 
 
 def check_template(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, task: Task, problem: Problem) -> None:
-    """Raises UserError where the chat template cannot write the problem's prompt; cheap, before weights are loaded."""
+    """Raise UserError, before weights are loaded, if the chat template cannot write the problem's prompt."""
     encode_chats(tokenizer, [task.prompt(problem)], resolve_template(config.chat_template), generation_prompt=True)
 
 
@@ -78,7 +78,7 @@ def tokenize_solutions(
     template: str | None,
     eos: Sequence[int],
 ) -> list[TokenizedSolution]:
-    """Raises UserError where the prompt's tokens do not begin those of the whole conversation."""
+    """Tokenize solutions. Raises UserError if the prompt's tokens are not a prefix of the conversation's."""
     conversations = [task.conversation(problem) for problem in problems]
     whole = encode_chats(tokenizer, conversations, template)
     prompts = encode_chats(tokenizer, [messages[:-1] for messages in conversations], template, generation_prompt=True)

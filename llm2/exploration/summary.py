@@ -8,7 +8,7 @@ from llm2.common.config_file import as_dict
 from llm2.common.files import whole_file, write_text
 from llm2.common.inputs import Digests
 from llm2.common.journal import Journal
-from llm2.common.memory import peak_rss_mib
+from llm2.common.peak_memory import peak_rss_mib
 from llm2.config import ExploreConfig
 from llm2.errors import UserError
 
@@ -28,10 +28,10 @@ def write_outputs(
     """Write triplets, verdicts and report, then discard the journal. Returns the report.
 
     Args:
-        order: ids of all problems; the files follow it, whichever process explored a problem and when.
-        earlier: ids of the problems that an interrupted run had completed.
-        seconds: how long this run took.
-        sources: counts of the report about where the solutions come from.
+        order: ids of all problems, the order of lines in the files.
+        earlier: ids of problems that an interrupted run had finished.
+        seconds: duration of this run.
+        sources: counts about the origin of the solutions, for the report.
     """
     output, total, histogram, tokens_now = config.output, Counter(), [0] * BINS, 0
     with whole_file(output) as lines, whole_file(f"{output}.pairs.jsonl") as verdicts:
@@ -62,7 +62,7 @@ def write_outputs(
 
 
 def render(report: dict) -> str:
-    """The report as it is printed."""
+    """The report as text."""
     histogram = report["quality_histogram"]
     lines = [f"{key:>20}  {value:,.0f}" for key, value in report.items() if isinstance(value, int | float)]
     lines.append("quality of the plausible tokens:")

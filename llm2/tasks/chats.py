@@ -1,4 +1,4 @@
-"""Gold solutions from any JSON Lines of chats: `messages` that end in the solution, `answer` where there is one."""
+"""Gold solutions from JSON Lines of chats: `messages` that end in the solution, and optionally `answer`."""
 
 from itertools import islice
 
@@ -9,7 +9,7 @@ from llm2.tasks.task import NumberTask, Problem
 
 
 class Chats(NumberTask):
-    """Answers are compared as numbers, unless `grader` names another comparison."""
+    """Chats from a file. Answers are compared as numbers, unless `grader` is set."""
 
     def problems(self, split: str, limit: int | None = None) -> list[Problem]:
         """An id is the line's `id`, else line-NUMBER; the gold answer is its `answer`, else the gold solution."""

@@ -19,18 +19,16 @@ def load_few_shot(source: str | None, num_fewshot: int | None = None) -> list[Me
     Args:
         source: `gsm8k-cot`, the published 8-shot chain of thought (Wei et al., 2022) as lm-evaluation-harness ships it,
             or a JSON Lines file in GSM8K's format.
-        num_fewshot: how many examples, the first ones; all when None.
+        num_fewshot: number of examples to take; all when None.
     """
     if source is None:
         return []
     if source == PUBLISHED:
-        examples = _published()
+        examples = _harness_examples()
     else:
         examples = [(problem.question, problem.solution) for problem in read_problems(source, "example")]
     if len(examples) < (num_fewshot or 0):
-        raise UserError(
-            f"few_shot: {source} holds {len(examples)} examples, expected at least num_fewshot={num_fewshot}"
-        )
+        raise UserError(f"few_shot: {source} has {len(examples)} examples, expected at least num_fewshot={num_fewshot}")
     return [
         {"role": role, "content": text}
         for question, solution in examples[:num_fewshot]
@@ -39,12 +37,12 @@ def load_few_shot(source: str | None, num_fewshot: int | None = None) -> list[Me
 
 
 def with_examples(examples: Sequence[Message], prompt: Sequence[Message]) -> list[Message]:
-    """The prompt with the examples before its first question, and after its system prompt."""
+    """The prompt with the examples between its system prompt and its first question."""
     start = 1 if prompt[0]["role"] in ("system", "developer") else 0
     return [*prompt[:start], *examples, *prompt[start:]]
 
 
-def _published() -> list[tuple[str, str]]:
+def _harness_examples() -> list[tuple[str, str]]:
     harness = find_spec("lm_eval")
     if harness is None:
         raise UserError(f"few_shot={PUBLISHED} reads the examples from lm-evaluation-harness: pip install lm-eval")

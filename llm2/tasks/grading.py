@@ -1,6 +1,6 @@
 r"""Answers of GSM8K-like solutions: extraction and comparison as numbers.
 
-The two modes are lm-evaluation-harness's strict-match and flexible-extract, with four differences on purpose: numbers
+The two modes are lm-evaluation-harness's strict-match and flexible-extract, with four intended differences: numbers
 are compared as numbers (there `18.00` is not `18`), flexible prefers an announced answer to a later number, where an
 answer is announced more than once, the last one counts (there strict takes the first), and a solution ends at any other
 prompt behind its first number (there at any `Question:`, the solution's own too, and at no `Problem:`).
@@ -13,12 +13,12 @@ from typing import Literal, NamedTuple
 
 MatchMode = Literal["flexible", "strict"]
 
-LONGEST_SOLUTION = 10_000  # characters that are read, from the end: bounds the time for any text
+LONGEST_SOLUTION = 10_000  # trailing characters that are read, to bound the time
 LONGEST_STATEMENT = 200
-LONGEST_NUMBER = 50  # a longer one is a model in a loop, not an answer
+LONGEST_NUMBER = 50  # digits; a longer number is a repetition loop, not an answer
 
 END_OF_TURN = re.compile(r"</s>|<\|im_end\|>")
-NEXT_PROMPT = re.compile(  # where a base model that runs on asks itself another question
+NEXT_PROMPT = re.compile(  # where a base model continues with another question
     r"""\n[ \t>\#*]{0,9}+(?:(?:q|question|problem)(?:\ ?\#?\d{1,3})?|instruction|user|human)\*{0,2}(?:[:\n]|$)
     |<\|(?:im_start|start_header_id)\|>""",
     re.IGNORECASE | re.VERBOSE,
@@ -41,7 +41,7 @@ ANNOUNCEMENTS = {
         re.IGNORECASE | re.VERBOSE,
     ),
 }
-DECORATION = re.compile(  # between an announcement and its number, which is not the first of a numbered list
+DECORATION = re.compile(  # between an announcement and its number, but not the number of a list item
     r"""(?:[\s:=*_`$£€¥₹]|\\[(\[]|\\(?:boxed|fbox|math\w{2}|text\w{0,6})\{){0,20}
     (?=\\?[-+$.\d])(?!(?<=[\n*])1[.)]\s)""",
     re.VERBOSE,
@@ -52,7 +52,7 @@ STATEMENT_END = re.compile(r"[.!?,;](?=\s|$)|[\n}]|\s(?:because|since)\s")
 class Grade(NamedTuple):
     """One solution's grade."""
 
-    answer: str | None  # equal answers are equal strings: they vote together; None where there is none
+    answer: str | None  # equal answers are equal strings, for voting; None if there is none
     correct: bool
     correct_strict: bool
 
@@ -60,10 +60,10 @@ class Grade(NamedTuple):
 def extract_answer(text: str, mode: MatchMode = "flexible") -> str | None:
     r"""The solution's final answer in canonical form (see `canonical`), or None.
 
-    strict: the number right behind the last `####` or `answer is`, in upper or lower case. flexible: the number right
-    behind the last of these, of `final answer`, `answer:` and `\boxed{`; the last number where there is none of them.
+    strict: the number right after the last `####` or `answer is`, in upper or lower case. flexible: the number right
+    after the last of these, of `final answer`, `answer:` and `\boxed{`; the last number if there is none of them.
     """
-    text = own_solution(text.rpartition("</think>")[2])  # a reasoning model's thoughts hold no answer
+    text = own_solution(text.rpartition("</think>")[2])  # skip a reasoning model's thoughts
     text = FRAC.sub(r"\1/\2", THIN_SPACE.sub(",", MINUS.sub("-", text[-LONGEST_SOLUTION:])))
     for announcement in reversed(list(ANNOUNCEMENTS[mode].finditer(text))):
         if decoration := DECORATION.match(text, announcement.end()):
@@ -71,15 +71,15 @@ def extract_answer(text: str, mode: MatchMode = "flexible") -> str | None:
             statement = STATEMENT_END.split(statement, maxsplit=1)[0]
             before, behind = text.find("=") < announcement.start(), text.rfind("=") < decoration.end() + len(statement)
             if announcement.lastgroup == "heading" and not (before or behind):
-                continue  # it heads a whole solution: the calculations follow
-            if number := _stated(statement):
+                continue  # a heading: the calculations follow
+            if number := _find_number(statement):
                 return _read(number)
     numbers = list(NUMBER.finditer(text)) if mode == "flexible" else []
     return _read(numbers[-1]) if numbers else None
 
 
 def own_solution(text: str) -> str:
-    """The text up to another prompt. One before any number is the solution's own: its question repeated or divided."""
+    """The text up to another prompt. A prompt before any number repeats or splits the question, and is kept."""
     text = END_OF_TURN.split(text, maxsplit=1)[0]
     begin = NO_DIGITS.match(text)[0]
     return begin + NEXT_PROMPT.split(text[len(begin) :], maxsplit=1)[0]
@@ -105,7 +105,7 @@ def canonical(value: Fraction) -> str:
     return f"{'-' * (value < 0)}{whole}.{decimals:0{num_decimals}}"
 
 
-def _stated(statement: str) -> re.Match | None:
+def _find_number(statement: str) -> re.Match | None:
     """The first number of a statement, or the result of its equation: 16 of `32 / 2 = 16`."""
     return NUMBER.search(statement.rpartition("=")[2]) or NUMBER.search(statement)
 

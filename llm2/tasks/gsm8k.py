@@ -24,7 +24,7 @@ class GSM8K(NumberTask):
         return self.source(split, limit) if self.data_file is None else read_problems(self.data_file, split, limit)
 
     def source(self, split: str, limit: int | None) -> list[Problem]:
-        """The dataset itself; its validation split is the end of its training problems."""
+        """Problems from the hub; the validation split is the end of the training problems."""
         if split not in SPLITS:
             raise UserError(f"gsm8k has no split {split!r}: expected one of {', '.join(SPLITS)}")
         rows = hub_rows(DATASET, "test" if split == "test" else "train", "main")
@@ -42,7 +42,7 @@ def read_problems(
     """The problems of a JSON Lines file; an id is the record's `id`, else SPLIT-INDEX.
 
     Args:
-        read: makes a problem of id, question and answer, as `to_problem` does, the default.
+        read: makes a problem from id, question and answer, as `to_problem` does.
     """
     problems = []
     for index, (line, record) in enumerate(islice(read_jsonl(path, "problems", ("question", "answer")), limit)):
@@ -60,7 +60,7 @@ def read_problems(
 def to_problem(name: str, question: str, answer: str) -> Problem:
     """The steps without their annotations become the solution, which ends in `So the answer is N.`
 
-    Raises ValueError where the answer does not end in `#### number`.
+    Raises ValueError if the answer does not end in `#### number`.
     """
     steps_text, gold = split_answer(answer)
     steps = (ANNOTATION.sub("", line).strip() for line in steps_text.splitlines())
@@ -68,7 +68,7 @@ def to_problem(name: str, question: str, answer: str) -> Problem:
 
 
 def split_answer(answer: str) -> tuple[str, str]:
-    """The text before `#### number`, and the number. Raises ValueError where the answer does not end so."""
+    """The text before `#### number`, and the number. Raises ValueError if the answer has another form."""
     text, marker, _ = answer.rpartition("####")
     gold = extract_answer(answer[len(text) :], "strict") if marker else None
     if gold is None:

@@ -1,7 +1,7 @@
 r"""MATH-500: its records from the hub or a local file, and its grader: math-verify in worker processes.
 
-The format is {"problem", "solution", "answer", "unique_id"}, with the answer in LaTeX. Comparing two formulas may
-never end, and signals do not interrupt native code; a worker process can be killed at a time limit.
+The format is {"problem", "solution", "answer", "unique_id"}, with the answer in LaTeX. Comparing two formulas may not
+terminate, and signals do not interrupt native code; a worker process can be killed at a time limit.
 """
 
 import logging
@@ -26,9 +26,9 @@ from llm2.tasks.task import Problem, Task
 DATASET = "HuggingFaceH4/MATH-500"
 SPLITS = ("test",)
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-TIME_LIMIT = 30.0  # seconds, far above the usual milliseconds, so that a busy machine changes no grade
+TIME_LIMIT = 30.0  # seconds; grading usually takes milliseconds, so a busy machine changes no grade
 TINY = 1e-4  # math-verify compares numbers to six decimals
-LONGEST = 20_000  # characters of a solution that are parsed, from the end
+LONGEST = 20_000  # trailing characters of a solution that are parsed
 
 
 class Math500(Task):
@@ -68,7 +68,7 @@ class Math500(Task):
 
 
 class MathGrader:
-    """Grades solutions by math-verify, several at a time; one that takes too long or ends its process is wrong."""
+    """Grades solutions with math-verify in parallel; one that times out or crashes its process is wrong."""
 
     def __init__(self, workers: int | None = None, time_limit: float = TIME_LIMIT) -> None:
         self.time_limit = time_limit
@@ -86,8 +86,8 @@ class MathGrader:
 
 
 def _warm_up() -> None:
-    logging.disable(logging.CRITICAL)  # math-verify warns that it sets no time limit
-    grade("\\boxed{1}", "1")  # its imports take seconds, which would count against the first solution
+    logging.disable(logging.CRITICAL)  # math-verify warns that no time limit is set
+    grade("\\boxed{1}", "1")  # imports take seconds, which would count against the first solution
 
 
 def _result(future: Future) -> Grade:
@@ -114,7 +114,7 @@ def grade(text: str, gold: str) -> Grade:
 
 
 def _both_tiny_and_apart(gold: Any, answer: Any) -> bool:
-    """Whether two of sympy's numbers, which math-verify holds for equal, are so small that it compared their zeros."""
+    """Whether two different numbers of sympy are so small that math-verify rounds both to 0 and calls them equal."""
     if not all(getattr(value, "is_number", False) for value in (gold, answer)):
         return False
     larger = max(abs(gold), abs(answer))

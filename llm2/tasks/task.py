@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from llm2.common.chat import Message
-from llm2.errors import UserError, explained, origin, reason, shown
+from llm2.errors import UserError, as_user_error, origin, reason, shown
 from llm2.tasks.grading import Grade, extract_answer, grade_numbers
 
 GRADER_SECONDS = 60.0  # for one solution
@@ -47,7 +47,7 @@ class Task:
     """Base class of all tasks. A subclass needs only `problems` and `extract_answer`.
 
     Args:
-        data_file: local JSON lines in the task's format, read instead of its source and without network.
+        data_file: local JSON Lines in the task's format, read instead of its source, without network.
     """
 
     def __init__(self, data_file: str | None = None) -> None:
@@ -66,7 +66,7 @@ class Task:
         return [*self.prompt(problem), {"role": "assistant", "content": problem.solution}]
 
     def extract_answer(self, text: str) -> str | None:
-        """A solution's final answer, None where there is none. Equal answers are equal strings: they vote together."""
+        """A solution's final answer, None if there is none. Equal answers must be equal strings, for voting."""
         raise NotImplementedError
 
     def grade(self, texts: Sequence[str], gold: str) -> list[Grade]:
@@ -79,7 +79,7 @@ class Task:
         return True
 
     def close(self) -> None:
-        """Release what the task holds, such as processes."""
+        """Release resources such as processes."""
 
 
 class NumberTask(Task):
@@ -100,24 +100,24 @@ def load_task(name: str, data_file: str | None = None, grader: str | None = None
 
     Args:
         grader: MODULE:FUNCTION of (text, gold) -> bool that replaces the task's grading.
-        key: what errors call the name.
+        key: name of the key in errors.
     """
     cls = _load(key, BUILT_IN.get(name, name), f"one of {', '.join(BUILT_IN)}, or MODULE:CLASS")
     if not (isinstance(cls, type) and issubclass(cls, Task)):
         raise UserError(f"key {key!r}: {name!r} is no subclass of llm2.tasks.Task")
-    with explained(f"key {key!r}: {name!r} fails on data_file={data_file}"):
+    with as_user_error(f"key {key!r}: {name!r} fails on data_file={data_file}"):
         task = cls(data_file)
     if grader is not None:
         task.can_compare = lambda gold: True
-        is_correct = _guarded(grader, _load("grader", grader, "MODULE:FUNCTION"))
-        task.grade = lambda texts, gold: [_graded(task, text, gold, is_correct(text, gold)) for text in texts]
+        is_correct = _guard(grader, _load("grader", grader, "MODULE:FUNCTION"))
+        task.grade = lambda texts, gold: [_grade(task, text, gold, is_correct(text, gold)) for text in texts]
     return task
 
 
 def read_problems(task: Task, split: str, limit: int | None = None) -> list[Problem]:
-    """The problems of a task. Raises UserError where there are none, or one that no solution could solve."""
+    """The problems of a task. Raises UserError if there are none, or if a gold answer cannot be compared."""
     where = task.data_file or f"the split {split!r} of {type(task).__name__}"
-    with explained(f"{where}: the problems could not be read"):
+    with as_user_error(f"{where}: the problems could not be read"):
         problems = task.problems(split, limit)
     if not problems:
         raise UserError(f"{where}: expected at least one problem, found none")
@@ -131,21 +131,21 @@ def read_problems(task: Task, split: str, limit: int | None = None) -> list[Prob
 
 
 def require_distinct_ids(task: Task, problems: Sequence[Problem]) -> None:
-    """Raises UserError where two problems have the same id."""
+    """Raise UserError if two problems have the same id."""
     name, count = Counter(problem.id for problem in problems).most_common(1)[0]
     if count > 1:
         where = f"{task.data_file}: " if task.data_file else ""
         raise UserError(f"{where}the id {name!r} stands for {count} problems, expected different ids")
 
 
-def _guarded(name: str, grader: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
-    """A grader of the user's, whose error or endless loop is a UserError with what it was asked."""
+def _guard(name: str, grader: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
+    """Wrap a user's grader: an exception or a timeout becomes a UserError with its arguments."""
 
     def too_slow(*_) -> None:
         raise UserError(f"no answer in {GRADER_SECONDS:g} seconds")
 
     def guarded(text: str, gold: str) -> bool:
-        # Only the main thread may set an alarm, and it grades in all commands.
+        # Only the main thread can set an alarm; all commands grade in it.
         alarmed = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGALRM, too_slow) if alarmed else None
         try:
@@ -164,7 +164,7 @@ def _guarded(name: str, grader: Callable[[str, str], bool]) -> Callable[[str, st
     return guarded
 
 
-def _graded(task: Task, text: str, gold: str, correct: bool) -> Grade:
+def _grade(task: Task, text: str, gold: str, correct: bool) -> Grade:
     """Correct solutions vote for gold, wrong ones for their extracted answer, or for their text if there is none."""
     answer = gold if correct else task.extract_answer(text) or text
     return Grade(None if answer == gold and not correct else answer, bool(correct), bool(correct))
@@ -176,5 +176,5 @@ def _load(key: str, name: str, expected: str):
         raise UserError(f"key {key!r}: found {name!r}, expected {expected}")
     if (folder := str(Path.cwd())) not in sys.path:
         sys.path.append(folder)
-    with explained(f"key {key!r}: {name!r} cannot be imported"):
+    with as_user_error(f"key {key!r}: {name!r} cannot be imported"):
         return getattr(import_module(module), attribute)

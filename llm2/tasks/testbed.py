@@ -1,4 +1,4 @@
-"""The embedded testbed's problems (llm2/testbed): word problems in GSM8K's format by regime, and lists to sort."""
+"""Tasks of the embedded testbed (llm2/testbed): word problems in GSM8K's format by regime, and lists to sort."""
 
 import re
 from dataclasses import replace
@@ -11,9 +11,9 @@ from llm2.testbed.sorting import sorted_text, sorting_problems
 
 
 class Testbed(GSM8K):
-    """Generated word problems, the same ones every time."""
+    """Generated word problems, always the same ones."""
 
-    __test__ = False  # pytest must not collect it, whatever its name
+    __test__ = False  # not a test class, for pytest
     regime = "same"
 
     def source(self, split: str, limit: int | None) -> list[Problem]:
@@ -25,7 +25,7 @@ class Testbed(GSM8K):
 
 
 class Foreign(Testbed):
-    """Gold solutions by another school than System 1's."""
+    """Gold solutions in another style than System 1's."""
 
     regime = "foreign"
 
@@ -52,19 +52,19 @@ class TwoSkills(Testbed):
 
 
 class MoreSteps(Testbed):
-    """Longer problems than System 1 has read."""
+    """Longer problems than System 1 was trained on."""
 
     regime = "more_steps"
 
 
 class NewWords(Testbed):
-    """Names and things that System 1 has never read."""
+    """Names and things that System 1 was not trained on."""
 
     regime = "new_words"
 
 
 class LargeNumbers(Testbed):
-    """Results larger than System 1 has read."""
+    """Larger results than System 1 was trained on."""
 
     regime = "large_numbers"
 

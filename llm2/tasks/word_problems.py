@@ -1,4 +1,4 @@
-"""MAWPS and SVAMP: real word problems of one or two steps; their gold is an equation and a number, without prose.
+"""MAWPS and SVAMP: real word problems of one or two steps, whose gold is an equation and a number.
 
 {"question": ..., "answer": "((7 + 5) - 8) #### 4"}, read from dataset/word_problems, which has sources and licence.
 """
@@ -16,7 +16,7 @@ FOLDER = Path(llm2.__file__).parents[1] / "dataset" / "word_problems"
 
 
 class WordProblems(NumberTask):
-    """Base class; a subclass names its splits. The gold solution is the equation as a sentence."""
+    """Base class; subclasses set `splits`. The gold solution is the equation as a sentence."""
 
     splits: tuple[str, ...]
 
@@ -47,7 +47,7 @@ class Svamp(WordProblems):
 def to_problem(name: str, question: str, answer: str) -> Problem:
     """`(8 - 2) #### 6` becomes the solution `8 - 2 = 6. The answer is 6.`
 
-    Raises ValueError where the answer does not end in `#### number`.
+    Raises ValueError if the answer does not end in `#### number`.
     """
     equation, gold = split_answer(answer)
     compact = re.sub(r"(?<=\() | (?=\))", "", equation.strip())
@@ -57,6 +57,6 @@ def to_problem(name: str, question: str, answer: str) -> Problem:
 
 
 def _is_enclosed(equation: str) -> bool:
-    """Whether the first parenthesis closes at the end."""
+    """Whether the first parenthesis is closed by the last character."""
     depth = list(accumulate((character == "(") - (character == ")") for character in equation))
     return depth[-1:] == [0] and 0 not in depth[:-1]

@@ -1,4 +1,4 @@
-"""The facts that word problems are made of, about what people own, as tables: wording, range of numbers, arithmetic.
+"""Tables of facts for word problems about what people own: wording, ranges of numbers, arithmetic.
 
 Facts about shopping, wages and books are in money.py.
 """
@@ -22,7 +22,7 @@ class Fact:
     templates: Sentences  # wordings of the sentence; one is drawn
     calculations: tuple[Calculation, ...] = ()
     numbers: dict[str, range] = field(default_factory=dict)  # each is drawn from its range
-    phrase: str = ""  # the wording that a careless reader may misread, in the first calculation
+    phrase: str = ""  # a wording of the first calculation that a careless reader may misread
     weight: float = 1.0  # how often the fact is drawn, relative to others of its table
 
 

@@ -1,19 +1,19 @@
-"""Gold solutions by another school than System 1's: terse, two steps in a line, some without working, always right.
+"""Gold solutions in another style than System 1's: terse, two steps per line, some without working, always right.
 
-Beside System 1's own steps they are what GSM8K's human solutions are beside a model's chain of thought.
+They differ from System 1's solutions as GSM8K's human solutions differ from a model's chain of thought.
 """
 
 import random
 
 from llm2.testbed.stories import Computed, Operand, Story, valid_order
 
-NESTED = 0.2  # of lines whose second step builds on the first: one calculation with brackets
-UNWORKED = 0.15  # of the other steps: only the result
+NESTED = 0.2  # share of lines, of those whose second step uses the first, that are one calculation with brackets
+UNWORKED = 0.15  # share of the other steps that state only the result
 LINES = ("{steps}.", "Here {steps}.", "We get {steps}.", "{steps} then.")
 
 
 def foreign_answer(story: Story) -> str:
-    """The solution in GSM8K's format, without annotations; one and the same for a question, whenever it is drawn."""
+    """The solution in GSM8K's format, without annotations; a question always gets the same one."""
     rng = random.Random(f"llm2 testbed foreign {story.question}")
     order = valid_order(story.steps, rng)
     lines = [_line(story, order[start : start + 2], rng) for start in range(0, len(order), 2)]

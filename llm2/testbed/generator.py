@@ -1,8 +1,8 @@
 """The testbed's word problems as GSM8K records, in splits that share no question.
 
-Standard library only and seeded by the names of regime and split: the same problems on every machine. A regime says
-what the gold solutions are like and which System 1 they are for (llm2/testbed/README.md); a question of a split is in
-no other split of any regime.
+Uses the standard library only, seeded by the names of regime and split, so every machine gets the same problems. A
+regime sets the style of gold solutions and the System 1 they are for (llm2/testbed/README.md); a question of a split is
+in no other split of any regime.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ def split_of(question: str) -> str:
 
 def worked_answer(story: Story) -> str:
     """The gold solution in GSM8K's format."""
-    lines = [story.say(step, _annotated(step, story.values, value)) for step, value in _solved(story)]
+    lines = [story.say(step, _annotate(step, story.values, value)) for step, value in _solve(story)]
     return "\n".join([*lines, final_answer(story)])
 
 
@@ -65,7 +65,7 @@ def final_answer(story: Story) -> str:
 
 def gold_solution(story: Story) -> str:
     """The gold solution as an assistant's message: one paragraph without annotations, the answer at its end."""
-    sentences = [story.say(step, equation(step, story.values, value)) for step, value in _solved(story)]
+    sentences = [story.say(step, equation(step, story.values, value)) for step, value in _solve(story)]
     return " ".join([*sentences, CONCLUSION.format(story.values[-1])])
 
 
@@ -73,24 +73,24 @@ def equation(step: Step, values: tuple[int, ...] | list[int], result: int) -> st
     return f"{value_of(step.left, values)} {step.operator} {value_of(step.right, values)} = {result}"
 
 
-def _annotated(step: Step, values: tuple[int, ...], result: int) -> str:
+def _annotate(step: Step, values: tuple[int, ...], result: int) -> str:
     plain = equation(step, values, result)
     calculation, _, _ = plain.rpartition(" ")
     return f"{calculation} <<{plain.replace(' ', '')}>>{result}"
 
 
-def _solved(story: Story) -> Iterator[tuple[Step, int]]:
+def _solve(story: Story) -> Iterator[tuple[Step, int]]:
     return zip(story.steps, story.values, strict=True)
 
 
-# What a regime gives as the answer of a story.
+# Regime -> function that writes the answer of a story.
 REGIMES: dict[str, Callable[[Story], str]] = {
     "same": worked_answer,
     "foreign": foreign_answer,
     "answers": final_answer,
     "careful": worked_answer,
     "two_skills": worked_answer,
-    # Unlike all that System 1 has read
+    # Unlike System 1's training data
     "more_steps": worked_answer,
     "new_words": worked_answer,
     "large_numbers": worked_answer,

@@ -8,8 +8,8 @@ OPERATIONS = {"+": add, "-": sub, "*": mul, "/": truediv}
 
 
 def has_false_equation(solution: str) -> bool:
-    """Whether an equation of the text, such as `7 * 6 = 44`, does not hold. Steps that do not belong there are no
-    matter: those of a misread question hold as a rule."""
+    """Whether the text has a false equation, such as `7 * 6 = 44`. Wrong steps do not count: a misread question mostly
+    leads to true equations."""
     return any(not _holds(*equation) for equation in EQUATION.findall(solution))
 
 

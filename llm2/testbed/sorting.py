@@ -1,4 +1,4 @@
-"""A second skill for System 1, of no use for word problems: lists of numbers to sort."""
+"""A second skill for System 1, unrelated to word problems: lists of numbers to sort."""
 
 import random
 from collections.abc import Iterator
@@ -29,11 +29,11 @@ def _lists(split: str) -> Iterator[tuple[str, str]]:
     rng, seen = random.Random(f"llm2 testbed sorting {split}"), set()
     while True:
         numbers = rng.sample(range(1, LARGEST + 1), rng.choice(LENGTHS))
-        question = rng.choice(TEMPLATES).format(_listed(numbers))
+        question = rng.choice(TEMPLATES).format(_join(numbers))
         if split_of(question) == split and question not in seen:
             seen.add(question)
-            yield question, _listed(sorted(numbers))
+            yield question, _join(sorted(numbers))
 
 
-def _listed(numbers: list[int]) -> str:
+def _join(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))

@@ -1,6 +1,6 @@
 """Word problems as programs: a story combines facts into a question and the steps of its solution.
 
-A scenario says which facts make a sensible story; its words and numbers are drawn and its steps computed here.
+A scenario lists facts that make a sensible story; words and numbers are drawn and steps computed here.
 """
 
 import random
@@ -13,7 +13,7 @@ from llm2.testbed.facts import Fact, Table
 from llm2.testbed.words import Sentences
 
 SMALLEST = 2
-MAX_DRAWS = 8  # of a fact's numbers, before the story is given up
+MAX_DRAWS = 8  # of a fact's numbers, before the story is discarded
 
 
 class Given(NamedTuple):
@@ -55,7 +55,7 @@ class Story:
 
 
 class Scenario(NamedTuple):
-    """Which tables of facts make a sensible story."""
+    """Tables of facts that make a sensible story."""
 
     weight: float
     tables: tuple[Table, ...]  # a story takes one fact of each
@@ -97,14 +97,14 @@ LEARNT = Limits(150, 100)  # arithmetic that a small System 1 can learn
 
 @dataclass(frozen=True)
 class Variety:
-    """Which stories are drawn."""
+    """Restricts which stories are drawn."""
 
     scenarios: tuple[Scenario, ...] = SCENARIOS
     people: tuple[words.Person, ...] = words.PEOPLE
     things: tuple[str, ...] = words.THINGS
     steps: range = range(1, 7)
     limits: Limits = LEARNT
-    beyond: bool = False  # at least one result is larger than what System 1 has learnt
+    beyond: bool = False  # at least one result is larger than in System 1's training data
 
 
 VARIETIES = {
@@ -126,11 +126,11 @@ def calculate(left: int, operator: str, right: int) -> int:
 
 def draw_story(rng: random.Random, variety: Variety = VARIETIES["usual"]) -> Story | None:
     """A random story, or None if its numbers do not work out (a remainder, a negative or too large result)."""
-    scenario = _weighted(rng, variety.scenarios)
+    scenario = _draw(rng, variety.scenarios)
     slots = _draw_words(rng, variety) | scenario.slots
     draft = _Draft(rng, slots, variety.limits)
     for table in scenario.tables:
-        if not draft.add(_weighted(rng, table)):
+        if not draft.add(_draw(rng, table)):
             return None
     learnt = all(LEARNT.allow(step.operator, value) for step, value in zip(draft.steps, draft.values, strict=True))
     if len(draft.steps) not in variety.steps or (variety.beyond and learnt):
@@ -197,7 +197,7 @@ def _dependencies(step: Step) -> set[int]:
     return {operand.step for operand in (step.left, step.right) if isinstance(operand, Computed)}
 
 
-def _weighted(rng: random.Random, options: Sequence):
+def _draw(rng: random.Random, options: Sequence):
     return rng.choices(options, [option.weight for option in options])[0]
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: the last complete one, and the weights of one that DeepSpeed wrote in shards."""
+"""Checkpoints of a training run: find the last complete one, gather weights from DeepSpeed's shards."""
 
 import json
 import os
@@ -15,13 +15,13 @@ from llm2.common.files import write_text
 from llm2.common.home import with_home, without_home
 from llm2.common.inputs import Digests, as_digests, record, require_same
 
-TRAINER_STATE = "trainer_state.json"  # transformers.trainer has the name too, but its import takes most of a second
-BEGUN = "begun.json"  # config and digests of the run whose checkpoints a folder holds
-DEEPSPEED_LATEST = "latest"  # the file that names the newest of DeepSpeed's own checkpoints
+TRAINER_STATE = "trainer_state.json"  # also in transformers.trainer, whose import takes most of a second
+BEGUN = "begun.json"  # config and digests of the run that wrote the folder's checkpoints
+DEEPSPEED_LATEST = "latest"  # the file that names DeepSpeed's newest checkpoint
 
 
 class PathsWithoutHome(TrainerCallback):
-    """In trainer_state.json the home folder is `~`; in memory it is not."""
+    """Replaces the home folder by `~` in trainer_state.json, but not in memory."""
 
     def on_train_begin(self, args, state, control, **others) -> None:  # a state that was resumed from a file
         state.best_model_checkpoint = with_home(state.best_model_checkpoint)
@@ -47,20 +47,20 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 
 
 def begin(folder: Path, config: Any, inputs: Digests) -> None:
-    """Write whose checkpoints `folder` will hold."""
+    """Write config and digests of the run whose checkpoints `folder` will hold."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / BEGUN, json.dumps(record(config, inputs), indent=2) + "\n")
 
 
 def require_own(folder: Path, config: Any, inputs: Digests, way_out: str) -> None:
-    """Raises UserError where the checkpoints in `folder` are those of another config or of other inputs."""
+    """Raise UserError if the checkpoints in `folder` were made with another config or other inputs."""
     earlier = read_values(folder / BEGUN)  # JSON is YAML
     earlier["inputs"] = as_digests(earlier.get("inputs"), folder / BEGUN)
     require_same(earlier, config, inputs, f"the last checkpoint in {folder}", way_out)
 
 
 def is_sharded(folder: Path) -> bool:
-    """Whether the folder holds its weights in DeepSpeed's shards alone."""
+    """Whether the folder holds its weights only in DeepSpeed's shards."""
     gathered = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "adapter_model.safetensors")
     return (folder / DEEPSPEED_LATEST).is_file() and not any((folder / name).is_file() for name in gathered)
 

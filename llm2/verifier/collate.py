@@ -1,4 +1,4 @@
-"""Examples -> the batch of one verifier forward: packed rows of solutions, each with its negatives as branches.
+"""Collate examples into the batch of one verifier forward: packed rows of solutions with negatives as branches.
 
 Letters: R rows, S columns, M pairs of the batch.
 """
@@ -15,18 +15,18 @@ from llm2.verifier.triplets import Example
 class VerifierBatch(NamedTuple):
     """The arguments of ProcessVerifier.forward, and the other keys of `pair_tensors`, for loss and metrics."""
 
-    input_ids: torch.Tensor | None  # (R, S); None where frozen states stand in for the forward of the backbone
+    input_ids: torch.Tensor | None  # (R, S); None if frozen states replace the forward of the backbone
     start: torch.Tensor | None  # (R, S) first column of the token's solution
-    prefix_len: torch.Tensor | None  # (R, S) tokens that it sees from there on, besides itself; also its position id
+    prefix_len: torch.Tensor | None  # (R, S) tokens from there on that it sees, without itself; also its position id
     pair_indices: torch.Tensor  # (1, M, 2) of gold and negative in the flattened R * S tokens; without branches (1, M)
     # of the last tokens of their prefixes
     pair_tokens: torch.Tensor  # (1, M, 2) ids of gold and negative
     pair_weights: torch.Tensor  # (1, M) float32
     pair_ids: torch.Tensor  # (1, M) number of the triplet in its file
     pair_targets: torch.Tensor  # (1, M) float32 probability that gold is better
-    pair_offsets: torch.Tensor  # (1, M) float32 System 1's margin, where the loss is that of guided margins; else 0
+    pair_offsets: torch.Tensor  # (1, M) float32 System 1's margin for the loss of guided margins, else 0
     targets: torch.Tensor | None = None  # (R, S) the next token of the solution, or IGNORE_INDEX; for the LM loss
-    states: torch.Tensor | None = None  # (N, D) in place of the backbone's; pair_indices count its rows
+    states: torch.Tensor | None = None  # (N, D), replace the backbone's; pair_indices index its rows
 
 
 def verifier_batch(
@@ -44,12 +44,12 @@ def verifier_batch(
 
         solutions of ids [5, 6, 7, 4] and [3, 2] with the triplets [1, 6, 9], [1, 6, 9], [2, 7, 8] and [1, 2, 1] give
         input_ids [[5, 6, 7, 9, 8], [3, 2, 1, 0, 0]] and pair_indices [1, 3], [1, 3], [2, 4], [6, 7]. The 4 is left
-        out: no pair sees what stands behind the last pair's position. Without branches input_ids are
+        out, since no pair sees tokens after the last pair's position. Without branches input_ids are
         [[5, 6], [3, 0]] and pair_indices 0, 0, 1, 2.
 
     Args:
         branches: False for a verifier that reads prefixes only (`score: prefix`).
-        capacity: columns of a row, exceeded only by a longer solution; the longest solution's when None.
+        capacity: columns of a row, exceeded only by a longer solution; the longest solution's length when None.
         multiple: S is a multiple of this.
         quality_weight: weight a pair by gold's quality less the negative's; 1 otherwise.
         lm_targets: keep whole solutions and give `targets`.
@@ -60,7 +60,7 @@ def verifier_batch(
     R, S = len(rows), -(-max(sum(widths[i] for i in row) for row in rows) // multiple) * multiple
 
     input_ids = torch.zeros(R, S, dtype=torch.long)
-    start = torch.arange(S).repeat(R, 1)  # padding sees itself alone
+    start = torch.arange(S).repeat(R, 1)  # padding sees only itself
     prefix_len = torch.zeros(R, S, dtype=torch.long)
     targets = torch.full((R, S), IGNORE_INDEX)
     pair_indices = [torch.empty(0)] * len(examples)

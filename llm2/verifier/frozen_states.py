@@ -1,5 +1,5 @@
-"""System 1's states at the prefixes of all pairs, computed once and kept on disk: an epoch of a prefix head reads them
-in place of a forward of the backbone.
+"""System 1's states at the prefixes of all pairs, computed once and kept on disk: training a prefix head reads them
+instead of running the backbone.
 
 Letters: F prefixes, M pairs, D width.
 """
@@ -31,14 +31,14 @@ class FrozenStates(Sequence[FrozenExample]):
     """The states of all examples in an anonymous temporary file, so that memory does not grow with the data.
 
     Args:
-        batch_size: solutions of a forward.
+        batch_size: solutions per forward.
     """
 
     def __init__(self, verifier: ProcessVerifier, examples: Sequence[Example], batch_size: int) -> None:
         self.examples = examples
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (it lives as long as this object)
         self._width = verifier.get_input_embeddings().embedding_dim
-        self._ends = array("q", [0])  # rows of the file before each example
+        self._ends = array("q", [0])  # index of each example's first row in the file
         self.empty = FrozenExample(EMPTY_EXAMPLE, torch.empty(0, self._width), torch.empty(0, dtype=torch.long))
         verifier.eval()
         with tqdm(total=len(examples), desc="System 1 reads the pairs' prefixes", unit="solution") as bar:
@@ -70,7 +70,7 @@ class FrozenStates(Sequence[FrozenExample]):
 
 
 def frozen_batch(frozen: Sequence[FrozenExample], quality_weight: bool = False) -> VerifierBatch:
-    """The batch of `verifier_batch(examples, branches=False)` with states in place of tokens."""
+    """As `verifier_batch(examples, branches=False)`, with states instead of tokens."""
     pair_indices, offset = [], 0
     for _, states, rows in frozen:
         pair_indices.append(rows + offset)

@@ -10,17 +10,14 @@ from llm2.common.chat import TEMPLATES, resolve_template
 from llm2.common.config_file import read_values
 from llm2.common.loading import is_local, load_tokenizer, model_path, resolve_dtype
 from llm2.common.same_tokenizer import require_same_tokenizer
-from llm2.errors import UserError, explained
+from llm2.errors import UserError, as_user_error
 from llm2.verifier.model import ProcessVerifier, ProcessVerifierConfig
 
 
 def require_verifier(name: str) -> None:
     """Raise UserError, before anything slow, if a local verifier does not exist."""
     if is_local(name) and not Path(model_path(name), "config.json").is_file():
-        raise UserError(
-            f"verifier {name!r}: expected a folder with config.json, found none; "
-            "`llm2 train` makes one (`bash scripts/train_verifier.sh`)"
-        )
+        raise UserError(f"verifier {name!r}: expected a folder with config.json, found none; `llm2 train` makes one")
 
 
 def require_same_template(verifier: str, model: str, chat_template: str | None) -> None:
@@ -50,7 +47,7 @@ def verifier_config(name: str, **options) -> ProcessVerifierConfig:
     """The config of a verifier. Raises UserError if it is missing or unreadable."""
     require_verifier(name)
     options["local_files_only"] = is_local(name) or options.get("local_files_only", False)
-    with explained(f"verifier {name!r} could not be loaded"):
+    with as_user_error(f"verifier {name!r} could not be loaded"):
         content, _ = ProcessVerifierConfig.get_config_dict(model_path(name), **options)
         kind, expected = content.get("model_type"), ProcessVerifierConfig.model_type
         if kind != expected:  # transformers would only warn, and make up what is not there
@@ -93,7 +90,7 @@ def load_verifier(
     follow = dtype in ("auto", None) and system1 is not None
     options["dtype"] = system1.dtype if follow else resolve_dtype(dtype, device)
     try:
-        with explained("it could not be loaded"):
+        with as_user_error("it could not be loaded"):
             verifier = ProcessVerifier.from_pretrained(model_path(name), system1=system1, **options)
     except UserError as error:
         raise UserError(f"verifier {name!r}: {error}") from error

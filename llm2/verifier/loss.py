@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-NO_PAIR = -100  # the Trainer's padding where it gathers pair ids from batches and ranks of unequal size
-IGNORE_INDEX = -100  # the target of a token whose next token is not predicted
-CHUNK = 256  # tokens whose vocabulary-sized logits exist at a time
+NO_PAIR = -100  # the Trainer's padding when it gathers pair ids from batches and ranks of unequal size
+IGNORE_INDEX = -100  # target of tokens without a prediction
+LOGITS_CHUNK = 256  # tokens whose vocabulary-sized logits exist at a time
 
 
 def pairwise_loss(
@@ -39,7 +39,7 @@ def pairwise_loss(
 
 
 def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of -log p(target); logits exist for CHUNK tokens at a time, in the backward pass too.
+    """Sum of -log p(target); logits exist for LOGITS_CHUNK tokens at a time, in the backward pass too.
 
     Args:
         hidden: (N, D) last hidden states.
@@ -51,7 +51,7 @@ def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: t
         return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
 
     total = hidden.sum() * 0.0  # a zero with a gradient, for a batch without targets
-    for hidden_chunk, target_chunk in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+    for hidden_chunk, target_chunk in zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True):
         total = total + checkpoint(chunk_loss, hidden_chunk, target_chunk, use_reentrant=False)
     return total
 

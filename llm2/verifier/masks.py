@@ -1,15 +1,15 @@
 """Attention masks of branches: tree attention of depth 1. Pure.
 
-A branch is a token that sees a prefix and itself, and that no other token sees. A triplet's negative is a branch of the
+A branch is a token that sees a prefix and itself, and is hidden from others. A triplet's negative is a branch of the
 gold solution; a decoding candidate is a branch of what was written so far. One forward therefore scores all pairs of a
 solution, or all candidates of a step. Each token of a forward, on the trunk or a branch, has
 
     kv_index    the position of its own key in the KV sequence
     prefix_len  the number of tokens that it sees before itself; this is also its position id
 
-On the trunk both are the same number. The keys of branches stand behind the trunk.
+On the trunk both are equal. The keys of branches come after the trunk.
 
-In a packed row several solutions follow one another, each with its branches, and none sees another:
+A packed row holds several solutions with their branches, none of which sees another:
 
     start       the column where the token's solution begins; it sees start <= column < start + prefix_len and itself
 
@@ -38,7 +38,7 @@ def packed_mask(start: torch.Tensor, prefix_len: torch.Tensor) -> torch.Tensor:
 def packed_block_mask(start: torch.Tensor, prefix_len: torch.Tensor) -> BlockMask:
     """The same mask for FlexAttention, S a multiple of BLOCK: which blocks are empty, partial or full.
 
-    It is built from what each query sees of each block, (R, S, N): nothing of size S x S ever exists.
+    It is built from each query's view of each block, (R, S, N), without anything of size S x S.
     """
     S, end = start.shape[1], start + prefix_len
     low = torch.arange(0, S, BLOCK, device=start.device)  # (N,) first column of each block of keys
@@ -64,13 +64,13 @@ def _sparse(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
-    """Tokens that a backbone attends to, None for all: with branch masks a token sees its whole prefix."""
+    """The sliding window of a backbone, None without: with branch masks a token sees its whole prefix."""
     text = config.get_text_config()
     return getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
 
 
 def as_attention_mask(model: PreTrainedModel, mask: torch.Tensor) -> torch.Tensor:
-    """The mask as the model's attention takes it: booleans for SDPA, a bias on the logits for eager attention."""
+    """The mask in the form that the model's attention expects: booleans for SDPA, a bias for eager attention."""
     if model.config._attn_implementation != "eager":
         return mask
     return torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)

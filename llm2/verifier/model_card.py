@@ -9,7 +9,7 @@ import yaml
 
 from llm2.common.config_file import as_dict
 from llm2.common.inputs import SHOWN, Digests
-from llm2.common.keys import Mark, marked, reads
+from llm2.common.keys import Mark, reads, select_keys
 from llm2.common.loading import is_local
 from llm2.config import TrainConfig
 from llm2.verifier.pair_metrics import table
@@ -40,10 +40,10 @@ System 1 {system1}. By fifth of the solution and by kind of the gold token:
 def model_card(
     config: TrainConfig, inputs: Digests, metrics: Mapping[str, float], data: Sequence[tuple[str, Summary]]
 ) -> str:
-    """The text of the card, which names only the last part of local paths.
+    """The text of the card, with only the last component of local paths.
 
     Args:
-        inputs: digests of what the training read.
+        inputs: digests of the training's inputs.
         metrics: as in training.json.
         data: path and counts of each data file.
     """
@@ -56,8 +56,9 @@ def model_card(
     rows += [("solutions", f"{metrics['train_solutions']:,} in training, {metrics['eval_solutions']:,} held out")]
     rows += [("optimizer steps", f"{metrics['steps']:,}; the best on the held-out pairs: {metrics['best_step']:,}")]
     values = as_dict(config) | {"chat_template": config.chat_template and Path(config.chat_template).name}
-    elsewhere = {*marked(config, Mark.HOW), *reads(config)} - {"chat_template"}
-    shown = marked(config, Mark.SHOWN).keys() | {key.name for key in fields(config) if values[key.name] != key.default}
+    elsewhere = {*select_keys(config, Mark.HOW), *reads(config)} - {"chat_template"}
+    always = select_keys(config, Mark.SHOWN).keys()
+    shown = always | {key.name for key in fields(config) if values[key.name] != key.default}
     rows += [(f"`{name}`", value) for name, value in values.items() if name in shown - elsewhere]
     for key, files in inputs.items():
         rows += [(f"SHA-256 of `{Path(name).name}` ({key})", digest[:SHOWN]) for name, digest in files.items()]

@@ -1,6 +1,6 @@
 """Metrics of held-out pairs: accuracy, margin and loss, by fifth of the solution and by kind of the gold token.
 
-Pairs are identified by their number in the file, so that the metrics do not depend on batches or ranks.
+Pairs are identified by their number in the file, so the metrics do not depend on batches or ranks.
 """
 
 import re
@@ -18,23 +18,23 @@ from llm2.verifier.loss import pair_accuracy, pairwise_loss
 from llm2.verifier.triplets import Example
 
 PARTS = range(1, 6)  # fifths of a solution
-DECIDED = 0.95  # probability that gold is better from which a pair with a soft target is held out as a pair
-BETAS = (0.25, 0.5, 1.0, 2.0)  # weights of the score that are tried on held-out pairs and forks
-BENIGN, HARMFUL = 0.1, 0.35  # a token is benign with at most, harmful with at least this loss of quality against gold
-SUPPRESSED = 1.0  # guidance suppresses a token where it lowers the log of its odds against gold by more
+DECIDED = 0.95  # a held-out soft-target pair counts if gold is better with at least this probability
+BETAS = (0.25, 0.5, 1.0, 2.0)  # weights of the score to try on held-out pairs and forks
+BENIGN, HARMFUL = 0.1, 0.35  # a benign token's loss of quality against gold is at most, a harmful one's at least this
+SUPPRESSED = 1.0  # guidance suppresses a token if it lowers its log odds against gold by more
 KINDS = ("digit", "operator", "word", "other")
 OPERATOR = re.compile(r"[-+*/=<>%^×÷−]+")
 
 
 class PairInfo(NamedTuple):
-    """The groups of a pair."""
+    """The groups to which a pair belongs."""
 
     part: int  # of the solution, one of PARTS
     kind: str  # of the gold token, one of KINDS
 
 
 def pair_info(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> dict[int, PairInfo]:
-    """The pairs by their ids; with soft targets only those in which gold is better with DECIDED probability."""
+    """The pairs by id; with soft targets only those whose gold is better with DECIDED probability."""
     info = {}
     for example in examples:
         length = len(example.ids) - example.start
@@ -50,7 +50,7 @@ def pair_info(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -
 
 
 def token_kind(text: str) -> str:
-    """A digit if it holds one, an operator if it is nothing else, a word if it holds a letter."""
+    """The kind of a token: digit if it contains one, operator if it is nothing else, word if it contains a letter."""
     text = text.strip()
     if any(character.isdigit() for character in text):
         return "digit"
@@ -63,7 +63,7 @@ def compute_metrics(margins: Mapping[int, float], pairs: Mapping[int, PairInfo])
     """Accuracy with its 95 % interval, loss and mean margin; accuracy and number of pairs by part and by kind.
 
     Args:
-        margins: score of gold less score of negative, by pair id; of all `pairs`, and possibly others.
+        margins: score of gold minus score of negative, by pair id, for at least all `pairs`.
         pairs: the pairs to evaluate.
     """
     values = torch.tensor([margins[pair_id] for pair_id in pairs], dtype=torch.float64)
@@ -91,12 +91,12 @@ def guided_metrics(
 ) -> dict[str, float]:
     """Loss and accuracy of guided margins, z + beta * s, with the best of BETAS by loss; accuracy of z alone.
 
-    Where System 1 alone orders the pairs better, adding the score can only make its choices worse.
+    If System 1 alone orders the pairs better, adding the score can only make its choices worse.
 
     Args:
-        margins: score of gold less score of negative, by pair id.
+        margins: score of gold minus score of negative, by pair id.
         pairs: the pairs to evaluate.
-        system1: of `system1_margins`.
+        system1: from `system1_margins`.
     """
     ids = list(pairs)
     scores, z = (torch.tensor([values[i] for i in ids], dtype=torch.float64) for values in (margins, system1))
@@ -113,7 +113,7 @@ class Rival(NamedTuple):
     """A plausible token beside the gold token of a fork."""
 
     pair_id: int
-    quality_gap: float  # gold's quality less this token's, from rollouts
+    quality_gap: float  # gold's quality minus this token's, from rollouts
     system1_margin: float  # log p(gold) - log p(token) in System 1
 
 
@@ -121,7 +121,7 @@ def fork_rivals(examples: Iterable[Example], margins: Mapping[int, float]) -> li
     """The rivals of gold at each position; a pair without qualities counts as a loss of 1.
 
     Args:
-        margins: of `system1_margins`.
+        margins: from `system1_margins`.
     """
     forks = []
     for example in examples:
@@ -134,14 +134,14 @@ def fork_rivals(examples: Iterable[Example], margins: Mapping[int, float]) -> li
 
 
 def choice_quality(forks: Sequence[Sequence[Rival]], margins: Mapping[int, float], beta: float) -> float:
-    """Mean over forks of the quality of the token that guided greedy decoding would choose, less gold's.
+    """Mean over forks of the quality of the token that guided greedy decoding would choose, minus gold's.
 
     Args:
-        margins: score of gold less score of the rival, by pair id.
+        margins: score of gold minus score of the rival, by pair id.
     """
     total = 0.0
     for rivals in forks:
-        # Guided logits relative to gold's: the lowest sum of margins wins if it is below 0.
+        # Guided logits relative to gold's: the token with the lowest sum of margins is chosen if it is below 0.
         lowest, gap = min((rival.system1_margin + beta * margins[rival.pair_id], rival.quality_gap) for rival in rivals)
         total -= gap * (lowest < 0)
     return total / len(forks)
@@ -150,8 +150,8 @@ def choice_quality(forks: Sequence[Sequence[Rival]], margins: Mapping[int, float
 def choice_metrics(forks: Sequence[Sequence[Rival]], margins: Mapping[int, float]) -> dict[str, float]:
     """The best `choice_quality` over BETAS and its beta, System 1's alone, and `calibration` with that beta.
 
-    Choice quality predicts guided accuracy where pair accuracy does not: it counts what a wrong choice costs and what
-    an overconfident score does to ties.
+    Choice quality predicts guided accuracy better than pair accuracy: it includes the cost of a wrong choice and the
+    effect of overconfident scores on ties.
     """
     quality, beta = max((choice_quality(forks, margins, beta), -beta) for beta in BETAS)
     return {
@@ -164,8 +164,8 @@ def choice_metrics(forks: Sequence[Sequence[Rival]], margins: Mapping[int, float
 
 
 def calibration(forks: Sequence[Sequence[Rival]], margins: Mapping[int, float], beta: float) -> dict[str, float]:
-    """Whether margins follow measured losses of quality: Spearman's rank correlation over all rivals of gold, and the
-    shares of benign and of harmful ones that guidance suppresses. Each is left out where it is not defined."""
+    """How margins agree with measured losses of quality: Spearman's rank correlation over all rivals of gold, and the
+    shares of benign and of harmful rivals that guidance suppresses. Undefined ones are left out."""
     gaps = np.array([rival.quality_gap for rivals in forks for rival in rivals])
     pulls = beta * np.array([margins[rival.pair_id] for rivals in forks for rival in rivals])
     metrics = {}
@@ -178,7 +178,7 @@ def calibration(forks: Sequence[Sequence[Rival]], margins: Mapping[int, float], 
 
 
 def table(metrics: Mapping[str, float]) -> str:
-    """The verifier beside System 1 on each group of pairs, from the metrics in training.json."""
+    """A table of the verifier and System 1 on each group of pairs, from the metrics in training.json."""
     lines = [f"{'pairs':>12}{'verifier':>12}{'System 1':>12}{'n':>8}"]
     for name in ["", *(f"_part_{part}" for part in PARTS), *(f"_{kind}" for kind in KINDS)]:
         if f"eval_pairs{name}" in metrics:
@@ -189,7 +189,7 @@ def table(metrics: Mapping[str, float]) -> str:
 
 
 class WithSystem1Margins(Sequence[Example]):
-    """Examples with System 1's margins of their pairs, for the loss of guided margins."""
+    """Adds System 1's margins to the pairs of examples, for the loss of guided margins."""
 
     def __init__(self, examples: Sequence[Example], margins: Mapping[int, float]) -> None:
         self.examples, self.margins = examples, margins
@@ -205,7 +205,7 @@ class WithSystem1Margins(Sequence[Example]):
 
 @torch.inference_mode()
 def system1_margins(system1: PreTrainedModel, examples: Sequence[Example]) -> dict[int, float]:
-    """log p(gold) - log p(negative) in System 1, by pair id: the baseline that a verifier has to beat.
+    """log p(gold) - log p(negative) in System 1, by pair id: the baseline of a verifier.
 
     The normaliser of the softmax cancels, so two rows of the output embedding are enough for each pair.
     """

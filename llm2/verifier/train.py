@@ -18,10 +18,10 @@ from llm2.common.distributed import dist_info, process_device
 from llm2.common.files import whole_files
 from llm2.common.inputs import Digests, digests, write_inputs
 from llm2.common.loading import load_tokenizer, resolve_device
-from llm2.common.memory import peak_memory_mib
+from llm2.common.peak_memory import peak_memory_mib
 from llm2.common.training import ForwardsBar, optimizer_arguments
 from llm2.config import TrainConfig
-from llm2.errors import UserError, explained
+from llm2.errors import UserError, as_user_error
 from llm2.verifier.arguments import OWN, VerifierTrainingArguments, refuse_options
 from llm2.verifier.checkpoints import begin, last_whole_checkpoint, require_own
 from llm2.verifier.model_card import model_card
@@ -148,7 +148,7 @@ def training_arguments(
     steps = math.ceil(math.ceil(solutions / config.global_batch_size) * config.num_train_epochs)
     eval_steps = max(1, steps // config.evaluations)
     if config.report_to != "none":
-        with explained(f"report_to: found {config.report_to!r}"):
+        with as_user_error(f"report_to: found {config.report_to!r}"):
             get_reporting_integration_callbacks([config.report_to])
     return VerifierTrainingArguments(
         **optimizer_arguments(config, device),

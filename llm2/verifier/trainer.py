@@ -128,7 +128,7 @@ class VerifierTrainer(Trainer):
         if args.n_gpu > 1:  # the Trainer would wrap the model in DataParallel
             raise UserError(
                 f"one process sees {args.n_gpu} GPUs, and the batch would be multiplied by them; expected one process "
-                "for each (bash scripts/train_verifier.sh), or one GPU in CUDA_VISIBLE_DEVICES"
+                "for each (`llm2 train` starts them), or one GPU in CUDA_VISIBLE_DEVICES"
             )
         name = model.config.base_model if isinstance(model, ProcessVerifier) else str(model)
         if not isinstance(model, ProcessVerifier):
@@ -236,8 +236,8 @@ class VerifierTrainer(Trainer):
                 position = example.triplets[pair_id - example.first_pair_id].position
                 where += f", line {example.line} of the solutions that are {which}, position {position}"
         raise UserError(
-            f"{where}: the verifier's score or the loss is NaN or infinite, expected finite numbers; a lower "
-            "learning_rate, or bf16=false, may do"
+            f"{where}: the verifier's score or the loss is NaN or infinite, expected finite numbers; try a lower "
+            "learning_rate or bf16=false"
         )
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[dict], device: torch.device) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""The data format: JSON lines of `messages` and `samples`, a list of [position, gold token id, negative token id].
+"""The data format: JSON Lines of `messages` and `samples`, a list of [position, gold token id, negative token id].
 
-`load_examples` checks every position against a tokenizer and a chat template, and keeps the tokenized examples on disk.
+`load_examples` checks every position against a tokenizer and a chat template, and keeps tokenized examples on disk.
 """
 
 import json
@@ -24,11 +24,13 @@ from llm2.common.prefix import common_prefix
 from llm2.common.stats import probability_worse
 from llm2.errors import UserError, shown
 
-CHUNK = 250  # lines tokenized at a time: fast, and memory does not grow with the file
+TOKENIZED_LINES = 250  # lines tokenized at a time, so that memory does not grow with the file
 MAX_MISFITS = 3  # quoted in an error
 
 
 class Triplet(NamedTuple):
+    """A gold token and a worse one at the same position of a conversation."""
+
     position: int  # index into the token ids of the whole conversation, without a generation prompt
     gold: int  # token id; ids[position] == gold
     negative: int  # token id of low quality at the same position
@@ -41,8 +43,8 @@ class Record:
     messages: list[Message]
     triplets: list[Triplet]
     line: int  # of the file, from 1
-    quality_gaps: list[float] | None = None  # (M,) gold's quality less the negative's, if the line has `quality`
-    gold_better: list[float] | None = None  # (M,) probability that gold's quality is the higher one; None: certain
+    quality_gaps: list[float] | None = None  # (M,) gold's quality minus the negative's, if the line has `quality`
+    gold_better: list[float] | None = None  # (M,) probability that gold's quality is higher; None: certain
 
 
 class Example(NamedTuple):
@@ -53,12 +55,12 @@ class Example(NamedTuple):
     start: int = 0  # position of the solution's first token
     first_pair_id: int = 0  # pairs are numbered through the whole file
     quality_gaps: Sequence[float] = ()  # (M,), or empty where the file has no quality
-    gold_better: Sequence[float] = ()  # (M,) soft targets, or empty where gold is better for sure
+    gold_better: Sequence[float] = ()  # (M,) soft targets, or empty if gold is certainly better
     line: int = 0  # of the file, from 1
-    system1_margins: Sequence[float] = ()  # (M,) log p(gold) - log p(negative), or empty where the loss is without
+    system1_margins: Sequence[float] = ()  # (M,) log p(gold) - log p(negative), or empty if the loss does not use it
 
 
-EMPTY_EXAMPLE = Example([0], [])  # has no pair: runs through a forward and adds nothing to the loss
+EMPTY_EXAMPLE = Example([0], [])  # without pairs: takes part in a forward and adds 0 to the loss
 
 
 class ExampleFile(Sequence[Example]):
@@ -186,17 +188,17 @@ def load_examples(
 
     Args:
         template: Jinja text of the chat template; the tokenizer's own when None.
-        limit: lines that are read, the first ones.
-        max_length: tokens that are kept of a line; triplets beyond are dropped, and lines left without triplets.
+        limit: number of leading lines to read.
+        max_length: tokens to keep of a line; triplets beyond are dropped, and lines without any left.
         quality: require the quality of each triplet's tokens.
-        into: examples of other files, to which these are added.
-        rows: of a dataset, in place of a file's lines; `path` is then what errors call it.
+        into: examples of other files, to append to.
+        rows: rows of a dataset, instead of a file's lines; `path` then names it in errors.
 
     Raises UserError with the first misfits: line, position, expected and found token, and the likely cause.
     """
     examples, summary, misfits = ExampleFile() if into is None else into, Summary(), []
     records, unit = (read_records(path), "line") if rows is None else (_rows(rows, str(path)), "row")
-    for record, ids, start in _tokenized(islice(records, limit), tokenizer, template):
+    for record, ids, start in _tokenize(islice(records, limit), tokenizer, template):
         misfit = find_misfit(ids, record.triplets, len(tokenizer), start)
         if misfit is not None:
             misfits.append((record, ids, misfit, start))
@@ -225,7 +227,7 @@ def load_examples(
 
 
 def find_misfit(ids: Sequence[int], triplets: Iterable[Triplet], vocabulary: int, start: int = 1) -> Triplet | None:
-    """The first triplet that does not fit these token ids, of which the solution begins at `start`."""
+    """The first triplet that does not fit the token ids of a conversation whose solution begins at `start`."""
     for triplet in triplets:
         position, gold, negative = triplet
         if (
@@ -262,9 +264,9 @@ def _parse(record: dict, line: int, where: str, gold_better: list[float] | None 
 
 
 def _from_verdicts(record: dict, line: int, where: str) -> Record:
-    """A line of OUTPUT.pairs.jsonl as one of triplets: all tokens that have rollouts, ties and undecided ones included.
+    """Convert a line of OUTPUT.pairs.jsonl to triplets of all tokens with rollouts, including ties and undecided ones.
 
-    The target of a pair is the probability, given the rollouts of both, that gold's quality is the higher one.
+    The target of a pair is the probability, given the rollouts of both tokens, that gold's quality is higher.
     """
     try:
         verdicts = [(pair["triplet"], _counts(pair["gold"]), _counts(pair["token"])) for pair in record["pairs"]]
@@ -288,7 +290,7 @@ def _counts(value: Any) -> tuple[int, int]:
 
 
 def _quality_gaps(quality: Any, num_triplets: int) -> list[float] | None:
-    """Differences of [gold's, negative's] quality, which exploration writes for every triplet."""
+    """Differences of the [gold's, negative's] qualities that exploration writes for every triplet."""
     if not isinstance(quality, list) or len(quality) != num_triplets:
         return None
     for pair in quality:
@@ -299,16 +301,16 @@ def _quality_gaps(quality: Any, num_triplets: int) -> list[float] | None:
     return [gold - negative for gold, negative in quality]
 
 
-def _tokenized(
+def _tokenize(
     records: Iterator[Record], tokenizer: PreTrainedTokenizerBase, template: str | None
 ) -> Iterator[tuple[Record, list[int], int]]:
-    """Each record with its token ids and the position where its last message, the solution, begins."""
-    while chunk := list(islice(records, CHUNK)):
+    """Yield each record with its token ids and the position where its solution (last message) begins."""
+    while chunk := list(islice(records, TOKENIZED_LINES)):
         conversations = encode_chats(tokenizer, [record.messages for record in chunk], template)
         questions = [record.messages[:-1] for record in chunk]
         prompts = iter(encode_chats(tokenizer, [messages for messages in questions if messages], template, True))
         for record, ids, question in zip(chunk, conversations, questions, strict=True):
-            # not always the whole prompt: a template may write more in a generation prompt than before a solution
+            # may be shorter than the prompt: some templates write more in a generation prompt than before a solution
             yield record, ids, common_prefix(ids, next(prompts)) if question else 0
 
 
@@ -318,20 +320,20 @@ def _explain(
     tokenizer: PreTrainedTokenizerBase,
     misfits: list[tuple[Record, list[int], Triplet, int]],
 ) -> str:
-    """Each misfit, and the cause where all of them have the same."""
+    """A sentence for each misfit, and their common cause if there is one."""
     lines = [f"{path}: triplets do not fit the tokenizer {tokenizer.name_or_path} and its chat template:"]
     for record, ids, (position, gold, negative), start in misfits:
         where = f"  {unit} {record.line}, position {position}:"
         if not 0 <= negative < len(tokenizer):
             lines.append(f"{where} negative token {negative} is not in the vocabulary of {len(tokenizer)} tokens")
         elif negative == gold:
-            lines.append(f"{where} gold and negative are the same token {_named(tokenizer, gold)}")
+            lines.append(f"{where} gold and negative are the same token {_quote(tokenizer, gold)}")
         elif not 0 < position < len(ids):
-            lines.append(f"{where} expected token {_named(tokenizer, gold)}, but the {unit} has only {len(ids)} tokens")
+            lines.append(f"{where} expected token {_quote(tokenizer, gold)}, but the {unit} has only {len(ids)} tokens")
         elif ids[position] == gold:
             lines.append(f"{where} the token is in the question, expected one of the solution, from position {start}")
         else:
-            expected, found = _named(tokenizer, gold), _named(tokenizer, ids[position])
+            expected, found = _quote(tokenizer, gold), _quote(tokenizer, ids[position])
             lines.append(f"{where} expected token {expected}, found {found}")
     shifts = {_shift(ids, record.triplets) for record, ids, *_ in misfits}
     if len(shifts) == 1 and (shift := shifts.pop()):
@@ -353,6 +355,6 @@ def _shift(ids: list[int], triplets: list[Triplet]) -> int | None:
     return None
 
 
-def _named(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+def _quote(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     in_vocabulary = 0 <= token < len(tokenizer)
     return f"{token} {tokenizer.decode([token])!r}" if in_vocabulary else f"{token} (outside the vocabulary)"

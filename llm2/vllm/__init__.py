@@ -1,6 +1,6 @@
 """Guided decoding inside vLLM. `GuidedProcessor` is what `--logits-processors llm2.vllm:GuidedProcessor` names.
 
-vLLM is imported only where it is used: the core, the settings and the client of a server run without it.
+vLLM is only imported where it is needed: core, settings and server client run without it.
 """
 
 

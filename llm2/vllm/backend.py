@@ -1,5 +1,5 @@
-"""Where vLLM runs, in this process or behind a URL, with one interface: token ids and sampling parameters in, answers
-out as they are finished."""
+"""One interface to vLLM in this process or behind a URL: token ids and sampling parameters in, answers out as they
+finish."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -7,11 +7,11 @@ from typing import Any, NamedTuple, Protocol
 from llm2.config import EngineConfig
 from llm2.errors import UserError
 
-SEEDS = 2**31  # vLLM gets seeds below it, and adds up to n - 1 to them
+SEEDS = 2**31  # limit of seeds; vLLM adds up to n - 1 to them
 
 
 class Answer(NamedTuple):
-    """What vLLM wrote behind one prompt."""
+    """vLLM's output for one prompt."""
 
     samples: list[list[int]]  # new token ids
     logprobs: list[list[list[float]]]  # with `logprobs`, for each sample and token those of the likeliest tokens
@@ -26,10 +26,10 @@ class Backend(Protocol):
     def stream(
         self, prompts: Sequence[Sequence[int]], options: Sequence[Mapping[str, Any]]
     ) -> Iterator[tuple[int, Answer]]:
-        """(index of a prompt, its answer), in the order in which they finish.
+        """Yield (index of a prompt, its answer) in the order in which they finish.
 
         Args:
-            options: for each prompt the arguments of vLLM's SamplingParams.
+            options: arguments of vLLM's SamplingParams for each prompt.
         """
 
     def close(self) -> None:
@@ -37,7 +37,7 @@ class Backend(Protocol):
 
 
 def require_engine(config: EngineConfig) -> None:
-    """Raises UserError for a server without the engine that uses it."""
+    """Raise UserError if `server` is set without engine=vllm, or is no URL."""
     if config.server is not None and config.engine != "vllm":
         raise UserError(f"server: found {config.server!r} with engine {config.engine}, expected engine vllm")
     if config.server is not None and not config.server.startswith(("http://", "https://")):
@@ -45,7 +45,7 @@ def require_engine(config: EngineConfig) -> None:
 
 
 def open_backend(config: EngineConfig, verifier: str | None, max_logprobs: int) -> Backend:
-    """Raises UserError where vLLM, the model, the verifier or the server is not available, or does not guide.
+    """Open vLLM. Raises UserError if vLLM, the model, the verifier or the server is not available, or cannot guide.
 
     Args:
         config: of a command that may run vLLM, with a model too.

@@ -1,4 +1,4 @@
-"""What guidance in vLLM refuses, in one sentence each, before an engine starts or as HTTP 400. Does not import vllm."""
+"""Checks of engine options and requests that guidance does not support. Does not import vllm."""
 
 from typing import Any
 
@@ -27,25 +27,19 @@ def resolve_guidance(config: GuidanceConfig, verifier: str) -> GuidanceConfig:
 
 
 def check_engine(vllm_config: Any) -> None:
-    """Raises UserError where guidance does not work with a `VllmConfig`."""
+    """Raise UserError if guidance does not work with a `VllmConfig`."""
     settings, model = engine_settings(vllm_config.additional_config), vllm_config.model_config
     scheduler, system1 = vllm_config.scheduler_config, model.hf_text_config
     config = verifier_config(settings.verifier)
     backbone = config.backbone_config.get_text_config()
     if vllm_config.speculative_config is not None:
-        raise UserError(
-            "speculative_config: found one, expected none: System 2 scores one token of a request at a time"
-        )
+        raise UserError("speculative_config: found one, expected none: System 2 scores one token per request at a time")
     if model.enable_prompt_embeds:
         raise UserError("enable_prompt_embeds: found true, expected false: System 2 reads token ids")
     if model.is_multimodal_model:
-        raise UserError(
-            f"model {model.model}: found a multimodal model, expected one of text: System 2 reads text only"
-        )
+        raise UserError(f"model {model.model}: found a multimodal model, expected text: System 2 reads text only")
     if getattr(vllm_config.parallel_config, "enable_batch_sharded_sampling", False):
-        raise UserError(
-            "enable_batch_sharded_sampling: found true, expected false: a rank would hold the logits of some requests"
-        )
+        raise UserError("enable_batch_sharded_sampling: found true, expected false: a rank would lack some logits")
     if scheduler.async_scheduling and not model.logits_processors and not vllm_config.use_v2_model_runner:
         raise UserError(
             "async_scheduling: found true with a processor that was loaded as a plug-in, which vLLM then does not show "
@@ -64,13 +58,11 @@ def check_engine(vllm_config: Any) -> None:
         )
     check_kind(config, settings.verifier, model.architectures[0], model.model)
     if config.prefix_head is not None and vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise UserError(
-            "pipeline_parallel_size: found more than 1, expected 1: a prefix head needs states and embeddings"
-        )
+        raise UserError("pipeline_parallel_size: found more than 1, expected 1: a head needs states and embeddings")
 
 
 def require_applied(vllm_config: Any) -> None:
-    """Raises UserError if an engine's keys ask for guidance but neither processor nor model would guide."""
+    """Raise UserError if an engine's keys ask for guidance but neither a processor nor a model applies it."""
     keys, model = vllm_config.additional_config, vllm_config.model_config
     if not isinstance(keys, dict) or not any(str(key).startswith(PREFIX) for key in keys):
         return
@@ -84,7 +76,7 @@ def require_applied(vllm_config: Any) -> None:
 
 
 def check_kind(config: ProcessVerifierConfig, name: str, architecture: str, model: str) -> None:
-    """A prefix head needs a model that shows its states and has the weights that the head was trained on."""
+    """Raise UserError unless a prefix head has a model that exposes its states and has its System 1's weights."""
     shows_states = architecture.startswith(PLUGIN)
     if config.prefix_head is None and shows_states:
         raise UserError(f"verifier {name!r}: found no prefix head, expected one with the architecture {architecture}")
@@ -98,7 +90,7 @@ def check_kind(config: ProcessVerifierConfig, name: str, architecture: str, mode
 
 
 def check_request(params: Any) -> None:
-    """Raises UserError for `SamplingParams` that guidance does not go with."""
+    """Raise UserError for `SamplingParams` that guidance does not support."""
     if request_guidance(params.extra_args) is None:
         return
     for key, neutral in NO_PENALTY.items():
@@ -110,7 +102,7 @@ def check_request(params: Any) -> None:
 
 
 def describe_memory(config: ProcessVerifierConfig, dtype: torch.dtype, num_slots: int, max_len: int) -> str:
-    """The bytes that System 2 takes, and what to lower."""
+    """A sentence with System 2's memory in bytes and the options to lower."""
     backbone = config.backbone_config.get_text_config()
     with torch.device("meta"):
         weights = sum(p.numel() for p in AutoModel.from_config(backbone).parameters()) * dtype.itemsize

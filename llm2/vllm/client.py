@@ -1,7 +1,7 @@
-"""A vLLM server, through its OpenAI-compatible completions: token ids in, token ids out.
+"""Client of a vLLM server's OpenAI-compatible completions: token ids in, token ids out.
 
 Tested with the servers of vLLM 0.31 and 0.32, which add `prompt_logprobs`, `return_token_ids` and `vllm_xargs` to the
-protocol. Many requests are in flight at once; one that fails is sent again.
+protocol. Many requests are in flight at once; failed ones are retried.
 """
 
 import json
@@ -16,20 +16,20 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from llm2.common.loading import vocabulary_size
-from llm2.errors import UserError, explained, shown
+from llm2.errors import UserError, as_user_error, shown
 from llm2.vllm.backend import Answer
 from llm2.vllm.proof import PATH
 
-ATTEMPTS = 6  # waits of 1, 2, 4, 8, 16 seconds between them: a server that restarts is back by then
-TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}  # HTTP statuses after which a request is sent again
-TIMEOUT = 600.0  # seconds for one answer, queueing at the server included
+ATTEMPTS = 6  # with waits of 1, 2, 4, 8, 16 seconds, enough for a server to restart
+TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}  # HTTP statuses to retry
+TIMEOUT = 600.0  # seconds for one answer, including queueing at the server
 
 
 class ServerBackend:
     """
     Args:
-        url: up to and with `/v1`.
-        model: as the server calls it, unless it serves one model only.
+        url: including `/v1`.
+        model: the server's name for it; any name if it serves only one model.
         max_requests: in flight.
         guides: refuse a server without `proof`, and raise if it guided fewer tokens than it wrote.
     """
@@ -40,13 +40,13 @@ class ServerBackend:
         self.model = self._model_name(model)
         self.pool = ThreadPoolExecutor(max_requests)
         if guides:
-            self._guided()
+            self._guided_counts()
 
     def stream(
         self, prompts: Sequence[Sequence[int]], options: Sequence[Mapping[str, Any]]
     ) -> Iterator[tuple[int, Answer]]:
         betas = [(request.get("extra_args") or {}).get("llm2_beta") for request in options]
-        written, before = Counter(), self._guided() if any(beta is not None for beta in betas) else {}
+        written, before = Counter(), self._guided_counts() if any(beta is not None for beta in betas) else {}
         futures = {
             self.pool.submit(self._answer, ids, request): index
             for index, (ids, request) in enumerate(zip(prompts, options, strict=True))
@@ -63,13 +63,13 @@ class ServerBackend:
         if extra_args := options.pop("extra_args", None):
             options["vllm_xargs"] = extra_args
         fixed = {"model": self.model, "prompt": list(prompt), "return_token_ids": True}
-        content = {**fixed, "return_tokens_as_token_ids": True, **options}  # equal texts would collapse in logprobs
+        content = {**fixed, "return_tokens_as_token_ids": True, **options}  # logprobs are keyed by text
         answer = self._send("/completions", content)
-        with explained(f"server: {self.url} answers {shown(answer)}", "expected a completion of vLLM's"):
+        with as_user_error(f"server: {self.url} answers {shown(answer)}", "expected a completion of vLLM's"):
             return self._read(answer, len(prompt), options)
 
     def _read(self, answer: dict, prompt_len: int, options: Mapping[str, Any]) -> Answer:
-        """Raises UserError or ValueError for an answer that misses the options, any exception for a malformed one."""
+        """Raises UserError or ValueError if an answer does not fit the options, any exception if it is malformed."""
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         if any(choice.get("token_ids") is None for choice in choices):
             raise UserError(
@@ -105,33 +105,33 @@ class ServerBackend:
     def _model_name(self, model: str) -> str:
         """The server's name for the model: the config's, or the only one that it serves."""
         answer = self._send("/models", None)
-        with explained(f"server: {self.url}/models answers {shown(answer)}", "expected vLLM's list of models"):
+        with as_user_error(f"server: {self.url}/models answers {shown(answer)}", "expected vLLM's list of models"):
             names = [str(entry["id"]) for entry in answer["data"]]
         if model not in names and len(names) != 1:
             raise UserError(f"server: {self.url} serves {', '.join(names)}; expected {model} to be among them")
         return model if model in names else names[0]
 
-    def _guided(self) -> dict[str, Any]:
-        """What the server reports as guided so far."""
+    def _guided_counts(self) -> dict[str, Any]:
+        """The server's counts of guided tokens so far."""
         try:
             answer = self._send(PATH, None)
         except UserError as error:
             if "HTTP 404" not in str(error):
                 raise
             raise UserError(
-                f"server: {self.url} does not say what it guides ({PATH}: HTTP 404); expected one that was started by "
-                "`bash scripts/serve.sh`"
+                f"server: {self.url} does not say what it guides ({PATH}: HTTP 404); "
+                "expected one that `llm2 serve` started"
             ) from None
-        with explained(f"server: {self.url}{PATH} answers {shown(answer)}", "expected counts of llm2"):
+        with as_user_error(f"server: {self.url}{PATH} answers {shown(answer)}", "expected counts of llm2"):
             betas = {str(beta): int(tokens) for beta, tokens in answer["guided_tokens"].items()}
             return {"started": float(answer["started"]), "engines": int(answer["engines"]), "guided_tokens": betas}
 
     def _require_guided(self, before: dict[str, Any], written: Counter[float | None]) -> None:
-        """Raises UserError where fewer tokens were guided with a beta than were written in its requests.
+        """Raise UserError if fewer tokens were guided with a beta than were generated with it.
 
-        Of several engines one tells, and one that was restarted has begun to count anew: then some must be guided.
+        Only one of several engines reports, and counts restart with an engine: then only some must be guided.
         """
-        now = self._guided()
+        now = self._guided_counts()
         same = now["started"] == before["started"]
         for beta, tokens in written.items():
             key = f"{beta:g}" if beta is not None else None
@@ -143,7 +143,7 @@ class ServerBackend:
                 )
 
     def _send(self, path: str, content: dict | None) -> dict:
-        """One answer, with retries where they may help. Raises UserError that quotes the server."""
+        """Send a request, with retries for transient errors. Raises UserError that quotes the server."""
         url = self.url + path
         body = None if content is None else json.dumps(content).encode()
         for attempt in range(ATTEMPTS):

@@ -16,7 +16,7 @@ from llm2.vllm.settings import PREFIX, PROCESSOR, guidance_args
 
 
 def engine_options(config: Any, verifier: str | None, default: GuidanceConfig | None = None) -> dict[str, Any]:
-    """Arguments of vLLM's `LLM` and, with dashes, of its server.
+    """Arguments of vLLM's `LLM`, and of its server with dashes.
 
     Args:
         config: model, device, dtype and the keys of EngineConfig.
@@ -31,14 +31,14 @@ def engine_options(config: Any, verifier: str | None, default: GuidanceConfig | 
         "tensor_parallel_size": config.tensor_parallel,
     }
     if on_cpu:
-        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # log-probabilities alone would compile for a minute
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # computing log-probabilities would compile for a minute
         options["enable_chunked_prefill"] = False  # on a CPU a seeded request cannot be prefilled in chunks (0.32.0)
     if config.max_model_len is not None:
         options["max_model_len"] = config.max_model_len
     if config.memory_share is not None:
         options["gpu_memory_utilization"] = config.memory_share
     elif on_cpu:
-        options["gpu_memory_utilization"] = 0.3  # on a CPU, of the memory: vLLM does not start where less is free
+        options["gpu_memory_utilization"] = 0.3  # share of memory on a CPU; vLLM does not start if less is free
     if verifier is not None:
         from llm2.verifier.load import verifier_config
         from llm2.vllm.prefix_head import plugin_overrides
@@ -51,7 +51,7 @@ def engine_options(config: Any, verifier: str | None, default: GuidanceConfig | 
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raises UserError, before an engine is started, where guidance does not work with these options."""
+    """Raise UserError, before an engine starts, if guidance does not work with these options."""
     if "additional_config" in options:
         from vllm import EngineArgs
 
@@ -109,7 +109,7 @@ class InProcessBackend:
         requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
         params = [self.sampling_params(**{"detokenize": False, **request}) for request in options]
         names = self.llm.enqueue(requests, params, use_tqdm=False)
-        # Outputs have the names without the random end that vLLM appends to them.
+        # vLLM appends a random suffix to names; outputs have them without it.
         indices = {name.rpartition("-")[0] or name: index for index, name in enumerate(names)}
         engine = self.llm.llm_engine
         while engine.has_unfinished_requests():
@@ -122,7 +122,7 @@ class InProcessBackend:
 
 
 def _answer(output: Any) -> Answer:
-    """Of a RequestOutput."""
+    """Convert a RequestOutput."""
     rows = sorted(output.outputs, key=lambda row: row.index)
     logprobs = [[[entry.logprob for entry in top.values()] for top in row.logprobs or []] for row in rows]
     prompt_logprobs = [
@@ -132,7 +132,7 @@ def _answer(output: Any) -> Answer:
 
 
 def _select_gpus(count: int) -> None:
-    """Leave visible only this process's `count` GPUs of those that the machine's processes may use."""
+    """Restrict this process to its `count` GPUs of the machine's visible ones."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     first = dist_info().local_rank * count
     gpus = visible.split(",")[first : first + count]

@@ -1,6 +1,6 @@
-"""A logits processor that vLLM loads through an entry point of llm2, to check an engine at its start.
+"""A logits processor that vLLM loads through llm2's entry point, to check engines at start.
 
-An engine whose keys name a verifier that nothing would call is refused, since requests with `llm2_beta` would get plain
+An engine whose keys name a verifier that nothing applies is refused, since requests with `llm2_beta` would get plain
 answers. In all other engines this does nothing.
 """
 
@@ -12,7 +12,7 @@ from llm2.vllm.checks import require_applied
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
-except ImportError:  # an older vLLM, which this must not break where it does not guide
+except ImportError:  # an older vLLM, which must keep working without guidance
     LogitsProcessorV2 = object
 
 

@@ -1,9 +1,9 @@
-"""A prefix head inside vLLM: no second model and no cache, a small product of what System 1 has computed anyway.
+"""A prefix head inside vLLM: a small product on System 1's states, without a second model or cache.
 
 A logits processor does not see System 1's states. So Llama and Qwen get subclasses (`prefix_models`), out-of-tree
-architectures `LLM2...`, whose `compute_logits` shows them to this module. With GuidedProcessor each request has its own
-alpha and beta; without it, where the engine has a default beta, `compute_logits` itself guides every row: then
-log-probabilities are guided ones, and nothing but the model differs from plain vLLM.
+architectures `LLM2...`, whose `compute_logits` passes them to this module. With GuidedProcessor each request has its
+own alpha and beta. Without it, if the engine has a default beta, `compute_logits` guides every row itself: then
+log-probabilities are guided, and only the model differs from plain vLLM.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from llm2.vllm.plugin import ARCHITECTURES, PLUGIN, register
 
 
 class HeadBatch(GuidedBatch):
-    """Scores from the states of the last `compute_logits`, whose rows are those of the logits."""
+    """Scores from the states of the last `compute_logits`, one row for each row of logits."""
 
     reads_tokens = False
     head: PrefixHead
@@ -49,12 +49,12 @@ class HeadBatch(GuidedBatch):
 
 @cache
 def head_batch() -> HeadBatch:
-    """The one of this process: the processor is made before the model, and knows it only through this object."""
+    """The batch of this process, shared by processor and model: vLLM creates the processor first."""
     return HeadBatch()
 
 
 def load_head(name: str, config: ProcessVerifierConfig) -> PrefixHead:
-    """The head alone, without System 1."""
+    """Load the head without System 1."""
     width = config.backbone_config.get_text_config().hidden_size
     head = PrefixHead(config.prefix_head, nn.Embedding.from_pretrained(torch.ones(1, width, device="cpu")))
     head.load_weights(name, local_files_only=is_local(name))
@@ -62,11 +62,11 @@ def load_head(name: str, config: ProcessVerifierConfig) -> PrefixHead:
 
 
 def check_fingerprint(model: str, name: str, config: ProcessVerifierConfig) -> None:
-    """Raises UserError where a head was trained on the states of another System 1 than the checkpoint `model`."""
+    """Raise UserError if a head was trained on the states of another System 1 than the checkpoint `model`."""
     if stored_fingerprint(model) != config.system1_fingerprint:
         raise UserError(
             f"verifier {name!r}: it was trained on the states of {config.base_model}, found another System 1, {model}; "
-            "a prefix head is of no use to any other model"
+            "a prefix head does not work with any other model"
         )
 
 

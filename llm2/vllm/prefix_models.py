@@ -1,4 +1,4 @@
-"""Llama and Qwen of vLLM that show their states to a prefix head; `plugin.register` names them."""
+"""vLLM's Llama and Qwen with states exposed to a prefix head; registered by `plugin.register`."""
 
 import torch
 from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -13,7 +13,7 @@ from llm2.vllm.settings import engine_settings
 
 
 class ShowsStates:
-    """Mixed in before a model class of vLLM."""
+    """Mixin that passes the states of `compute_logits` to the prefix head."""
 
     def __init__(self, *, vllm_config, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)

@@ -1,7 +1,7 @@
 """GuidedProcessor: System 2 as a logits processor of vLLM, for the interfaces of both of its model runners.
 
-V1 tells which requests were added, removed and moved (`update_state`) and shows their tokens as lists; V2 gives each
-request a fixed index (`add_request`) and shows tokens and positions as arrays (`apply` with a context). A class that
+V1 reports which requests were added, removed and moved (`update_state`) and passes their tokens as lists; V2 gives each
+request a fixed index (`add_request`) and passes tokens and positions as arrays (`apply` with a context). A class that
 inherits from both is accepted by both. Logits arrive as System 1's, with logit bias, bad words and grammar applied;
 temperature, top-p and the other warpers come later.
 """
@@ -31,7 +31,7 @@ from llm2.vllm.prefix_head import head_batch
 from llm2.vllm.settings import engine_settings, request_guidance
 
 logger = init_logger("vllm.llm2")
-register()  # vLLM imports this module in its workers, also where llm2 is not installed and has no entry points
+register()  # workers import this module even if llm2 is not installed and has no entry points
 
 METHODS = {
     LogitsProcessorV1.update_state: ["self", "batch_update"],
@@ -47,7 +47,7 @@ FIELDS = {
 
 
 class GuidedProcessor(LogitsProcessorV1, LogitsProcessorV2):
-    """Guides the requests that carry `llm2_beta`, or all if the engine has a default; see `settings`."""
+    """Guides requests with `llm2_beta`, or all if the engine has a default; see `settings`."""
 
     def __init__(self, vllm_config, state, is_pin_memory: bool | None = None) -> None:
         """Args: `state` is V1's device, with `is_pin_memory`, or V2's LogitsProcRequestState."""
@@ -95,7 +95,7 @@ class GuidedProcessor(LogitsProcessorV1, LogitsProcessorV2):
         for _, sequence in rows:
             prompt, output = self.tokens[sequence]
             known = len(prompt) + len(output)
-            if known < len(sequence.token_ids):  # vLLM took tokens back
+            if known < len(sequence.token_ids):  # vLLM removed tokens
                 del sequence.token_ids[known:]
                 sequence.num_read = min(sequence.num_read, known)
             sequence.token_ids += output[len(sequence.token_ids) - len(prompt) :]
@@ -104,12 +104,12 @@ class GuidedProcessor(LogitsProcessorV1, LogitsProcessorV2):
     # V2
 
     def add_request(self, req_idx: int, sampling_params) -> bool:
-        """Whether this request is guided. V2 skips `apply` in a step in which no processor said so of any request."""
+        """Whether this request is guided. V2 skips `apply` in steps without guided requests."""
         self._leave(req_idx)
         return self._join(req_idx, sampling_params, ()) is not None
 
     def _rows_v2(self, ctx: LogitsContext) -> list[tuple[int, GuidedSequence]]:
-        """Rows of requests that are past their prompt, whose new tokens are fetched in one copy."""
+        """Rows of requests past their prompt; their new tokens are fetched in one copy."""
         rows, indices, positions = [], [], []
         lengths = ctx.seq_lens_upper_bound_np.tolist()  # exact without speculative decoding
         for row, index in enumerate(ctx.idx_mapping_np.tolist()):
@@ -128,7 +128,7 @@ class GuidedProcessor(LogitsProcessorV1, LogitsProcessorV2):
     # Both
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext | None = None) -> torch.Tensor:
-        """Logits (rows, V) float32, changed in place."""
+        """Guide logits (rows, V) float32 in place."""
         rows = self._rows_v1(len(logits)) if ctx is None else self._rows_v2(ctx)
         if rows:
             self.batch.guide(logits, rows)
@@ -149,7 +149,7 @@ class GuidedProcessor(LogitsProcessorV1, LogitsProcessorV2):
             self.batch.leave(sequence)
 
     def _log(self, logits: torch.Tensor) -> None:
-        """Append a line for this step to the file LLM2_LOG, to compare ranks and to see that slots are freed."""
+        """Append a line for this step to the file LLM2_LOG, to compare ranks and to check that slots are freed."""
         digest = hashlib.blake2b(logits.cpu().numpy().tobytes(), digest_size=8).hexdigest()
         line = {"rank": self.rank, "step": self.step, "guided": len(self.guided), "logits": digest}
         with open(self.log_file, "a", encoding="utf-8") as file:
@@ -158,7 +158,7 @@ class GuidedProcessor(LogitsProcessorV1, LogitsProcessorV2):
 
 
 def open_batch(vllm_config, verifier: str, device: torch.device, num_slots: int) -> GuidedBatch | None:
-    """System 2 with all its memory; None on ranks of a pipeline that compute no logits."""
+    """Load System 2 and allocate its memory; None on pipeline ranks without logits."""
     if not get_pp_group().is_last_rank:
         return None
     model, config = vllm_config.model_config, verifier_config(verifier)
@@ -176,7 +176,7 @@ def open_batch(vllm_config, verifier: str, device: torch.device, num_slots: int)
 
 
 def check_interfaces() -> None:
-    """Raises UserError where this vLLM has other interfaces than the one that was tested."""
+    """Raise UserError if this vLLM's interfaces differ from the tested ones."""
     changed = [method.__qualname__ for method, names in METHODS.items() if list(signature(method).parameters) != names]
     changed += [c.__name__ for c, names in FIELDS.items() if not names <= {field.name for field in fields(c)}]
     changed += sorted(GuidedProcessor.__abstractmethods__)

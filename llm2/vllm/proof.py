@@ -1,6 +1,6 @@
-"""What guidance has done since a server started: GET /v1/llm2, so that a client can verify that it is guided.
+"""GET /v1/llm2: counts of guided tokens since a server started, so that a client can verify guidance.
 
-`serve` starts the server with SERVER_OPTIONS, which make it answer. Does not import vllm.
+`serve` starts the server with SERVER_OPTIONS, which add this endpoint. Does not import vllm.
 """
 
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 from llm2.vllm.core import counts
 
-PATH = "/llm2"  # behind the URL of the API
+PATH = "/llm2"  # appended to the API's URL
 SERVER_OPTIONS = {
     "worker_extension_cls": "llm2.vllm.proof.CountingWorker",
     "middleware": ["llm2.vllm.proof.Endpoint"],
@@ -25,7 +25,7 @@ class CountingWorker:
 class Endpoint:
     """ASGI middleware that answers PATH with the `counts` of the rank that guided most.
 
-    Ranks of tensor parallelism guide alike, a pipeline's last one alone. Of several `engines` vLLM asks the first only.
+    All tensor-parallel ranks guide, but only a pipeline's last rank. Of several `engines` vLLM asks only the first.
     """
 
     def __init__(self, app: Any) -> None:

@@ -1,4 +1,4 @@
-"""The command `serve`: checks, the arguments of vLLM's OpenAI-compatible server, and a request to try."""
+"""The command `serve`: check the config, print an example request, start vLLM's OpenAI-compatible server."""
 
 import json
 import runpy
@@ -19,7 +19,7 @@ QUESTION = "Nina has 12 shells. Ben has half as many shells as Nina. How many sh
 
 
 def check(config: ServeConfig) -> None:
-    """Raises UserError where the verifier does not exist, or the chat template is another than its own, or dated."""
+    """Raise UserError if the verifier does not exist, or the chat template is not its own or writes the date."""
     require_verifier(config.verifier)
     if config.server is not None:
         raise UserError(f"server: found {config.server!r}, expected null: this command starts one")
@@ -45,7 +45,7 @@ def serve(config: ServeConfig) -> None:
 
 
 def command_line(options: dict[str, Any]) -> list[str]:
-    """Arguments of `LLM` as those of the server."""
+    """Arguments of `LLM` as command line of the server."""
     arguments = []
     for key, value in options.items():
         name = key.replace("_", "-")
@@ -59,7 +59,7 @@ def command_line(options: dict[str, Any]) -> list[str]:
 
 
 def curl(config: ServeConfig, guidance: GuidanceConfig) -> str:
-    """A guided request."""
+    """A curl command with a guided request."""
     content = {
         "model": config.model,
         "messages": [{"role": "user", "content": QUESTION}],

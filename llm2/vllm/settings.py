@@ -11,14 +11,14 @@ from llm2.errors import UserError
 
 PROCESSOR = "llm2.vllm:GuidedProcessor"
 PREFIX = "llm2_"
-OFF = "off"  # as beta: a plain request to an engine that guides by default
+OFF = "off"  # value of beta for a plain request to an engine that guides by default
 REQUEST_KEYS = tuple(PREFIX + key for key in GuidanceConfig.__dataclass_fields__)
 ENGINE_KEYS = ("llm2_verifier", *REQUEST_KEYS)
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What the keys of an engine say.
+    """The settings of an engine.
 
     Args:
         verifier: folder or hub id of System 2.
@@ -32,24 +32,22 @@ class EngineSettings:
 
 
 def engine_settings(additional_config: Any) -> EngineSettings:
-    """Raises UserError where a key is unknown, missing or out of range."""
-    values = _own_keys(
-        additional_config if isinstance(additional_config, dict) else {}, ENGINE_KEYS, "additional_config"
-    )
-    verifier = values.pop("llm2_verifier", None)
+    """Parse an engine's keys. Raises UserError if one is unknown, missing or out of range."""
+    keys = _own_keys(additional_config if isinstance(additional_config, dict) else {}, ENGINE_KEYS, "additional_config")
+    verifier = keys.pop("llm2_verifier", None)
     if not isinstance(verifier, str):
         raise UserError(f"additional_config: llm2_verifier: found {verifier!r}, expected a verifier's folder or hub id")
-    default = _guidance(values, "additional_config")
-    return EngineSettings(verifier, default, {k: v for k, v in values.items() if k != "llm2_beta"})
+    default = _guidance(keys, "additional_config")
+    return EngineSettings(verifier, default, {k: v for k, v in keys.items() if k != "llm2_beta"})
 
 
 def request_guidance(
     extra_args: Mapping[str, Any] | None, engine: EngineSettings | None = None
 ) -> GuidanceConfig | None:
-    """How a request is guided; None for a plain one. Raises UserError where a key is unknown or out of range.
+    """How a request is guided; None for a plain one. Raises UserError if a key is unknown or out of range.
 
     Args:
-        engine: None only checks the keys, where the engine's own are not known.
+        engine: its settings; None, if they are unknown, only checks the keys.
     """
     values = _own_keys(extra_args or {}, REQUEST_KEYS, "request")
     if values.get("llm2_beta") == OFF:
@@ -64,7 +62,7 @@ def request_guidance(
 
 
 def guidance_args(guidance: GuidanceConfig | None) -> dict[str, float | int]:
-    """A request's `extra_args`, in HTTP its `vllm_xargs`; empty for a plain one."""
+    """The `extra_args` of a request (`vllm_xargs` in HTTP); empty for a plain one."""
     values = {} if guidance is None else guidance.guidance()
     return {PREFIX + key: value for key, value in values.items() if value is not None}
 
@@ -78,7 +76,7 @@ def _own_keys(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> 
 
 
 def _guidance(values: Mapping[str, Any], where: str) -> GuidanceConfig | None:
-    """None without beta, once the other keys are checked."""
+    """Validated guidance; None without beta."""
     try:
         checked = GuidanceConfig(**{key.removeprefix(PREFIX): value for key, value in values.items()})
     except ValidationError as error:

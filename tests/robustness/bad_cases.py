@@ -261,7 +261,7 @@ CASES = [
     check("no messages", '{"samples": [[1, 2, 3]]}', "line 2", "expected the key 'messages' with a list"),
     check("empty messages", '{"messages": [], "samples": [[1, 2, 3]]}', "line 2", "at least one message"),
     check("messages as a text", '{"messages": "hi", "samples": []}', "line 2", "'messages' with a list"),
-    check("a message without content", '{"messages": [{"role": "user"}], "samples": []}', "line 2", "'content'"),
+    check("a message without content", '{"messages": [{"role": "user"}], "samples": []}', "line 2", "role and content"),
     check("an unknown role", messages(("alien", "hi"), samples=[]), "line 2", "role", "'alien'", "assistant"),
     check("a number for content", '{"messages": [{"role": "user", "content": 3}], "samples": []}', "line 2", "3"),
     check("a huge bad value", json.dumps({"messages": ["x" * 5_000_000], "samples": []}), "line 2", "characters)"),

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,6 @@ import psutil
 from experiments.commands import MODULES
 
 ROOT = Path(__file__).parents[2]
-MULTI = ROOT / "configs" / "accelerate" / "multi_gpu.yaml"  # what scripts/launch.sh takes for several processes
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, PR_CAPBSET_DROP = 1, 2, 24
 POLL = 0.05
 
@@ -28,7 +26,7 @@ def start(
     before: Callable[[], None] | None = None,
     **more: str,
 ) -> subprocess.Popen:
-    """The command's module or, for several processes, `accelerate launch` with a port of its own.
+    """The command's module; several processes are for commands of llm2 alone.
 
     Args:
         log: the file to which the output is added; None for a pipe.
@@ -36,18 +34,12 @@ def start(
         before: what the process does before the command begins.
         more: as for `environment`.
     """
-    command = [sys.executable, "-m"]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        command += ["accelerate.commands.launch", "--quiet", "--config_file", str(MULTI), "--main_process_port", port]
-        command += ["--num_processes", str(processes), "--num_cpu_threads_per_process", "1", "-m"]
+    several = ["--processes", str(processes)] if processes > 1 else []
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") if log is not None else nullcontext(subprocess.PIPE) as output:
         return subprocess.Popen(
-            [*command, module_of(arguments[0]), *arguments],
+            [sys.executable, "-m", module_of(arguments[0]), *arguments, *several],
             cwd=folder,
             env=environment(**more),
             stdin=subprocess.DEVNULL,

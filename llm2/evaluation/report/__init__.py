@@ -1,6 +1,6 @@
-"""A results folder for people: the table that commands print, plots, and a page with every problem.
+"""Report of a results folder: the printed table, plots, and a page with every problem.
 
-Every figure comes from metrics.json; nothing is computed here.
+All figures come from metrics.json; nothing is recomputed.
 """
 
 from importlib.util import find_spec
@@ -13,16 +13,14 @@ from llm2.evaluation.report.table import table
 
 __all__ = ["read_metrics", "table", "write_report"]
 
-WITHOUT_PLOTS = (
-    "(no plots and no report.html: they need matplotlib: `pip install 'llm2[report]'`; then `llm2 report {}`)"
-)
+WITHOUT_PLOTS = "(no plots, no report.html without matplotlib: `pip install 'llm2[report]'`; then `llm2 report {}`)"
 
 
 def write_report(folder: str | Path) -> str:
     """Write the plots and report.html of a results folder, return its table. Raises UserError for a bad file."""
     folder = Path(folder)
     metrics = read_metrics(folder / "metrics.json")
-    if find_spec("matplotlib") is None:  # an optional extra
+    if find_spec("matplotlib") is None:  # an optional dependency
         return f"{table(metrics)}\n{WITHOUT_PLOTS.format(folder)}"
     from llm2.evaluation.report.page import write_page
     from llm2.evaluation.report.plots import figures

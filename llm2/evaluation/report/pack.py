@@ -1,4 +1,4 @@
-"""The predictions and traces of a results folder, packed small enough for a browser: the data of page.js."""
+"""Pack the predictions and traces of a results folder into the data of page.js."""
 
 import json
 import sys
@@ -21,8 +21,8 @@ def pack(folder: Path, metrics: Metrics, max_bytes: int) -> tuple[str, int]:
     score, text or trace or None] and a trace [[token], [score in hundredths], [[at, [candidate], [log-probability in
     hundredths], [score in hundredths], chosen, changed]]]; tokens and candidates are vocabulary indices.
 
-    The first trace of each problem and mode is shown, then the second, as long as those of all problems fit into
-    max_bytes; a mode's first text stands for a trace that is left out. Only what is shown is kept in memory.
+    The first traces of all problems and modes are included if they fit into max_bytes, then the second ones, and so on.
+    Without a trace, a mode's first text is included. Only included data is kept in memory.
     """
     problems, size = _read_predictions(folder, metrics)
     vocabulary = _Vocabulary()
@@ -63,7 +63,7 @@ def pack(folder: Path, metrics: Metrics, max_bytes: int) -> tuple[str, int]:
 
 
 class _Vocabulary(dict[str, int]):
-    """Text -> index, in the order in which texts were first asked for; `size` is their JSON's in bytes."""
+    """Text -> index, in the order of first use; `size` is the size of their JSON in bytes."""
 
     size = 0
 
@@ -120,5 +120,5 @@ def _hundredths(value: float) -> int:
 
 
 def _as_json(value: Any) -> str:
-    """No text of a model may end the script element, so `<` is escaped."""
+    """JSON with `<` escaped, so that no text of a model can end the script element."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")

@@ -1,7 +1,7 @@
-"""report.html: one file, without network, to look into every problem of a results folder.
+"""report.html: a single offline file to inspect every problem of a results folder.
 
-Fills page.html with page.css, page.js and the data. A Content-Security-Policy lets the browser run page.js alone and
-load nothing.
+Fills page.html with page.css, page.js and the data. A Content-Security-Policy allows only page.js and no loading of
+other resources.
 """
 
 import base64
@@ -17,7 +17,7 @@ from llm2.evaluation.report.plots import as_svg
 from llm2.evaluation.report.read import Metrics
 from llm2.evaluation.report.table import HEADER, choice, cost_lines, notes, rows, settings, title
 
-MAX_BYTES = 100_000_000  # Chromium shows such a page within seconds; 20,000 problems in four modes have first traces
+MAX_BYTES = 100_000_000  # opens in Chromium within seconds; fits first traces of 20,000 problems in four modes
 
 
 def write_page(folder: Path, metrics: Metrics, plots: dict[str, Figure]) -> None:

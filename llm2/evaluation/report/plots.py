@@ -23,7 +23,7 @@ Panel = Callable[[Axes, Metrics], None]
 
 
 def figures(metrics: Metrics) -> dict[str, Figure]:
-    """Every figure that the metrics have data for: file name without its ending -> figure."""
+    """Every figure that the metrics have data for: file name without suffix -> figure."""
     drawn = {}
     panels: list[Panel] = []
     if any(mode in metrics.modes for mode in GREEDY):
@@ -54,8 +54,8 @@ def draw(metrics: Metrics, panels: Sequence[Panel], heading: str | None = None) 
 
 
 def as_svg(figure: Figure, name: str) -> str:
-    """An <svg> element for the page: text stays text, the palette's colours become CSS variables, and ids, which begin
-    with `name`, are its own."""
+    """An <svg> element for the page: text stays text, the palette's colours become CSS variables, and ids are prefixed
+    with `name`."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llm2"}):
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -112,7 +112,7 @@ def draw_votes(axes: Axes, metrics: Metrics) -> None:
     for end in ends:  # the label of the higher end is above its point, so that close ends stay legible
         side = "bottom" if end == max(ends, key=lambda point: point[1]) else "top"
         axes.annotate(f"{end[1]:.1f}", end, (7, 0), textcoords="offset points", va=side, color=INK)
-    axes.set_xscale("log")  # votes have diminishing returns: each doubling counts alike
+    axes.set_xscale("log")  # votes have diminishing returns
     axes.set_xticks(sorted(marked_ks), [str(k) for k in sorted(marked_ks)])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(min(marked_ks) * 0.85, max(marked_ks) * 1.6)
@@ -193,7 +193,7 @@ def _forwards(mode: ModeFigures) -> float:
 
 
 def _legend(axes: Axes) -> None:
-    """Below the axes: within them its markers would read as measurements."""
+    """Draw the legend below the axes, where its markers cannot be mistaken for data."""
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": 2}
     axes.legend(frameon=False, labelcolor=INK, fontsize=8, **place)
 

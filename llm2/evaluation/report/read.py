@@ -1,4 +1,4 @@
-"""The files of a results folder, validated. Figures are fractions of 1."""
+"""Read and validate the files of a results folder. Figures are fractions of 1."""
 
 from collections.abc import Iterator
 from functools import cache, partial
@@ -77,7 +77,7 @@ class Sweep:
     mode: Mode
     chosen: dict[str, Scalar]
     points: list[Point]
-    file: str | None = None  # its problems, unless they are the task's validation split
+    file: str | None = None  # file of its problems, if not the task's validation split
 
 
 @validated(frozen=True)
@@ -150,14 +150,14 @@ class Traces:
 
 
 def read_metrics(path: str | Path) -> Metrics:
-    """Raises UserError that names the file and what is wrong with it."""
+    """Read metrics.json. Raises UserError with the file and the first mistake."""
     if not Path(path).exists():
-        raise UserError(f"cannot read {path}: No such file or directory; `python -m llm2 evaluate` writes it")
+        raise UserError(f"cannot read {path}: No such file or directory; `llm2 evaluate` writes it")
     return parse(parse_json(read_text(path, "metrics"), str(path)), str(path))
 
 
 def read_lines(path: Path, kind: type) -> Iterator[dict]:
-    """The lines of predictions.jsonl or traces.jsonl, checked; none if there is no file. Raises UserError."""
+    """Read and validate predictions.jsonl or traces.jsonl; no lines if there is no file. Raises UserError."""
     if path.exists():
         for number, line in read_jsonl(path, "predictions", skip_torn_line=True):
             _validate(kind, line, f"{path}, line {number}")

@@ -1,4 +1,4 @@
-"""The figures of metrics.json as tables: accuracy, plain beside guided, and cost per problem."""
+"""Tables of metrics.json: accuracy of plain and guided decoding side by side, and cost per problem."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from llm2.config import Mode, Share
 from llm2.evaluation.metrics import FIGURES, GREEDY, SAMPLING
 from llm2.evaluation.report.read import Interval, Metrics
 
-COLUMNS = 100  # of the terminal
+COLUMNS = 100  # width in characters
 HEADER = ("", "plain, %", "guided, %", "difference", "error red.", "paired p", "n")
 COSTS = {
     "tokens_per_problem": "tokens",
@@ -22,7 +22,7 @@ COSTS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A figure of plain decoding beside the same figure of guided decoding."""
+    """One figure for plain and guided decoding."""
 
     group: str  # a rule separates groups
     label: str
@@ -49,13 +49,13 @@ def table(metrics: Metrics) -> str:
     lines = [(row.group, row.cells(metrics.n)) for row in rows(metrics)]
     widths = _widths([HEADER, *(cells for _, cells in lines)])
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    text = [title(metrics), "", _aligned(HEADER, widths)]
+    text = [title(metrics), "", _align(HEADER, widths)]
     for _, group in groupby(lines, key=itemgetter(0)):
-        text += [rule, *(_aligned(cells, widths) for _, cells in group)]
+        text += [rule, *(_align(cells, widths) for _, cells in group)]
     text.append(rule)
     costs = cost_lines(metrics)
     if costs:
-        text += ["", *(_aligned(line, _widths(costs)) for line in costs), ""]
+        text += ["", *(_align(line, _widths(costs)) for line in costs), ""]
     return "\n".join(text + [line for note in notes(metrics) for line in wrap(note, COLUMNS, subsequent_indent="  ")])
 
 
@@ -149,6 +149,6 @@ def _widths(lines: Sequence[tuple[str, ...]]) -> list[int]:
     return [max(map(len, column)) for column in zip(*lines, strict=True)]
 
 
-def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:
+def _align(cells: tuple[str, ...], widths: list[int]) -> str:
     first, *rest = zip(cells, widths, strict=True)
     return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]).rstrip()

@@ -1,6 +1,6 @@
-"""The interface of the engines that run System 1: plausible tokens of prefixes, sampled continuations of prefixes.
+"""Interface of the engines that run System 1: plausible tokens and sampled continuations of prefixes.
 
-Each engine is a separate module, imported only if it is chosen.
+Each engine is a module of its own, imported only if it is selected.
 """
 
 import re
@@ -20,7 +20,7 @@ Candidate = tuple[int, float]  # a token and its probability
 
 
 class PositionQuery(NamedTuple):
-    """The positions of a conversation whose plausible tokens are wanted."""
+    """Positions of a conversation at which to find the plausible tokens."""
 
     ids: Sequence[int]
     start: int  # first position, at least 1
@@ -28,7 +28,7 @@ class PositionQuery(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Continuations of a prompt: the first `prefix_len` tokens of a prefix that requests share, then `token_ids`."""
+    """Continuations to sample after a prompt: the first `prefix_len` tokens of a shared prefix, then `token_ids`."""
 
     prefix: Sequence[int]  # one object in all requests that share it
     prefix_len: int
@@ -47,14 +47,14 @@ OnToken = Callable[[int, int], None]  # (index of a request, sample), once for e
 
 
 def ignore(*_: Any) -> None:
-    """Nobody wants to know."""
+    """A callback that does nothing."""
 
 
 class Engine(ABC):
-    """System 1, wherever it runs."""
+    """Runs System 1, locally or elsewhere."""
 
     eos: Sequence[int]  # tokens that end an answer
-    window: int  # batches of continuations to keep in `stream`, so that no row is idle
+    window: int  # batches of continuations to keep queued in `stream`, so that no row is idle
 
     @abstractmethod
     def plausible(self, queries: Sequence[PositionQuery]) -> list[list[list[Candidate]]]:
@@ -62,16 +62,16 @@ class Engine(ABC):
 
     @abstractmethod
     def stream(self, requests: deque[Request], on_token: OnToken = ignore) -> Iterator[tuple[int, Continuations]]:
-        """(index of a request, its continuations, with the end-of-sequence token where one was reached) once finished.
+        """Yield (index of a request, its continuations, including an end-of-sequence token) when the request finishes.
 
-        Takes the requests out of the queue, and those that join it meanwhile; indices count all that were taken. Ends
-        once the queue is empty and all are finished. `on_token` is called before a request is finished.
+        Takes requests from the queue, including those added while running; indices count all requests taken. Returns
+        when the queue is empty and all requests are finished. `on_token` is called before a request finishes.
         """
 
     def generate(
         self, requests: Sequence[Request], on_finished: OnFinished = ignore, on_token: OnToken = ignore
     ) -> list[Continuations]:
-        """The continuations of each request; `on_finished` is called once per request, in the order they finish in."""
+        """The continuations of each request; `on_finished` is called once per request, in the order they finish."""
         results: list[Continuations] = [[] for _ in requests]
         for index, continuations in self.stream(deque(requests), on_token):
             results[index] = continuations
@@ -84,7 +84,7 @@ class Engine(ABC):
 
 
 def check_engine(config: RolloutConfig) -> None:
-    """Raises UserError where the keys of the chosen engine do not fit together."""
+    """Raise UserError if the keys do not fit the selected engine."""
     require_engine(config)
     if config.verifier is not None:
         require_verifier(config.verifier)
@@ -92,14 +92,10 @@ def check_engine(config: RolloutConfig) -> None:
         if config.beta is None:
             trained_beta(config.verifier)
     if config.engine == "vllm" and config.top_k is None:
-        raise UserError(
-            "engine: vllm needs top_k (say 10; a server shows at most 20): it lists the likeliest tokens only"
-        )
+        raise UserError("engine: vllm needs top_k (say 10; at most 20 on a server): it lists the likeliest tokens only")
     if config.stop_pattern is not None:
         if config.engine != "llm2":
-            raise UserError(
-                f"stop_pattern: found {config.stop_pattern!r} with engine {config.engine}, expected engine llm2"
-            )
+            raise UserError(f"stop_pattern: found {config.stop_pattern!r} with engine {config.engine}, expected llm2")
         try:
             re.compile(config.stop_pattern)
         except re.error as error:
@@ -107,7 +103,7 @@ def check_engine(config: RolloutConfig) -> None:
 
 
 def open_engine(config: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    """Raises UserError where vLLM, the model, the verifier or the server is not available."""
+    """Open the selected engine. Raises UserError if vLLM, the model, the verifier or the server is not available."""
     if config.engine == "llm2":
         from llm2.exploration.engines.local import LocalEngine as EngineClass
     else:

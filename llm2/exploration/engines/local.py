@@ -1,6 +1,6 @@
-"""Rollouts by this project's decoder: rows leave and join a batch that stays full.
+"""Rollouts by llm2's decoder, with continuous batching.
 
-In float32 a continuation depends on its prompt and its seed alone, never on what else is in the batch.
+In float32 a continuation depends only on its prompt and seed, not on the rest of the batch.
 """
 
 import math
@@ -26,6 +26,8 @@ STOP_EVERY = 8  # tokens between searches for the stop pattern
 
 
 class LocalEngine(Engine):
+    """System 1 in this process, with `Decoder`."""
+
     window = 2
 
     def __init__(self, config: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -38,7 +40,7 @@ class LocalEngine(Engine):
         self.sampling = None if greedy else SamplingParams(temperature=config.temperature, top_p=config.top_p)
 
     def _guidance(self, device: torch.device) -> Guidance | None:
-        """How a verifier takes part in the continuations; it has no part in which tokens are plausible."""
+        """Guidance of continuations by the verifier, if there is one; plausible tokens are always System 1's."""
         name, vocabulary = self.config.verifier, self.model.get_input_embeddings().num_embeddings
         if name is None:
             return None
@@ -61,9 +63,7 @@ class LocalEngine(Engine):
         probabilities = logits.softmax(-1).gather(-1, candidates).tolist()
         for position, row in enumerate(probabilities, start=query.start):
             if not math.isfinite(row[0]):
-                raise UserError(
-                    f"System 1's logits at position {position} of a solution are not finite; try dtype=float32"
-                )
+                raise UserError(f"System 1's logits at position {position} are not finite; try dtype=float32")
         return [
             [(token, p) for token, p, is_candidate in zip(*row, strict=True) if is_candidate]
             for row in zip(candidates.tolist(), probabilities, valid.tolist(), strict=True)
@@ -73,7 +73,7 @@ class LocalEngine(Engine):
         taken: list[tuple[int, Request] | None] = []  # by the decoder's index; None once finished
 
         def further() -> list[tuple[list[int], Sequence[int], str]]:
-            """Requests with one prefix follow each other, the longest first: the shared tokens are computed once."""
+            """The next requests, grouped by prefix, longest first, so that shared tokens are computed once."""
             new = list(enumerate(requests, start=len(taken)))
             requests.clear()
             first = {id(request.prefix): index for index, request in reversed(new)}
@@ -96,7 +96,7 @@ class LocalEngine(Engine):
             yield number, [completion.token_ids for completion in completions]
 
     def _stop_fn(self, taken: Sequence[tuple[int, Request]]) -> Callable[[int, int, Sequence[int]], bool] | None:
-        """Ends a row once the text of its request's `token_ids` and its new tokens holds the stop pattern."""
+        """Ends a row when the text of its request's `token_ids` and new tokens matches the stop pattern."""
         if self.config.stop_pattern is None:
             return None
         pattern = re.compile(self.config.stop_pattern)

@@ -1,7 +1,7 @@
 """Rollouts by vLLM, in this process with its prefix cache, or by a server.
 
-Tested with vLLM 0.32.0. vLLM draws other random numbers than the local engine: qualities agree within sampling error,
-and single rollouts may differ on other hardware or in other batches.
+Tested with vLLM 0.32.0. vLLM's random numbers differ from the local engine's: qualities agree within sampling error,
+and single rollouts may differ between machines and batches.
 """
 
 import math
@@ -21,7 +21,9 @@ from llm2.vllm.settings import guidance_args
 
 
 class VllmEngine(Engine):
-    window = 8  # in one round: fewer would leave rows idle at its end
+    """System 1 in vLLM, in this process or on a server."""
+
+    window = 8  # all in one round; fewer would leave rows idle at its end
 
     def __init__(self, config: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config, self.eos = config, eos_ids_by_name(config.model, tokenizer)
@@ -43,9 +45,10 @@ class VllmEngine(Engine):
         ]
 
     def stream(self, requests: deque[Request], on_token: OnToken = ignore) -> Iterator[tuple[int, Continuations]]:
-        """All that are in the queue at once; those that join it meanwhile wait until these are finished.
+        """Run all queued requests at once; requests added meanwhile wait for the next round.
 
-        An answer is handed out then, too: the caller may ask for plausible tokens, which vLLM cannot do in between.
+        Answers are yielded after a round, since the caller may ask for plausible tokens, which vLLM cannot do during
+        one.
         """
         start = 0
         while requests:
@@ -79,9 +82,9 @@ class VllmEngine(Engine):
 def plausible_from_logprobs(logprobs: Sequence[tuple[int, float]], config: CandidateConfig) -> list[Candidate]:
     """The plausible tokens of a position, likeliest first, from its likeliest tokens' (token, log probability).
 
-    vLLM adds the prompt's token at that position, whatever its rank; alpha and top_k drop it where it is not plausible.
+    vLLM adds the prompt's token at that position, whatever its rank; alpha and top_k drop it if it is not plausible.
     """
-    logprobs = sorted(logprobs, reverse=True)  # of equally likely tokens the highest id is first
+    logprobs = sorted(logprobs, reverse=True)  # ties: the highest id first
     values = torch.tensor([[value for _, value in logprobs]], dtype=torch.float64)  # (1, n)
     columns, _ = plausible(values, config.alpha, config.top_k)
     return [(logprobs[i][0], math.exp(logprobs[i][1])) for i in columns[0].tolist()]
