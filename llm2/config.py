@@ -4,13 +4,17 @@ The sentence under each key is what `python -m llm2 COMMAND --help` prints; llm2
 and overrides.
 """
 
+import logging
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
-from llm2.common.keys import Mark, Reads
+from llm2.common.keys import Mark, Of, Reads, kinds_of_keys
+from llm2.common.kinds import KINDS, with_kind
+from llm2.errors import UserError, shown
 
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=1)]
@@ -20,6 +24,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Device = Literal["auto", "cpu", "cuda"]
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"]
+Kind = Literal[*KINDS]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 # Keys that name what a run reads, which is known by its content.
 Model = Annotated[str, Reads("model")]
@@ -208,6 +213,62 @@ class OptimizerConfig:
     """Train in bfloat16 mixed precision."""
 
 
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class VerifierSpec:
+    """What a verifier is: what its scores are read from, and which weights are its own.
+
+    Raises UserError for a key that the kind does not have. Earlier versions' `score` and `prefix_head` are understood.
+    """
+
+    kind: Annotated[Kind, Mark.SHOWN] = "full"
+    """full (the paper's) and lora read every candidate, prefix and prefix_lora none; bilinear, mlp: heads on System 1."""
+    lora_r: Annotated[Count | None, Of("lora", "prefix_lora")] = None
+    """Rank of the LoRA adapters on System 1's frozen weights; null is 16."""
+    lora_alpha: Annotated[Positive, Of("lora", "prefix_lora")] = 32.0
+    """LoRA adapters are scaled by lora_alpha / lora_r."""
+    lora_dropout: Annotated[Share, Of("lora", "prefix_lora")] = 0.0
+    """Dropout probability on the input of the LoRA adapters."""
+    lora_target_modules: Annotated[Literal["all-linear"] | tuple[str, ...], Of("lora", "prefix_lora")] = "all-linear"
+    """Names of the layers that get LoRA adapters."""
+    prefix_head_size: Annotated[Count, Of("bilinear", "mlp")] = 8
+    """Rank of a bilinear head, width of an mlp."""
+    token_weight: Annotated[bool, Of("prefix", "prefix_lora", "bilinear", "mlp")] = False
+    """Learn a factor of the scores from each prefix's state: how far to trust them there."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_kind(cls, given: ArgsKwargs) -> ArgsKwargs:
+        values = given.kwargs or {}
+        named = with_kind(values)
+        if named.keys() != values.keys():
+            said = [f"{k}: {values[k]}" for k in ("score", "prefix_head", "lora_r") if values.get(k) is not None]
+            logging.getLogger("llm2").warning("%s: taken as kind: %s, which has a key now", ", ".join(said), named["kind"])
+        return ArgsKwargs(given.args, named)
+
+    @model_validator(mode="after")
+    def _check_keys_of_kinds(self) -> Self:
+        for key, kinds in kinds_of_keys(type(self)).items():
+            value = getattr(self, key)
+            if self.kind not in kinds and value != type(self).__dataclass_fields__[key].default:
+                expected = " or ".join(kinds)
+                raise UserError(f"{key}: found {shown(value)} with kind: {self.kind}, expected kind: {expected}")
+        if self.is_adapter and self.lora_r is None:
+            object.__setattr__(self, "lora_r", 16)
+        return self
+
+    @property
+    def reads_candidates(self) -> bool:
+        return KINDS[self.kind].score == "candidate"
+
+    @property
+    def is_head(self) -> bool:
+        return KINDS[self.kind].head is not None
+
+    @property
+    def is_adapter(self) -> bool:
+        return KINDS[self.kind].adapter
+
+
 # --- The commands ---
 
 
@@ -230,7 +291,7 @@ class ExploreConfig(SolutionsConfig, StoppingRule):
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
-class TrainConfig(ModelConfig, OptimizerConfig):
+class TrainConfig(ModelConfig, OptimizerConfig, VerifierSpec):
     """Train the verifier on triplets."""
 
     train_file: File
@@ -249,24 +310,8 @@ class TrainConfig(ModelConfig, OptimizerConfig):
     """Share of the solutions held out if there is no eval_file."""
     max_length: Count = 2048
     """Solutions are truncated to this many tokens; pairs beyond are dropped and counted."""
-    score: Literal["candidate", "prefix"] = "candidate"
-    """A candidate's score is read from its own state (the paper's), or from the state before it."""
-    prefix_head: Literal["bilinear", "mlp"] | None = None
-    """With score: prefix, train only a head on System 1's states, which reads no tokens; null trains all layers."""
-    prefix_head_size: Count = 8
-    """Rank of a bilinear prefix head, width of an mlp."""
-    trainable_layers: Annotated[int, Field(ge=0)] | None = None
+    trainable_layers: Annotated[Annotated[int, Field(ge=0)] | None, Of("full", "prefix")] = None
     """Train only the head and this many of the highest layers; everything when null."""
-    lora_r: Count | None = None
-    """Rank of LoRA adapters on System 1's frozen weights; null trains all weights."""
-    lora_alpha: Positive = 32.0
-    """LoRA adapters are scaled by lora_alpha / lora_r."""
-    lora_dropout: Share = 0.0
-    """Dropout probability on the input of the LoRA adapters."""
-    lora_target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of the layers that get LoRA adapters."""
-    token_weight: bool = False
-    """With score: prefix, learn a factor of the scores from each prefix's state: how far to trust them there."""
     guided_beta: Positive | None = None
     """Train on guided margins, System 1's plus this times the scores', as decoding adds them; null: on scores alone."""
     best_by: Literal["pair_accuracy", "choice_quality", "guided_pair_loss"] | None = None
@@ -279,7 +324,7 @@ class TrainConfig(ModelConfig, OptimizerConfig):
     """Dropout probability on the states that scores are read from."""
     margin: NonNegative = 0.0
     """Margin m in the loss -log sigmoid(s(gold) - s(negative) - m)."""
-    lm_loss_coef: NonNegative = 0.0
+    lm_loss_coef: Annotated[NonNegative, Of("full", "lora", "prefix", "prefix_lora")] = 0.0
     """Weight of an auxiliary language-model loss on the solutions' tokens."""
     attn_implementation: Literal["auto", "sdpa", "flex_attention", "eager"] = "auto"
     """Attention implementation; auto is flex_attention on a GPU and sdpa elsewhere."""
