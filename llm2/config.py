@@ -25,6 +25,7 @@ Positive = Annotated[float, Field(gt=0)]
 Device = Literal["auto", "cpu", "cuda"]
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"]
 Kind = Literal[*KINDS]
+ADAPTERS = Of("lora", "prefix_lora")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 # Keys that name what a run reads, which is known by its content.
 Model = Annotated[str, Reads("model")]
@@ -221,14 +222,14 @@ class VerifierSpec:
     """
 
     kind: Annotated[Kind, Mark.SHOWN] = "full"
-    """full (the paper's) and lora read every candidate, prefix and prefix_lora none; bilinear, mlp: heads on System 1."""
-    lora_r: Annotated[Count | None, Of("lora", "prefix_lora")] = None
+    """full (the paper's) and lora read candidates, prefix and prefix_lora do not; bilinear, mlp: heads on System 1."""
+    lora_r: Annotated[Count | None, ADAPTERS] = None
     """Rank of the LoRA adapters on System 1's frozen weights; null is 16."""
-    lora_alpha: Annotated[Positive, Of("lora", "prefix_lora")] = 32.0
+    lora_alpha: Annotated[Positive, ADAPTERS] = 32.0
     """LoRA adapters are scaled by lora_alpha / lora_r."""
-    lora_dropout: Annotated[Share, Of("lora", "prefix_lora")] = 0.0
+    lora_dropout: Annotated[Share, ADAPTERS] = 0.0
     """Dropout probability on the input of the LoRA adapters."""
-    lora_target_modules: Annotated[Literal["all-linear"] | tuple[str, ...], Of("lora", "prefix_lora")] = "all-linear"
+    lora_target_modules: Annotated[Literal["all-linear"] | tuple[str, ...], ADAPTERS] = "all-linear"
     """Names of the layers that get LoRA adapters."""
     prefix_head_size: Annotated[Count, Of("bilinear", "mlp")] = 8
     """Rank of a bilinear head, width of an mlp."""
@@ -241,8 +242,9 @@ class VerifierSpec:
         values = given.kwargs or {}
         named = with_kind(values)
         if named.keys() != values.keys():
-            said = [f"{k}: {values[k]}" for k in ("score", "prefix_head", "lora_r") if values.get(k) is not None]
-            logging.getLogger("llm2").warning("%s: taken as kind: %s, which has a key now", ", ".join(said), named["kind"])
+            earlier = [f"{k}: {values[k]}" for k in ("score", "prefix_head", "lora_r") if values.get(k) is not None]
+            kind = named["kind"]
+            logging.getLogger("llm2").warning("%s: taken as kind: %s, which has a key now", ", ".join(earlier), kind)
         return ArgsKwargs(given.args, named)
 
     @model_validator(mode="after")
