@@ -12,8 +12,8 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
-from llm2.common.keys import Mark, Of, Reads, kinds_of_keys
-from llm2.common.kinds import KINDS, with_kind
+from llm2.common.keys import Mark, Reads
+from llm2.common.kinds import KINDS, KINDS_WITH, OfKind, with_kind
 from llm2.errors import UserError, shown
 
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
@@ -25,7 +25,6 @@ Positive = Annotated[float, Field(gt=0)]
 Device = Literal["auto", "cpu", "cuda"]
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"]
 Kind = Literal[*KINDS]
-ADAPTERS = Of("lora", "prefix_lora")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 # Keys that name what a run reads, which is known by its content.
 Model = Annotated[str, Reads("model")]
@@ -215,7 +214,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
-class VerifierSpec:
+class VerifierSpec(OfKind):
     """What a verifier is: what its scores are read from, and which weights are its own.
 
     Raises UserError for a key that the kind does not have. Earlier versions' `score` and `prefix_head` are understood.
@@ -223,52 +222,38 @@ class VerifierSpec:
 
     kind: Annotated[Kind, Mark.SHOWN] = "full"
     """full (the paper's) and lora read candidates, prefix and prefix_lora do not; bilinear, mlp: heads on System 1."""
-    lora_r: Annotated[Count | None, ADAPTERS] = None
+    lora_r: Count | None = None
     """Rank of the LoRA adapters on System 1's frozen weights; null is 16."""
-    lora_alpha: Annotated[Positive, ADAPTERS] = 32.0
+    lora_alpha: Positive = 32.0
     """LoRA adapters are scaled by lora_alpha / lora_r."""
-    lora_dropout: Annotated[Share, ADAPTERS] = 0.0
+    lora_dropout: Share = 0.0
     """Dropout probability on the input of the LoRA adapters."""
-    lora_target_modules: Annotated[Literal["all-linear"] | tuple[str, ...], ADAPTERS] = "all-linear"
+    lora_target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Names of the layers that get LoRA adapters."""
-    prefix_head_size: Annotated[Count, Of("bilinear", "mlp")] = 8
+    prefix_head_size: Count = 8
     """Rank of a bilinear head, width of an mlp."""
-    token_weight: Annotated[bool, Of("prefix", "prefix_lora", "bilinear", "mlp")] = False
+    token_weight: bool = False
     """Learn a factor of the scores from each prefix's state: how far to trust them there."""
 
     @model_validator(mode="before")
     @classmethod
     def _name_the_kind(cls, given: ArgsKwargs) -> ArgsKwargs:
-        values = given.kwargs or {}
-        named = with_kind(values)
-        if named.keys() != values.keys():
-            earlier = [f"{k}: {values[k]}" for k in ("score", "prefix_head", "lora_r") if values.get(k) is not None]
-            kind = named["kind"]
-            logging.getLogger("llm2").warning("%s: taken as kind: %s, which has a key now", ", ".join(earlier), kind)
-        return ArgsKwargs(given.args, named)
+        values = with_kind(given.kwargs or {})
+        if values.keys() - (given.kwargs or {}):
+            text = "write kind: %s, which says what score, prefix_head or lora_r without it have said"
+            logging.getLogger("llm2").warning(text, values["kind"])
+        return ArgsKwargs(given.args, values)
 
     @model_validator(mode="after")
     def _check_keys_of_kinds(self) -> Self:
-        for key, kinds in kinds_of_keys(type(self)).items():
-            value = getattr(self, key)
-            if self.kind not in kinds and value != type(self).__dataclass_fields__[key].default:
+        for key, field in type(self).__dataclass_fields__.items():
+            value, kinds = getattr(self, key), KINDS_WITH.get(key, KINDS)
+            if self.kind not in kinds and value != field.default:
                 expected = " or ".join(kinds)
                 raise UserError(f"{key}: found {shown(value)} with kind: {self.kind}, expected kind: {expected}")
         if self.is_adapter and self.lora_r is None:
             object.__setattr__(self, "lora_r", 16)
         return self
-
-    @property
-    def reads_candidates(self) -> bool:
-        return KINDS[self.kind].score == "candidate"
-
-    @property
-    def is_head(self) -> bool:
-        return KINDS[self.kind].head is not None
-
-    @property
-    def is_adapter(self) -> bool:
-        return KINDS[self.kind].adapter
 
 
 # --- The commands ---
@@ -312,7 +297,7 @@ class TrainConfig(ModelConfig, OptimizerConfig, VerifierSpec):
     """Share of the solutions held out if there is no eval_file."""
     max_length: Count = 2048
     """Solutions are truncated to this many tokens; pairs beyond are dropped and counted."""
-    trainable_layers: Annotated[Annotated[int, Field(ge=0)] | None, Of("full", "prefix")] = None
+    trainable_layers: Annotated[int, Field(ge=0)] | None = None
     """Train only the head and this many of the highest layers; everything when null."""
     guided_beta: Positive | None = None
     """Train on guided margins, System 1's plus this times the scores', as decoding adds them; null: on scores alone."""
@@ -326,7 +311,7 @@ class TrainConfig(ModelConfig, OptimizerConfig, VerifierSpec):
     """Dropout probability on the states that scores are read from."""
     margin: NonNegative = 0.0
     """Margin m in the loss -log sigmoid(s(gold) - s(negative) - m)."""
-    lm_loss_coef: Annotated[NonNegative, Of("full", "lora", "prefix", "prefix_lora")] = 0.0
+    lm_loss_coef: NonNegative = 0.0
     """Weight of an auxiliary language-model loss on the solutions' tokens."""
     attn_implementation: Literal["auto", "sdpa", "flex_attention", "eager"] = "auto"
     """Attention implementation; auto is flex_attention on a GPU and sdpa elsewhere."""

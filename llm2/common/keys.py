@@ -13,13 +13,6 @@ class Reads:
     kind: Literal["model", "file", "code", "results"]
 
 
-class Of(tuple):
-    """Marks a key that only verifiers of these kinds have."""
-
-    def __new__(cls, *kinds: str) -> "Of":
-        return super().__new__(cls, kinds)
-
-
 class Mark(Enum):
     """Further marks. A key without HOW or WHICH must not differ when a run resumes."""
 
@@ -42,12 +35,6 @@ def marked(config: Any, *wanted: Mark) -> dict[str, Any]:
     """Key -> value, for the keys of a config that have at least one of these marks."""
     notes = _annotations(type(config)).items()
     return {key: getattr(config, key) for key, marks in notes if any(mark in wanted for mark in marks)}
-
-
-def kinds_of_keys(config: type) -> dict[str, tuple[str, ...]]:
-    """Key -> kinds of verifiers that have it, for the keys that are marked with `Of`."""
-    notes = _annotations(config).items()
-    return {key: mark for key, marks in notes for mark in marks if isinstance(mark, Of)}
 
 
 @cache

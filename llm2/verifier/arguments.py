@@ -1,8 +1,6 @@
 """The arguments of a VerifierTrainer, and the new verifier that they describe."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -49,20 +47,13 @@ class VerifierTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Raises UserError for a value that the command refuses too."""
         super().__post_init__()
+        if isinstance(self.lora_target_modules, list):
+            self.lora_target_modules = tuple(self.lora_target_modules)
         try:
-            TrainConfig(model="", train_file="", output_dir="", **self._values(OWN))
+            TrainConfig(model="", train_file="", output_dir="", **{name: getattr(self, name) for name in OWN})
         except ValidationError as error:
             first = error.errors()[0]
             raise UserError(f"{first['loc'][0]}: {first['msg']}, found {shown(first['input'])}") from None
-
-    @property
-    def spec(self) -> VerifierSpec:
-        """What the new verifier is."""
-        return VerifierSpec(**self._values(VerifierSpec.__dataclass_fields__))
-
-    def _values(self, keys: Iterable[str]) -> dict[str, Any]:
-        values = {name: getattr(self, name) for name in keys}
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 OWN = tuple(
@@ -85,8 +76,8 @@ def new_verifier(model: str, config: VerifierTrainingArguments, device: torch.de
         raise UserError(
             "attn_implementation flex_attention: expected a CUDA GPU, since torch trains it nowhere else; use sdpa"
         )
-    options = {"dtype": torch.float32, "attn_implementation": attention}
-    verifier = ProcessVerifier.from_system1(model, config.spec, **options)
+    spec = VerifierSpec(**{name: getattr(config, name) for name in VerifierSpec.__dataclass_fields__})
+    verifier = ProcessVerifier.from_system1(model, spec, dtype=torch.float32, attn_implementation=attention)
     if config.trainable_layers is not None:
         freeze_layers(verifier, config.trainable_layers)
     return verifier

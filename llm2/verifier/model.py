@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput
 
 from llm2.common.home import with_home, without_home
-from llm2.common.kinds import KINDS, kind_of
+from llm2.common.kinds import KINDS, OfKind, kind_of
 from llm2.common.loading import HUB, is_local, load_backbone, load_language_model, load_whole, resolve_dtype
 from llm2.config import VerifierSpec
 from llm2.errors import UserError
@@ -38,7 +38,7 @@ FULL = VerifierSpec()
 ADAPTER = {"rank": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "lora_target_modules"}
 
 
-class ProcessVerifierConfig(PreTrainedConfig):
+class ProcessVerifierConfig(OfKind, PreTrainedConfig):
     """Contains the backbone's config.
 
     Args:
@@ -79,45 +79,28 @@ class ProcessVerifierConfig(PreTrainedConfig):
         self.token_weight = token_weight
         super().__init__(**kwargs)
 
-    @staticmethod
-    def stored(spec: VerifierSpec) -> dict[str, Any]:
-        """A spec by the arguments of this class, which are the keys of a config.json."""
+    @classmethod
+    def of(cls, spec: VerifierSpec, backbone: PreTrainedConfig, **options) -> "ProcessVerifierConfig":
         score, head, adapter = KINDS[spec.kind]
         settings = {name: getattr(spec, key) for name, key in ADAPTER.items()}
+        lora = {name: list(x) if isinstance(x, tuple) else x for name, x in settings.items()} if adapter else None
         weight = {"token_weight": True} if spec.token_weight else {}
-        return {
-            "lora": settings if adapter else None,
-            "score": score,
-            "prefix_head": head and {"kind": head, "size": spec.prefix_head_size, **weight},
-            "token_weight": spec.token_weight and head is None,
-        }
+        prefix_head = head and {"kind": head, "size": spec.prefix_head_size, **weight}
+        options |= {"lora": lora, "score": score, "prefix_head": prefix_head}
+        return cls(backbone, token_weight=spec.token_weight and head is None, **options)
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.score, self.prefix_head and self.prefix_head["kind"], self.lora is not None)
 
     @property
     def spec(self) -> VerifierSpec:
-        """The inverse of `stored`, for files of every version."""
-        head, adapter = self.prefix_head or {}, self.lora or {}
-        settings = {ADAPTER[name]: tuple(x) if isinstance(x, list) else x for name, x in adapter.items()}
+        """The inverse of `of`, for files of every version."""
+        head, lora = self.prefix_head or {}, self.lora or {}
+        settings = {ADAPTER[name]: tuple(x) if isinstance(x, list) else x for name, x in lora.items()}
         settings |= {"prefix_head_size": head["size"]} if head else {}
-        kind = kind_of(self.score, head.get("kind"), self.is_adapter)
-        return VerifierSpec(kind=kind, token_weight=self.token_weight or head.get("token_weight", False), **settings)
-
-    @property
-    def reads_candidates(self) -> bool:
-        return self.score == "candidate"
-
-    @property
-    def is_head(self) -> bool:
-        """Whether it is a head on System 1's states, which reads no tokens."""
-        return self.prefix_head is not None
-
-    @property
-    def is_adapter(self) -> bool:
-        return self.lora is not None
-
-    @property
-    def is_whole(self) -> bool:
-        """False for an adapter and a head, which are saved without System 1's weights."""
-        return not (self.is_head or self.is_adapter)
+        weighted = self.token_weight or head.get("token_weight", False)
+        return VerifierSpec(kind=self.kind, token_weight=weighted, **settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Omit local paths: `base_model` has the name that the user gave."""
@@ -258,13 +241,13 @@ class ProcessVerifier(PreTrainedModel):
     @classmethod
     def from_backbone(cls, backbone: PreTrainedModel, base_model: str, spec: VerifierSpec = FULL) -> "ProcessVerifier":
         """A verifier on this backbone itself, not a copy. Its head is not initialised."""
-        config = ProcessVerifierConfig(
+        config = ProcessVerifierConfig.of(
+            spec,
             backbone.config,
             base_model=without_home(base_model),
             dtype=backbone.dtype,
             attn_implementation=backbone.config._attn_implementation,
-            system1_fingerprint=fingerprint(backbone) if spec.is_head or spec.is_adapter else None,
-            **ProcessVerifierConfig.stored(spec),
+            system1_fingerprint=None if spec.is_whole else fingerprint(backbone),
         )
         with torch.device("meta"):  # keeps transformers from initialising the backbone's weights anew
             verifier = cls(config, backbone)
