@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
-from pydantic_core import ArgsKwargs
 
 from llm2.common.keys import Mark, Reads
 from llm2.common.kinds import KINDS, KINDS_WITH, OfKind, with_kind
@@ -237,12 +236,12 @@ class VerifierSpec(OfKind):
 
     @model_validator(mode="before")
     @classmethod
-    def _name_the_kind(cls, given: ArgsKwargs) -> ArgsKwargs:
+    def _name_the_kind(cls, given: Any) -> Any:
         values = with_kind(given.kwargs or {})
         if values.keys() - (given.kwargs or {}):
-            text = "write kind: %s, which says what score, prefix_head or lora_r without it have said"
+            text = "score, prefix_head, and lora_r alone, are earlier names of a kind: write kind: %s"
             logging.getLogger("llm2").warning(text, values["kind"])
-        return ArgsKwargs(given.args, values)
+        return type(given)(given.args, values)
 
     @model_validator(mode="after")
     def _check_keys_of_kinds(self) -> Self:
