@@ -239,8 +239,8 @@ class VerifierSpec(OfKind):
     def _name_the_kind(cls, given: Any) -> Any:
         values = with_kind(given.kwargs or {})
         if values.keys() - (given.kwargs or {}):
-            text = "score, prefix_head, and lora_r alone, are earlier names of a kind: write kind: %s"
-            logging.getLogger("llm2").warning(text, values["kind"])
+            message = "write kind: %s instead of score, prefix_head or lora_r alone"
+            logging.getLogger("llm2").warning(message, values["kind"])
         return type(given)(given.args, values)
 
     @model_validator(mode="after")
@@ -248,8 +248,7 @@ class VerifierSpec(OfKind):
         for key, field in type(self).__dataclass_fields__.items():
             value, kinds = getattr(self, key), KINDS_WITH.get(key, KINDS)
             if self.kind not in kinds and value != field.default:
-                expected = " or ".join(kinds)
-                raise UserError(f"{key}: found {shown(value)} with kind: {self.kind}, expected kind: {expected}")
+                raise UserError(f"{key}: found {shown(value)} with kind: {self.kind}, expected {' or '.join(kinds)}")
         if self.is_adapter and self.lora_r is None:
             object.__setattr__(self, "lora_r", 16)
         return self

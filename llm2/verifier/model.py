@@ -32,8 +32,6 @@ from llm2.verifier.masks import as_attention_mask, packed_block_mask, packed_mas
 
 FLEX = "flex_attention"  # transformers' FlexAttention
 LLM2_FLEX = "llm2_flex_attention"  # ours, which every verifier has in its place
-
-
 FULL = VerifierSpec()
 ADAPTER = {"rank": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "lora_target_modules"}
 
@@ -42,14 +40,10 @@ class ProcessVerifierConfig(OfKind, PreTrainedConfig):
     """Contains the backbone's config.
 
     Args:
-        lora: rank, alpha, dropout and targets of the adapter; None for a full verifier or a prefix head.
+        score, prefix_head, lora: the parts of a kind (`common/kinds.py`): `candidate` (the paper's) or `prefix`; a head's
+            kind, size and perhaps `token_weight` (`heads.PrefixHead`); an adapter's rank, alpha, dropout and targets.
         base_model: folder or hub id of the System 1 that the verifier was made from.
-        score: `candidate`: the score is read from the state at the scored token (the paper's); `prefix`: from the state
-            at the token before it, so that no candidate is read.
-        prefix_head: with `prefix`, kind and size of a head on System 1's frozen states (`heads.PrefixHead`); None for
-            all layers, whose output embedding gives the scores.
-        token_weight: with `prefix` and all layers, whether scores have a learnt factor for each prefix
-            (`heads.TokenWeight`); a prefix head's settings have a key of this name.
+        token_weight: whether scores of all layers have a learnt factor for each prefix (`heads.TokenWeight`).
         system1_fingerprint: of the weights that a prefix head or an adapter was trained on (`heads.fingerprint`).
         beta: weight of the score that was best on held-out forks; None if training did not choose one.
     """
