@@ -40,8 +40,8 @@ class ProcessVerifierConfig(OfKind, PreTrainedConfig):
     """Contains the backbone's config.
 
     Args:
-        score, prefix_head, lora: the parts of a kind (`common/kinds.py`): `candidate` (the paper's) or `prefix`; a head's
-            kind, size and perhaps `token_weight` (`heads.PrefixHead`); an adapter's rank, alpha, dropout and targets.
+        score, prefix_head, lora: the parts of a kind (`common/kinds.py`): `candidate` (the paper's) or `prefix`; kind,
+            size and perhaps `token_weight` of a head (`heads.PrefixHead`); rank, alpha, dropout, targets of an adapter.
         base_model: folder or hub id of the System 1 that the verifier was made from.
         token_weight: whether scores of all layers have a learnt factor for each prefix (`heads.TokenWeight`).
         system1_fingerprint: of the weights that a prefix head or an adapter was trained on (`heads.fingerprint`).
