@@ -10,7 +10,7 @@ import torch
 from test_train import config  # noqa: F401 (a fixture)
 
 from llm2.common.config_file import load_config
-from llm2.common.kinds import KINDS, KINDS_WITH
+from llm2.common.kinds import KINDS
 from llm2.config import TrainConfig, VerifierSpec
 from llm2.errors import UserError
 from llm2.verifier.checkpoints import BEGUN, require_own
@@ -39,7 +39,7 @@ FILES = {
     "bilinear": {"prefix_head": {"kind": "bilinear", "size": 4}},
     "mlp": {"score": "prefix", "prefix_head": {"kind": "mlp", "size": 4, "token_weight": True}, "token_weight": False},
 }
-# A value of each key that is not its default.
+# A value that is not the default of each key that only some kinds have.
 SET = {"lora_r": 16, "lora_alpha": 8.0, "lora_dropout": 0.1, "lora_target_modules": ("q_proj",), "prefix_head_size": 4}
 SET |= {"token_weight": True, "trainable_layers": 1, "lm_loss_coef": 0.1}
 
@@ -76,7 +76,7 @@ def test_earlier_keys_that_contradict_are_refused(keys, message):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("key", KINDS_WITH)
+@pytest.mark.parametrize("key", SET)
 def test_a_key_of_another_kind_is_refused_and_a_kind_works_without_its_keys(kind, key):
     assert TrainConfig(**RUN, kind=kind).lora_r == (16 if "lora" in kind else None)
     has = {
