@@ -20,7 +20,7 @@ KINDS_WITH = {  # the keys that not every kind has
     **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"), ADAPTERS),
     "prefix_head_size": HEADS,
     "token_weight": ("prefix", "prefix_lora", *HEADS),
-    "trainable_layers": ("full", "prefix"),
+    "trainable_layers": ("full", "prefix"),  # System 1's layers are not saved with an adapter or a head
     "lm_loss_coef": ("full", "prefix", *ADAPTERS),
 }
 
