@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from benchmarks.configs import DecodeBenchmark
 from benchmarks.runner import BenchmarkCase, peak_memory, report, run_interleaved, spread
 from llm2.common.loading import load_system1, resolve_device, resolve_dtype
+from llm2.config import VerifierSpec
 from llm2.decoding.candidates import guided_logits, plausible
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.sampling import Guidance
@@ -80,7 +81,7 @@ def build(
             head.weight = torch.nn.Parameter(head.weight.detach().clone())  # untied for `scale_logits`
         separate = ProcessVerifier.from_backbone(backbone.base_model, "").eval()
         backbone = lora.clone_sharing_weights(system1.base_model)
-        shared = ProcessVerifier.from_backbone(backbone, "", {"rank": config.lora_r}).eval()
+        shared = ProcessVerifier.from_backbone(backbone, "", VerifierSpec(kind="lora", lora_r=config.lora_r)).eval()
     for verifier in (separate, shared):
         for name, parameter in verifier.named_parameters():
             if "lora_B" in name or name == "score.weight":  # zero or not initialized yet
@@ -90,7 +91,8 @@ def build(
 
 def prefix_verifier(separate: ProcessVerifier) -> ProcessVerifier:
     """One that reads no candidates, on the weights of `separate`; its input embedding is as good as any for speed."""
-    verifier = ProcessVerifier.from_backbone(lora.clone_sharing_weights(separate.backbone), "", score="prefix").eval()
+    backbone = lora.clone_sharing_weights(separate.backbone)
+    verifier = ProcessVerifier.from_backbone(backbone, "", VerifierSpec(kind="prefix")).eval()
     verifier.score.weight = separate.get_input_embeddings().weight
     return verifier
 
@@ -98,9 +100,8 @@ def prefix_verifier(separate: ProcessVerifier) -> ProcessVerifier:
 def prefix_head(system1: PreTrainedModel) -> ProcessVerifier:
     """A bilinear head of rank 8 on System 1's own weights; its random scores are as good as any for speed."""
     with system1.device:
-        return ProcessVerifier.from_backbone(
-            lora.clone_sharing_weights(system1.base_model), "", None, "prefix", {"kind": "bilinear", "size": 8}
-        ).eval()
+        backbone = lora.clone_sharing_weights(system1.base_model)
+        return ProcessVerifier.from_backbone(backbone, "", VerifierSpec(kind="bilinear")).eval()
 
 
 def scale_logits(system1: PreTrainedModel, prompts: list[list[int]], config: DecodeBenchmark) -> None:

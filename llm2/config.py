@@ -3,13 +3,16 @@
 `llm2 COMMAND --help` prints the sentence under each key; llm2/common/config_file.py reads YAML files and overrides.
 """
 
+import logging
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from llm2.common.keys import Mark, Reads
+from llm2.common.kinds import KINDS, KINDS_WITH, OfKind, with_kind
+from llm2.errors import UserError, shown
 
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=1)]
@@ -19,6 +22,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Device = Literal["auto", "cpu", "cuda"]
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"]
+Kind = Literal[*KINDS]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 # Keys that name a run's inputs, which are compared by content.
 Model = Annotated[str, Reads("model")]
@@ -207,6 +211,48 @@ class OptimizerConfig:
     """Train in bfloat16 mixed precision."""
 
 
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class VerifierSpec(OfKind):
+    """What a verifier is: what its scores are read from, and which weights are its own.
+
+    Raises UserError for a key that the kind does not have. Earlier versions' `score` and `prefix_head` are understood.
+    """
+
+    kind: Annotated[Kind, Mark.SHOWN] = "full"
+    """full (the paper's) and lora read candidates, prefix and prefix_lora do not; bilinear, mlp: heads on System 1."""
+    lora_r: Count | None = None
+    """Rank of the LoRA adapters on System 1's frozen weights; null is 16."""
+    lora_alpha: Positive = 32.0
+    """LoRA adapters are scaled by lora_alpha / lora_r."""
+    lora_dropout: Share = 0.0
+    """Dropout probability on the input of the LoRA adapters."""
+    lora_target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of the layers that get LoRA adapters."""
+    prefix_head_size: Count = 8
+    """Rank of a bilinear head, width of an mlp."""
+    token_weight: bool = False
+    """Learn a factor of the scores from each prefix's state: how far to trust them there."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_kind(cls, given: Any) -> Any:
+        values = with_kind(given.kwargs or {})
+        if values.keys() - (given.kwargs or {}):
+            message = "write kind: %s instead of score, prefix_head or lora_r alone"
+            logging.getLogger("llm2").warning(message, values["kind"])
+        return type(given)(given.args, values)
+
+    @model_validator(mode="after")
+    def _check_keys_of_kinds(self) -> Self:
+        for key, field in type(self).__dataclass_fields__.items():
+            value, kinds = getattr(self, key), KINDS_WITH.get(key, KINDS)
+            if self.kind not in kinds and value != field.default:
+                raise UserError(f"{key}: found {shown(value)} with kind: {self.kind}, expected {' or '.join(kinds)}")
+        if self.is_adapter and self.lora_r is None:
+            object.__setattr__(self, "lora_r", 16)
+        return self
+
+
 # --- The commands ---
 
 
@@ -229,7 +275,7 @@ class ExploreConfig(SolutionsConfig, StoppingRule):
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
-class TrainConfig(ModelConfig, OptimizerConfig):
+class TrainConfig(ModelConfig, OptimizerConfig, VerifierSpec):
     """Train the verifier on triplets."""
 
     train_file: File
@@ -248,24 +294,8 @@ class TrainConfig(ModelConfig, OptimizerConfig):
     """Share of the solutions held out if there is no eval_file."""
     max_length: Count = 2048
     """Solutions are truncated to this many tokens; later pairs are dropped and counted."""
-    score: Literal["candidate", "prefix"] = "candidate"
-    """Whether a candidate's score is read from its own state (as in the paper) or from the state before it."""
-    prefix_head: Literal["bilinear", "mlp"] | None = None
-    """With score: prefix, train only a head on System 1's states, which reads no tokens; null trains all layers."""
-    prefix_head_size: Count = 8
-    """Rank of a bilinear prefix head, width of an mlp."""
     trainable_layers: Annotated[int, Field(ge=0)] | None = None
     """Train only the head and this many of the highest layers; everything when null."""
-    lora_r: Count | None = None
-    """Rank of LoRA adapters on System 1's frozen weights; null trains all weights."""
-    lora_alpha: Positive = 32.0
-    """LoRA adapters are scaled by lora_alpha / lora_r."""
-    lora_dropout: Share = 0.0
-    """Dropout probability on the input of the LoRA adapters."""
-    lora_target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of the layers that get LoRA adapters."""
-    token_weight: bool = False
-    """With score: prefix, learn from each prefix's state a factor of the scores: how far to trust them."""
     guided_beta: Positive | None = None
     """Train on guided margins, System 1's plus this times the scores', as decoding adds them; null: on scores alone."""
     best_by: Literal["pair_accuracy", "choice_quality", "guided_pair_loss"] | None = None

@@ -35,6 +35,7 @@ except ImportError:  # what llm2.config takes from it, without the checks
 
 from reference import decode_one
 
+from llm2.config import VerifierSpec
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.model_runner import KERNELS
 from llm2.decoding.sampling import Guidance
@@ -66,7 +67,8 @@ def systems(shape: dict, device: torch.device, dtype: torch.dtype, rank: int | N
     with device:
         model, other = (transformers.LlamaForCausalLM(config).to(dtype).eval() for _ in range(2))
         backbone = other.model if rank is None else lora.clone_sharing_weights(model.model)
-        verifier = ProcessVerifier.from_backbone(backbone, "", rank and {"rank": rank}).eval()
+        spec = VerifierSpec() if rank is None else VerifierSpec(kind="lora", lora_r=rank)
+        verifier = ProcessVerifier.from_backbone(backbone, "", spec).eval()
         model.lm_head.weight.data *= 400 / shape["hidden_size"] ** 0.5
         for name, parameter in verifier.named_parameters():
             if "lora_B" in name or name == "score.weight":

@@ -13,6 +13,7 @@ import benchmarks.__main__
 import experiments.__main__
 from llm2.__main__ import COMMANDS, main
 from llm2.common.loading import load_system1
+from llm2.config import VerifierSpec
 from llm2.errors import UserError
 from llm2.verifier.load import load_verifier
 from llm2.verifier.model import ProcessVerifier
@@ -145,7 +146,7 @@ def test_a_folder_that_cannot_be_made_is_named_and_debug_shows_the_traceback(tmp
         main([*command, "--debug"])
 
 
-HEAD = {"score": "prefix", "prefix_head": {"kind": "bilinear", "size": 2}}
+HEAD = VerifierSpec(kind="bilinear", prefix_head_size=2)
 
 
 def _damaged(folder: Path, damage: str) -> None:
@@ -170,11 +171,11 @@ def _damaged(folder: Path, damage: str) -> None:
         ("pickle", "no file named model.safetensors"),
     ],
 )
-@pytest.mark.parametrize("kind", [{}, HEAD], ids=["full", "head"])
-def test_a_damaged_verifier_is_refused(system1_folder, tmp_path, damage, message, kind):
-    ProcessVerifier.from_system1(system1_folder, **kind).save_pretrained(tmp_path)
+@pytest.mark.parametrize("spec", [VerifierSpec(), HEAD], ids=["full", "head"])
+def test_a_damaged_verifier_is_refused(system1_folder, tmp_path, damage, message, spec):
+    ProcessVerifier.from_system1(system1_folder, spec).save_pretrained(tmp_path)
     _damaged(tmp_path, damage)
-    if kind:
+    if spec.is_head:
         message = {"no head": "not those of its head: Missing", "pickle": "model.safetensors"}.get(damage, message)
     with pytest.raises(UserError, match=message):
         load_verifier(str(tmp_path), torch.device("cpu"), "auto", 10, load_system1(system1_folder, torch.device("cpu")))

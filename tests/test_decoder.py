@@ -9,6 +9,7 @@ from torch.backends import cuda
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.decode import HostReads
+from llm2.config import VerifierSpec
 from llm2.decoding import attention, scheduler
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.model_runner import ModelRunner
@@ -72,7 +73,8 @@ def of_family(family: str, folder, windowed: bool = False, **lora):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     (model if lora else AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
-    verifier = ProcessVerifier.from_system1(str(folder), attn_implementation="eager", **lora).eval()
+    spec = VerifierSpec(kind="lora", lora_r=lora["lora"]["rank"]) if lora.get("lora") else VerifierSpec()
+    verifier = ProcessVerifier.from_system1(str(folder), spec, attn_implementation="eager").eval()
     for name, parameter in verifier.named_parameters():
         if "lora_B" in name or name == "score.weight":  # an adapter starts at zero
             torch.nn.init.normal_(parameter, std=0.3)

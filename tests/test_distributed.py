@@ -98,7 +98,7 @@ def scores(folder: Path) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [{"lora_r": 4, "lm_loss_coef": 0.1}, {"score": "prefix", "prefix_head": "bilinear"}],
+    [{"kind": "lora", "lora_r": 4, "lm_loss_coef": 0.1}, {"kind": "bilinear"}],
     ids=["lora", "head"],
 )
 def test_zero2_trains_an_adapter_or_a_head_as_one_process_does(config, tmp_path, changes):
@@ -110,9 +110,9 @@ def test_zero2_trains_an_adapter_or_a_head_as_one_process_does(config, tmp_path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("score", ["candidate", "prefix"])
-def test_zero3_trains_as_one_process_does_and_its_shards_make_the_same_verifier(config, tmp_path, score):
-    config = replace(config, score=score)
+@pytest.mark.parametrize("kind", ["full", "prefix"])
+def test_zero3_trains_as_one_process_does_and_its_shards_make_the_same_verifier(config, tmp_path, kind):
+    config = replace(config, kind=kind)
     expected, found = train(config), train_with_deepspeed(config, 3, tmp_path)
     for key in ("eval_pair_loss", "eval_mean_margin", "eval_pairs"):
         assert found[key] == pytest.approx(expected[key], abs=1e-4), key

@@ -18,6 +18,7 @@ from transformers import (
 
 from llm2.common.architecture import _examine, backbone_class, examine, refuse_too_long
 from llm2.common.loading import NEWEST_TESTED, load_backbone, load_system1, require_model
+from llm2.config import VerifierSpec
 from llm2.decoding import scheduler
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.model_runner import ModelRunner
@@ -160,8 +161,8 @@ def small_models(family: str, count: int = 1, **changes) -> list[torch.nn.Module
     return models
 
 
-def verifier_of(model: torch.nn.Module, **lora) -> ProcessVerifier:
-    verifier = ProcessVerifier.from_backbone(model.base_model, "small", lora or None).eval()
+def verifier_of(model: torch.nn.Module, **spec) -> ProcessVerifier:
+    verifier = ProcessVerifier.from_backbone(model.base_model, "small", VerifierSpec(**spec)).eval()
     for name, parameter in verifier.named_parameters():
         if "lora_B" in name or name == "score.weight":  # an adapter starts at zero
             torch.nn.init.normal_(parameter, std=0.3)
@@ -253,11 +254,11 @@ def test_experts_and_sinks_are_right_in_every_layout(family, layout, monkeypatch
 def test_a_lora_verifier_shares_forwards_with_its_system1(family):
     (model,) = small_models(family)
     (copy,) = small_models(family)
-    lora = {"rank": 4}
+    lora = {"kind": "lora", "lora_r": 4}
     if family in EXPERTS:
         with pytest.raises(UserError, match=r"'all-linear': they include the parameters of layers.0.mlp"):
             verifier_of(small_models(family)[0], **lora)
-        lora["targets"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        lora["lora_target_modules"] = ("q_proj", "k_proj", "v_proj", "o_proj")
     expect_reference(model, verifier_of(copy, **lora), prompts(4, 11))
 
 

@@ -14,6 +14,7 @@ from experiments.baselines.config import FinetuneConfig
 from llm2.common.config_file import as_dict, write_config
 from llm2.common.inputs import record, write_inputs
 from llm2.common.journal import Journal
+from llm2.common.kinds import KINDS_WITH
 from llm2.config import EvaluateConfig, ExploreConfig, Mode, TrainConfig
 from llm2.errors import UserError
 from llm2.evaluation.evaluate import describe
@@ -26,6 +27,7 @@ EXPLORE = ExploreConfig(model="m", task="testbed", output="o")
 FINETUNE = FinetuneConfig(model="m", task="testbed", output_dir="o")
 EVALUATE = EvaluateConfig(model="m", task="testbed", output_dir="o")
 TRAIN = TrainConfig(model="m", train_file="t", output_dir="o")
+TRAINS = {f"train {kind}": replace(TRAIN, kind=kind) for kind in ("lora", "prefix_lora", "bilinear")}
 LABELS = LabelsBenchmark(benchmark="labels")
 
 # The oracle: written down here, and nowhere in llm2.
@@ -41,6 +43,7 @@ JOURNALS = {
     "finetune": (FINETUNE, HOW["finetune"] | WHICH["explore"]),
     "evaluate": (EVALUATE, HOW["evaluate"] | WHICH["evaluate"]),
     "train": (TRAIN, HOW["train"]),
+    **{name: (config, HOW["train"]) for name, config in TRAINS.items()},  # with the keys of other kinds
     "labels": (LABELS, {"output", "problems", "fixed_rollouts"}),
 }
 
@@ -61,13 +64,13 @@ def changed(config: Any) -> Iterator[tuple[str, Any]]:
         for value in values:
             try:
                 other = replace(config, **{key: value})
-            except ValidationError:
+            except (ValidationError, UserError):
                 continue
             if as_dict(other) != as_dict(config):
                 yield key, other
                 break
         else:
-            assert get_args(field.annotation) == ("labels",), f"no other value of {key}"
+            assert get_args(field.annotation) == ("labels",) or config.kind not in KINDS_WITH[key], f"no value of {key}"
 
 
 def accepted(config: Any, use: Any) -> set[str]:

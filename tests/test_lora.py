@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
+from llm2.config import VerifierSpec
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.sampling import Guidance
 from llm2.errors import UserError
@@ -31,7 +32,7 @@ def lora_verifier(folder, **settings) -> ProcessVerifier:
     """Its B matrices are random too, as after training."""
     tiny_system1().save_pretrained(folder)
     torch.manual_seed(1)
-    verifier = ProcessVerifier.from_system1(str(folder), lora={"rank": 4, **settings}).eval()
+    verifier = ProcessVerifier.from_system1(str(folder), VerifierSpec(kind="lora", lora_r=4, **settings)).eval()
     for name, parameter in verifier.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -51,7 +52,7 @@ def folder(verifier, tmp_path) -> str:
 
 def test_a_new_adapter_changes_no_score(tmp_path):
     tiny_system1().save_pretrained(tmp_path)
-    verifier = ProcessVerifier.from_system1(str(tmp_path), lora={})
+    verifier = ProcessVerifier.from_system1(str(tmp_path), VerifierSpec(kind="lora"))
     hidden = tiny_system1().model(IDS).last_hidden_state
     torch.testing.assert_close(scores(verifier), (hidden @ verifier.score.weight[0]).detach())
     assert verifier.config.lora == {"rank": 16, "alpha": 32.0, "dropout": 0.0, "targets": "all-linear"}
@@ -182,11 +183,11 @@ def test_an_adapter_without_one_of_its_weights_is_refused(folder):
 
 
 def test_chosen_targets_are_adapted_and_unknown_ones_refused(tmp_path):
-    verifier = lora_verifier(tmp_path, targets=["q_proj", "v_proj"])
+    verifier = lora_verifier(tmp_path, lora_target_modules=("q_proj", "v_proj"))
     adapted = {name.split(".lora_")[0].split(".")[-1] for name in verifier.state_dict() if ".lora_" in name}
     assert adapted == {"q_proj", "v_proj"}
     with pytest.raises(UserError, match="LoRA targets .* do not fit the backbone"):
-        lora_verifier(tmp_path, targets=["nothing_proj"])
+        lora_verifier(tmp_path, lora_target_modules=("nothing_proj",))
 
 
 def forget_weights(folder):

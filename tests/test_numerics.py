@@ -10,7 +10,7 @@ from test_decoder import EOS, of_family, prompts, use_padded_batches
 from test_prefix_score import prefix_verifier
 
 from llm2.common.loading import load_tokenizer
-from llm2.config import TrainConfig
+from llm2.config import TrainConfig, VerifierSpec
 from llm2.decoding import scheduler
 from llm2.decoding.candidates import plausible
 from llm2.decoding.decoder import Decoder
@@ -48,7 +48,8 @@ def test_decoding_in_16_bits_gives_finite_numbers(dtype, layout, kind, family, t
     model, verifier = of_family(family, tmp_path, windowed=family == "gemma2", **lora)
     model, verifier = model.to(dtype), (verifier.to(dtype) if not lora else verifier)
     if lora:
-        verifier = ProcessVerifier.from_system1(str(tmp_path), attn_implementation="eager", dtype=dtype, **lora).eval()
+        options = {"attn_implementation": "eager", "dtype": dtype}
+        verifier = ProcessVerifier.from_system1(str(tmp_path), VerifierSpec(kind="lora", lora_r=4), **options).eval()
     decoder = Decoder(model, Guidance(verifier=verifier, alpha=0.001, beta=3.0), graphs=layout == "graphs")
     for sampling in (None, SamplingParams()):
         completions = decoder.decode(
@@ -70,8 +71,8 @@ def test_decoding_in_16_bits_gives_finite_numbers(dtype, layout, kind, family, t
 def test_training_in_16_bits_gives_finite_losses_and_gradients(dtype, attention, branches, tmp_path):
     """Batches of a long row beside short ones, of solutions without branches, of nothing but empty examples."""
     tiny_system1().save_pretrained(tmp_path)
-    score = "candidate" if branches else "prefix"
-    verifier = ProcessVerifier.from_system1(str(tmp_path), score=score, dtype=dtype, attn_implementation=attention)
+    spec = VerifierSpec(kind="full" if branches else "prefix")
+    verifier = ProcessVerifier.from_system1(str(tmp_path), spec, dtype=dtype, attn_implementation=attention)
     long = Example([*range(3, 60)] * 5, [Triplet(1, 4, 9), Triplet(284, 59, 8)])
     for batch in ([long, EMPTY_EXAMPLE, Example([3, 4], [Triplet(1, 4, 5)])], [EMPTY_EXAMPLE] * 3, [EMPTY_EXAMPLE]):
         verifier.zero_grad()
@@ -171,7 +172,7 @@ def test_a_score_that_is_not_finite_ends_transformers_generate(kind, system1, ve
         model.generate(torch.tensor([[5, 6, 7], [8, 9, 10]]), **options)
 
 
-@pytest.mark.parametrize("changes", [{}, {"score": "prefix"}, {"lm_loss_coef": 0.1, "logging_steps": 1}])
+@pytest.mark.parametrize("changes", [{}, {"kind": "prefix"}, {"lm_loss_coef": 0.1, "logging_steps": 1}])
 @pytest.mark.parametrize("line", [4, 21])
 def test_training_that_becomes_nan_names_the_solution(system1_folder, tmp_path, monkeypatch, changes, line):
     """One solution has a token whose embedding is NaN; what follows spoils all weights, and is not what is named."""

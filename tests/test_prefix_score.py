@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from llm2.common.loading import load_language_model, load_system1, load_tokenizer
-from llm2.config import TrainConfig
+from llm2.config import TrainConfig, VerifierSpec
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.llm2 import LLM2
 from llm2.decoding.logits_processor import GuidedLogitsProcessor
@@ -38,26 +38,25 @@ from llm2.verifier.train import train
 from llm2.verifier.triplets import Example, Triplet
 
 HEADS = {
-    "bilinear": {"kind": "bilinear", "size": 4},
-    "mlp": {"kind": "mlp", "size": 16},
-    "weighted mlp": {"kind": "mlp", "size": 16, "token_weight": True},
+    "bilinear": VerifierSpec(kind="bilinear", prefix_head_size=4),
+    "mlp": VerifierSpec(kind="mlp", prefix_head_size=16),
+    "weighted mlp": VerifierSpec(kind="mlp", prefix_head_size=16, token_weight=True),
 }
-KINDS = [*HEADS, "layers", "weighted tied layers", "lora", "weighted lora", "tied lora"]
+LAYERS = {
+    "layers": VerifierSpec(kind="prefix"),
+    "weighted tied layers": VerifierSpec(kind="prefix", token_weight=True),
+    "lora": VerifierSpec(kind="prefix_lora", lora_r=4),
+    "weighted lora": VerifierSpec(kind="prefix_lora", lora_r=4, token_weight=True),
+    "tied lora": VerifierSpec(kind="prefix_lora", lora_r=4),
+}
+KINDS = HEADS | LAYERS
 
 
 def prefix_verifier(folder: Path, system1, kind: str) -> ProcessVerifier:
     """Of the weights of `system1`, with scores large enough to change choices."""
     system1.save_pretrained(folder)
-    lora = {"rank": 4} if "lora" in kind else None
-    weighted = "weighted" in kind and kind not in HEADS
-    options = {
-        "score": "prefix",
-        "prefix_head": HEADS.get(kind),
-        "token_weight": weighted,
-        "local_files_only": True,
-    }
     torch.manual_seed(3)
-    verifier = ProcessVerifier.from_system1(str(folder), lora, **options).eval()
+    verifier = ProcessVerifier.from_system1(str(folder), KINDS[kind], local_files_only=True).eval()
     with torch.no_grad():
         for weight in verifier.parameters():
             if weight.requires_grad:
@@ -111,12 +110,12 @@ def test_a_score_is_the_heads_of_the_prefix_state_and_the_tokens_embedding(head_
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", ["layers", "tied layers", "lora", "tied lora"])
-def test_the_scores_of_a_new_verifier_with_layers_are_system1s_own_logits(kind, tmp_path):
-    system1 = tiny_system1(tie_word_embeddings="tied" in kind)
+@pytest.mark.parametrize("tied", [False, True], ids=["own", "tied"])
+@pytest.mark.parametrize("kind", ["prefix", "prefix_lora"])
+def test_the_scores_of_a_new_verifier_with_layers_are_system1s_own_logits(kind, tied, tmp_path):
+    system1 = tiny_system1(tie_word_embeddings=tied)
     system1.save_pretrained(tmp_path)
-    lora = {"rank": 4} if "lora" in kind else None
-    verifier = ProcessVerifier.from_system1(str(tmp_path), lora, score="prefix").eval()
+    verifier = ProcessVerifier.from_system1(str(tmp_path), VerifierSpec(kind=kind)).eval()
     ids = torch.randint(3, VOCABULARY, (1, 9))
     expected = system1(ids).logits[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
     torch.testing.assert_close(verifier(ids).scores[0, 1:], expected)
@@ -171,7 +170,7 @@ def test_guided_greedy_equals_the_uncached_reference(pair, batch_size, graphs):
     plain = Decoder(system1).decode(prompts, max_new_tokens=10, eos=[1])
     assert [completion.token_ids for (completion,) in plain] != expected, "the head must change some choice"
     calls = sum(completion.num_verifier_calls for (completion,) in written)
-    if verifier.config.prefix_head is not None:
+    if verifier.config.is_head:
         assert decoder.counts["system2_forwards"] == calls == 0
     else:  # every token is read at most once
         length = sum(map(len, prompts)) + sum(len(completion.token_ids) for (completion,) in written)
@@ -193,7 +192,7 @@ def test_guided_sampling_equals_the_uncached_reference(pair):
 
 def test_a_logits_processor_takes_layers_and_refuses_a_head(pair):
     system1, verifier = pair
-    if verifier.config.prefix_head is not None:
+    if verifier.config.is_head:
         with pytest.raises(ValueError, match="does not see"):
             GuidedLogitsProcessor(Guidance(verifier=verifier))
         return
@@ -255,7 +254,7 @@ def test_continuous_batching_is_guided_through_the_output_layer(head_pair):
 
 def test_the_output_layer_takes_prefix_heads_of_plain_models_only(pair):
     system1, verifier = pair
-    if verifier.config.prefix_head is None:
+    if not verifier.config.is_head:
         with pytest.raises(ValueError, match="expected a prefix head"):
             guided_model(system1, Guidance(verifier=verifier))
     else:
@@ -275,8 +274,7 @@ def trained(system1_folder, tmp_path_factory) -> tuple[TrainConfig, dict]:
     folder = tmp_path_factory.mktemp("head")
     write_triplets(folder / "triplets.jsonl", load_tokenizer(system1_folder), 24)
     changes = {
-        "score": "prefix",
-        "prefix_head": "bilinear",
+        "kind": "bilinear",
         "prefix_head_size": 4,
         "learning_rate": 1e-2,
         "num_train_epochs": 6.0,
@@ -307,7 +305,7 @@ def test_a_saved_head_loads_on_system1s_own_parameters_and_scores_the_same(train
 
 def test_a_token_weight_is_a_factor_of_all_scores_after_a_prefix(pair):
     _, verifier = pair
-    weight = verifier.score.token_weight if verifier.config.prefix_head else verifier.token_weight
+    weight = verifier.score.token_weight if verifier.config.is_head else verifier.token_weight
     if weight is None:
         pytest.skip("without a weight")
     states, tokens = torch.randn(5, 32), torch.randint(3, VOCABULARY, (5, 7))
@@ -325,16 +323,16 @@ def test_a_token_weight_is_a_factor_of_all_scores_after_a_prefix(pair):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"lora_r": 4, "learning_rate": 1e-2},
-        {"token_weight": True, "guided_beta": 1.0},
-        {"lora_r": 4, "learning_rate": 1e-2, "token_weight": True},
+        {"kind": "prefix"},
+        {"kind": "prefix_lora", "lora_r": 4, "learning_rate": 1e-2},
+        {"kind": "prefix", "token_weight": True, "guided_beta": 1.0},
+        {"kind": "prefix_lora", "lora_r": 4, "learning_rate": 1e-2, "token_weight": True},
     ],
     ids=["layers", "lora", "weighted", "weighted lora"],
 )
 def test_training_with_all_layers_learns_and_loads(changes, system1_folder, tmp_path):
     write_triplets(tmp_path / "triplets.jsonl", load_tokenizer(system1_folder), 24)
-    changes = {"score": "prefix", "learning_rate": 3e-3, "num_train_epochs": 6.0, **changes}
+    changes = {"learning_rate": 3e-3, "num_train_epochs": 6.0, **changes}
     config = train_config(system1_folder, tmp_path, **changes)
     metrics = train(config)
     assert metrics["eval_pair_accuracy"] > 0.9
@@ -343,18 +341,17 @@ def test_training_with_all_layers_learns_and_loads(changes, system1_folder, tmp_
     ids = torch.randint(3, 100, (1, 12))
     with torch.inference_mode():
         assert torch.equal(alone(ids).scores, llm2.guidance.verifier(ids).scores)
-        assert not torch.allclose(
-            alone(ids).scores, ProcessVerifier.from_system1(system1_folder, score="prefix")(ids).scores
-        )
+        new = ProcessVerifier.from_system1(system1_folder, VerifierSpec(kind="prefix"))
+        assert not torch.allclose(alone(ids).scores, new(ids).scores)
     saved = load_file(next(Path(config.output_dir).glob("*.safetensors")))
-    assert any("score" in name for name in saved) == (config.lora_r is None), "an adapter leaves the embedding as it is"
+    assert any("score" in name for name in saved) != config.is_adapter, "an adapter leaves the embedding as it is"
     moved = [tensor for name, tensor in saved.items() if "token_weight.weight" in name]
     assert len(moved) == config.token_weight and all(tensor.any() for tensor in moved)
 
 
 def test_an_untied_output_embedding_is_trained_and_saved(tmp_path):
     tiny_system1().save_pretrained(tmp_path / "system1")
-    verifier = ProcessVerifier.from_system1(str(tmp_path / "system1"), score="prefix").eval()
+    verifier = ProcessVerifier.from_system1(str(tmp_path / "system1"), VerifierSpec(kind="prefix")).eval()
     with torch.no_grad():
         verifier.score.weight.mul_(2)
     verifier.save_pretrained(tmp_path / "verifier")
@@ -435,14 +432,3 @@ def test_a_system1_in_float16_is_known_by_its_files(kind, shard, tmp_path):
     other = load_language_model(str(tmp_path / "other"), dtype=torch.float16)
     with pytest.raises(UserError, match="trained on the states of"):
         load_verifier(str(tmp_path / "verifier"), torch.device("cpu"), "auto", VOCABULARY, other)
-
-
-def test_a_head_takes_no_adapter_and_no_lm_loss(trained, tmp_path):
-    config, _ = trained
-    for changes in ({"lora_r": 4}, {"lm_loss_coef": 0.1}):
-        with pytest.raises(UserError, match="prefix_head: a head on frozen states"):
-            train(
-                train_config(
-                    config.model, tmp_path, **changes, score="prefix", prefix_head="mlp", train_file=config.train_file
-                )
-            )

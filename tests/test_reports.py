@@ -14,7 +14,7 @@ from llm2.common.chat import LLAMA3_PLAIN, encode_chats
 from llm2.common.jsonl import read_jsonl
 from llm2.common.loading import load_tokenizer
 from llm2.common.stats import majority_at_k
-from llm2.config import ExploreConfig
+from llm2.config import ExploreConfig, VerifierSpec
 from llm2.decoding.sampling import SamplingParams, sample
 from llm2.errors import UserError
 from llm2.exploration.explore import explore
@@ -212,4 +212,5 @@ def test_a_temperature_near_0_is_greedy(temperature):
 def test_an_embedding_is_no_target_of_lora(tmp_path):
     tiny_system1(tie_word_embeddings=True).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"the LoRA targets \['embed_tokens'\] hold an embedding; expected linear"):
-        ProcessVerifier.from_system1(str(tmp_path), lora={"targets": ["embed_tokens"]}, score="prefix")
+        spec = VerifierSpec(kind="prefix_lora", lora_target_modules=("embed_tokens",))
+        ProcessVerifier.from_system1(str(tmp_path), spec)

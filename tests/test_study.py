@@ -136,6 +136,23 @@ def test_a_step_that_was_done_with_other_settings_is_told_not_skipped(config):
         study.check_done(config, explored, one)
 
 
+def test_training_of_an_earlier_version_is_known_by_its_kind(config, tmp_path):
+    """Its keys may stand in the study, for all steps too, and in the folder that it left."""
+    done = tmp_path / "verifier" / "training.json"
+    done.parent.mkdir()
+    done.touch()
+    files = {"model": "testbed", "train_file": "t", "output_dir": str(done.parent)}
+    done.with_name("train.yaml").write_text(yaml.safe_dump({**files, "score": "prefix", "prefix_head": None}))
+    step = StudyStep(name="train", command="train", set=files, done=str(done))
+    old, new = study.Run({"seed": "0", "kind": "old"}, tmp_path), study.Run({"seed": "0", "kind": "new"}, tmp_path)
+    assert study.overrides(config, step, study.names_of(config, new)) == {**files, "kind": "prefix"}
+    study.check_done(config, step, new)
+    study.check_done(config, replace(step, set={**files, "score": "prefix"}), old)
+    for other in ({"kind": "full"}, {"score": "candidate"}, {"kind": "mlp"}):
+        with pytest.raises(UserError, match="kind was 'prefix' and now is"):
+            study.check_done(config, replace(step, set={**files, **other}), old)
+
+
 def test_a_step_without_a_command_takes_what_another_study_has_written(config, tmp_path):
     other = StudyStep(name="other", done=f"{tmp_path}/other/{{kind}}/metrics.json", only={"kind": ["old"]})
     config = replace(config, steps=(other,), skip=(), axes=config.axes | {"kind": {"old": {}, "new": {}}})

@@ -26,7 +26,7 @@ from llm2 import LLM2
 from llm2.common.config_file import as_dict
 from llm2.common.loading import load_tokenizer
 from llm2.common.training import CHECKPOINTING
-from llm2.config import TrainConfig
+from llm2.config import TrainConfig, VerifierSpec
 from llm2.errors import UserError
 from llm2.verifier.arguments import VerifierTrainingArguments
 from llm2.verifier.checkpoints import last_whole_checkpoint
@@ -39,6 +39,7 @@ from llm2.verifier.train import load_data, train, training_arguments
 from llm2.verifier.trainer import PaddedSampler, VerifierTrainer
 from llm2.verifier.triplets import Summary, Triplet, record_line
 
+FULL, LORA = VerifierSpec(), VerifierSpec(kind="lora", lora_r=4)
 UNEMBEDDING = torch.randn(259 + 2, 32, generator=torch.Generator().manual_seed(3))
 
 
@@ -54,12 +55,12 @@ def gradients(
     per_device: int,
     accumulation: int,
     loss: dict | None = None,
-    lora: dict | None = None,
+    spec: VerifierSpec = FULL,
     **changes,
 ) -> dict[str, torch.Tensor]:
     """Gradients of one optimizer step of the trainer: plain SGD with rate 1 moves each weight by its gradient."""
     torch.manual_seed(0)
-    verifier = ProcessVerifier.from_system1(system1_folder, lora=lora, local_files_only=True)
+    verifier = ProcessVerifier.from_system1(system1_folder, spec, local_files_only=True)
     verifier.set_unembedding(UNEMBEDDING)
     before = {name: p.detach().clone() for name, p in verifier.named_parameters()}
     trainer = VerifierTrainer(
@@ -136,7 +137,7 @@ def test_the_guided_loss_is_that_of_system1s_margins_and_the_scores(system1_fold
     "changes",
     [
         {"guided_beta": 1.0},
-        {"guided_beta": 1.0, "score": "prefix", "prefix_head": "mlp", "token_weight": True, "dropout": 0.1},
+        {"guided_beta": 1.0, "kind": "mlp", "token_weight": True, "dropout": 0.1},
         {"best_by": "choice_quality"},
     ],
     ids=["guided", "guided head", "choice quality"],
@@ -153,15 +154,6 @@ def test_the_checkpoint_is_the_best_by_the_chosen_metric(config, changes):
     assert metrics[f"eval_{name}"] == pytest.approx(best, abs=1e-6)
     assert metrics["eval_guided_pair_accuracy_plain"] == metrics["system1_pair_accuracy"]
     assert ProcessVerifier.from_pretrained(config.output_dir).config.beta == metrics["eval_choice_beta"]
-
-
-@pytest.mark.parametrize(
-    "key, changes", [("token_weight", {"token_weight": True}), ("prefix_head", {"prefix_head": "mlp"})]
-)
-def test_keys_of_prefixes_need_a_score_of_prefixes(config, key, changes, monkeypatch):
-    monkeypatch.setattr("llm2.verifier.train.load_tokenizer", lambda name: pytest.fail("before anything is loaded"))
-    with pytest.raises(UserError, match=f"{key}: expected score: prefix, found score: candidate"):
-        train(replace(config, **changes))
 
 
 def test_dropout_changes_what_is_trained_and_no_score(config, tmp_path):
@@ -204,17 +196,17 @@ def test_the_lm_loss_is_added_to_the_mean_over_pairs(system1_folder, tmp_path):
         torch.testing.assert_close(found[f"backbone.{name}"], both, atol=1e-5, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "lora"])
-def test_gradient_checkpointing_changes_no_gradient(system1_folder, tmp_path, lora):
+@pytest.mark.parametrize("spec", [FULL, LORA], ids=["full", "lora"])
+def test_gradient_checkpointing_changes_no_gradient(system1_folder, tmp_path, spec):
     data = examples(6)
-    expected = gradients(system1_folder, tmp_path, data, 6, 1, lora=lora)
-    found = gradients(system1_folder, tmp_path, data, 6, 1, lora=lora, **{CHECKPOINTING: True})
+    expected = gradients(system1_folder, tmp_path, data, 6, 1, spec=spec)
+    found = gradients(system1_folder, tmp_path, data, 6, 1, spec=spec, **{CHECKPOINTING: True})
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=0, msg=name)
 
 
 def test_with_lora_only_the_adapter_and_the_head_move(system1_folder, tmp_path):
-    moved = gradients(system1_folder, tmp_path, examples(6), 6, 1, lora={"rank": 4})
+    moved = gradients(system1_folder, tmp_path, examples(6), 6, 1, spec=LORA)
     trained = {name for name, change in moved.items() if change.abs().max() > 0}
     assert trained == {name for name in moved if "lora_B" in name or name == "score.weight"}, "A moves once B is not 0"
 
@@ -284,10 +276,10 @@ def config(system1_folder, tmp_path):
     )
 
 
-@pytest.mark.parametrize("rank", [None, 4], ids=["full", "lora"])
-def test_the_output_is_a_folder_for_the_hub(config, rank):
+@pytest.mark.parametrize("kind, rank", [("full", None), ("lora", 4)], ids=["full", "lora"])
+def test_the_output_is_a_folder_for_the_hub(config, kind, rank):
     """LLM2 loads it with its tokenizer and chat template; the card names data, settings, figures, and no local path."""
-    config = replace(config, lora_r=rank, num_train_epochs=1.0)
+    config = replace(config, kind=kind, lora_r=rank, num_train_epochs=1.0)
     metrics = train(config)
     assert LLM2.from_pretrained(config.model, config.output_dir, device="cpu").guidance.verifier is not None
     saved, tokenizer = load_tokenizer(config.output_dir), load_tokenizer(config.model)
@@ -295,7 +287,7 @@ def test_the_output_is_a_folder_for_the_hub(config, rank):
 
     text = Path(config.output_dir, "README.md").read_text()
     _, header, card = text.split("---\n", maxsplit=2)
-    tags = ["llm2", "process-verifier", "full" if rank is None else "lora"]
+    tags = ["llm2", "process-verifier", kind]
     assert yaml.safe_load(header) == {"library_name": "llm2", "tags": tags}
     for expected in (
         f"# Verifier of {Path(config.model).name}\n",
@@ -343,9 +335,9 @@ def kill(self, *arguments, **options):
     raise InterruptedError
 
 
-@pytest.mark.parametrize("rank", [None, 4], ids=["full", "lora"])
-def test_a_killed_run_resumes_and_ends_as_an_undisturbed_one(config, tmp_path, monkeypatch, rank):
-    config = replace(config, lora_r=rank)
+@pytest.mark.parametrize("kind, rank", [("full", None), ("lora", 4)], ids=["full", "lora"])
+def test_a_killed_run_resumes_and_ends_as_an_undisturbed_one(config, tmp_path, monkeypatch, kind, rank):
+    config = replace(config, kind=kind, lora_r=rank)
     whole = train(config)
 
     torn = replace(config, output_dir=str(tmp_path / "torn"))
@@ -475,7 +467,7 @@ def test_tensorboard_logs_the_pair_accuracy(config):
 
 
 def test_lora_and_bfloat16_learn_too(config):
-    metrics = train(replace(config, lora_r=4, bf16=True, gradient_checkpointing=True, lora_dropout=0.1))
+    metrics = train(replace(config, kind="lora", lora_r=4, bf16=True, gradient_checkpointing=True, lora_dropout=0.1))
     assert metrics["eval_pair_accuracy"] == 1.0
     stored = sum(path.stat().st_size for path in Path(config.output_dir).glob("*.safetensors"))
     assert stored < 50_000 < Path(config.model, "model.safetensors").stat().st_size

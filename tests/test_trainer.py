@@ -21,7 +21,7 @@ def rows(path) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"guided_beta": 1.0, "lora_r": 4}, {"score": "prefix", "prefix_head": "bilinear"}, {"margin": 0.5}]
+    "changes", [{}, {"guided_beta": 1.0, "kind": "lora", "lora_r": 4}, {"kind": "bilinear"}, {"margin": 0.5}]
 )
 def test_a_dataset_and_a_name_train_as_the_command_does(config, tmp_path, changes):  # noqa: F811
     """Equal held-out metrics: the same verifier is drawn, and sees the same batches."""
@@ -64,10 +64,10 @@ def test_a_dataset_and_a_name_train_as_the_command_does(config, tmp_path, change
 def test_the_arguments_have_the_defaults_of_the_command(tmp_path):
     args, defaults = arguments(tmp_path), TrainConfig(model="m", train_file="f", output_dir="o")
     assert {name: getattr(args, name) for name in OWN} == {name: getattr(defaults, name) for name in OWN}
-    assert {"chat_template", "max_length", "score", "lora_r", "guided_beta", "attn_implementation"} <= set(OWN)
+    assert {"chat_template", "max_length", "kind", "lora_r", "guided_beta", "attn_implementation"} <= set(OWN)
 
 
-@pytest.mark.parametrize("key, value", [("score", "candidates"), ("lora_r", 0), ("margin", -1.0), ("max_length", "8")])
+@pytest.mark.parametrize("key, value", [("kind", "prefixes"), ("lora_r", 0), ("margin", -1.0), ("max_length", "8")])
 def test_arguments_refuse_what_the_command_refuses(tmp_path, key, value):
     with pytest.raises(UserError, match=f"^{key}: .*found {value!r}"):
         arguments(tmp_path, **{key: value})

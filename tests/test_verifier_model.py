@@ -7,6 +7,7 @@ from reference import score
 from test_collate import examples, model_inputs
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from llm2.config import VerifierSpec
 from llm2.errors import UserError
 from llm2.verifier.arguments import refuse_long_solutions
 from llm2.verifier.collate import verifier_batch
@@ -48,16 +49,16 @@ def test_resized_embeddings_are_kept(tmp_path):
     assert again.config.backbone_config.vocab_size == VOCABULARY + 3
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "lora"])
-def test_tied_weights_stay_tied(lora, tmp_path):
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_tied_weights_stay_tied(kind, tmp_path):
     """The LM loss uses the input embedding where System 1 ties its output embedding to it; System 1's stay tied."""
     tiny_system1(tie_word_embeddings=True).save_pretrained(tmp_path / "system1")
-    verifier = ProcessVerifier.from_system1(str(tmp_path / "system1"), lora=lora)
+    verifier = ProcessVerifier.from_system1(str(tmp_path / "system1"), VerifierSpec(kind=kind))
     verifier.save_pretrained(tmp_path / "verifier")
     system1 = AutoModelForCausalLM.from_pretrained(tmp_path / "system1")
     again = ProcessVerifier.from_pretrained(tmp_path / "verifier", system1=system1)
     assert system1.lm_head.weight is system1.model.embed_tokens.weight
-    assert (again.get_input_embeddings().weight is system1.lm_head.weight) == (lora is not None)
+    assert (again.get_input_embeddings().weight is system1.lm_head.weight) == (kind == "lora")
     lm_loss = again(IDS, targets=IDS.roll(-1, 1)).lm_loss
     expected = torch.nn.functional.cross_entropy(
         system1(IDS).logits.flatten(0, 1), IDS.roll(-1, 1).flatten(), reduction="sum"
@@ -80,9 +81,11 @@ def family_system1(family: str, folder) -> str:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
-def test_any_decoder_only_backbone_can_be_a_verifier(family, lora, tmp_path):
-    verifier = ProcessVerifier.from_system1(family_system1(family, tmp_path / "system1"), lora=lora).eval()
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_any_decoder_only_backbone_can_be_a_verifier(family, kind, tmp_path):
+    verifier = ProcessVerifier.from_system1(
+        family_system1(family, tmp_path / "system1"), VerifierSpec(kind=kind)
+    ).eval()
     for name, parameter in verifier.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

@@ -23,7 +23,7 @@ from conftest import VOCABULARY, tiny_system1
 
 from llm2.common.config_file import write_config
 from llm2.common.loading import load_tokenizer
-from llm2.config import EvaluateConfig, GuidanceConfig, Mode, ServeConfig, TrainConfig
+from llm2.config import EvaluateConfig, GuidanceConfig, Mode, ServeConfig, TrainConfig, VerifierSpec
 from llm2.decoding.candidates import plausible
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.model_runner import ModelRunner
@@ -222,13 +222,13 @@ class V2Engine(FakeEngine):
         self.free.append(entry.handle.pop())
 
 
-@pytest.fixture(scope="module", params=["candidate", "prefix"])
+@pytest.fixture(scope="module", params=["full", "prefix"])
 def verifier(request, tmp_path_factory) -> ProcessVerifier:
     """Of both kinds with all layers, whose scores are large enough to change choices."""
     folder = tmp_path_factory.mktemp("system1")
     tiny_system1(1).save_pretrained(folder)
     torch.manual_seed(1)
-    return ProcessVerifier.from_system1(str(folder), score=request.param, local_files_only=True).eval()
+    return ProcessVerifier.from_system1(str(folder), VerifierSpec(kind=request.param), local_files_only=True).eval()
 
 
 def expect_decoder(engine: FakeEngine, system1, verifier, requests) -> None:
@@ -536,7 +536,7 @@ def test_a_shared_prefix_is_read_once(system1, verifier):
     logits = torch.zeros(4, VOCABULARY)
     rows = [(row, batch.join(guidance, [*prompt, 50 + row])) for row in range(4)]
     batch.guide(logits, rows)
-    branches = VOCABULARY if verifier.config.score == "candidate" else 0  # flat logits: every token is a candidate
+    branches = VOCABULARY if verifier.config.reads_candidates else 0  # flat logits: every token is a candidate
     assert batch.tokens_read == 40 + 4 * (1 + branches)
     alone = VerifierBatch(verifier, num_slots=1, max_len=64)
     for row in range(4):
@@ -624,7 +624,7 @@ def test_verifier_calls_are_counted_from_log_probabilities(system1_folder, verif
     decoder = VllmDecoder(config, guidance, load_tokenizer(system1_folder))
     ((index, (completion,)),) = decoder.decode(Mode.GUIDED_GREEDY, [[3, 4]], [[-1]])
     assert (index, completion.token_ids, completion.num_verifier_calls) == (0, [5, 6, 7], 2)
-    branches = 2 + 2 if verifier.config.score == "candidate" else 0
+    branches = 2 + 2 if verifier.config.reads_candidates else 0
     assert completion.num_verifier_tokens == 2 + 2 + branches  # prompt, the two tokens before the last choice
     assert sent[0]["extra_args"] == {"llm2_alpha": 0.1, "llm2_beta": 0.5} and sent[0]["seed"] == 2**31 - 1
     next(decoder.decode(Mode.PLAIN_SAMPLING, [[3, 4]], [[1, 2]]))
@@ -657,8 +657,8 @@ def test_a_prefix_heads_batch_writes_what_the_decoder_writes(system1, requests, 
     """With System 1's states as the model plug-in shows them."""
     system1.save_pretrained(tmp_path)
     torch.manual_seed(3)
-    settings = {"score": "prefix", "prefix_head": {"kind": "bilinear", "size": 4, "token_weight": True}}
-    verifier = ProcessVerifier.from_system1(str(tmp_path), **settings, local_files_only=True).eval()
+    spec = VerifierSpec(kind="bilinear", prefix_head_size=4, token_weight=True)
+    verifier = ProcessVerifier.from_system1(str(tmp_path), spec, local_files_only=True).eval()
     with torch.no_grad():
         for weight in verifier.score.parameters():
             weight.mul_(2.0)

@@ -66,7 +66,7 @@ def verifier(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def prefix_head(tmp_path_factory) -> str:
-    settings = {"score": "prefix", "prefix_head": "bilinear", "learning_rate": 1e-2, "num_train_epochs": 6.0}
+    settings = {"kind": "bilinear", "learning_rate": 1e-2, "num_train_epochs": 6.0}
     return trained("LLM2_PREFIX_HEAD", tmp_path_factory.mktemp("head"), **settings)
 
 

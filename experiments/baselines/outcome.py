@@ -107,6 +107,6 @@ def padding_with_no_text(
 
 def as_verifier(model: PreTrainedModel, base_model: str) -> ProcessVerifier:
     """The classifier's backbone and head as a verifier: the score of a solution is that of its last token."""
-    verifier = ProcessVerifier.from_backbone(model.base_model, base_model, None)
+    verifier = ProcessVerifier.from_backbone(model.base_model, base_model)
     verifier.score.weight = model.score.weight
     return verifier

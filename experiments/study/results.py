@@ -14,6 +14,7 @@ import json
 from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from experiments.study.config import StudyConfig, StudyStep
 from experiments.study.run import Run, names_of, runs, settings_as_written, step_folders, wanted_steps
 from llm2.common.files import write_text
 from llm2.common.jsonl import read_jsonl
+from llm2.common.kinds import KINDS, with_kind
 from llm2.common.stats import best_of_k, majority_curve
 from llm2.config import Mode
 from llm2.errors import as_user_error
@@ -114,8 +116,23 @@ def read_problems(path: Path, mode: str) -> dict[str, np.ndarray]:
 def settings_of(config: StudyConfig, one: Run, steps: Sequence[StudyStep]) -> str:
     """Digest of the keys of the steps' config files and overrides, names in braces as they stand."""
     names = names_of(config, one)
-    settings = [(step.command, settings_as_written(config, step, names)) for step in steps if step.command is not None]
+    settings = [
+        (step.command, without_kind(settings_as_written(config, step, names)))
+        for step in steps
+        if step.command is not None
+    ]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def without_kind(keys: dict[str, Any]) -> dict[str, Any]:
+    """The keys as they were named when the first runs were published, whose digests are of those names."""
+    keys = with_kind(keys)
+    if (kind := keys.pop("kind", None)) is None:
+        return keys
+    score, head, adapter = KINDS[kind]
+    keys |= {} if kind == "lora" else {"score": score}  # nobody wrote `score: candidate` beside lora_r
+    keys |= {"prefix_head": head} if head else {}
+    return {"lora_r": 16, **keys} if adapter else keys
 
 
 def publish(config: StudyConfig, found: Sequence[Result]) -> None:

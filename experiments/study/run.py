@@ -20,6 +20,7 @@ from experiments.study.config import StudyConfig, StudyStep
 from llm2.common.config_file import as_dict, difference, load_config, read_values
 from llm2.common.inputs import Digests, as_digests, change, digests, read_inputs
 from llm2.common.keys import Mark, select_keys
+from llm2.common.kinds import with_kind
 from llm2.errors import UserError, as_user_error, shown
 
 ALL = "all"  # in place of a step: all steps that have the key
@@ -86,7 +87,8 @@ def check_done(config: StudyConfig, step: StudyStep, one: Run, summary: bool = F
     """
     names = names_of(config, one)
     wanted = load_config(CONFIGS[step.command], step.config, list(arguments(config, step, names)))
-    compared = {k for k, v in settings_as_written(config, step, names).items() if v is not None and "{" not in str(v)}
+    values = with_kind(settings_as_written(config, step, names))
+    compared = {key for key, value in values.items() if value is not None and "{" not in str(value)}
     done = done_file(config, step, one)
     earlier = read_config_of(step, done)
     ignored = (as_dict(wanted).keys() - compared) | select_keys(wanted, Mark.HOW).keys()
@@ -109,7 +111,7 @@ def read_config_of(step: StudyStep, done: Path) -> dict[str, Any] | None:
     if step.command == "explore":
         return read_values(done).get("config")  # JSON is YAML
     record = done.with_name("config.yaml" if step.command == "evaluate" else f"{step.command}.yaml")
-    return read_values(record) if record.exists() else None
+    return with_kind(read_values(record)) if record.exists() else None
 
 
 def recorded_inputs(step: StudyStep, done: Path) -> Digests | None:
@@ -221,7 +223,7 @@ def overrides(config: StudyConfig, step: StudyStep, names: Mapping[str, str]) ->
     """Keys of a step: of the axes' values for all steps, its own (`set`), of the axes' values for this step."""
     chosen = [values[names[axis]] for axis, values in config.axes.items() if axis in names]
     keys = CONFIGS[step.command].__dataclass_fields__
-    found = {key: value for each in chosen for key, value in each.get(ALL, {}).items() if key in keys}
+    found = {key: value for each in chosen for key, value in with_kind(each.get(ALL, {})).items() if key in keys}
     found |= step.set
     for each in chosen:
         found |= each.get(step.name, {})

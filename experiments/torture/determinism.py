@@ -64,7 +64,8 @@ def commands(folder: Path, scale: float) -> list[Command]:
     common = {"model": "testbed", "device": "cpu"}
     task = {**common, "task": "testbed", "limit": 2 * many + 2, "max_new_tokens": 120}
     train = {**common, "train_file": "dataset/testbed.jsonl", "limit": 16 * many + 8, "eval_share": 0.2}
-    train |= {"global_batch_size": 4, "per_device_train_batch_size": 4, "num_train_epochs": 1.0, "lora_r": 4}
+    train |= {"global_batch_size": 4, "per_device_train_batch_size": 4, "num_train_epochs": 1.0}
+    train |= {"kind": "lora", "lora_r": 4}
     evaluate = {**task, "verifier": folder / "train" / "0" / "verifier", "beta": 0.5, "num_samples": 3}
     evaluate |= {"modes": "[plain_greedy,guided_greedy,plain_sampling,guided_sampling]", "majority_at": "[1,3]"}
     pretrain = {"documents": 100 * many, "max_steps": 6 * many, "batch_size": 8, "save_steps": 3, "card_problems": 3}

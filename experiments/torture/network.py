@@ -91,7 +91,7 @@ def commands(home: Path) -> list[list[str]]:
     return [
         ["explore", *model, *TASK, f"output={triplets}", "limit=12"],
         [*train, f"output_dir={out / 'full'}"],
-        [*train, f"output_dir={out / 'lora'}", "lora_r=2"],
+        [*train, f"output_dir={out / 'lora'}", "kind=lora", "lora_r=2"],
         ["evaluate", *model, *TASK, f"verifier={out / 'lora'}", f"output_dir={out / 'results'}", "limit=4"],
         ["report", str(out / "results")],
     ]

@@ -65,8 +65,9 @@ def soak(name: str, folder: Path, count: int, interval: float) -> Row:
         arguments |= {"modes": f"[{name}]"}
     if name == "guided_greedy":
         arguments |= {"beta": 0.5, "verifier": folder / "verifier"}
-        train = {"model": "testbed", "device": "cpu", "train_file": "dataset/testbed.jsonl", "limit": 200, "lora_r": 4}
+        train = {"model": "testbed", "device": "cpu", "train_file": "dataset/testbed.jsonl", "limit": 200}
         train |= {"output_dir": folder / "verifier", "learning_rate": 1e-3, "global_batch_size": 16}
+        train |= {"kind": "lora", "lora_r": 4}
         start(["train", *settings(train)], folder / "train.log").wait()
     with tempfile.TemporaryDirectory() as temporary:
         log = folder / "log"

@@ -55,8 +55,8 @@ class VllmDecoder:
     def _read(self, prompt_len: int, num_candidates: Sequence[int]) -> tuple[int, int]:
         """System 2's forwards and tokens: one forward per choice; shared prefixes are counted for each sequence."""
         choices = [at for at, count in enumerate(num_candidates) if count > 1]
-        if not choices or self.guidance.verifier.config.prefix_head is not None:
+        if not choices or self.guidance.verifier.config.is_head:
             return 0, 0
-        reads_candidates = self.guidance.verifier.config.score == "candidate"
+        reads_candidates = self.guidance.verifier.config.reads_candidates
         branches = sum(num_candidates[at] for at in choices) if reads_candidates else 0
         return len(choices), prompt_len + choices[-1] + branches

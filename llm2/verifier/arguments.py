@@ -1,7 +1,6 @@
 """The arguments of a VerifierTrainer, and the new verifier that they describe."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from pydantic import ValidationError
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from llm2.common.architecture import examine, refuse_too_long
 from llm2.common.loading import changes_logits, load_config
-from llm2.config import TrainConfig
+from llm2.config import Kind, TrainConfig, VerifierSpec
 from llm2.errors import UserError, shown
 from llm2.verifier.model import ProcessVerifier
 
@@ -24,8 +23,7 @@ class VerifierTrainingArguments(TrainingArguments):
 
     chat_template: str | None = None
     max_length: int = 2048
-    score: Literal["candidate", "prefix"] = "candidate"
-    prefix_head: Literal["bilinear", "mlp"] | None = None
+    kind: Kind = "full"
     prefix_head_size: int = 8
     token_weight: bool = False
     trainable_layers: int | None = None
@@ -49,11 +47,10 @@ class VerifierTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Raises UserError for a value that the command refuses too."""
         super().__post_init__()
-        values = {name: getattr(self, name) for name in OWN}
         if isinstance(self.lora_target_modules, list):
-            values["lora_target_modules"] = tuple(self.lora_target_modules)
+            self.lora_target_modules = tuple(self.lora_target_modules)
         try:
-            TrainConfig(model="", train_file="", output_dir="", **values)
+            TrainConfig(model="", train_file="", output_dir="", **{name: getattr(self, name) for name in OWN})
         except ValidationError as error:
             first = error.errors()[0]
             raise UserError(f"{first['loc'][0]}: {first['msg']}, found {shown(first['input'])}") from None
@@ -65,25 +62,13 @@ OWN = tuple(
 
 
 def refuse_options(model: str, config: TrainConfig | VerifierTrainingArguments) -> None:
-    """Raise UserError for keys that exclude each other, or that System 1 excludes, before anything slow."""
-    for key in ("prefix_head", "token_weight"):
-        if getattr(config, key) and config.score == "candidate":
-            raise UserError(f"{key}: expected score: prefix, found score: candidate")
-    for key in ("lora_r", "lm_loss_coef"):
-        if config.prefix_head and getattr(config, key):
-            raise UserError(f"prefix_head: a head on frozen states has no weights for {key}; leave one of the two out")
+    """Raise UserError for keys that System 1 excludes, before anything slow."""
     if config.lm_loss_coef > 0 and (key := changes_logits(load_config(model))) is not None:
         raise UserError(f"lm_loss_coef: {model} has {key}, which changes the loss; expected 0")
 
 
 def new_verifier(model: str, config: VerifierTrainingArguments, device: torch.device) -> ProcessVerifier:
     """In float32, whatever System 1 is stored in: 16 bits would lose small updates."""
-    lora = config.lora_r and {
-        "rank": config.lora_r,
-        "alpha": config.lora_alpha,
-        "dropout": config.lora_dropout,
-        "targets": config.lora_target_modules,
-    }
     attention = config.attn_implementation
     if attention == "auto":
         attention = "flex_attention" if device.type == "cuda" else "sdpa"
@@ -91,10 +76,8 @@ def new_verifier(model: str, config: VerifierTrainingArguments, device: torch.de
         raise UserError(
             "attn_implementation flex_attention: expected a CUDA GPU, since torch trains it nowhere else; use sdpa"
         )
-    weight = {"token_weight": True} if config.token_weight else {}
-    head = config.prefix_head and {"kind": config.prefix_head, "size": config.prefix_head_size, **weight}
-    options = {"dtype": torch.float32, "attn_implementation": attention, **({} if head else weight)}
-    verifier = ProcessVerifier.from_system1(model, lora, config.score, head, **options)
+    spec = VerifierSpec(**{name: getattr(config, name) for name in VerifierSpec.__dataclass_fields__})
+    verifier = ProcessVerifier.from_system1(model, spec, dtype=torch.float32, attn_implementation=attention)
     if config.trainable_layers is not None:
         freeze_layers(verifier, config.trainable_layers)
     return verifier

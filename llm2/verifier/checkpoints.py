@@ -14,6 +14,7 @@ from llm2.common.config_file import read_values
 from llm2.common.files import write_text
 from llm2.common.home import with_home, without_home
 from llm2.common.inputs import Digests, as_digests, record, require_same
+from llm2.common.kinds import with_kind
 
 TRAINER_STATE = "trainer_state.json"  # also in transformers.trainer, whose import takes most of a second
 BEGUN = "begun.json"  # config and digests of the run that wrote the folder's checkpoints
@@ -54,7 +55,7 @@ def begin(folder: Path, config: Any, inputs: Digests) -> None:
 
 def require_own(folder: Path, config: Any, inputs: Digests, way_out: str) -> None:
     """Raise UserError if the checkpoints in `folder` were made with another config or other inputs."""
-    earlier = read_values(folder / BEGUN)  # JSON is YAML
+    earlier = with_kind(read_values(folder / BEGUN))  # JSON is YAML
     earlier["inputs"] = as_digests(earlier.get("inputs"), folder / BEGUN)
     require_same(earlier, config, inputs, f"the last checkpoint in {folder}", way_out)
 

@@ -24,16 +24,6 @@ from llm2.errors import UserError
 PREFIX = "base_model.model."  # what peft puts before every key of an adapter file
 HEAD = "score.weight"
 MIN_KEPT = 0.5  # share of an adapter that merging into rounded weights must keep
-DEFAULTS = {"rank": 16, "alpha": 32.0, "dropout": 0.0, "targets": "all-linear"}
-
-
-def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of an adapter as plain values, ready for config.json."""
-    if unknown := set(settings) - set(DEFAULTS):
-        raise UserError(f"unknown LoRA setting {sorted(unknown)[0]!r}; expected some of {', '.join(DEFAULTS)}")
-    settings = {**DEFAULTS, **settings}
-    targets = settings["targets"]
-    return {**settings, "targets": targets if isinstance(targets, str) else list(targets)}
 
 
 def peft_config(settings: Mapping[str, Any], **options: Any) -> LoraConfig:
@@ -129,7 +119,7 @@ def set_adapter(verifier: PreTrainedModel, adapter: Mapping[str, torch.Tensor], 
 
 def _heads(verifier: PreTrainedModel) -> list[str]:
     """Keys of what an adapter's file holds besides the adapter."""
-    score = [HEAD] if verifier.config.score == "candidate" else []
+    score = [HEAD] if verifier.config.reads_candidates else []
     return score + [name for name in verifier.state_dict() if name.startswith("token_weight.")]
 
 

@@ -20,7 +20,9 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput
 
 from llm2.common.home import with_home, without_home
+from llm2.common.kinds import KINDS, OfKind, kind_of
 from llm2.common.loading import HUB, is_local, load_backbone, load_language_model, load_whole, resolve_dtype
+from llm2.config import VerifierSpec
 from llm2.errors import UserError
 from llm2.verifier import lora
 from llm2.verifier.checkpoints import is_sharded, sharded_state
@@ -30,20 +32,18 @@ from llm2.verifier.masks import as_attention_mask, packed_block_mask, packed_mas
 
 FLEX = "flex_attention"  # transformers' FlexAttention
 LLM2_FLEX = "llm2_flex_attention"  # ours, which every verifier has in its place
+FULL = VerifierSpec()
+ADAPTER = {"rank": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "lora_target_modules"}
 
 
-class ProcessVerifierConfig(PreTrainedConfig):
+class ProcessVerifierConfig(OfKind, PreTrainedConfig):
     """Contains the backbone's config.
 
     Args:
-        lora: rank, alpha, dropout and targets of the adapter; None for a full verifier or a prefix head.
+        score, prefix_head, lora: the parts of a kind (`common/kinds.py`): `candidate` (the paper's) or `prefix`; kind,
+            size and perhaps `token_weight` of a head (`heads.PrefixHead`); rank, alpha, dropout, targets of an adapter.
         base_model: folder or hub id of the System 1 that the verifier was made from.
-        score: `candidate`: the score is read from the state at the scored token (the paper's); `prefix`: from the state
-            at the token before it, so that no candidate is read.
-        prefix_head: with `prefix`, kind and size of a head on System 1's frozen states (`heads.PrefixHead`); None for
-            all layers, whose output embedding gives the scores.
-        token_weight: with `prefix` and all layers, whether scores have a learnt factor for each prefix
-            (`heads.TokenWeight`); a prefix head's settings have a key of this name.
+        token_weight: whether scores of all layers have a learnt factor for each prefix (`heads.TokenWeight`).
         system1_fingerprint: of the weights that a prefix head or an adapter was trained on (`heads.fingerprint`).
         beta: weight of the score that was best on held-out forks; None if training did not choose one.
     """
@@ -72,6 +72,29 @@ class ProcessVerifierConfig(PreTrainedConfig):
         self.prefix_head, self.system1_fingerprint, self.beta = prefix_head, system1_fingerprint, beta
         self.token_weight = token_weight
         super().__init__(**kwargs)
+
+    @classmethod
+    def of(cls, spec: VerifierSpec, backbone: PreTrainedConfig, **options) -> "ProcessVerifierConfig":
+        score, head, adapter = KINDS[spec.kind]
+        settings = {name: getattr(spec, key) for name, key in ADAPTER.items()}
+        lora = {name: list(x) if isinstance(x, tuple) else x for name, x in settings.items()} if adapter else None
+        weight = {"token_weight": True} if spec.token_weight else {}
+        prefix_head = head and {"kind": head, "size": spec.prefix_head_size, **weight}
+        options |= {"lora": lora, "score": score, "prefix_head": prefix_head}
+        return cls(backbone, token_weight=spec.token_weight and head is None, **options)
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.score, self.prefix_head and self.prefix_head["kind"], self.lora is not None)
+
+    @property
+    def spec(self) -> VerifierSpec:
+        """The inverse of `of`, for files of every version."""
+        head, lora = self.prefix_head or {}, self.lora or {}
+        settings = {ADAPTER[name]: tuple(x) if isinstance(x, list) else x for name, x in lora.items()}
+        settings |= {"prefix_head_size": head["size"]} if head else {}
+        weighted = self.token_weight or head.get("token_weight", False)
+        return VerifierSpec(kind=self.kind, token_weight=weighted, **settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Omit local paths: `base_model` has the name that the user gave."""
@@ -125,9 +148,9 @@ class ProcessVerifier(PreTrainedModel):
         if self.backbone.config._attn_implementation == FLEX:
             self.backbone.set_attn_implementation(LLM2_FLEX)
         text = config.backbone_config.get_text_config()
-        if config.score == "candidate":
+        if config.reads_candidates:
             self.score = nn.Linear(text.hidden_size, 1, bias=False)
-        elif config.prefix_head is not None:
+        elif config.is_head:
             self.score = PrefixHead(config.prefix_head, self.get_input_embeddings())
         else:  # the output embedding; None where it is the input embedding
             self.score = None if text.tie_word_embeddings else nn.Embedding(text.vocab_size, text.hidden_size)
@@ -137,28 +160,17 @@ class ProcessVerifier(PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_system1(
-        cls,
-        model: str,
-        lora: Mapping[str, Any] | None = None,
-        score: str = "candidate",
-        prefix_head: Mapping[str, Any] | None = None,
-        token_weight: bool = False,
-        **options,
-    ) -> "ProcessVerifier":
+    def from_system1(cls, model: str, spec: VerifierSpec = FULL, **options) -> "ProcessVerifier":
         """A new verifier: System 1's backbone, and a head: drawn from N(0, initializer_range), or System 1's own.
 
         Args:
             model: local folder or hub id of a decoder-only language model, or `testbed`.
-            lora: settings of an adapter (`lora.DEFAULTS`) on System 1's frozen weights; None for a full copy.
-            score, prefix_head, token_weight: as in ProcessVerifierConfig.
             options: passed to from_pretrained (dtype, local_files_only, attn_implementation, ...).
         """
-        settings = (model, lora, score, prefix_head, token_weight)
-        if score == "prefix" and prefix_head is None:
-            return cls.from_language_model(load_language_model(model, **options), *settings)
-        verifier = cls.from_backbone(load_backbone(model, **options), *settings)
-        if score == "candidate":
+        if not (spec.reads_candidates or spec.is_head):
+            return cls.from_language_model(load_language_model(model, **options), model, spec)
+        verifier = cls.from_backbone(load_backbone(model, **options), model, spec)
+        if spec.reads_candidates:
             nn.init.normal_(verifier.score.weight, std=verifier.backbone.config.get_text_config().initializer_range)
         return verifier
 
@@ -179,13 +191,12 @@ class ProcessVerifier(PreTrainedModel):
         where["local_files_only"] = offline or is_local(str(name))
         config = ProcessVerifierConfig.from_pretrained(name, **where)
         sharded = is_sharded(Path(name))
-        has_own_backbone = config.lora is None and config.prefix_head is None
-        if has_own_backbone and sharded:
+        if config.is_whole and sharded:
             verifier = cls(config)
             verifier.load_state_dict(sharded_state(Path(name)))
             dtype = options.get("dtype", "float32")  # as the shards hold; `auto` is the same
             return verifier.eval().to(resolve_dtype(dtype, torch.device("cpu")))
-        if has_own_backbone:
+        if config.is_whole:
             load = partial(super().from_pretrained, name, *inputs)
             return load_whole(load, "its weights", **{**options, **where})
         if system1 is None:
@@ -194,18 +205,17 @@ class ProcessVerifier(PreTrainedModel):
             system1 = load_language_model(base_model, local_files_only=offline, **options)
         else:
             system1 = lora.clone_sharing_weights(system1)
-        settings = (config.base_model, config.lora, config.score, config.prefix_head, config.token_weight)
-        verifier = cls.from_language_model(system1, *settings)
+        verifier = cls.from_language_model(system1, config.base_model, config.spec)
         found, expected = verifier.config.system1_fingerprint, config.system1_fingerprint
         if found != expected and system1.dtype == torch.float16:  # its rounding is not bfloat16's
             found = stored_fingerprint(system1.name_or_path, f"{system1.base_model_prefix}.")
-        if found != expected and (config.lora is None or expected is not None):  # earlier adapters name none
+        if found != expected and (config.is_head or expected is not None):  # earlier adapters name none
             raise UserError(
                 f"it was trained on the states of {config.base_model}, found another System 1; it is of no use to any "
                 "other model"
             )
         verifier.config.beta, verifier.config.system1_fingerprint = config.beta, found
-        if sharded and config.lora is not None:
+        if sharded and config.is_adapter:
             lora.set_adapter(verifier, lora.adapter_state(verifier, sharded_state(Path(name))), str(name))
         else:
             verifier.load_trained(str(name), **where)
@@ -213,55 +223,38 @@ class ProcessVerifier(PreTrainedModel):
 
     @classmethod
     def from_language_model(
-        cls,
-        system1: PreTrainedModel,
-        base_model: str,
-        lora_settings: Mapping[str, Any] | None = None,
-        score: str = "candidate",
-        prefix_head: Mapping[str, Any] | None = None,
-        token_weight: bool = False,
+        cls, system1: PreTrainedModel, base_model: str, spec: VerifierSpec = FULL
     ) -> "ProcessVerifier":
         """A verifier on the weights of this language model, not a copy, its output embedding included."""
-        verifier = cls.from_backbone(system1.base_model, base_model, lora_settings, score, prefix_head, token_weight)
+        verifier = cls.from_backbone(system1.base_model, base_model, spec)
         if isinstance(verifier.score, nn.Embedding):
             verifier.score.weight = system1.get_output_embeddings().weight
-            verifier.score.requires_grad_(lora_settings is None)
+            verifier.score.requires_grad_(not spec.is_adapter)
         return verifier
 
     @classmethod
-    def from_backbone(
-        cls,
-        backbone: PreTrainedModel,
-        base_model: str,
-        lora_settings: Mapping[str, Any] | None = None,
-        score: str = "candidate",
-        prefix_head: Mapping[str, Any] | None = None,
-        token_weight: bool = False,
-    ) -> "ProcessVerifier":
+    def from_backbone(cls, backbone: PreTrainedModel, base_model: str, spec: VerifierSpec = FULL) -> "ProcessVerifier":
         """A verifier on this backbone itself, not a copy. Its head is not initialised."""
-        config = ProcessVerifierConfig(
+        config = ProcessVerifierConfig.of(
+            spec,
             backbone.config,
             base_model=without_home(base_model),
             dtype=backbone.dtype,
             attn_implementation=backbone.config._attn_implementation,
-            score=score,
-            prefix_head=prefix_head and dict(prefix_head),
-            token_weight=token_weight,
-            system1_fingerprint=fingerprint(backbone) if prefix_head or lora_settings else None,
+            system1_fingerprint=None if spec.is_whole else fingerprint(backbone),
         )
         with torch.device("meta"):  # keeps transformers from initialising the backbone's weights anew
             verifier = cls(config, backbone)
-        if token_weight:
+        if config.token_weight:
             verifier.token_weight = TokenWeight(verifier.token_weight.in_features).to(backbone.device)
-        if prefix_head is not None:
+        if config.is_head:
             backbone.requires_grad_(False)
-            verifier.score = PrefixHead(prefix_head, backbone.get_input_embeddings()).to(backbone.device)
+            verifier.score = PrefixHead(config.prefix_head, backbone.get_input_embeddings()).to(backbone.device)
             return verifier
-        if score == "candidate":
+        if config.reads_candidates:
             verifier.score = nn.Linear(verifier.score.in_features, 1, bias=False, dtype=backbone.dtype)
             verifier.score.to(backbone.device)
-        if lora_settings is not None:
-            config.lora = lora.with_defaults(lora_settings)
+        if config.is_adapter:
             lora.inject(backbone, config.lora)
         return verifier
 
@@ -273,14 +266,14 @@ class ProcessVerifier(PreTrainedModel):
         **options,
     ) -> None:
         """As for any transformers model; of a LoRA verifier or a prefix head without the base weights."""
-        if self.has_own_backbone:
+        if self.config.is_whole:
             super().save_pretrained(folder, is_main_process=is_main_process, state_dict=state_dict, **options)
         elif is_main_process:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.config.architectures = [type(self).__name__]
             self.config.save_pretrained(folder)
             state = self.state_dict() if state_dict is None else state_dict
-            if self.config.prefix_head is not None:
+            if self.config.is_head:
                 head = {key: tensor.contiguous().cpu() for key, tensor in state.items() if key.startswith("score.")}
                 save_file(head, Path(folder, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
                 return
@@ -291,21 +284,16 @@ class ProcessVerifier(PreTrainedModel):
     def uses_flex_attention(self) -> bool:
         return self.backbone.config._attn_implementation == LLM2_FLEX
 
-    @property
-    def has_own_backbone(self) -> bool:
-        """False for a LoRA verifier and a prefix head, which are saved without System 1's weights."""
-        return self.config.lora is None and self.config.prefix_head is None
-
     def load_trained(self, name: str, **options) -> None:
         """Read the adapter or the prefix head of a folder or hub id."""
-        if self.config.lora is not None:
+        if self.config.is_adapter:
             lora.load_adapter(name, self, **options)
         else:
             self.score.load_weights(name, **options)
 
     def merge(self) -> "ProcessVerifier":
         """Fold a LoRA adapter into new weights, which makes this a full verifier; System 1's weights do not change."""
-        if self.config.lora is not None:
+        if self.config.is_adapter:
             lora.merge(self.backbone)
             self.config.lora = None
         return self
@@ -360,7 +348,7 @@ class ProcessVerifier(PreTrainedModel):
                 **{"use_cache": False, **backbone_options},
             ).last_hidden_state
         output = VerifierOutput()
-        if self.config.score == "candidate":
+        if self.config.reads_candidates:
             output.scores = self.score(self.dropout(hidden)).squeeze(-1)  # (R, S)
             pair_scores = None if pair_indices is None else output.scores.flatten()[pair_indices]  # (1, M, 2)
         elif pair_indices is not None:
@@ -388,7 +376,7 @@ class ProcessVerifier(PreTrainedModel):
         Only where `score` is prefix.
         """
         states = states[..., None, :]
-        if self.config.prefix_head is not None:
+        if self.config.is_head:
             return self.score(states, self.get_input_embeddings()(tokens))
         output_embedding = self.get_input_embeddings() if self.score is None else self.score
         rows = nn.functional.embedding(tokens, output_embedding.weight)  # not its forward: some models scale that

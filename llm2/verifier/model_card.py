@@ -49,9 +49,7 @@ def model_card(
     """
     local = is_local(config.model)
     base = Path(config.model).name if local else config.model
-    kind = config.prefix_head or ("lora" if config.lora_r else "full")
-    kinds = [kind] if config.score == "candidate" else ["prefix-score", kind]
-    header = {"library_name": "llm2", "tags": ["llm2", "process-verifier", *kinds]}
+    header = {"library_name": "llm2", "tags": ["llm2", "process-verifier", config.kind]}
     rows = [(f"`{Path(path).name}`", f"{counts}, {counts.dropped:,} beyond max_length") for path, counts in data]
     rows += [("solutions", f"{metrics['train_solutions']:,} in training, {metrics['eval_solutions']:,} held out")]
     rows += [("optimizer steps", f"{metrics['steps']:,}; the best on the held-out pairs: {metrics['best_step']:,}")]

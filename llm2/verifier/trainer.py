@@ -158,7 +158,7 @@ class VerifierTrainer(Trainer):
         if guided:
             data["train"] = WithSystem1Margins(train_set, system1.train_margins)
             data["eval"] = WithSystem1Margins(eval_set, margins)
-        if model.config.prefix_head is not None:
+        if model.config.is_head:
             model.to(args.device)
             data = {split: FrozenStates(model, examples, READ_BATCH) for split, examples in data.items()}
 
@@ -194,7 +194,7 @@ class VerifierTrainer(Trainer):
             flex = self.model.uses_flex_attention
             batch = verifier_batch(
                 examples,
-                branches=self.model.config.score == "candidate",
+                branches=self.model.config.reads_candidates,
                 capacity=sys.maxsize if flex else None,
                 multiple=BLOCK if flex else 1,
                 quality_weight=self.loss.quality_weight,
@@ -259,13 +259,13 @@ class VerifierTrainer(Trainer):
     # The Trainer looks for all weights, or for an adapter in a PeftModel, which a verifier is not.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if self.model.has_own_backbone:
+        if self.model.config.is_whole:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self.model.load_trained(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if self.model.has_own_backbone or self.is_deepspeed_enabled:
+        if self.model.config.is_whole or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
             self.model.load_trained(self.state.best_model_checkpoint)

@@ -57,7 +57,7 @@ def check_engine(vllm_config: Any) -> None:
             f"{settings.verifier!r}, which was trained on texts up to that length"
         )
     check_kind(config, settings.verifier, model.architectures[0], model.model)
-    if config.prefix_head is not None and vllm_config.parallel_config.pipeline_parallel_size > 1:
+    if config.is_head and vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise UserError("pipeline_parallel_size: found more than 1, expected 1: a head needs states and embeddings")
 
 
@@ -78,14 +78,14 @@ def require_applied(vllm_config: Any) -> None:
 def check_kind(config: ProcessVerifierConfig, name: str, architecture: str, model: str) -> None:
     """Raise UserError unless a prefix head has a model that exposes its states and has its System 1's weights."""
     shows_states = architecture.startswith(PLUGIN)
-    if config.prefix_head is None and shows_states:
+    if not config.is_head and shows_states:
         raise UserError(f"verifier {name!r}: found no prefix head, expected one with the architecture {architecture}")
-    if config.prefix_head is not None and not shows_states:
+    if config.is_head and not shows_states:
         raise UserError(
             f"verifier {name!r}: found a prefix head and the architecture {architecture}, which does not show "
             f"its states; expected hf_overrides with one of {', '.join(PLUGIN + known for known in ARCHITECTURES)}"
         )
-    if config.prefix_head is not None:
+    if config.is_head:
         check_fingerprint(model, name, config)
 
 
@@ -107,7 +107,7 @@ def describe_memory(config: ProcessVerifierConfig, dtype: torch.dtype, num_slots
     with torch.device("meta"):
         weights = sum(p.numel() for p in AutoModel.from_config(backbone).parameters()) * dtype.itemsize
     cache = num_slots * (max_len + MAX_BRANCHES + 1) * position_bytes(backbone, dtype)
-    merged = "; a LoRA verifier is merged at load, so it takes weights of its own here" if config.lora else ""
+    merged = "; a LoRA verifier is merged at load, so it takes weights of its own here" if config.is_adapter else ""
     return (
         f"System 2 takes {weights / 2**20:,.0f} MiB of weights and {cache / 2**20:,.0f} MiB of cache for max_num_seqs="
         f"{num_slots} sequences of max_model_len={max_len} tokens; lower these two where memory is short{merged}"

@@ -45,7 +45,7 @@ def engine_options(config: Any, verifier: str | None, default: GuidanceConfig | 
 
         options["logits_processors"] = [PROCESSOR]
         options["additional_config"] = {f"{PREFIX}verifier": verifier, **guidance_args(default)}
-        if verifier_config(verifier).prefix_head is not None:
+        if verifier_config(verifier).is_head:
             options["hf_overrides"] = plugin_overrides(model)
     return options
 

@@ -162,7 +162,7 @@ def open_batch(vllm_config, verifier: str, device: torch.device, num_slots: int)
     if not get_pp_group().is_last_rank:
         return None
     model, config = vllm_config.model_config, verifier_config(verifier)
-    if config.prefix_head is not None:
+    if config.is_head:
         return head_batch()
     memory = describe_memory(config, model.dtype, num_slots, model.max_model_len)
     logger.info(memory)

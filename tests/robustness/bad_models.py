@@ -155,10 +155,11 @@ def smaller(folder: Path) -> None:
 
 def head(folder: Path) -> None:
     """In its place a prefix head, without its weights."""
+    from llm2.config import VerifierSpec
     from llm2.verifier.model import ProcessVerifier
 
     shutil.rmtree(folder)
-    made = ProcessVerifier.from_system1("testbed", score="prefix", prefix_head={"kind": "bilinear", "size": 2})
+    made = ProcessVerifier.from_system1("testbed", VerifierSpec(kind="bilinear", prefix_head_size=2))
     made.save_pretrained(folder)
     (folder / WEIGHTS).unlink()
 
