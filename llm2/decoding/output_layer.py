@@ -7,6 +7,8 @@ from transformers import PreTrainedModel
 from llm2.common.loading import changes_logits
 from llm2.decoding.candidates import check_scores, guided_logits, over_vocabulary, plausible
 from llm2.decoding.sampling import Guidance
+from llm2.decoding.system2 import Candidates
+from llm2.decoding.system2.head import Head
 from llm2.verifier.lora import clone_sharing_weights
 
 
@@ -26,9 +28,11 @@ class GuidedOutputLayer(nn.Module):
         """(..., D) -> (..., V) float32. Raises UserError for a score that is not finite."""
         guidance, logits = self.guidance, self.output(states).float().flatten(end_dim=-2)
         candidates, valid = plausible(logits, guidance.alpha, guidance.top_k)  # (n, K)
-        scores = guidance.verifier.prefix_scores(states.flatten(end_dim=-2), candidates)
+        values = logits.gather(-1, candidates)
+        found = Candidates(candidates, valid, values, states.flatten(end_dim=-2))
+        scores = Head(guidance.verifier.prefix_scores).score([], found)
         check_scores(scores, candidates, valid)
-        guided = guided_logits(logits.gather(-1, candidates), valid, scores, guidance.beta)
+        guided = guided_logits(values, valid, scores, guidance.beta)
         return over_vocabulary(logits, candidates, guided).view(*states.shape[:-1], -1)
 
 
