@@ -210,7 +210,8 @@ def test_the_processor_follows_reordered_beams(system1, verifier):
 
     class Forgetful(GuidedLogitsProcessor):
         def __call__(self, input_ids, scores):
-            self.cached_ids = [[] for _ in self.cached_ids]
+            for handle in self.handles:
+                self.system2.rewind(handle, 0)
             return super().__call__(input_ids, scores)
 
     ids = torch.tensor([[5, 9, 3, 17], [8, 30, 21, 4]])

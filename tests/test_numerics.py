@@ -17,6 +17,7 @@ from llm2.decoding.decoder import Decoder
 from llm2.decoding.logits_processor import GuidedLogitsProcessor
 from llm2.decoding.output_layer import guided_model
 from llm2.decoding.sampling import Guidance, SamplingParams
+from llm2.decoding.system2.reader import Reader
 from llm2.errors import UserError
 from llm2.verifier.arguments import new_verifier
 from llm2.verifier.collate import verifier_batch
@@ -101,16 +102,16 @@ def test_scoring_in_16_bits_with_long_padding_gives_finite_scores(dtype, verifie
 def test_a_score_that_is_not_finite_ends_decoding_with_problem_and_position(
     system1, verifier, value, names, called, monkeypatch
 ):
-    batch, scores = prompts(5), scheduler.Scheduler._scores
+    batch, score = prompts(5), Reader.score
 
-    def spoilt(self, pending, *rest):
-        rows = scores(self, pending, *rest)
-        for sequence, row in zip(pending, rows, strict=True):
-            if sequence.prompt_index == 3 and len(sequence.completion_ids) >= 2:
-                row[-1] = value
-        return rows
+    def spoilt(self, handles, candidates):
+        scores = score(self, handles, candidates)
+        for row, handle in enumerate(handles):
+            if handle.token_ids[: len(batch[3])] == batch[3] and len(handle.token_ids) >= len(batch[3]) + 2:
+                scores[row, len(candidates.lists[row]) - 1] = value
+        return scores
 
-    monkeypatch.setattr(scheduler.Scheduler, "_scores", spoilt)
+    monkeypatch.setattr(Reader, "score", spoilt)
     decoder = Decoder(system1, Guidance(verifier=verifier, alpha=0.001, beta=1.0))
     position = len(batch[3]) + 2
     with pytest.raises(

@@ -36,7 +36,7 @@ from llm2.verifier.model import ProcessVerifier
 from llm2.vllm import core, proof, serve
 from llm2.vllm.backend import Answer
 from llm2.vllm.checks import check_engine, describe_memory
-from llm2.vllm.core import VerifierBatch
+from llm2.vllm.core import GuidedBatch, open_verifier
 from llm2.vllm.prefix_head import HeadBatch, check_fingerprint, load_head
 from llm2.vllm.settings import engine_settings, guidance_args, request_guidance
 
@@ -74,10 +74,14 @@ def _written_by_decoder(system1, verifier, prompt, guidance) -> list[int]:
     return completion.token_ids
 
 
+def batch_of(verifier, num_slots: int = SLOTS, max_len: int = 64, **limits) -> GuidedBatch:
+    return GuidedBatch(open_verifier(verifier, num_slots, max_len, **limits))
+
+
 class FakeEngine:
     """Batches of logits in random order, of sequences that join, leave, are preempted and come back."""
 
-    def __init__(self, system1, batch: VerifierBatch, requests, seed: int) -> None:
+    def __init__(self, system1, batch: GuidedBatch, requests, seed: int) -> None:
         self.system1, self.batch, self.random = system1, batch, random.Random(seed)
         self.waiting = [Entry(prompt, guidance, [], []) for prompt, guidance in requests]
         self.running: list[Entry] = []
@@ -134,7 +138,7 @@ class FakeEngine:
         rows = [(row, entry.handle[-1]) for row, entry in enumerate(self.running) if entry.guidance]
         for row, sequence in rows:
             ids = self.running[row].prompt + self.running[row].written
-            sequence.token_ids.extend(ids[len(sequence.token_ids) :])
+            self.batch.system2.commit(sequence.handle, ids[len(sequence.handle.token_ids) :])
         self.batch.guide(logits, rows)
 
     def leave(self, entry: Entry) -> None:
@@ -254,9 +258,9 @@ def test_random_schedules_write_what_the_decoder_writes(
     """In large and small forwards, laid out as on a CPU and as on a GPU."""
     monkeypatch.setattr(core, "MAX_BRANCHES", max_branches)
     monkeypatch.setattr(ModelRunner, "varlen", varlen)
-    batch = VerifierBatch(verifier, num_slots=SLOTS, max_len=64, max_tokens=max_tokens)
+    batch = batch_of(verifier, max_tokens=max_tokens)
     expect_decoder(FakeEngine(system1, batch, requests, seed), system1, verifier, requests)
-    assert len(batch.free_slots) == SLOTS
+    assert len(batch.system2.free_slots) == SLOTS
 
 
 class FakeV1(ABC):
@@ -494,7 +498,11 @@ def test_vllm_finds_the_guard_by_its_entry_point():
 def test_a_server_tells_what_it_has_guided(system1, verifier, requests, monkeypatch):
     """At least a row of logits for each token written, by beta, and the forwards of the rank that guides."""
     monkeypatch.setattr(core, "total", Counter())
-    batch = VerifierBatch(verifier, num_slots=SLOTS, max_len=64)
+    batch, read = batch_of(verifier), []
+    forward = batch.system2.runner.forward
+    monkeypatch.setattr(
+        batch.system2.runner, "forward", lambda cache, chunks: read.append(chunks) or forward(cache, chunks)
+    )
     engine = FakeEngine(system1, batch, requests, 0)
     entries = engine.waiting[:]
     assert proof.CountingWorker().llm2_counts()["guided_tokens"] == {}
@@ -516,7 +524,8 @@ def test_a_server_tells_what_it_has_guided(system1, verifier, requests, monkeypa
     asyncio.run(proof.Endpoint(app)(scope, None, send))
     told = json.loads(sent[1]["body"])
     assert told.keys() == {"started", "guided_tokens", "verifier_forwards", "verifier_tokens", "engines"}
-    assert told["verifier_tokens"] == batch.tokens_read + 1 and 0 < told["verifier_forwards"] < told["verifier_tokens"]
+    assert told["verifier_tokens"] == sum(len(chunk.ids) for chunks in read for chunk in chunks)
+    assert told["verifier_forwards"] == len(read) > 0
     for guidance in GUIDANCE:
         written = sum(len(entry.written) for entry in entries if entry.guidance == guidance)
         assert told["guided_tokens"][f"{guidance.beta:g}"] >= written > 0
@@ -530,39 +539,41 @@ def test_the_memory_of_system_2_is_what_it_takes(system1, verifier):
     assert f"{cache / 2**20:,.0f} MiB of cache for max_num_seqs=5 sequences of max_model_len=2000000" in text
 
 
-def test_a_shared_prefix_is_read_once(system1, verifier):
+def test_a_shared_prefix_is_read_once(system1, verifier, monkeypatch):
+    monkeypatch.setattr(core, "total", together := Counter())
     prompt, guidance = prompts(3)[0][:0] + list(range(3, 43)), GUIDANCE[0]
-    batch = VerifierBatch(verifier, num_slots=4, max_len=64)
+    batch = batch_of(verifier, 4)
     logits = torch.zeros(4, VOCABULARY)
     rows = [(row, batch.join(guidance, [*prompt, 50 + row])) for row in range(4)]
     batch.guide(logits, rows)
     branches = VOCABULARY if verifier.config.reads_candidates else 0  # flat logits: every token is a candidate
-    assert batch.tokens_read == 40 + 4 * (1 + branches)
-    alone = VerifierBatch(verifier, num_slots=1, max_len=64)
+    assert together["system2_tokens"] == 40 + 4 * (1 + branches)
+    monkeypatch.setattr(core, "total", one_by_one := Counter())
+    alone = batch_of(verifier, 1)
     for row in range(4):
         expected = torch.zeros(1, VOCABULARY)
         sequence = alone.join(guidance, [*prompt, 50 + row])
         alone.guide(expected, [(0, sequence)])
         alone.leave(sequence)
         assert logits[row].tolist() == pytest.approx(expected[0].tolist(), abs=1e-4)
-    assert alone.tokens_read == 41 + 3 + 4 * branches  # a slot that is free still holds the prefix
+    assert one_by_one["system2_tokens"] == 41 + 3 + 4 * branches  # a slot that is free still holds the prefix
 
 
 def test_a_score_that_is_not_finite_leaves_the_token_to_system_1_and_is_logged_once(system1, verifier, caplog):
     guidance = GuidanceConfig(alpha=0.001, beta=2.0)
-    batch = VerifierBatch(verifier, 2, 40)
+    batch = batch_of(verifier, 2, 40)
     sequences = [batch.join(guidance, prompt) for prompt in ([5, 6, 7], [8, 9])]
     logits = torch.randn(2, system1.config.vocab_size)
     candidates, valid = plausible(logits, 0.001)
     expected = logits[0, candidates[0]][valid[0]].sort().values
-    score = batch.score
+    score = batch.system2.score
 
-    def spoilt(proposals):
-        scores = score(proposals)
-        scores[0][0, 1] = torch.nan
+    def spoilt(*arguments):
+        scores = score(*arguments)
+        scores[0, 1] = torch.nan
         return scores
 
-    batch.score = spoilt
+    batch.system2.score = spoilt
     for _ in range(2):
         guided = logits.clone()
         batch.guide(guided, list(enumerate(sequences)))
@@ -574,12 +585,12 @@ def test_a_score_that_is_not_finite_leaves_the_token_to_system_1_and_is_logged_o
 
 
 def test_nothing_is_allocated_after_the_start(system1, verifier):
-    batch = VerifierBatch(verifier, num_slots=2, max_len=30)
-    buffers = [buffer.data_ptr() for layer in batch.cache.layers.values() for buffer in layer]
+    batch = batch_of(verifier, 2, 30)
+    buffers = [buffer.data_ptr() for layer in batch.system2.cache.layers.values() for buffer in layer]
     assert len(buffers) == 4
     sequence = batch.join(GUIDANCE[0], range(3, 33))
     batch.guide(torch.zeros(1, VOCABULARY), [(0, sequence)])
-    assert [buffer.data_ptr() for layer in batch.cache.layers.values() for buffer in layer] == buffers
+    assert [buffer.data_ptr() for layer in batch.system2.cache.layers.values() for buffer in layer] == buffers
 
 
 def test_a_recomputed_trace_is_the_decoders(system1, verifier):
@@ -670,8 +681,8 @@ def test_a_prefix_heads_batch_writes_what_the_decoder_writes(system1, requests, 
     rows = [(row, batch.join(guidance, ())) for row, (_, guidance) in enumerate(requests) if guidance]
     for _ in range(NEW):
         with torch.inference_mode():
-            batch.states = torch.stack([system1.model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in texts])
-            logits = system1.lm_head(batch.states)
+            batch.shown = torch.stack([system1.model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in texts])
+            logits = system1.lm_head(batch.shown)
         batch.guide(logits, rows)
         for ids, token in zip(texts, logits.argmax(dim=-1).tolist(), strict=True):
             ids.append(token)

@@ -10,10 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from llm2.decoding.cuda_graphs import CUDAGraphs
-from llm2.decoding.model_runner import LMRunner, SharedRunner, VerifierRunner
+from llm2.decoding.model_runner import LMRunner, SharedRunner
 from llm2.decoding.runners import ModelRunners
 from llm2.decoding.sampling import Completion, DecodeRequest, Guidance
 from llm2.decoding.scheduler import Scheduler
+from llm2.decoding.system2.kinds import is_adapter, runner_of
 from llm2.errors import UserError
 
 
@@ -30,12 +31,11 @@ class Decoder:
         self.guidance = guidance
 
         graph_store = CUDAGraphs.of(system1.device) if graphs else None
-        if guidance is not None and guidance.shared and guidance.verifier.config.lora is not None:
+        if guidance is not None and guidance.shared and is_adapter(guidance.verifier):
             lm = verifier = SharedRunner(system1, guidance.verifier, graph_store)
         else:
             lm = LMRunner(system1, graph_store)
-            reads = guidance is not None and guidance.verifier.config.prefix_head is None
-            verifier = VerifierRunner(guidance.verifier, graph_store) if reads else None
+            verifier = None if guidance is None else runner_of(guidance.verifier, graph_store)
         self.runners = ModelRunners(lm, verifier, guidance)
 
     @property
@@ -71,7 +71,7 @@ class Decoder:
                 samples[sequence.sample_index] = Completion(
                     sequence.completion_ids,
                     sequence.num_verifier_calls,
-                    sequence.num_verifier_tokens,
+                    sequence.num_tokens_scored,
                     sequence.trace if request.trace else None,
                 )
                 if len(samples) == len(scheduler.prompts[sequence.prompt_index].seeds):

@@ -42,6 +42,7 @@ from llm2.decoding.candidates import guided_logits
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.generate_options import refuse_arguments, refuse_ignored
 from llm2.decoding.sampling import Guidance, LogitsFn, SamplingParams, StopFn, TokenTrace
+from llm2.decoding.system2 import System2
 from llm2.errors import UserError, shown
 from llm2.verifier.load import load_verifier, require_same_template, require_verifier, trained_template
 from llm2.verifier.model import ProcessVerifier
@@ -170,7 +171,7 @@ class LLM2:
     sequences = llm2.generate(**inputs, max_new_tokens=512)
 
     Args:
-        verifier: System 1 decodes alone when None.
+        verifier: a ProcessVerifier, or what else `Guidance` takes; System 1 decodes alone when None.
         guidance: the other fields of `Guidance`, such as alpha, beta and top_k.
     """
 
@@ -178,7 +179,7 @@ class LLM2:
         self,
         system1: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        verifier: ProcessVerifier | None = None,
+        verifier: ProcessVerifier | PreTrainedModel | System2 | None = None,
         **guidance: Any,
     ) -> None:
         self.system1, self.tokenizer = system1, tokenizer

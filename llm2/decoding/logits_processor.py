@@ -1,16 +1,17 @@
 """The verifier as a transformers LogitsProcessor, for other decoding loops."""
 
 import warnings
+from collections import Counter
 
 import torch
 from transformers import LogitsProcessor
 
 from llm2.common.prefix import common_prefix
 from llm2.decoding.candidates import check_scores, guided_logits, over_vocabulary, plausible
-from llm2.decoding.forward_batch import Chunk
 from llm2.decoding.kv_cache import SlotCache
-from llm2.decoding.model_runner import VerifierRunner
 from llm2.decoding.sampling import Guidance
+from llm2.decoding.system2 import Candidates
+from llm2.decoding.system2.kinds import open_system2, runner_of
 
 
 class GuidedLogitsProcessor(LogitsProcessor):
@@ -36,17 +37,16 @@ class GuidedLogitsProcessor(LogitsProcessor):
     unused = False
 
     def __init__(self, guidance: Guidance, *, attention_mask: torch.Tensor | None = None) -> None:
-        if guidance.verifier.config.prefix_head is not None:
-            raise ValueError("a prefix head needs System 1's states, which a logits processor does not see")
+        self.runner = runner_of(guidance.verifier)
         self.guidance, self.attention_mask, self.prompt = guidance, attention_mask, None
+        self._open(0)
+        if self.system2.needs_states:
+            raise ValueError("a prefix head needs System 1's states, which a logits processor does not see")
         if attention_mask is not None:
             padded = ~attention_mask.bool()
             if padded[:, -1].any() or (padded[:, 1:] & ~padded[:, :-1]).any():
                 raise ValueError("attention_mask: expected padding on the left alone")
             self.padding = padded.sum(dim=-1).tolist()  # of each prompt
-        self.runner = VerifierRunner(guidance.verifier)
-        self.cache = SlotCache(0)
-        self.cached_ids: list[list[int]] = []
         self.unused = True
 
     def __del__(self) -> None:
@@ -65,33 +65,26 @@ class GuidedLogitsProcessor(LogitsProcessor):
             raise ValueError(f"scores: found the shape {tuple(scores.shape)}, expected (batch, vocabulary)")
         self.unused = False
         padding = self._padding(input_ids)
-        if len(input_ids) > self.cache.num_slots:
-            self.cache, self.cached_ids = SlotCache(len(input_ids)), [[] for _ in input_ids]
+        if len(input_ids) > len(self.handles):
+            self._open(len(input_ids))
         logits = scores.float()
         candidates, valid = plausible(logits, self.guidance.alpha, self.guidance.top_k)  # (B, K)
-        chunks, sizes = [], valid.sum(dim=-1).tolist()
-        for slot, size in enumerate(sizes):
-            if size > 1:
-                ids = input_ids[slot, padding[slot] :].tolist()
-                start = min(common_prefix(self.cached_ids[slot], ids), len(ids) - 1)
-                self.cached_ids[slot] = ids
-                branches = candidates[slot, :size].tolist() if self.runner.reads_candidates else []
-                chunks.append(Chunk(slot, start, [*ids[start:], *branches], len(branches)))
-        verifier_scores = torch.zeros_like(candidates, dtype=torch.float32)
-        if chunks:
-            hidden = self.runner.forward(self.cache, chunks)
-            for chunk in chunks:
-                slot, size = chunk.slot, sizes[chunk.slot]
-                if self.runner.reads_candidates:
-                    branches = hidden[chunk.branch_indices.start : chunk.branch_indices.stop]
-                    verifier_scores[slot, :size] = self.runner.scores(branches)
-                else:
-                    verifier_scores[slot, :size] = self.runner.prefix_scores(
-                        hidden[chunk.last], candidates[slot, :size]
-                    )
-        check_scores(verifier_scores, candidates, valid)
-        guided = guided_logits(logits.gather(-1, candidates), valid, verifier_scores, self.guidance.beta)
+        values, system2_scores = logits.gather(-1, candidates), torch.zeros_like(candidates, dtype=torch.float32)
+        rows = [row for row, size in enumerate(valid.sum(dim=-1).tolist()) if size > 1]
+        for row in rows:
+            ids, handle = input_ids[row, padding[row] :].tolist(), self.handles[row]
+            self.system2.rewind(handle, shared := common_prefix(handle.token_ids, ids))
+            self.system2.commit(handle, ids[shared:])
+        if rows:
+            found = Candidates(candidates, valid, values)[rows]
+            system2_scores[rows] = self.system2.score([self.handles[row] for row in rows], found)
+        check_scores(system2_scores, candidates, valid)
+        guided = guided_logits(values, valid, system2_scores, self.guidance.beta)
         return over_vocabulary(scores, candidates, guided)
+
+    def _open(self, rows: int) -> None:
+        self.system2 = open_system2(self.guidance.verifier, self.runner, SlotCache(rows), range(rows), Counter())
+        self.handles = [self.system2.join([]) for _ in range(rows)]
 
     def _padding(self, input_ids: torch.LongTensor) -> list[int]:
         """Of each row; beams and samples of a prompt follow one another."""

@@ -139,12 +139,16 @@ class VerifierRunner(ModelRunner):
         self.use_head(verifier)
 
     def use_head(self, verifier: ProcessVerifier) -> None:
-        self.score, self.prefix_scores = verifier.score, verifier.prefix_scores
-        self.reads_candidates = verifier.config.score == "candidate"
+        self.score, self.scores_behind = verifier.score, verifier.prefix_scores
+        self.reads_candidates = verifier.config.reads_candidates
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of tokens that were read, (n, width) -> (n,) float32."""
         return nn.functional.linear(hidden.float(), self.score.weight.float()).squeeze(-1)
+
+    def prefix_scores(self, states: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Of tokens (n, K) behind prefixes with these states (n, D); logits are System 1's -> (n, K) float32."""
+        return self.scores_behind(states, tokens)
 
 
 class SharedRunner(LMRunner, VerifierRunner):

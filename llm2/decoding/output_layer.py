@@ -7,6 +7,8 @@ from transformers import PreTrainedModel
 from llm2.common.loading import changes_logits
 from llm2.decoding.candidates import check_scores, guided_logits, over_vocabulary, plausible
 from llm2.decoding.sampling import Guidance
+from llm2.decoding.system2 import Candidates
+from llm2.decoding.system2.head import Head
 from llm2.verifier.lora import clone_sharing_weights
 
 
@@ -26,9 +28,11 @@ class GuidedOutputLayer(nn.Module):
         """(..., D) -> (..., V) float32. Raises UserError for a score that is not finite."""
         guidance, logits = self.guidance, self.output(states).float().flatten(end_dim=-2)
         candidates, valid = plausible(logits, guidance.alpha, guidance.top_k)  # (n, K)
-        scores = guidance.verifier.prefix_scores(states.flatten(end_dim=-2), candidates)
+        values = logits.gather(-1, candidates)
+        found = Candidates(candidates, valid, values, states.flatten(end_dim=-2))
+        scores = Head(guidance.verifier.prefix_scores).score([], found)
         check_scores(scores, candidates, valid)
-        guided = guided_logits(logits.gather(-1, candidates), valid, scores, guidance.beta)
+        guided = guided_logits(values, valid, scores, guidance.beta)
         return over_vocabulary(logits, candidates, guided).view(*states.shape[:-1], -1)
 
 
@@ -38,7 +42,7 @@ def guided_model(system1: PreTrainedModel, guidance: Guidance) -> PreTrainedMode
 
     Raises ValueError for another kind of verifier, and for models that change the logits behind their output layer.
     """
-    if guidance.verifier.config.prefix_head is None:
+    if not getattr(guidance.verifier.config, "is_head", False):
         raise ValueError("expected a prefix head: any other verifier has to read tokens; use LLM2 or Decoder")
     if (key := changes_logits(system1.config)) is not None:
         raise ValueError(f"{key} changes the logits behind the output layer; use LLM2 or Decoder")

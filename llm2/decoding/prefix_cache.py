@@ -4,9 +4,8 @@ Samples of one prompt, rollouts along one solution and questions behind the same
 tokens. This module decides which prompts share which prefix, and in which slot it lies.
 """
 
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from llm2.common.prefix import common_prefix
 from llm2.decoding.sampling import Prompt
@@ -21,7 +20,7 @@ class SharedPrefix:
     slot: int
     token_ids: list[int]
     ref_count: int = 0  # sequences that read it in place
-    num_cached: Counter[str] = field(default_factory=Counter)  # system -> tokens whose keys and values the slot holds
+    num_cached: int = 0  # tokens whose keys and values the slot holds
 
 
 class PrefixCache:

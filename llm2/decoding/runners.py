@@ -11,6 +11,9 @@ from llm2.decoding.kv_cache import SlotCache
 from llm2.decoding.memory import GB, MemoryPlan, addresses, plan_memory
 from llm2.decoding.model_runner import LMRunner, VerifierRunner
 from llm2.decoding.sampling import Guidance
+from llm2.decoding.system2 import System2
+from llm2.decoding.system2.contrast import ContrastRunner
+from llm2.decoding.system2.kinds import open_system2
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +23,8 @@ class ModelRunners:
     """Both systems, the counts over all calls, and caches to reuse."""
 
     lm: LMRunner
-    verifier: VerifierRunner | None  # the same SharedRunner as `lm` where they share forwards; None without a verifier
-    # and for a prefix head, which computes no tokens
+    # of System 2, the same SharedRunner as `lm` where they share forwards; None for a kind that runs no model
+    verifier: VerifierRunner | ContrastRunner | None
     guidance: Guidance | None
     counts: Counter[str] = field(default_factory=Counter)
     saved_caches: tuple[MemoryPlan, SlotCache, SlotCache] | None = None
@@ -32,8 +35,10 @@ class ModelRunners:
         self.weights = addresses(*self._modules())
 
     def _modules(self) -> list[torch.nn.Module]:
-        verifier = [] if self.guidance is None else [self.guidance.verifier]
-        return [self.lm.body, self.lm.head, *verifier]
+        system2 = (
+            [] if self.guidance is None or isinstance(self.guidance.verifier, System2) else [self.guidance.verifier]
+        )
+        return [self.lm.body, self.lm.head, *system2]
 
     @property
     def moved(self) -> bool:
@@ -73,3 +78,9 @@ class ModelRunners:
             cache = SlotCache(2 * num_slots, plan.capacity, (0, num_slots))
             return plan, cache, cache
         return plan, SlotCache(num_slots, plan.capacity), SlotCache(num_slots, plan.capacity)
+
+    def open_system2(self, plan: MemoryPlan, cache: SlotCache) -> System2:
+        """System 2 for the sequences of one call, in its part of a cache."""
+        num_slots = plan.rows + plan.prefixes
+        first = num_slots if self.shared else 0
+        return open_system2(self.guidance.verifier, self.verifier, cache, range(first, first + num_slots), self.counts)

@@ -12,6 +12,7 @@ import torch
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
+    PreTrainedModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -19,6 +20,7 @@ from transformers import (
 
 from llm2.config import GuidanceConfig
 from llm2.decoding.candidates import BLOCK
+from llm2.decoding.system2 import System2
 from llm2.verifier.model import ProcessVerifier
 
 MIN_BLOCKED = 4_096  # smaller vocabularies are summed as they are
@@ -34,11 +36,13 @@ LogitsFn = Callable[[list[int], list[list[int]], torch.Tensor], torch.Tensor]
 class Guidance(GuidanceConfig):
     """How the verifier takes part: its alpha, beta and top_k (`GuidanceConfig`), and when and how it runs.
 
-    The last three change the speed only. A beta of None becomes the verifier's own. Raises ValueError for an alpha,
-    beta or top_k outside its range, and for a beta of None where training has not chosen one.
+    The verifier may also be a language model with System 1's tokenizer, whose logits less System 1's are the scores
+    (`system2.contrast`), or another kind of System 2 (`system2.System2`). The last three change the speed only. A beta
+    of None becomes the verifier's own. Raises ValueError for an alpha, beta or top_k outside its range, and for a beta
+    of None where training has not chosen one.
     """
 
-    verifier: ProcessVerifier
+    verifier: ProcessVerifier | PreTrainedModel | System2
     lazy: bool = True  # run it only where there are several candidates; False runs it at every token
     shared: bool = True  # run a LoRA verifier inside System 1's forwards; False runs it in forwards of its own
     verify_fraction: float = 0.0  # run it once this share of the sequences in flight waits for it
@@ -46,9 +50,10 @@ class Guidance(GuidanceConfig):
     def __post_init__(self) -> None:
         GuidanceConfig(**self.guidance())  # validates: pydantic does not check fields of a plain subclass
         if self.beta is None and self.verifier is not None:
-            if self.verifier.config.beta is None:
+            beta = self.verifier.config.beta if isinstance(self.verifier, ProcessVerifier) else None
+            if beta is None:
                 raise ValueError("beta: null, and the verifier names none: its training chose none")
-            object.__setattr__(self, "beta", self.verifier.config.beta)
+            object.__setattr__(self, "beta", beta)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,24 +12,22 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 
 import torch
 
 from llm2.common.seeds import uniforms
 from llm2.decoding.candidates import guided_logits, plausible
 from llm2.decoding.forward_batch import MAX_BATCHED_TOKENS, Chunk, padded_width
-from llm2.decoding.kv_cache import HEADROOM, SlotCache
-from llm2.decoding.model_runner import ModelRunner
+from llm2.decoding.kv_cache import HEADROOM
 from llm2.decoding.prefix_cache import PrefixCache, SharedPrefix
 from llm2.decoding.runners import ModelRunners
 from llm2.decoding.sampling import DecodeRequest, Prompt, TokenTrace, sample
 from llm2.decoding.sequence import Proposal, SequenceState
+from llm2.decoding.system2 import Candidates, Handle
 from llm2.errors import UserError
 
 ADMIT_SHARE = 8  # in padded batches one in so many slots must be free before prompts are read: few forwards for all
 MIN_IN_PLACE_TOKENS = 400  # prefix length times sequences from which reading in place beats a copy for each sequence
-SYSTEM1, SYSTEM2 = "system1", "system2"
 
 
 class Scheduler:
@@ -47,7 +45,7 @@ class Scheduler:
         self.interrupted: list[SequenceState] = []  # to be admitted again
         self.waiting: deque[tuple[Prompt, int]] = deque()  # and a sample's index
         self.batch_size, self.max_prompt_tokens = request.batch_size, -1
-        self.lm_cache = self.verifier_cache = None
+        self.lm_cache = self.system2 = None
         names = request.names or [None] * len(request.prompts)
         self.add(zip(request.prompts, request.seeds, names, strict=True))
 
@@ -64,7 +62,7 @@ class Scheduler:
     def _allocate(self, batch_size: int | str) -> None:
         """Caches with room for the longest sequence that is known; where others may come, for one a quarter longer."""
         request, runners = self.request, self.runners
-        self.lm_cache = self.verifier_cache = None  # their memory is free for the new ones
+        self.lm_cache = self.system2 = self.verifier_cache = None  # their memory is free for the new ones
         self.batch_size = batch_size
         self.max_prompt_tokens = max(len(prompt.token_ids) for prompt in self.prompts.values())
         total = sum(len(prompt.seeds) for prompt in self.prompts.values())
@@ -77,7 +75,9 @@ class Scheduler:
         self.plan, self.lm_cache, self.verifier_cache = runners.take_caches(batch_size, total, capacity)
         self.max_running = max(1, min(self.plan.rows if batch_size == "auto" else batch_size, total))
         self.prefixes = PrefixCache(self.plan.rows, self.plan.prefixes)
-        self.verifier_offset = self.plan.rows + self.plan.prefixes if runners.shared else 0
+        if self.guidance is not None:
+            self.system2 = runners.open_system2(self.plan, self.verifier_cache)
+        self.prefix_handles: dict[SharedPrefix, Handle] = {}  # System 2's, of prefixes that it reads in place
 
     # Sequences come and go.
 
@@ -116,7 +116,7 @@ class Scheduler:
             sequence.slot = slot
         for sequence in self.interrupted:
             sequence.restart()
-        self.lm_cache = self.verifier_cache = None
+        self.lm_cache = self.system2 = self.verifier_cache = None
         torch.cuda.empty_cache()
         self._allocate(rows)
 
@@ -136,6 +136,8 @@ class Scheduler:
             self.running.append(sequence)
             if match is not None:
                 self._share_prefix(sequence, *match)
+            if self.system2 is not None and self.system2.needs_tokens:
+                sequence.handle = self._join_system2(sequence)
             num_tokens += len(sequence.token_ids) - sequence.num_cached_lm
 
     def _next(self) -> tuple[SequenceState, tuple[SharedPrefix, int, int] | None]:
@@ -156,13 +158,22 @@ class Scheduler:
             sequence.num_prompt_tokens -= length
             prefix.ref_count += 1
             return
-        self._forward(
-            self._prefix_chunks([prefix], SYSTEM1),
-            self._prefix_chunks([prefix], SYSTEM2) if self.runners.verifier else [],
-        )
-        self._copy_slot(prefix.slot, sequence.slot, length, length)
+        self._forward(self._prefix_chunks([prefix]))
+        self.lm_cache.copy_slot(prefix.slot, sequence.slot, length)
         sequence.num_cached_lm = length
-        sequence.num_cached_verifier = length if self.runners.verifier else 0
+
+    def _join_system2(self, sequence: SequenceState) -> Handle:
+        """Where System 1 reads a prefix in place, so does System 2."""
+        prefix = sequence.prefix
+        if prefix is None or not self.system2.runs_model:
+            return self.system2.join(sequence.prefix_ids + sequence.token_ids)
+        for other in self.prefix_handles.keys() - self.prefixes.prefixes:  # evicted
+            self.system2.leave(self.prefix_handles.pop(other))
+        if prefix not in self.prefix_handles:
+            self.prefix_handles[prefix] = self.system2.join(prefix.token_ids)
+        handle = self.prefix_handles[prefix]
+        self.system2.commit(handle, prefix.token_ids[len(handle.token_ids) :])
+        return self.system2.join(sequence.prefix_ids + sequence.token_ids, handle, sequence.prefix_len)
 
     def retire(self) -> list[SequenceState]:
         """Remove and return finished sequences; the last ones move into their slots."""
@@ -170,17 +181,13 @@ class Scheduler:
         for sequence in done:
             last = self.running.pop()
             if last is not sequence:
-                self._copy_slot(last.slot, sequence.slot, len(last.token_ids), last.num_cached_verifier)
+                self.lm_cache.copy_slot(last.slot, sequence.slot, len(last.token_ids))
                 self.running[sequence.slot], last.slot = last, sequence.slot
             if sequence.prefix is not None:
                 sequence.prefix.ref_count -= 1
+            if sequence.handle is not None and self.system2 is not None:
+                self.system2.leave(sequence.handle)
         return done
-
-    def _copy_slot(self, source: int, target: int, lm_length: int, verifier_length: int) -> None:
-        self.lm_cache.copy_slot(source, target, lm_length)
-        if self.runners.verifier is not None:
-            offset = self.verifier_offset
-            self.verifier_cache.copy_slot(source + offset, target + offset, verifier_length)
 
     def return_caches(self) -> None:
         """Save the caches for the next call: captured graphs hold their addresses."""
@@ -201,85 +208,58 @@ class Scheduler:
             self._step_separate(pending, ready)
 
     def _step_separate(self, pending: list[SequenceState], ready: list[SequenceState]) -> None:
-        """A forward of the verifier, then one of System 1."""
+        """System 2 scores, then System 1 goes on."""
         if pending:
-            chunks = self._verifier_chunks(pending)
-            hidden = self._forward([], self._prefix_chunks([sequence.prefix for sequence in pending], SYSTEM2) + chunks)
-            self._choose(pending, self._scores(pending, hidden, chunks))
+            candidates = self._candidates(pending)
+            self._choose(pending, candidates, self.system2.score(_handles(pending), candidates))
             ready = ready + [sequence for sequence in pending if not sequence.done]
             ready.sort(key=lambda sequence: sequence.slot)
         if ready:
-            chunks = [sequence.chunk(sequence.num_cached_lm) for sequence in ready]
-            hidden = self._forward(self._prefix_chunks([sequence.prefix for sequence in ready], SYSTEM1) + chunks, [])
+            chunks = [sequence.chunk() for sequence in ready]
+            hidden = self._forward(self._prefix_chunks([sequence.prefix for sequence in ready]) + chunks)
             self._propose(ready, hidden, [chunk.last for chunk in chunks])
 
     def _step_shared(self, pending: list[SequenceState], ready: list[SequenceState]) -> None:
         """One forward of both systems; System 1 computes the candidates too, and so the logits behind the winner."""
-        chunks = [sequence.chunk(sequence.num_cached_lm) for sequence in ready]
-        branches = [sequence.chunk(len(sequence.token_ids), sequence.proposal.candidates) for sequence in pending]
-        verifier_chunks = self._verifier_chunks(pending)
-        hidden = self._forward(
-            self._prefix_chunks([sequence.prefix for sequence in ready], SYSTEM1) + chunks + branches,
-            self._prefix_chunks([sequence.prefix for sequence in pending], SYSTEM2) + verifier_chunks,
-        )
+        chunks = [sequence.chunk() for sequence in ready]
+        branches = [sequence.chunk(sequence.proposal.candidates) for sequence in pending]
+        candidates = self._candidates(pending) if pending else None
+        reads = self.system2.begin(_handles(pending), candidates) if pending else []
+        lm_chunks = self._prefix_chunks([sequence.prefix for sequence in ready]) + chunks + branches
+        hidden = self._forward(lm_chunks, [read.chunk for read in reads])
         indices = [chunk.last for chunk in chunks]
         if pending:
-            chosen = self._choose(pending, self._scores(pending, hidden, verifier_chunks))
+            chosen = self._choose(pending, candidates, self.system2.finish(hidden, reads, candidates))
             indices += [chunk.branch_indices[choice] for chunk, choice in zip(branches, chosen, strict=True)]
-            self._commit_branch(self.runners.lm, self.lm_cache, pending, chosen)
+            self._commit_branch(pending, chosen)
         unfinished = [(seq, index) for seq, index in zip(ready + pending, indices, strict=True) if not seq.done]
         if unfinished:
             self._propose([sequence for sequence, _ in unfinished], hidden, [index for _, index in unfinished])
 
-    def _prefix_chunks(self, prefixes: Sequence[SharedPrefix | None], system: str) -> list[Chunk]:
-        """Chunks for those prefixes that the system has not computed; they must be in its next forward."""
+    def _prefix_chunks(self, prefixes: Sequence[SharedPrefix | None]) -> list[Chunk]:
+        """Chunks for those prefixes that System 1 has not computed; they must be in its next forward."""
         chunks = []
         for prefix in prefixes:
-            if prefix is not None and prefix.num_cached[system] < len(prefix.token_ids):
-                start, prefix.num_cached[system] = prefix.num_cached[system], len(prefix.token_ids)
-                offset = self.verifier_offset if system == SYSTEM2 else 0
-                chunks.append(Chunk(prefix.slot + offset, start, prefix.token_ids[start:]))
+            if prefix is not None and prefix.num_cached < len(prefix.token_ids):
+                start, prefix.num_cached = prefix.num_cached, len(prefix.token_ids)
+                chunks.append(Chunk(prefix.slot, start, prefix.token_ids[start:]))
         return chunks
 
-    def _forward(self, lm_chunks: list[Chunk], verifier_chunks: list[Chunk]) -> torch.Tensor | None:
-        """Hidden states of the batch; in separate forwards those of the last one, None without chunks."""
-        runners, hidden = self.runners, None
-        for system, chunks in ((SYSTEM1, lm_chunks), (SYSTEM2, verifier_chunks)):
-            runners.counts[f"{system}_forwards"] += bool(chunks)
-            runners.counts[f"{system}_tokens"] += sum(len(chunk.ids) for chunk in chunks)
-        if runners.shared and (lm_chunks or verifier_chunks):
-            return runners.lm.forward(self.lm_cache, lm_chunks, verifier_chunks)
-        if lm_chunks:
-            hidden = runners.lm.forward(self.lm_cache, lm_chunks)
-        if verifier_chunks:
-            hidden = runners.verifier.forward(self.verifier_cache, verifier_chunks)
-        return hidden
+    def _forward(self, chunks: list[Chunk], verifier_chunks: Sequence[Chunk] = ()) -> torch.Tensor | None:
+        """System 1's hidden states, and in a shared forward the verifier's behind them."""
+        self.runners.counts.update(system1_forwards=bool(chunks), system1_tokens=sum(len(c.ids) for c in chunks))
+        if chunks or verifier_chunks:
+            return self.runners.lm.forward(self.lm_cache, chunks, verifier_chunks)
+        return None
 
-    def _verifier_chunks(self, pending: list[SequenceState]) -> list[Chunk]:
-        """What the verifier has not read of each sequence, and the candidates unless it scores them unread."""
-        chunks = []
-        for sequence in pending:
-            branches = sequence.proposal.candidates if self.runners.verifier.reads_candidates else ()
-            chunks.append(sequence.chunk(sequence.num_cached_verifier, branches, self.verifier_offset))
-            sequence.num_verifier_tokens += len(chunks[-1].ids)
-        return chunks
-
-    def _scores(self, pending: list[SequenceState], hidden: torch.Tensor, chunks: list[Chunk]) -> list[list[float]]:
-        """The verifier's scores of each sequence's candidates, in one transfer from the device."""
-        verifier = self.runners.verifier
-        if not verifier.reads_candidates:
-            last = torch.tensor([chunk.last for chunk in chunks], device=hidden.device)
-            candidates = _pad([sequence.proposal.candidates for sequence in pending]).long().to(hidden.device)
-            return self._trim(verifier.prefix_scores(hidden[last], candidates), pending)
-        indices = torch.tensor([index for chunk in chunks for index in chunk.branch_indices], device=hidden.device)
-        scores = verifier.scores(hidden[indices]).tolist()
-        ends = accumulate(chunk.branches for chunk in chunks)
-        return [scores[end - chunk.branches : end] for chunk, end in zip(chunks, ends, strict=True)]
-
-    def _trim(self, scores: torch.Tensor, pending: list[SequenceState]) -> list[list[float]]:
-        """(n, K) -> the scores of each sequence's candidates, without padding."""
-        sizes = [len(sequence.proposal.candidates) for sequence in pending]
-        return [row[:size] for row, size in zip(scores.tolist(), sizes, strict=True)]
+    def _candidates(self, sequences: list[SequenceState]) -> Candidates:
+        """Of the sequences' proposals, on the CPU: too few numbers for a GPU."""
+        lists = [sequence.proposal.candidates for sequence in sequences]
+        logits, ids = _pad([sequence.proposal.values for sequence in sequences]), _pad(lists).long()
+        sizes = torch.tensor([len(row) for row in lists], device="cpu")
+        candidates = Candidates(ids, torch.arange(ids.shape[1], device="cpu") < sizes[:, None], logits)
+        candidates.lists = lists
+        return candidates
 
     # Tokens are chosen.
 
@@ -315,49 +295,36 @@ class Scheduler:
                 sequence.proposal = proposal
             else:
                 self._append_token(sequence, proposal, 0)
-        if self.guidance is not None and self.runners.verifier is None:
-            self._choose_by_prefix_head(sequences, states, candidates)
-
-    def _choose_by_prefix_head(
-        self, sequences: list[SequenceState], states: torch.Tensor, candidates: torch.Tensor
-    ) -> None:
-        """Score the proposals from System 1's states (n, D) at the prefixes, and choose; nothing has to wait."""
         rows = [row for row, sequence in enumerate(sequences) if sequence.proposal]
-        if rows:
+        if rows and not self.system2.runs_model:  # nothing has to wait
+            found = Candidates(candidates, valid, logits.gather(-1, candidates), states)[rows]
             pending = [sequences[row] for row in rows]
-            scores = self.guidance.verifier.prefix_scores(states[rows], candidates[rows])
-            self._choose(pending, self._trim(scores, pending))
+            self._choose(pending, self._candidates(pending), self.system2.score(_handles(pending), found))
 
-    def _choose(self, sequences: list[SequenceState], scores: list[list[float]]) -> list[int]:
-        """Append the best or the sampled candidate of each sequence; returns their indices among the candidates."""
-        proposals = [sequence.proposal for sequence in sequences]
-        sizes = torch.tensor([len(proposal.candidates) for proposal in proposals], device="cpu")
-        logits = _pad([proposal.values for proposal in proposals])  # (n, K), on the CPU: too few numbers for a GPU
-        valid = torch.arange(logits.shape[1], device="cpu") < sizes[:, None]
+    def _choose(self, sequences: list[SequenceState], candidates: Candidates, scores: torch.Tensor) -> list[int]:
+        """Append the best or the sampled candidate of each sequence by its scores (n, K); returns their columns."""
+        proposals, scores = [sequence.proposal for sequence in sequences], scores.cpu()
+        logits, valid = candidates.logits, candidates.valid
+        scores = scores[:, : valid.shape[1]].masked_fill(~valid, 0.0)
         uniform = self._uniforms(sequences, logits.device)
-        padded = _pad(scores)
-        if not padded.isfinite().all():  # on the CPU, where the scores are anyway
-            self._refuse_scores(sequences, scores)
-        guided = guided_logits(logits, valid, padded, self.guidance.beta)
+        if not scores.isfinite().all():
+            self._refuse_scores(sequences, scores.tolist())
+        guided = guided_logits(logits, valid, scores, self.guidance.beta)
         chosen = sample(guided, self.request.sampling, uniform).tolist()
         unguided = chosen
         if self.request.trace:
             unguided = sample(guided_logits(logits, valid, None, 0.0), self.request.sampling, uniform).tolist()
-        verifier = self.runners.verifier  # None for a prefix head, which reads no tokens
-        reads_candidates = verifier is not None and verifier.reads_candidates
+        rows = scores.tolist()
         for row, sequence in enumerate(sequences):
             sequence.proposal = None
-            sequence.num_verifier_calls += verifier is not None
-            changed = chosen[row] != unguided[row]
-            self._append_token(sequence, proposals[row], chosen[row], scores[row], changed)
-            sequence.num_cached_verifier = len(sequence.token_ids) - (not reads_candidates)
-        if reads_candidates:
-            self._commit_branch(verifier, self.verifier_cache, sequences, chosen, self.verifier_offset)
+            sequence.num_verifier_calls += self.system2.runs_model
+            proposal, changed = proposals[row], chosen[row] != unguided[row]
+            self._append_token(sequence, proposal, chosen[row], rows[row][: len(proposal.candidates)], changed)
         return chosen
 
     def _refuse_scores(self, sequences: Sequence[SequenceState], scores: Sequence[Sequence[float]]) -> None:
         for sequence, row in zip(sequences, scores, strict=True):
-            for token, score in zip(sequence.proposal.candidates, row, strict=True):
+            for token, score in zip(sequence.proposal.candidates, row, strict=False):  # the rest is padding
                 if not math.isfinite(score):
                     self._refuse(sequence, f"the verifier's score of token {token} is {score}")
 
@@ -367,25 +334,18 @@ class Scheduler:
         position = sequence.prefix_len + len(sequence.token_ids)
         raise UserError(
             f"{f'prompt {index}' if name is None else f'problem {name!r}'}, position {position} (new token "
-            f"{len(sequence.completion_ids)}): {found}, expected a finite number; a wider dtype (dtype=float32) may do"
+            f"{len(sequence.completion_ids)}): {found}, expected a finite number; try dtype=float32"
         )
 
-    def _commit_branch(
-        self,
-        runner: ModelRunner,
-        cache: SlotCache,
-        sequences: Sequence[SequenceState],
-        chosen: Sequence[int],
-        slot_offset: int = 0,
-    ) -> None:
-        """Move the chosen branch to its sequence's last position; the other branches are overwritten later."""
+    def _commit_branch(self, sequences: Sequence[SequenceState], chosen: Sequence[int]) -> None:
+        """Move System 1's chosen branch to its sequence's last position; the others are overwritten later."""
         moves = []
         for sequence, choice in zip(sequences, chosen, strict=True):
             position = len(sequence.token_ids) - 1
             if choice:
-                moves.append((sequence.slot + slot_offset, position + choice, position))
+                moves.append((sequence.slot, position + choice, position))
         if moves:
-            runner.commit(cache, moves)
+            self.runners.lm.commit(self.lm_cache, moves)
 
     def _append_token(
         self,
@@ -398,6 +358,8 @@ class Scheduler:
         """Append a candidate to its sequence, and check whether the sequence ends with it."""
         request, token = self.request, proposal.candidates[choice]
         sequence.token_ids.append(token)
+        if sequence.handle is not None:
+            self.system2.commit(sequence.handle, [token])
         self.runners.counts["tokens"] += 1
         if request.trace:
             trace = TokenTrace(proposal.candidates, proposal.logprobs, scores, choice, changed, proposal.logits)
@@ -416,6 +378,10 @@ class Scheduler:
         seeds = torch.tensor([sequence.seed for sequence in sequences], device=device)
         steps = [len(sequence.token_ids) - sequence.num_prompt_tokens for sequence in sequences]
         return uniforms(seeds, torch.tensor(steps, device=device))
+
+
+def _handles(sequences: Sequence[SequenceState]) -> list[Handle | None]:
+    return [sequence.handle for sequence in sequences]
 
 
 def _pad(rows: Sequence[Sequence[float]]) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from llm2.decoding.forward_batch import Chunk
 from llm2.decoding.prefix_cache import SharedPrefix
 from llm2.decoding.sampling import TokenTrace
+from llm2.decoding.system2 import Handle
 
 
 class Proposal(NamedTuple):
@@ -36,9 +37,9 @@ class SequenceState:
     prefix: SharedPrefix | None = None  # read in place
     prefix_len: int = 0  # how much of the prefix belongs to this sequence
     num_cached_lm: int = 0  # tokens whose keys and values System 1 has computed
-    num_cached_verifier: int = 0
+    handle: Handle | None = None  # System 2's
     num_verifier_calls: int = 0
-    num_verifier_tokens: int = 0  # read for this sequence alone, its candidates included
+    num_verifier_tokens: int = 0  # read by handles that the sequence had before
     trace: list[TokenTrace] = field(default_factory=list)
     proposal: Proposal | None = None  # waits for the verifier
     done: bool = False
@@ -47,15 +48,25 @@ class SequenceState:
     def completion_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
 
+    @property
+    def prefix_ids(self) -> list[int]:
+        """The tokens that are read in place."""
+        return [] if self.prefix is None else self.prefix.token_ids[: self.prefix_len]
+
+    @property
+    def num_tokens_scored(self) -> int:
+        """Tokens that System 2 has read for this sequence alone, its candidates included."""
+        return self.num_verifier_tokens + (0 if self.handle is None else self.handle.num_tokens)
+
     def restart(self) -> None:
         """Forget what is cached of this sequence, not what is written."""
-        if self.prefix is not None:
-            self.token_ids = [*self.prefix.token_ids[: self.prefix_len], *self.token_ids]
-            self.num_prompt_tokens += self.prefix_len
-        self.prefix, self.prefix_len, self.proposal = None, 0, None
-        self.num_cached_lm = self.num_cached_verifier = 0
+        self.token_ids = self.prefix_ids + self.token_ids
+        self.num_prompt_tokens += self.prefix_len
+        self.num_verifier_tokens = self.num_tokens_scored
+        self.prefix, self.prefix_len, self.proposal, self.handle = None, 0, None, None
+        self.num_cached_lm = 0
 
-    def chunk(self, start: int, candidates: Sequence[int] = (), slot_offset: int = 0) -> Chunk:
-        """The tokens from cache position `start` on, and behind them the candidates as branches."""
-        prefix = None if self.prefix is None else (self.prefix.slot + slot_offset, self.prefix_len)
-        return Chunk(self.slot + slot_offset, start, [*self.token_ids[start:], *candidates], len(candidates), prefix)
+    def chunk(self, candidates: Sequence[int] = ()) -> Chunk:
+        """For System 1: the tokens that it has not read, or the candidates behind tokens that it has."""
+        prefix, start = None if self.prefix is None else (self.prefix.slot, self.prefix_len), self.num_cached_lm
+        return Chunk(self.slot, start, [*self.token_ids[start:], *candidates], len(candidates), prefix)

@@ -24,7 +24,6 @@ from llm2.common.progress import DecodingBar
 from llm2.common.same_tokenizer import require_same_tokenizer
 from llm2.common.seeds import row_seed
 from llm2.config import EvaluateConfig, Mode
-from llm2.decoding.contrast import ContrastLogits
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.llm2 import LLM2
 from llm2.decoding.sampling import Completion, SamplingParams
@@ -146,11 +145,10 @@ class Evaluator:
             system1, verifier = load_system1(config.model, *where), None
             if config.verifier is not None:
                 verifier = load_verifier(config.verifier, *where, system1.config.vocab_size, system1, tokenizer)
+            elif config.contrast is not None:
+                require_same_tokenizer(f"contrast {config.contrast!r}", config.contrast, tokenizer)
+                verifier = load_system1(config.contrast, *where)
             self.llm2 = LLM2(system1, tokenizer, verifier, **config.guidance())
-        self.contrast = None
-        if config.contrast is not None:
-            require_same_tokenizer(f"contrast {config.contrast!r}", config.contrast, tokenizer)
-            self.contrast = load_system1(config.contrast, *where)
         self.vllm = None
         if config.engine == "vllm":
             from llm2.evaluation.vllm_decoder import VllmDecoder
@@ -188,7 +186,6 @@ class Evaluator:
         if llm2 is not None:
             refuse_unknown_ids(chain.from_iterable(prompts), llm2.system1, config.model)
         samples = config.num_samples if mode.sampled else 1
-        contrasts = mode.guided and self.contrast is not None
         seeds = [[row_seed(config.seed, problem.id, i) for i in range(samples)] for problem in problems]
         if self.vllm is not None:
             finished = self.vllm.decode(mode, prompts, seeds)
@@ -202,20 +199,11 @@ class Evaluator:
                 names=[problem.id for problem in problems],
                 batch_size=config.batch_size,
                 on_token=progress.on_token,
-                process_logits=ContrastLogits(self.contrast, prompts, config) if contrasts else None,
-                trace=mode.guided and not contrasts and config.traced_samples > 0,
+                trace=mode.guided and config.traced_samples > 0,
             )
         for index, completions in finished:
             progress.on_finished(index, [row.token_ids for row in completions])
-            prompt = prompts[index]
-            if contrasts:  # the second model replaces the verifier and reads every token but the last
-                completions = [
-                    row._replace(
-                        num_verifier_calls=len(row.token_ids), num_verifier_tokens=len(prompt) + len(row.token_ids) - 1
-                    )
-                    for row in completions
-                ]
-            yield Decoded(problems[index], prompt, completions)
+            yield Decoded(problems[index], prompts[index], completions)
 
     def _entries(self, mode: Mode, group: Sequence[Decoded]) -> Iterator[dict]:
         """One journal entry per problem: its line of predictions.jsonl, plus `traces`."""

@@ -1,13 +1,16 @@
 """Traces: how each token of a completion was chosen, as JSON for the report."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm2.decoding.candidates import plausible
+from llm2.decoding.kv_cache import SlotCache
 from llm2.decoding.sampling import Completion, Guidance, TokenTrace
-from llm2.verifier.scoring import score_branches
+from llm2.decoding.system2 import Candidates
+from llm2.decoding.system2.kinds import open_system2, runner_of
 
 
 class TokenText:
@@ -62,27 +65,21 @@ def recompute_trace(
 
     For sampled completions `changed` is always False, since the engine's random numbers are unknown.
     """
-    new, start = completion.token_ids, len(prompt)
+    new = completion.token_ids
     ids = torch.tensor([[*prompt, *new]], device=system1.device)
     logits = system1(ids, use_cache=False, logits_to_keep=len(new) + 1).logits[0, :-1].float()  # (new, V)
-    candidates, valid = plausible(logits, guidance.alpha, guidance.top_k)
-    lists = [row[:size] for row, size in zip(candidates.tolist(), valid.sum(-1).tolist(), strict=True)]
-    forks = {at: tokens for at, tokens in enumerate(lists) if len(tokens) > 1}
-    scores = (
-        dict(
-            zip(
-                forks,
-                score_branches(
-                    guidance.verifier, [*prompt, *new], {start + at: tokens for at, tokens in forks.items()}
-                ),
-                strict=True,
-            )
-        )
-        if forks
-        else {}
-    )
+    found, valid = plausible(logits, guidance.alpha, guidance.top_k)
+    candidates = Candidates(found, valid, logits.gather(-1, found))
+    forks = [at for at, tokens in enumerate(candidates.lists) if len(tokens) > 1][::-1]  # the longest prefix first
+    kind, slots = guidance.verifier, range(len(forks))
+    system2 = open_system2(kind, runner_of(kind), SlotCache(len(forks)), slots, Counter())
+    if system2.needs_states:
+        candidates.states = system1.base_model(ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
+    handles = [system2.join([*prompt, *new[:at]]) for at in forks]
+    rows = system2.score(handles, candidates[forks]).tolist() if forks else []
+    scores = {at: row[: len(candidates.lists[at])] for at, row in zip(forks, rows, strict=True)}
     trace = []
-    for at, (token, tokens) in enumerate(zip(new, lists, strict=True)):
+    for at, (token, tokens) in enumerate(zip(new, candidates.lists, strict=True)):
         if token not in tokens:  # a near tie that the engine resolved differently
             tokens = [*tokens, token]
             scores.pop(at, None)

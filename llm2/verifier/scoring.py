@@ -1,6 +1,6 @@
 """The verifier's score of every token of finished solutions, for ranking, weighted votes and the report's colours."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -73,34 +73,10 @@ def score_tokens(
                 raise UserError(
                     f"{f'solution {index}' if names is None else f'problem {names[index]!r}'}, position "
                     f"{len(prompts[index]) + position} (token {position} of the solution): the verifier's score is "
-                    f"{row[position].item()}, expected a finite number; a wider dtype (dtype=float32) may do"
+                    f"{row[position].item()}, expected a finite number; try dtype=float32"
                 )
             token_scores[index] = row.tolist()
     return [token_scores[index] for index in range(len(texts))]
-
-
-@torch.inference_mode()
-def score_branches(
-    verifier: ProcessVerifier, text: Sequence[int], branches: Mapping[int, Sequence[int]]
-) -> list[list[float]]:
-    """Scores of other tokens at positions of a text, in one forward.
-
-    Args:
-        branches: for each position the tokens to score there, after the tokens of the text before it.
-    """
-    reads_candidates = verifier.config.score == "candidate"
-    tokens = [token for at in branches for token in branches[at]]
-    positions = [at for at in branches for _ in branches[at]]
-    ids = torch.tensor([[*text, *(tokens if reads_candidates else ())]], device=verifier.device)  # (1, S)
-    prefix_len = torch.tensor([[*range(len(text)), *(positions if reads_candidates else ())]], device=verifier.device)
-    hidden = verifier.states(ids, torch.zeros_like(prefix_len), prefix_len)[0]  # (S, D)
-    if reads_candidates:
-        scores = verifier.score(hidden[len(text) :]).squeeze(-1)
-    else:
-        before = torch.tensor(positions, device=verifier.device) - 1
-        scores = verifier.prefix_scores(hidden[before], torch.tensor(tokens, device=verifier.device)[:, None])[:, 0]
-    rows = iter(scores.tolist())
-    return [[next(rows) for _ in branches[at]] for at in branches]
 
 
 def solution_score(scores: Sequence[float], reduction: Reduction) -> float:

@@ -6,7 +6,7 @@ own alpha and beta. Without it, if the engine has a default beta, `compute_logit
 log-probabilities are guided, and only the model differs from plain vLLM.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -14,37 +14,30 @@ from torch import nn
 from transformers import AutoConfig
 
 from llm2.common.loading import is_local
-from llm2.config import GuidanceConfig
+from llm2.decoding.system2.head import Head
 from llm2.errors import UserError
 from llm2.verifier.heads import PrefixHead, stored_fingerprint
 from llm2.verifier.model import ProcessVerifierConfig
-from llm2.vllm.core import GuidedBatch, GuidedSequence, Proposals
+from llm2.vllm.core import GuidedBatch
 from llm2.vllm.plugin import ARCHITECTURES, PLUGIN, register
 
 
 class HeadBatch(GuidedBatch):
     """Scores from the states of the last `compute_logits`, one row for each row of logits."""
 
-    reads_tokens = False
     head: PrefixHead
     embed: Callable[[torch.Tensor], torch.Tensor]  # System 1's input embedding, (n,) -> (n, D)
-    states: torch.Tensor  # (R, D)
+    shown: torch.Tensor  # (R, D)
 
-    def join(self, guidance: GuidanceConfig, token_ids: Sequence[int]) -> GuidedSequence:
-        return GuidedSequence(0, guidance)
+    def __init__(self) -> None:
+        super().__init__(Head(self._prefix_scores))
 
-    def leave(self, sequence: GuidedSequence) -> None:
-        pass
+    def states(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.shown[rows]
 
-    def stats(self) -> dict[str, int]:
-        return {}
-
-    def score(self, proposals: Sequence[Proposals]) -> Sequence[torch.Tensor]:
-        scores = []
-        for rows, _, candidates, _ in proposals:
-            embeddings = self.embed(candidates.flatten()).unflatten(0, candidates.shape)  # (n, K, D)
-            scores.append(self.head(self.states[rows, None], embeddings))
-        return scores
+    def _prefix_scores(self, states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        embeddings = self.embed(tokens.flatten()).unflatten(0, tokens.shape)  # (n, K, D)
+        return self.head(states[:, None], embeddings)
 
 
 @cache

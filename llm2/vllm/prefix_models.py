@@ -7,7 +7,6 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from llm2.verifier.load import verifier_config
 from llm2.vllm.checks import check_engine
-from llm2.vllm.core import GuidedSequence
 from llm2.vllm.prefix_head import head_batch, load_head
 from llm2.vllm.settings import engine_settings
 
@@ -24,11 +23,11 @@ class ShowsStates:
         self.batch.head.to(next(self.parameters()).device)
         self.batch.embed = self.embed_input_ids
         by_processor = bool(vllm_config.model_config.logits_processors)
-        self.always = None if by_processor or settings.default is None else GuidedSequence(0, settings.default)
+        self.always = None if by_processor or settings.default is None else self.batch.join(settings.default, ())
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         logits = super().compute_logits(hidden_states)
-        self.batch.states = hidden_states
+        self.batch.shown = hidden_states
         if logits is not None and self.always is not None:
             logits = logits.float()
             self.batch.guide(logits, [(row, self.always) for row in range(len(logits))])

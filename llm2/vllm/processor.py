@@ -25,7 +25,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Logits
 from llm2.errors import UserError
 from llm2.verifier.load import load_verifier, verifier_config
 from llm2.vllm.checks import TESTED, check_engine, check_request, describe_memory
-from llm2.vllm.core import GuidedBatch, GuidedSequence, VerifierBatch
+from llm2.vllm.core import GuidedBatch, GuidedSequence, open_verifier, total
 from llm2.vllm.plugin import register
 from llm2.vllm.prefix_head import head_batch
 from llm2.vllm.settings import engine_settings, request_guidance
@@ -93,12 +93,11 @@ class GuidedProcessor(LogitsProcessorV1, LogitsProcessorV2):
     def _rows_v1(self, num_rows: int) -> list[tuple[int, GuidedSequence]]:
         rows = [(row, sequence) for row, sequence in self.guided.items() if row < num_rows]
         for _, sequence in rows:
-            prompt, output = self.tokens[sequence]
+            (prompt, output), handle = self.tokens[sequence], sequence.handle
             known = len(prompt) + len(output)
-            if known < len(sequence.token_ids):  # vLLM removed tokens
-                del sequence.token_ids[known:]
-                sequence.num_read = min(sequence.num_read, known)
-            sequence.token_ids += output[len(sequence.token_ids) - len(prompt) :]
+            if known < len(handle.token_ids):  # vLLM removed tokens
+                self.batch.system2.rewind(handle, known)
+            self.batch.system2.commit(handle, output[len(handle.token_ids) - len(prompt) :])
         return rows
 
     # V2
@@ -115,14 +114,16 @@ class GuidedProcessor(LogitsProcessorV1, LogitsProcessorV2):
         for row, index in enumerate(ctx.idx_mapping_np.tolist()):
             sequence = self.guided.get(index)
             if sequence is not None and lengths[row] >= self.requests.prefill_len.np[index]:
-                unknown = range(len(sequence.token_ids), lengths[row]) if self.batch.reads_tokens else ()
+                known = len(sequence.handle.token_ids)
+                unknown = range(known, lengths[row]) if self.batch.system2.needs_tokens else ()
                 rows.append((row, sequence))
                 indices += [index] * len(unknown)
                 positions += unknown
         if positions:
             tokens = iter(self.requests.all_token_ids.gpu[indices, positions].tolist())
             for row, sequence in rows:
-                sequence.token_ids += [next(tokens) for _ in range(len(sequence.token_ids), lengths[row])]
+                new = [next(tokens) for _ in range(len(sequence.handle.token_ids), lengths[row])]
+                self.batch.system2.commit(sequence.handle, new)
         return rows
 
     # Both
@@ -152,8 +153,10 @@ class GuidedProcessor(LogitsProcessorV1, LogitsProcessorV2):
         """Append a line for this step to the file LLM2_LOG, to compare ranks and to check that slots are freed."""
         digest = hashlib.blake2b(logits.cpu().numpy().tobytes(), digest_size=8).hexdigest()
         line = {"rank": self.rank, "step": self.step, "guided": len(self.guided), "logits": digest}
+        if self.batch.system2.runs_model:
+            line |= {"free_slots": len(self.batch.system2.free_slots), "tokens_read": total["system2_tokens"]}
         with open(self.log_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line | self.batch.stats()) + "\n")
+            file.write(json.dumps(line) + "\n")
         self.step += 1
 
 
@@ -170,7 +173,7 @@ def open_batch(vllm_config, verifier: str, device: torch.device, num_slots: int)
     max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
     try:
         system2 = load_verifier(verifier, torch.device(device), dtype, model.hf_text_config.vocab_size).merge()
-        return VerifierBatch(system2, num_slots, model.max_model_len, max_tokens)
+        return GuidedBatch(open_verifier(system2, num_slots, model.max_model_len, max_tokens))
     except torch.OutOfMemoryError:
         raise UserError(f"out of memory: {memory}") from None
 
