@@ -10,6 +10,7 @@ from llm2.decoding.sampling import Guidance
 from llm2.decoding.system2 import Candidates
 from llm2.decoding.system2.head import Head
 from llm2.verifier.lora import clone_sharing_weights
+from llm2.verifier.model import ProcessVerifier
 
 
 class GuidedOutputLayer(nn.Module):
@@ -42,7 +43,7 @@ def guided_model(system1: PreTrainedModel, guidance: Guidance) -> PreTrainedMode
 
     Raises ValueError for another kind of verifier, and for models that change the logits behind their output layer.
     """
-    if not getattr(guidance.verifier.config, "is_head", False):
+    if not (isinstance(guidance.verifier, ProcessVerifier) and guidance.verifier.config.is_head):
         raise ValueError("expected a prefix head: any other verifier has to read tokens; use LLM2 or Decoder")
     if (key := changes_logits(system1.config)) is not None:
         raise ValueError(f"{key} changes the logits behind the output layer; use LLM2 or Decoder")
