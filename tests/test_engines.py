@@ -5,6 +5,7 @@ import math
 import re
 import sys
 import threading
+from collections import deque
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -66,7 +67,11 @@ def test_a_stop_pattern_ends_a_row_once_its_text_holds_it(config, system1_folder
 
 def test_each_request_is_reported_once_with_its_continuations(config, system1_folder):
     finished = {}
-    results = open_engine(config, load_tokenizer(system1_folder)).generate(REQUESTS, finished.__setitem__)
+    engine = open_engine(config, load_tokenizer(system1_folder))
+    results = engine.generate(REQUESTS)
+    for index, continuations in engine.stream(deque(REQUESTS)):
+        assert index not in finished
+        finished[index] = continuations
     assert [finished[index] for index in range(len(REQUESTS))] == results
 
 
@@ -117,9 +122,9 @@ def test_vllm_in_process_gets_prompts_and_seeds_and_answers_in_order(config, sys
     engine = open_engine(replace(config, engine="vllm", top_k=3), load_tokenizer(system1_folder))
     options = engine.backend.llm.options
     assert options["max_logprobs"] == 3 and options["dtype"] == "float32" and "additional_config" not in options
-    finished = {}
     requests = [*REQUESTS[:2], REQUESTS[2]._replace(seeds=[-1])]
-    results = engine.generate(requests, finished.__setitem__)
+    finished = dict(engine.stream(deque(requests)))
+    results = engine.generate(requests)
     assert results == [[[11, 1, 0], [11, 1, 1], [11, 1, 2]], [[12, 4, 0]], [[42, 2**31 - 1, 0]]]
     assert [finished[index] for index in range(3)] == results and list(finished) == [2, 1, 0]
     candidates = [(3, math.exp(-0.1)), (4, math.exp(-2.0))]

@@ -211,6 +211,26 @@ def test_exploration_along_own_solutions_needs_no_gold_and_resumes_to_the_byte(q
         assert Path(killed.output + ending).read_bytes() == Path(config.output + ending).read_bytes()
 
 
+def test_each_sampled_problem_is_kept_once_it_is_finished(quick, monkeypatch):
+    config, tokenizer = own(quick), load_tokenizer(quick.model)
+    task, folder = load_task("chats", quick.data_file, config.grader), Path(quick.output + ".own")
+    problems, engine, added = task.problems("train"), open_engine(config, tokenizer), []
+    add = Journal.add
+
+    def third_time_unlucky(self, entry):
+        add(self, entry)
+        added.append(entry["id"])
+        if len(added) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "add", third_time_unlucky)
+    with pytest.raises(KeyboardInterrupt):
+        own_solutions(config, engine, tokenizer, task, problems, folder, {})
+    found, _ = own_solutions(config, engine, tokenizer, task, problems, folder, {})
+    assert len(added) == len(set(added)) == len(problems) == 20
+    assert found == own_solutions(config, engine, tokenizer, task, problems, Path(quick.output + ".whole"), {})[0]
+
+
 def test_a_fork_that_two_own_solutions_share_is_explored_once(quick):
     config = own(quick, max_solutions=6, solution_samples=20, limit=8)
     explore(config)

@@ -73,7 +73,9 @@ def sampled_solutions(
     with sampling_bar(config, len(problems)) as bar:
         for start in range(0, len(problems), GROUP):
             group = problems[start : start + GROUP]
-            yield from zip(group, sample_solutions(config, engine, tokenizer, task, group, bar), strict=True)
+            finished = sample_solutions(config, engine, tokenizer, task, group, bar)
+            samples = {problem.id: samples for problem, samples in finished}
+            yield from ((problem, samples[problem.id]) for problem in group)
     engine.close()
 
 

@@ -4,6 +4,7 @@ For exploration without gold solutions and for rejection-sampling fine-tuning; t
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from operator import itemgetter
@@ -24,7 +25,7 @@ from llm2.exploration.engines import Engine, Request
 from llm2.tasks import Problem, Task
 from llm2.tasks.grading import Grade
 
-JOURNAL_BATCHES = 4  # batches of samples between entries of the journal
+GROUP_BATCHES = 4  # batches of samples that are decoded together; the last rows of a group run in smaller batches
 
 
 class Sample(NamedTuple):
@@ -52,12 +53,11 @@ def own_solutions(
     journal = Journal(folder, config, inputs, key=itemgetter("id"), shard=dist_info().rank)
     barrier()  # all processes read the same journal before one adds to it
     waiting = [problem for problem in problems if problem.id not in journal.done]
-    size = max(1, JOURNAL_BATCHES * config.batch_size // config.solution_samples)
+    size = max(1, GROUP_BATCHES * config.batch_size // config.solution_samples)
     groups = [waiting[start : start + size] for start in range(0, len(waiting), size)]
     with sampling_bar(config, len(waiting)) as bar:
         for index in iter_shared_work(len(groups)):
-            sampled = sample_solutions(config, engine, tokenizer, task, groups[index], bar)
-            for problem, samples in zip(groups[index], sampled, strict=True):
+            for problem, samples in sample_solutions(config, engine, tokenizer, task, groups[index], bar):
                 right = dict.fromkeys(sample.text for sample in samples if sample.grade.correct)
                 tokens = sum(sample.tokens for sample in samples)
                 journal.add({"id": problem.id, "solutions": list(right), "tokens": tokens})
@@ -95,8 +95,11 @@ def sample_solutions(
     task: Task,
     problems: Sequence[Problem],
     bar: DecodingBar,
-) -> Iterator[list[Sample]]:
-    """`config.solution_samples` graded solutions of each problem; sample i depends only on seed, problem and i."""
+) -> Iterator[tuple[Problem, list[Sample]]]:
+    """Yield each problem with `config.solution_samples` graded solutions, in the order in which they finish.
+
+    Sample i depends only on seed, problem and i.
+    """
     template = resolve_template(config.chat_template)
     prompts = encode_chats(tokenizer, [task.prompt(problem) for problem in problems], template, generation_prompt=True)
     requests = [
@@ -109,7 +112,9 @@ def sample_solutions(
         )
         for problem, prompt in zip(problems, prompts, strict=True)
     ]
-    for problem, completions in zip(problems, engine.generate(requests, bar.on_finished, bar.on_token), strict=True):
+    for index, completions in engine.stream(deque(requests), bar.on_token):
+        bar.on_finished(index, completions)
+        problem = problems[index]
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         grades = task.grade(texts, problem.gold)
-        yield [Sample(*each) for each in zip(texts, grades, map(len, completions), strict=True)]
+        yield problem, [Sample(*each) for each in zip(texts, grades, map(len, completions), strict=True)]

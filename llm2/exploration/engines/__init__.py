@@ -42,7 +42,6 @@ class Request(NamedTuple):
 
 
 Continuations = list[list[int]]  # new token ids of one request, in the order of its seeds
-OnFinished = Callable[[int, Continuations], None]  # (index of a finished request, its continuations)
 OnToken = Callable[[int, int], None]  # (index of a request, sample), once for each new token
 
 
@@ -68,15 +67,10 @@ class Engine(ABC):
         when the queue is empty and all requests are finished. `on_token` is called before a request finishes.
         """
 
-    def generate(
-        self, requests: Sequence[Request], on_finished: OnFinished = ignore, on_token: OnToken = ignore
-    ) -> list[Continuations]:
-        """The continuations of each request; `on_finished` is called once per request, in the order they finish."""
-        results: list[Continuations] = [[] for _ in requests]
-        for index, continuations in self.stream(deque(requests), on_token):
-            results[index] = continuations
-            on_finished(index, continuations)
-        return results
+    def generate(self, requests: Sequence[Request]) -> list[Continuations]:
+        """The continuations of each request, in the order of the requests."""
+        results = dict(self.stream(deque(requests)))
+        return [results[index] for index in range(len(requests))]
 
     @abstractmethod
     def close(self) -> None:
