@@ -33,10 +33,11 @@ from llm2.exploration.engines import PositionQuery, Request, open_engine
 from llm2.exploration.engines.local import LocalEngine
 from llm2.exploration.explore import Explorer, Progress, explore, most_informative
 from llm2.exploration.negatives import NegativeSampler
-from llm2.exploration.own_solutions import own_solutions
+from llm2.exploration.own_solutions import Sample, own_solutions
 from llm2.exploration.quality import RolloutCounts
 from llm2.exploration.solutions import find_forks, tokenize_solutions
 from llm2.tasks import load_task
+from llm2.tasks.grading import Grade
 from llm2.verifier.triplets import load_examples
 
 SYSTEM1 = "llm2/testbed/system1"
@@ -209,6 +210,21 @@ def test_exploration_along_own_solutions_needs_no_gold_and_resumes_to_the_byte(q
     assert -signal.SIGKILL in run(killed, 2, 3) and run(killed, 2) == [0, 0]
     for ending in ("", ".pairs.jsonl"):
         assert Path(killed.output + ending).read_bytes() == Path(config.output + ending).read_bytes()
+
+
+def test_an_own_solution_loses_the_spaces_at_its_beginning(quick, monkeypatch):
+    """The tokenizer may join them to the end of the prompt, which would end the exploration."""
+    texts = ["  8 of them", "\n8 of them", "8 of them", "9 of them"]
+
+    def sampled(config, engine, tokenizer, task, problems, bar):
+        yield from ((problem, [Sample(text, Grade("8", True, True), 3) for text in texts]) for problem in problems)
+
+    monkeypatch.setattr("llm2.exploration.own_solutions.sample_solutions", sampled)
+    config, task = own(quick), load_task("chats", quick.data_file, None)
+    problems = task.problems("train")
+    found, counts = own_solutions(config, None, None, task, problems, Path(quick.output + ".own"), {})
+    assert [problem.solution for problem in found] == ["8 of them", "9 of them"] * len(problems)
+    assert counts["solutions"] == 2 * len(problems)
 
 
 def test_each_sampled_problem_is_kept_once_it_is_finished(quick, monkeypatch):

@@ -65,7 +65,8 @@ def own_solutions(
     barrier()  # every problem is in a shard
     solved, tokens, num_solved = [], 0, 0
     for problem, entry in zip(problems, journal.read([problem.id for problem in problems]), strict=True):
-        kept = entry["solutions"][: config.max_solutions]
+        # A tokenizer may join spaces at the beginning to the end of the prompt.
+        kept = list(dict.fromkeys(text.lstrip() for text in entry["solutions"]))[: config.max_solutions]
         solved += [replace(problem, id=f"{problem.id}/{i}", solution=text) for i, text in enumerate(kept)]
         tokens += entry["tokens"]
         num_solved += bool(kept)
