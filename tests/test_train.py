@@ -256,7 +256,7 @@ def write_triplets(path, tokenizer, count: int) -> None:
     for i in range(count):
         messages = [{"role": "user", "content": f"{i} ?"}, {"role": "assistant", "content": "7"}]
         ids = tokenizer.apply_chat_template(messages, return_dict=False)
-        lines.append(record_line(messages, [Triplet(len(ids) - 2, seven, four)]))
+        lines.append(record_line(messages, [Triplet(len(ids) - 1 - ids[::-1].index(seven), seven, four)]))
     Path(path).write_text("".join(lines))
 
 

@@ -9,9 +9,11 @@ from test_train import arguments, config, write_triplets  # noqa: F401 (a fixtur
 from transformers import TrainerCallback
 
 from llm2 import LLM2, UserError, VerifierTrainer
+from llm2.common.chat import CHATML_PLAIN
 from llm2.common.loading import load_tokenizer
 from llm2.config import TrainConfig
 from llm2.verifier.arguments import OWN
+from llm2.verifier.load import require_same_template
 from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.train import train
 
@@ -59,6 +61,20 @@ def test_a_dataset_and_a_name_train_as_the_command_does(config, tmp_path, change
         assert found[key] == pytest.approx(expected[key], abs=1e-6), key
     trainer.save_model()
     assert LLM2.from_pretrained(config.model, args.output_dir, device="cpu").score("1 ?", ["7"])
+
+
+def test_a_verifier_is_saved_with_the_template_that_it_was_trained_with(config, tmp_path):  # noqa: F811
+    writer, tokenizer = load_tokenizer(config.model), load_tokenizer(config.model)
+    writer.chat_template = CHATML_PLAIN
+    write_triplets(tmp_path / "plain.jsonl", writer, 9)
+    args = arguments(tmp_path / "python", chat_template="chatml-plain", kind="bilinear", max_steps=1)
+    own = tokenizer.chat_template
+    trainer = VerifierTrainer(config.model, args, rows(tmp_path / "plain.jsonl"), processing_class=tokenizer)
+    trainer.save_model()
+    assert tokenizer.chat_template == own != CHATML_PLAIN
+    require_same_template(args.output_dir, config.model, "chatml-plain")
+    with pytest.raises(UserError, match="chat_template: found None, expected 'chatml-plain'"):
+        require_same_template(args.output_dir, config.model, None)
 
 
 def test_the_arguments_have_the_defaults_of_the_command(tmp_path):

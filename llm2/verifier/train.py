@@ -39,7 +39,6 @@ def train(config: TrainConfig) -> dict:
     checkpoint = checkpoint_to_resume(config, inputs)
     tokenizer = load_tokenizer(config.model)
     train_set, eval_set, data = load_data(config, tokenizer)
-    tokenizer.chat_template = resolve_template(config.chat_template) or tokenizer.chat_template  # saved, too
     if dist_info().is_main:
         for path, summary in data:
             print(f"{path}: {summary}\n{summary.table()}")

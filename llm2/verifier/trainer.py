@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,8 @@ class VerifierTrainer(Trainer):
         refuse_long_solutions(model.backbone, max(len(example.ids) for example in [*train_set, *eval_set]))
         if processing_class is not None:
             refuse_unknown_tokens(model, processing_class)
+            processing_class = copy(processing_class)  # saved with the verifier, by which later runs know its template
+            processing_class.chat_template = resolve_template(args.chat_template) or processing_class.chat_template
             for special in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 setattr(model.config, special, getattr(processing_class, special))  # the Trainer would, and warn
         margins = system1.eval_margins if system1 is not None else {}
