@@ -103,17 +103,14 @@ class Reader(System2):
     ) -> tuple[list[Iterator[Read]], list[Iterator[Read]]]:
         self._keep_chosen()
         self._share_prefixes([handle for handle in handles if handle.prefix is None])
-        unread = {handle.prefix for handle in handles if handle.prefix is not None}
-        prefixes = [self._reads(prefix, len(prefix.token_ids)) for prefix in unread if not self._is_read(prefix)]
+        shared = dict.fromkeys(handle.prefix for handle in handles if handle.prefix is not None)
+        unread = [prefix for prefix in shared if prefix.num_read < len(prefix.token_ids)]
+        prefixes = [self._reads(prefix, len(prefix.token_ids)) for prefix in unread]
         lists = candidates.lists
         return prefixes, [
             self._reads(handle, len(handle.token_ids), *at)
             for handle, *at in zip(handles, lists, range(len(lists)), strict=True)
         ]
-
-    @staticmethod
-    def _is_read(prefix: Handle) -> bool:
-        return prefix.num_read == len(prefix.token_ids)
 
     def _keep_chosen(self) -> None:
         """Move each chosen branch to its sequence's next position; the others are overwritten later."""
