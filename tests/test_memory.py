@@ -12,6 +12,7 @@ from llm2.decoding.decoder import Decoder
 from llm2.decoding.memory import plan_memory, position_bytes
 from llm2.decoding.model_runner import ModelRunner
 from llm2.decoding.sampling import Completion, Guidance, SamplingParams
+from llm2.decoding.scheduler import Scheduler
 
 CPU = torch.device("cpu")
 
@@ -109,3 +110,27 @@ def test_one_sequence_that_does_not_fit_ends_the_decoding(system1, monkeypatch):
     with pytest.warns(UserWarning) as warned, pytest.raises(torch.OutOfMemoryError):
         Decoder(system1).decode(prompts(8), max_new_tokens=4, eos=EOS)
     assert [str(warning.message).split("with ")[2].split()[0] for warning in warned] == ["4", "2", "1"]
+
+
+def test_a_sequence_that_was_finished_when_memory_ran_out_frees_no_slot_of_the_next_cache(
+    system1, verifier, monkeypatch
+):
+    """Two sequences would share it, and each read the other's tokens."""
+    options = {"max_new_tokens": 12, "eos": range(0, 64, 6), "batch_size": 8}
+    batch, guidance = prompts(24), Guidance(verifier=verifier, alpha=0.02, beta=3.0)
+    expected = [row.token_ids for (row,) in Decoder(system1, guidance).decode(batch, **options)]
+    decoder, seen, failed = Decoder(system1, guidance), [], []
+    forward, step = ModelRunner.forward, Scheduler.step
+    monkeypatch.setattr(Scheduler, "step", lambda self: seen.append(self) or step(self))
+
+    def fails(self, *arguments):
+        if self is decoder.runners.lm and not failed and any(sequence.done for sequence in seen[-1].running):
+            failed.append(self)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(ModelRunner, "forward", fails)
+    with pytest.warns(UserWarning, match="memory ran out"):
+        found = [row.token_ids for (row,) in decoder.decode(batch, **options)]
+    free = seen[-1].system2.free_slots
+    assert failed and found == expected and len(set(free)) == len(free) == 4 + seen[-1].plan.prefixes

@@ -114,6 +114,7 @@ class Scheduler:
         self.running = [sequence for sequence in self.running if sequence.done]
         for slot, sequence in enumerate(self.running):  # they only wait to be retired
             sequence.slot = slot
+            sequence.drop_handle()
         for sequence in self.interrupted:
             sequence.restart()
         self.lm_cache = self.system2 = self.verifier_cache = None
@@ -185,7 +186,7 @@ class Scheduler:
                 self.running[sequence.slot], last.slot = last, sequence.slot
             if sequence.prefix is not None:
                 sequence.prefix.ref_count -= 1
-            if sequence.handle is not None and self.system2 is not None:
+            if sequence.handle is not None:
                 self.system2.leave(sequence.handle)
         return done
 

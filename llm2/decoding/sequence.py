@@ -58,12 +58,16 @@ class SequenceState:
         """Tokens that System 2 has read for this sequence alone, its candidates included."""
         return self.num_verifier_tokens + (0 if self.handle is None else self.handle.num_tokens)
 
+    def drop_handle(self) -> None:
+        """The System 2 that the handle is of is gone, and its slots with it."""
+        self.num_verifier_tokens, self.handle = self.num_tokens_scored, None
+
     def restart(self) -> None:
         """Forget what is cached of this sequence, not what is written."""
         self.token_ids = self.prefix_ids + self.token_ids
         self.num_prompt_tokens += self.prefix_len
-        self.num_verifier_tokens = self.num_tokens_scored
-        self.prefix, self.prefix_len, self.proposal, self.handle = None, 0, None, None
+        self.drop_handle()
+        self.prefix, self.prefix_len, self.proposal = None, 0, None
         self.num_cached_lm = 0
 
     def chunk(self, candidates: Sequence[int] = ()) -> Chunk:
