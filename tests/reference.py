@@ -21,18 +21,34 @@ def scores(verifier, prefix: list[int], tokens: list[int]) -> list[float]:
 
 @torch.inference_mode()
 def decode_one(
-    system1, prompt, *, max_new_tokens, eos, verifier=None, alpha=0.1, beta=0.25, top_k=None, seed=None, temperature=1.0
+    system1,
+    prompt,
+    *,
+    max_new_tokens,
+    eos,
+    verifier=None,
+    scored=None,
+    alpha=0.1,
+    beta=0.25,
+    top_k=None,
+    seed=None,
+    temperature=1.0,
 ) -> list[int]:
-    """Guided decoding as the paper writes it down; greedy without a seed."""
+    """Guided decoding as the paper writes it down; greedy without a seed.
+
+    In a verifier's place, `scored` maps the tokens so far, the candidates and System 1's logits (V,) to scores.
+    """
+    if verifier is not None:
+        scored = lambda ids, tokens, logits: scores(verifier, ids, tokens)  # noqa: E731
     ids = list(prompt)
     for step in range(max_new_tokens):
         logits = system1(torch.tensor([ids])).logits[0, -1]
         tokens = range(len(logits))
-        if verifier is not None:
+        if scored is not None:
             probabilities = logits.softmax(-1)
             tokens = [v for v in tokens if probabilities[v] >= alpha * probabilities.max()]
             tokens = sorted(tokens, key=lambda v: -probabilities[v].item())[:top_k]
-            guided = [logits[v].item() + beta * s for v, s in zip(tokens, scores(verifier, ids, tokens), strict=True)]
+            guided = [logits[v].item() + beta * s for v, s in zip(tokens, scored(ids, tokens, logits), strict=True)]
         else:
             guided = logits.tolist()
         ids.append(tokens[_pick(guided, seed, step, temperature)])

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from conftest import tiny_system1
+from reference import decode_one
 
 from llm2.config import EvaluateConfig, GuidanceConfig, Mode
-from llm2.decoding.candidates import guided_logits, plausible
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.sampling import Guidance, SamplingParams
 from llm2.errors import UserError
@@ -20,18 +20,11 @@ def other():
     return tiny_system1(7)
 
 
-@torch.inference_mode()
-def slow_greedy(system1, other, prompt, guidance, length=12) -> list[int]:
-    ids = list(prompt)
-    for _ in range(length):
-        z1, z2 = (model(torch.tensor([ids])).logits[:, -1].float() for model in (system1, other))
-        candidates, valid = plausible(z1, guidance.alpha, guidance.top_k)
-        scores = (z2 - z1).gather(-1, candidates)
-        guided = guided_logits(z1.gather(-1, candidates), valid, scores, guidance.beta)
-        ids.append(candidates[0, guided[0].argmax()].item())
-        if ids[-1] in EOS:
-            break
-    return ids[len(prompt) :]
+def slow_greedy(system1, other, prompt, guidance) -> list[int]:
+    def scored(ids, tokens, logits):
+        return (other(torch.tensor([ids])).logits[0, -1] - logits)[tokens].tolist()
+
+    return decode_one(system1, prompt, max_new_tokens=12, eos=EOS, scored=scored, **guidance.guidance())
 
 
 def decode(system1, other, guidance, batch_size=2, **options):

@@ -6,10 +6,10 @@ from collections import Counter
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_system1
+from reference import decode_one
 from test_vllm import EOS, NEW, FakeEngine, prompts
 
 from llm2.config import GuidanceConfig, VerifierSpec
-from llm2.decoding.candidates import guided_logits, plausible
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.kv_cache import SlotCache
 from llm2.decoding.logits_processor import GuidedLogitsProcessor
@@ -32,22 +32,14 @@ class Bigrams(System2):
         return self.table[[[handle.token_ids[-1]] for handle in handles], candidates.ids]
 
 
-@torch.inference_mode()
-def slow_greedy(system1, table, prompt) -> list[int]:
-    ids = list(prompt)
-    while len(ids) < len(prompt) + NEW and (len(ids) == len(prompt) or ids[-1] not in EOS):
-        logits = system1(torch.tensor([ids])).logits[:, -1].float()
-        candidates, valid = plausible(logits, SETTINGS["alpha"])
-        scores = None if table is None else table[ids[-1], candidates]
-        guided = guided_logits(logits.gather(-1, candidates), valid, scores, SETTINGS["beta"])
-        ids.append(candidates[0, guided[0].argmax()].item())
-    return ids[len(prompt) :]
-
-
 @pytest.fixture(scope="module")
 def expected(system1) -> list[list[int]]:
-    written = [slow_greedy(system1, Bigrams().table, prompt) for prompt in prompts(12)]
-    plain = [slow_greedy(system1, None, prompt) for prompt in prompts(12)]
+    def scored(ids, tokens, logits):
+        return table[ids[-1], tokens].tolist()
+
+    table, options = Bigrams().table, {"max_new_tokens": NEW, "eos": EOS}
+    written = [decode_one(system1, prompt, scored=scored, **SETTINGS, **options) for prompt in prompts(12)]
+    plain = [decode_one(system1, prompt, **options) for prompt in prompts(12)]
     assert sum(a != b for a, b in zip(written, plain, strict=True)) > 6, "guidance must change choices"
     return written
 

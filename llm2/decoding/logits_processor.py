@@ -69,17 +69,15 @@ class GuidedLogitsProcessor(LogitsProcessor):
             self._open(len(input_ids))
         logits = scores.float()
         candidates, valid = plausible(logits, self.guidance.alpha, self.guidance.top_k)  # (B, K)
-        values, system2_scores = logits.gather(-1, candidates), torch.zeros_like(candidates, dtype=torch.float32)
+        found = Candidates(candidates, valid, logits.gather(-1, candidates))
         rows = [row for row, size in enumerate(valid.sum(dim=-1).tolist()) if size > 1]
         for row in rows:
             ids, handle = input_ids[row, padding[row] :].tolist(), self.handles[row]
             self.system2.rewind(handle, shared := common_prefix(handle.token_ids, ids))
             self.system2.commit(handle, ids[shared:])
-        if rows:
-            found = Candidates(candidates, valid, values)[rows]
-            system2_scores[rows] = self.system2.score([self.handles[row] for row in rows], found)
+        system2_scores = self.system2.score_rows(rows, self.handles, found)
         check_scores(system2_scores, candidates, valid)
-        guided = guided_logits(values, valid, system2_scores, self.guidance.beta)
+        guided = guided_logits(found.logits, valid, system2_scores, self.guidance.beta)
         return over_vocabulary(scores, candidates, guided)
 
     def _open(self, rows: int) -> None:

@@ -18,7 +18,7 @@ class GuidedOutputLayer(nn.Module):
 
     def __init__(self, output: nn.Module, guidance: Guidance) -> None:
         super().__init__()
-        self.output, self.guidance = output, guidance
+        self.output, self.guidance, self.system2 = output, guidance, Head(guidance.verifier.prefix_scores)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -31,7 +31,7 @@ class GuidedOutputLayer(nn.Module):
         candidates, valid = plausible(logits, guidance.alpha, guidance.top_k)  # (n, K)
         values = logits.gather(-1, candidates)
         found = Candidates(candidates, valid, values, states.flatten(end_dim=-2))
-        scores = Head(guidance.verifier.prefix_scores).score([], found)
+        scores = self.system2.score([], found)
         check_scores(scores, candidates, valid)
         guided = guided_logits(values, valid, scores, guidance.beta)
         return over_vocabulary(logits, candidates, guided).view(*states.shape[:-1], -1)

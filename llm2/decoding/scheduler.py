@@ -281,7 +281,8 @@ class Scheduler:
             candidates, valid = plausible(logits, self.guidance.alpha, self.guidance.top_k)
         sizes = valid.sum(dim=-1).tolist()
         self.runners.counts["candidates"] += sum(sizes)
-        values = logits.gather(-1, candidates)  # (n, K)
+        found = Candidates(candidates, valid, logits.gather(-1, candidates), states)
+        values = found.logits
         if self.request.trace:
             values = torch.cat([values, logits.logsumexp(dim=-1, keepdim=True)], dim=-1)  # (n, K + 1), in one transfer
         candidate_lists, value_lists = candidates.tolist(), values.tolist()
@@ -298,9 +299,8 @@ class Scheduler:
                 self._append_token(sequence, proposal, 0)
         rows = [row for row, sequence in enumerate(sequences) if sequence.proposal]
         if rows and not self.system2.runs_model:  # nothing has to wait
-            found = Candidates(candidates, valid, logits.gather(-1, candidates), states)[rows]
             pending = [sequences[row] for row in rows]
-            self._choose(pending, self._candidates(pending), self.system2.score(_handles(pending), found))
+            self._choose(pending, self._candidates(pending), self.system2.score(_handles(pending), found[rows]))
 
     def _choose(self, sequences: list[SequenceState], candidates: Candidates, scores: torch.Tensor) -> list[int]:
         """Append the best or the sampled candidate of each sequence by its scores (n, K); returns their columns."""

@@ -102,12 +102,9 @@ class GuidedBatch:
         handles = [sequence.handle for sequence in sequences]
         if not self.system2.runs_model:
             return self.system2.score(handles, candidates).masked_fill(~candidates.valid, 0.0)
-        scores = torch.zeros(candidates.ids.shape, device=candidates.ids.device)
         sizes = enumerate(candidates.valid.sum(dim=-1).tolist())
-        if rows := [row for row, size in sizes if size > 1 and sequences[row].guidance.beta]:
-            found = candidates[rows]
-            scores[rows] = self.system2.score([handles[row] for row in rows], found).masked_fill(~found.valid, 0.0)
-        return scores
+        rows = [row for row, size in sizes if size > 1 and sequences[row].guidance.beta]
+        return self.system2.score_rows(rows, handles, candidates)
 
 
 def open_verifier(verifier: ProcessVerifier, num_slots: int, max_len: int, max_tokens: int = 8_192) -> Reader:

@@ -86,6 +86,14 @@ class System2(ABC):
     def score(self, handles: Sequence[Handle], candidates: Candidates) -> torch.Tensor:
         """Scores of the candidates behind the tokens of each sequence, (n, K) float32; any numbers for padding."""
 
+    def score_rows(self, rows: Sequence[int], handles: Sequence[Handle], candidates: Candidates) -> torch.Tensor:
+        """`score` of some of the sequences, (n, K); zeros for the others, and for padding."""
+        scores = torch.zeros(candidates.ids.shape, device=candidates.ids.device)
+        if rows:
+            found = candidates[rows]
+            scores[rows] = self.score([handles[row] for row in rows], found).masked_fill(~found.valid, 0.0)
+        return scores
+
     def commit(self, handle: Handle, tokens: Sequence[int]) -> None:
         """The sequence goes on with these tokens."""
         handle.token_ids += tokens

@@ -76,8 +76,9 @@ class Reader(System2):
         handle.token_ids += tokens
 
     def rewind(self, handle: Handle, length: int) -> None:
-        del handle.token_ids[length:]
-        handle.num_read, handle.branches, handle.kept = min(handle.num_read, length), (), None
+        if length < len(handle.token_ids):
+            del handle.token_ids[length:]
+            handle.num_read, handle.branches, handle.kept = min(handle.num_read, length), (), None
 
     def score(self, handles: Sequence[Handle], candidates: Candidates) -> torch.Tensor:
         scores = torch.zeros(candidates.ids.shape, device=self.runner.device)
