@@ -9,6 +9,7 @@ from conftest import VOCABULARY, tiny_system1
 from reference import decode_one
 from test_vllm import EOS, NEW, FakeEngine, prompts
 
+from llm2 import LLM2
 from llm2.config import GuidanceConfig, VerifierSpec
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.kv_cache import SlotCache
@@ -50,6 +51,11 @@ def test_a_new_kind_guides_the_decoder(system1, expected):
         rows = decoder.decode(prompts(12), max_new_tokens=NEW, eos=EOS, batch_size=batch_size)
         assert [completion.token_ids for (completion,) in rows] == expected
     assert decoder.counts["system2_forwards"] == 0
+
+
+def test_another_kind_than_a_verifier_scores_no_solutions(system1, tokenizer):
+    with pytest.raises(ValueError, match="a score needs a verifier"):
+        LLM2(system1, tokenizer, Bigrams(), **SETTINGS).score("1 ?", ["7"])
 
 
 def test_a_new_kind_samples_by_prompt_and_seed_alone(system1):

@@ -272,9 +272,9 @@ class LLM2:
             messages: as for `chat`.
             reduction: mean, min or last of the scores of a solution's tokens, end of sequence included.
 
-        Raises ValueError without a verifier.
+        Raises ValueError without a ProcessVerifier.
         """
-        if self.guidance is None:
+        if self.guidance is None or not isinstance(self.guidance.verifier, ProcessVerifier):
             raise ValueError("a score needs a verifier: expected LLM2.from_pretrained(model, verifier)")
         texts = encode_solutions(self.tokenizer, _conversation(messages), solutions, self.eos)
         return [solution_score(row, reduction) for row in score_tokens(self.guidance.verifier, *texts)]
