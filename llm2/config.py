@@ -41,14 +41,20 @@ class Mode(StrEnum):
     GUIDED_GREEDY = "guided_greedy"
     PLAIN_SAMPLING = "plain_sampling"
     GUIDED_SAMPLING = "guided_sampling"
+    PLAIN_SEARCH = "plain_search"
+    GUIDED_SEARCH = "guided_search"
 
     @property
     def guided(self) -> bool:
-        return self in (Mode.GUIDED_GREEDY, Mode.GUIDED_SAMPLING)
+        return self.startswith("guided")
 
     @property
     def sampled(self) -> bool:
-        return self in (Mode.PLAIN_SAMPLING, Mode.GUIDED_SAMPLING)
+        return self.endswith("sampling")
+
+    @property
+    def searched(self) -> bool:
+        return self.endswith("search")
 
 
 ModeKey = Annotated[Mode, Field(strict=False)]  # a YAML file holds the value
@@ -335,7 +341,7 @@ class EvaluateConfig(TaskConfig, ModelConfig, GuidanceConfig, EngineConfig):
     contrast: Annotated[OptionalModel, Mark.GUIDED, Mark.SHOWN] = None
     """Instead of a verifier, a model whose logits minus System 1's are the score, such as a fine-tuned System 1."""
     modes: Annotated[tuple[ModeKey, ...], Mark.WHICH] = (Mode.PLAIN_GREEDY, Mode.GUIDED_GREEDY)
-    """Ways of decoding: plain_greedy, guided_greedy, plain_sampling, guided_sampling."""
+    """Ways of decoding: plain_greedy, guided_greedy, plain_sampling, guided_sampling, plain_search, guided_search."""
     split: str = "test"
     """Split of the task to evaluate on."""
     few_shot: Annotated[OptionalFile, Mark.SHOWN] = None
@@ -350,6 +356,8 @@ class EvaluateConfig(TaskConfig, ModelConfig, GuidanceConfig, EngineConfig):
     """Sampling temperature in the sampling modes."""
     top_p: Annotated[Share, Mark.SAMPLED, Mark.SHOWN] = 1.0
     """Nucleus sampling: samples are drawn from the most likely tokens that together have this probability."""
+    search_solutions: Annotated[Count, Mark.SEARCHED, Mark.SHOWN] = 8
+    """Solutions per problem in the search modes, at most; a problem with a sure answer gets fewer."""
     max_new_tokens: Count = 512
     """Limit of new tokens per solution."""
     batch_size: Annotated[Count | Literal["auto"], Mark.HOW] = 16

@@ -87,13 +87,14 @@ def test_a_results_folder_holds_config_metrics_and_predictions(done):
     assert set(metrics["modes"]) == set(Mode) and metrics["n"] == 5 and metrics["split"] == "test"
     assert {(p["metric"], p["a"]) for p in metrics["paired"]} == {
         ("accuracy", "plain_greedy"),
+        ("accuracy", "plain_search"),
         ("majority@1", "plain_sampling"),
         ("majority@4", "plain_sampling"),
         ("best of 4", "plain_sampling"),
         ("weighted@4", "plain_sampling"),
     }
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    assert len(lines) == 20 == len({(line["id"], line["mode"]) for line in lines})
+    assert len(lines) == 30 == len({(line["id"], line["mode"]) for line in lines})
     for line in lines:
         assert len(line["samples"]) == (4 if Mode(line["mode"]).sampled else 1)
     right = [line["samples"][0]["correct"] for line in lines if line["mode"] == "plain_greedy"]
@@ -278,6 +279,25 @@ def test_modes_evaluated_one_by_one_are_reported_together(config):
     }
 
 
+def test_a_search_of_one_solution_is_greedy_and_further_solutions_are_counted(config, tmp_path):
+    modes = ("guided_greedy", "plain_search", "guided_search")
+    one = evaluate(replace(config, modes=modes, search_solutions=1, limit=3))["modes"]
+    assert one["guided_search"]["tokens_per_problem"] == one["guided_greedy"]["tokens_per_problem"]
+    greedy, _, searched = ([line for line in results(config)[0] if line["mode"] == mode] for mode in modes)
+    assert [line["samples"][0]["text"] for line in greedy] == [line["samples"][0]["text"] for line in searched]
+
+    further = replace(config, modes=modes, search_solutions=4, limit=3, output_dir=str(tmp_path / "four"))
+    four = evaluate(replace(further, reuse_from=()))
+    assert {pair["a"] for pair in four["paired"]} == {"plain_search"}
+    assert four["modes"]["plain_search"]["tokens_per_problem"] > one["plain_search"]["tokens_per_problem"]
+    (records,) = results(further)[:1]
+    assert all(1 <= line["samples"][0]["solutions"] <= 4 for line in records if "search" in line["mode"])
+    with pytest.raises(UserError, match="search_solutions"):  # greedy ones could be reused, searches could not
+        evaluate(
+            replace(further, output_dir=str(tmp_path / "five"), search_solutions=5, reuse_from=(further.output_dir,))
+        )
+
+
 def test_cost_is_counted_in_forwards_per_problem(config):
     metrics = evaluate(replace(config, modes=("guided_sampling",), limit=2))["modes"]["guided_sampling"]
     lines = [json.loads(line) for line in Path(config.output_dir, "predictions.jsonl").read_text().splitlines()]
@@ -399,6 +419,8 @@ def test_chats_are_swept_with_the_given_grader(chats, tmp_path):
 
 
 def test_keys_that_contradict_each_other_are_refused(config):
+    with pytest.raises(UserError, match="found a search mode with engine vllm, expected engine llm2"):
+        evaluate(replace(config, engine="vllm", top_k=10, modes=("plain_search",)))
     with pytest.raises(UserError, match="guided modes need a verifier"):
         evaluate(replace(config, verifier=None))
     with pytest.raises(UserError, match="majority_at: found 9, expected at most num_samples=4"):

@@ -30,6 +30,7 @@ from llm2.decoding.sampling import Completion, SamplingParams
 from llm2.errors import UserError
 from llm2.evaluation.metrics import summarise
 from llm2.evaluation.predictions import Predictions
+from llm2.evaluation.search import search, unguided
 from llm2.evaluation.tracing import TokenText, recompute_trace, trace_record
 from llm2.tasks import Problem, Task, load_task, read_problems, require_distinct_ids
 from llm2.tasks.few_shot import load_few_shot, with_examples
@@ -89,6 +90,8 @@ def check(config: EvaluateConfig) -> None:
         raise UserError(f"contrast: found {config.contrast!r} beside a verifier, expected one of the two")
     if config.contrast is not None and config.engine != "llm2":
         raise UserError(f"contrast: found {config.contrast!r} with engine {config.engine}, expected engine llm2")
+    if config.engine != "llm2" and any(mode.searched for mode in config.modes):
+        raise UserError(f"modes: found a search mode with engine {config.engine}, expected engine llm2")
     if max(config.majority_at, default=1) > config.num_samples:
         raise UserError(
             f"majority_at: found {max(config.majority_at)}, expected at most num_samples={config.num_samples}"
@@ -126,11 +129,12 @@ def git_commit() -> str | None:
 
 
 class Decoded(NamedTuple):
-    """A problem and its completions: one if greedy, `num_samples` if sampled."""
+    """A problem and its completions: `num_samples` if sampled, otherwise one."""
 
     problem: Problem
     prompt: list[int]  # token ids
     completions: list[Completion]
+    search: dict = {}  # what the record of a search says beside
 
 
 class Evaluator:
@@ -186,6 +190,9 @@ class Evaluator:
         if llm2 is not None:
             refuse_unknown_ids(chain.from_iterable(prompts), llm2.system1, config.model)
         samples = config.num_samples if mode.sampled else 1
+        if mode.searched:
+            yield from self._search(mode, problems, prompts, progress)
+            return
         seeds = [[row_seed(config.seed, problem.id, i) for i in range(samples)] for problem in problems]
         if self.vllm is not None:
             finished = self.vllm.decode(mode, prompts, seeds)
@@ -205,6 +212,31 @@ class Evaluator:
             progress.on_finished(index, [row.token_ids for row in completions])
             yield Decoded(problems[index], prompts[index], completions)
 
+    def _search(
+        self, mode: Mode, problems: Sequence[Problem], prompts: Sequence[list[int]], progress: DecodingBar
+    ) -> Iterator[Decoded]:
+        config, llm2 = self.config, self.llm2
+
+        def answer(index: int, tokens: Sequence[int]) -> str | None:
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            return self.task.grade([text], problems[index].gold)[0].answer
+
+        found = search(
+            Decoder(llm2.system1, llm2.guidance if mode.guided else unguided(config.alpha, config.top_k)),
+            prompts,
+            answer,
+            max_solutions=config.search_solutions,
+            max_new_tokens=config.max_new_tokens,
+            eos=llm2.eos,
+            names=[problem.id for problem in problems],
+            batch_size=config.batch_size,
+            on_token=progress.on_token,
+        )
+        for index, (completion, num_tokens, num_solutions, vote) in found:
+            progress.on_finished(index, [completion.token_ids])
+            record = {"tokens": num_tokens, "solutions": num_solutions, "vote": round(vote, 4)}
+            yield Decoded(problems[index], prompts[index], [completion], record)
+
     def _entries(self, mode: Mode, group: Sequence[Decoded]) -> Iterator[dict]:
         """One journal entry per problem: its line of predictions.jsonl, plus `traces`."""
         scores = iter(())  # token scores of the group's completions, one list each
@@ -213,7 +245,7 @@ class Evaluator:
             names = [decoded.problem.id for decoded in group for _ in decoded.completions]
             solutions = [completion.token_ids for decoded in group for completion in decoded.completions]
             scores = iter(score_tokens(self.llm2.guidance.verifier, prompts, solutions, SCORING_BATCH, names))
-        for problem, prompt, completions in group:
+        for problem, prompt, completions, record in group:
             if self.vllm is not None and mode.guided:
                 traced = completions[: self.config.traced_samples]
                 reader = (self.llm2.system1, self.llm2.guidance, prompt)
@@ -225,7 +257,7 @@ class Evaluator:
                 "question": problem.question,
                 "gold": problem.gold,
                 "mode": mode,
-                "samples": self._samples(problem, scored),
+                "samples": [sample | record for sample in self._samples(problem, scored)],
                 "traces": [trace_record(*sample, self.token_text) for sample in scored[: self.config.traced_samples]],
             }
 

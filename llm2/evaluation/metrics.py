@@ -22,6 +22,7 @@ from llm2.config import Mode
 
 # Pairs of modes to compare: plain, guided.
 GREEDY = (Mode.PLAIN_GREEDY, Mode.GUIDED_GREEDY)
+SEARCH = (Mode.PLAIN_SEARCH, Mode.GUIDED_SEARCH)
 SAMPLING = (Mode.PLAIN_SAMPLING, Mode.GUIDED_SAMPLING)
 # Figures of k samples: key in metrics.json -> label in paired tests and tables.
 FIGURES = {"majority": "majority@{}", "weighted": "weighted@{}", "best_of": "best of {}", "pass": "pass@{}"}
@@ -39,8 +40,9 @@ def summarise(lines: dict[Mode, list[dict]], ks: Sequence[int], seed: int) -> di
     curves = {mode: _curves(lines[mode], ks, seed) for mode in lines if mode.sampled}
     modes = {mode: _mode_figures(mode, lines[mode], curves.get(mode, {}), seed) for mode in lines}
     paired = []
-    if all(mode in lines for mode in GREEDY):
-        paired.append(_compare_greedy(lines))
+    for pair in (GREEDY, SEARCH):
+        if all(mode in lines for mode in pair):
+            paired.append(_compare_single(pair, lines))
     if all(mode in lines for mode in SAMPLING):
         paired += _compare_sampling(curves, ks, seed)
     return {"modes": modes, "paired": paired, "reported_k": list(ks)}
@@ -86,10 +88,10 @@ def _cost(mode: Mode, lines: Sequence[dict]) -> dict[str, float]:
     }
 
 
-def _compare_greedy(lines: dict[Mode, list[dict]]) -> dict:
-    """McNemar's exact test."""
-    correct = [[line["samples"][0]["correct"] for line in lines[mode]] for mode in GREEDY]
-    return _pair(GREEDY, "accuracy", mcnemar(*correct))
+def _compare_single(pair: tuple[Mode, Mode], lines: dict[Mode, list[dict]]) -> dict:
+    """McNemar's exact test, for modes with one solution a problem."""
+    correct = [[line["samples"][0]["correct"] for line in lines[mode]] for mode in pair]
+    return _pair(pair, "accuracy", mcnemar(*correct))
 
 
 def _compare_sampling(curves: dict[Mode, Curves], ks: Sequence[int], seed: int) -> list[dict]:

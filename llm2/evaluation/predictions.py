@@ -117,8 +117,8 @@ class Predictions:
 
 def _without_effect(config: EvaluateConfig, mode: Mode) -> Collection[str]:
     """The keys that do not affect this mode's predictions."""
-    unused = ([] if mode.guided else [Mark.GUIDED]) + ([] if mode.sampled else [Mark.SAMPLED])
-    return select_keys(config, *unused)
+    used = {Mark.GUIDED: mode.guided, Mark.SAMPLED: mode.sampled, Mark.SEARCHED: mode.searched}
+    return select_keys(config, *(mark for mark, counts in used.items() if not counts))
 
 
 def _key(entry: dict) -> tuple[str, str]:

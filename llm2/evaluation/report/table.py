@@ -7,7 +7,7 @@ from operator import itemgetter
 from textwrap import wrap
 
 from llm2.config import Mode, Share
-from llm2.evaluation.metrics import FIGURES, GREEDY, SAMPLING
+from llm2.evaluation.metrics import FIGURES, GREEDY, SAMPLING, SEARCH
 from llm2.evaluation.report.read import Interval, Metrics
 
 COLUMNS = 100  # width in characters
@@ -60,15 +60,7 @@ def table(metrics: Metrics) -> str:
 
 
 def rows(metrics: Metrics) -> list[Row]:
-    greedy = [metrics.modes.get(mode) for mode in GREEDY]
-    table_rows = []
-    if any(greedy):
-        p = _p_value(metrics, GREEDY, "accuracy")
-        intervals = [mode and mode.ci95 for mode in greedy]
-        table_rows.append(Row("greedy", "greedy", *(mode and mode.accuracy for mode in greedy), *intervals, p))
-        strict = [mode and mode.accuracy_strict for mode in greedy]
-        if strict != [None, None]:
-            table_rows.append(Row("greedy", "greedy, strict", *strict))
+    table_rows = _single_rows(metrics, "greedy", GREEDY) + _single_rows(metrics, "search", SEARCH)
     return table_rows + [row for figure in FIGURES for row in _sampling_rows(metrics, figure)]
 
 
@@ -116,6 +108,17 @@ def choice(metrics: Metrics) -> str:
         f"Settings chosen on the {sweep.split} split ({problems}) by {sweep.mode} among {len(sweep.points)}: "
         f"{chosen}; reported on the {metrics.split} split."
     )
+
+
+def _single_rows(metrics: Metrics, label: str, pair: tuple[Mode, Mode]) -> list[Row]:
+    """The rows of modes with one solution a problem."""
+    modes = [metrics.modes.get(mode) for mode in pair]
+    if not any(modes):
+        return []
+    accuracies, intervals = ([mode and getattr(mode, name) for mode in modes] for name in ("accuracy", "ci95"))
+    table_rows = [Row(label, label, *accuracies, *intervals, _p_value(metrics, pair, "accuracy"))]
+    strict = [mode and mode.accuracy_strict for mode in modes]
+    return table_rows + [Row(label, f"{label}, strict", *strict)] * (strict != [None, None])
 
 
 def _sampling_rows(metrics: Metrics, figure: str) -> list[Row]:
