@@ -128,7 +128,8 @@ def test_predictions_are_reused_if_no_key_that_their_mode_depends_on_differs(mod
         predictions.journal.discard()
         return found["samples"][0]["score"] is not None
 
-    unused = (set() if mode.guided else GUIDED) | (set() if mode.sampled else SAMPLED)
+    used = [(mode.guided, GUIDED), (mode.sampled, SAMPLED), (mode.searched, {"search_solutions"})]
+    unused = set().union(*(keys for depends, keys in used if not depends))
     kept = HOW["evaluate"] | WHICH["evaluate"] | unused
     assert accepted(EVALUATE, reuse) == kept
     unscored = {key for key, other in changed(EVALUATE) if key in kept and not reuse(other)}
@@ -156,5 +157,5 @@ def test_a_finished_exploration_is_another_one_unless_all_but_how_it_worked_is_e
 def test_metrics_show_the_settings_that_are_marked():
     assert describe(EVALUATE, {}, 1)["settings"].keys() == {
         *("model", "verifier", "contrast", "alpha", "beta", "top_k", "temperature", "top_p", "num_samples"),
-        *("few_shot", "num_fewshot", "seed"),
+        *("search_solutions", "few_shot", "num_fewshot", "seed"),
     }
