@@ -270,8 +270,8 @@ def never(text: str, gold: str) -> bool:
 
 def test_answers_without_solutions_are_explored_along_own_ones_only(config):
     with pytest.raises(UserError, match="problem train-0 has no gold solution; expected one, or solutions=own"):
-        explore(replace(config, task="testbed_answers"))
-    report = explore(replace(config, task="testbed_answers", solutions="own", limit=4))
+        explore(replace(config, task="experiments.testbed.regimes:Answers"))
+    report = explore(replace(config, task="experiments.testbed.regimes:Answers", solutions="own", limit=4))
     assert report["triplets"] > 0
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, NamedTuple
 
+from experiments.testbed.regimes import sorted_text, sorting_problems, valid_order
 from llm2.testbed import facts
-from llm2.testbed.generator import CONCLUSION, stories
-from llm2.testbed.sorting import sorted_text, sorting_problems
-from llm2.testbed.stories import Given, Step, Story, calculate, valid_order, value_of
+from llm2.testbed.generator import stories
+from llm2.testbed.stories import Given, Step, Story, calculate, value_of
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def careless_solution(story: Story, rng: random.Random) -> Solution:
             sentences.append(sentence)
             error = error or slip
         errors += [error] if error else []
-    return Solution(" ".join([*sentences, CONCLUSION.format(values[-1])]), values[-1], tuple(errors))
+    return Solution(" ".join([*sentences, f"So the answer is {values[-1]}."]), values[-1], tuple(errors))
 
 
 def _read(step: Step, rng: random.Random, given: list[int]) -> tuple[Step, str]:

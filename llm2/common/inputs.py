@@ -136,7 +136,7 @@ def _results(name: str) -> dict[str, str]:
 def _code(name: str) -> dict[str, str]:
     """The file of the module in MODULE:NAME, and llm2's tasks, which grade; imports are not followed."""
     found, package = {}, Path(llm2.__file__).parent
-    for folder in ("tasks", "testbed") if name.startswith("testbed") else ("tasks",):
+    for folder in ("tasks", "testbed") if "testbed" in name else ("tasks",):
         lines = [f"{path.name} {digest(path)}" for path in sorted((package / folder).glob("*.py"))]
         found[f"llm2/{folder}"] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     module, colon, _ = name.partition(":")

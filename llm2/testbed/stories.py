@@ -87,11 +87,6 @@ SCENARIOS = (
     Scenario(1.5, (money.WAGES, money.SPENDING, money.MONEY_LEFT), {"things": "dollars"}),
 )
 
-LONG_SCENARIOS = (
-    Scenario(1.0, (facts.HOLDINGS, facts.CHANGES, facts.CHANGES, facts.CHANGES, facts.CLOSINGS)),
-    Scenario(1.0, (facts.HOLDINGS, facts.CHANGES, facts.CHANGES, facts.CHANGES, facts.CHANGES, facts.CLOSINGS)),
-    Scenario(0.5, (facts.DAILY, facts.CHANGES, facts.CHANGES, facts.CHANGES, facts.CLOSINGS)),
-)
 LEARNT = Limits(150, 100)  # arithmetic that a small System 1 can learn
 
 
@@ -107,14 +102,6 @@ class Variety:
     beyond: bool = False  # at least one result is larger than in System 1's training data
 
 
-VARIETIES = {
-    "usual": Variety(),
-    "more_steps": Variety(LONG_SCENARIOS, steps=range(7, 10)),
-    "new_words": Variety(people=words.NEW_PEOPLE, things=words.NEW_THINGS),
-    "large_numbers": Variety(limits=Limits(999, 999), beyond=True),
-}
-
-
 def calculate(left: int, operator: str, right: int) -> int:
     """The result of an operation; division rounds down."""
     if operator == "+":
@@ -124,7 +111,7 @@ def calculate(left: int, operator: str, right: int) -> int:
     return left * right if operator == "*" else left // right
 
 
-def draw_story(rng: random.Random, variety: Variety = VARIETIES["usual"]) -> Story | None:
+def draw_story(rng: random.Random, variety: Variety) -> Story | None:
     """A random story, or None if its numbers do not work out (a remainder, a negative or too large result)."""
     scenario = _draw(rng, variety.scenarios)
     slots = _draw_words(rng, variety) | scenario.slots
@@ -181,20 +168,6 @@ class _Draft:
 
 def value_of(operand: Operand, values: Sequence[int]) -> int:
     return operand.value if isinstance(operand, Given) else values[operand.step]
-
-
-def valid_order(steps: Sequence[Step], rng: random.Random) -> list[int]:
-    """Indices of the steps in a random order where each follows those it depends on; the last step stays last."""
-    order, waiting = [], list(range(len(steps) - 1))
-    while waiting:
-        ready = [index for index in waiting if _dependencies(steps[index]) <= set(order)]
-        order.append(rng.choice(ready))
-        waiting.remove(order[-1])
-    return [*order, len(steps) - 1]
-
-
-def _dependencies(step: Step) -> set[int]:
-    return {operand.step for operand in (step.left, step.right) if isinstance(operand, Computed)}
 
 
 def _draw(rng: random.Random, options: Sequence):

@@ -11,10 +11,6 @@ MEN = ("Adam", "Ben", "Carl", "David", "Jack", "Leo", "Mark", "Max", "Noah", "Pa
 PEOPLE: tuple[Person, ...] = (*((name, "she", "her") for name in WOMEN), *((name, "he", "his") for name in MEN))
 THINGS = ("apples", "balls", "cards", "coins", "eggs", "flowers", "marbles")
 THINGS += ("pens", "rings", "shells", "stamps", "stones", "toys")
-# Words that are not in System 1's training data
-NEW_PEOPLE: tuple[Person, ...] = tuple((name, "she", "her") for name in ("Olga", "Greta", "Ines", "Wilma"))
-NEW_PEOPLE += tuple((name, "he", "his") for name in ("Igor", "Hugo", "Vikram", "Quentin"))
-NEW_THINGS = ("buttons", "candles", "lemons", "walnuts", "zips")
 BOXES = ("bags", "boxes", "jars")
 GATHERS = ("collects", "finds", "picks")
 MONTHS = ("March", "April", "May", "June", "July")
