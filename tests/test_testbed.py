@@ -35,7 +35,7 @@ from llm2.common.jsonl import read_jsonl
 from llm2.errors import UserError
 from llm2.tasks import load_task
 from llm2.tasks.gsm8k import to_problem
-from llm2.testbed import facts, words
+from llm2.testbed.facts import SENTENCES, TABLES, WORDS
 from llm2.testbed.generator import SIZES, problems, split_of, stories, worked_answer
 from llm2.testbed.stories import Computed, Given, Step, Story
 from llm2.verifier.loss import IGNORE_INDEX
@@ -134,7 +134,7 @@ def test_varieties_go_beyond_what_system1_has_read():
     assert all(max(story.values) > 100 for story in drawn("large_numbers"))
     assert all(max(story.values) <= 150 for regime in ("new_words", "more_steps") for story in drawn(regime))
     assert not {story.slots["who"] for story in drawn("same")} & {story.slots["who"] for story in drawn("new_words")}
-    assert not set(words.THINGS) & {story.slots["things"] for story in drawn("new_words")}
+    assert not set(WORDS["things"]) & {story.slots["things"] for story in drawn("new_words")}
     assert all(
         value == to_problem("", story.question, worked_answer(story)).gold
         for story in drawn("large_numbers")
@@ -203,6 +203,10 @@ def test_problems_have_one_to_six_steps_and_all_operations():
     assert set(operators) == set("+-*/")
 
 
+def test_every_misreading_is_of_a_phrase_of_some_fact():
+    assert MISREADINGS.keys() == {fact.phrase for table in TABLES.values() for fact in table} - {""}
+
+
 def test_phrases_are_misread_at_their_rates():
     rng, phrases, errors = random.Random(0), Counter(), Counter()
     for story in SOME_STORIES * 4:
@@ -219,13 +223,13 @@ def test_phrases_are_misread_at_their_rates():
 def test_an_error_is_carried_through_to_the_answer():
     """Of 12 apples 2 friends get 3 each, the rest is sold for $5 each; misread: 3 given away, 9 left, $45."""
     steps = (
-        Step(Given(2), "*", Given(3), words.GIVES, facts.EACH_FRIEND),
-        Step(Given(12), "-", Computed(0), words.LEFT, ""),
-        Step(Computed(1), "*", Given(5), words.MAKES, ""),
+        Step(Given(2), "*", Given(3), SENTENCES["gives"], "each friend"),
+        Step(Given(12), "-", Computed(0), SENTENCES["left"], ""),
+        Step(Computed(1), "*", Given(5), SENTENCES["makes"], ""),
     )
     story = Story("", steps, (6, 6, 30), {"who": "Tom", "things": "apples"})
     drawn = [careless_solution(story, random.Random(seed)) for seed in range(60)]
-    misread = [solution for solution in drawn if solution.errors == (facts.EACH_FRIEND,)]
+    misread = [solution for solution in drawn if solution.errors == ("each friend",)]
     assert "Tom has 12 - 3 = 9 apples left. Tom makes 9 * 5 = 45 dollars. So the answer is 45." in [
         solution.text for solution in misread
     ]

@@ -15,7 +15,6 @@ from itertools import islice
 from llm2.errors import UserError
 from llm2.tasks import Problem, Task
 from llm2.tasks.testbed import Testbed
-from llm2.testbed import facts
 from llm2.testbed.generator import SAME, SIZES, Regime, split_of
 from llm2.testbed.stories import Computed, Limits, Operand, Scenario, Step, Story, Variety
 
@@ -24,9 +23,9 @@ UNWORKED = 0.15  # share of the other steps that state only the result
 LINES = ("{steps}.", "Here {steps}.", "We get {steps}.", "{steps} then.")
 
 LONG_SCENARIOS = (
-    Scenario(1.0, (facts.HOLDINGS, *[facts.CHANGES] * 3, facts.CLOSINGS)),
-    Scenario(1.0, (facts.HOLDINGS, *[facts.CHANGES] * 4, facts.CLOSINGS)),
-    Scenario(0.5, (facts.DAILY, *[facts.CHANGES] * 3, facts.CLOSINGS)),
+    Scenario(1.0, ("holdings", *["changes"] * 3, "closings")),
+    Scenario(1.0, ("holdings", *["changes"] * 4, "closings")),
+    Scenario(0.5, ("daily", *["changes"] * 3, "closings")),
 )
 # Words that are not in System 1's training data
 NEW_PEOPLE = tuple((name, "she", "her") for name in ("Olga", "Greta", "Ines", "Wilma"))

@@ -137,7 +137,8 @@ def _code(name: str) -> dict[str, str]:
     """The file of the module in MODULE:NAME, and llm2's tasks, which grade; imports are not followed."""
     found, package = {}, Path(llm2.__file__).parent
     for folder in ("tasks", "testbed") if "testbed" in name else ("tasks",):
-        lines = [f"{path.name} {digest(path)}" for path in sorted((package / folder).glob("*.py"))]
+        files = (path for path in (package / folder).iterdir() if path.suffix in (".py", ".toml"))
+        lines = [f"{path.name} {digest(path)}" for path in sorted(files)]
         found[f"llm2/{folder}"] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     module, colon, _ = name.partition(":")
     return found | (_file(_module_file(module)) if colon else {})
