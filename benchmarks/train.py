@@ -24,7 +24,7 @@ from benchmarks.runner import BenchmarkCase, peak_memory, report, resident_mib, 
 from llm2.common.chat import encode_chats
 from llm2.common.loading import load_tokenizer, resolve_device
 from llm2.common.peak_memory import MIB
-from llm2.testbed.generator import gold_solution, stories
+from llm2.tasks import load_task
 from llm2.verifier.collate import VerifierBatch, verifier_batch
 from llm2.verifier.loss import pairwise_loss
 from llm2.verifier.masks import BLOCK
@@ -206,13 +206,13 @@ def read_cases(config: TrainBenchmark, folder: Path) -> list[BenchmarkCase]:
 
 def write_lines(path: Path, tokenizer: PreTrainedTokenizerBase, lines: int, pairs: int) -> int:
     """Write conversations of three testbed problems, about 200 tokens each; returns the total number of tokens."""
-    problems, tokens = stories("train"), 0
+    problems, tokens = iter(load_task("testbed").problems("train", 3 * lines)), 0
     with path.open("w", encoding="utf-8") as file:
         for _ in range(lines):
             drawn = list(islice(problems, 3))
             messages = [
-                {"role": "user", "content": " ".join(story.question for story in drawn)},
-                {"role": "assistant", "content": " ".join(gold_solution(story) for story in drawn)},
+                {"role": "user", "content": " ".join(problem.question for problem in drawn)},
+                {"role": "assistant", "content": " ".join(problem.solution for problem in drawn)},
             ]
             (ids,), (prompt,) = encode_chats(tokenizer, [messages]), encode_chats(tokenizer, [messages[:1]], None, True)
             positions = [len(prompt) + (len(ids) - len(prompt)) * i // pairs for i in range(pairs)]

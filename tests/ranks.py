@@ -1,23 +1,32 @@
-"""One optimizer step in each of several processes, for test_distributed; rank 0 saves the change of the weights.
+"""Several processes of one machine, forked: torch is already imported, and a launcher would import it again in each."""
 
-python -m torch.distributed.run --nproc_per_node 2 tests/ranks.py SYSTEM1 SOLUTIONS PER_DEVICE ACCUMULATION OUTPUT
-"""
+import multiprocessing
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from typing import Any
 
-import sys
-
-import torch
-from test_collate import examples
-from test_train import gradients
-
-from llm2.common.distributed import destroy_group
+from accelerate.state import AcceleratorState
 
 
-def main(system1: str, solutions: str, per_device: str, accumulation: str, output: str) -> None:
-    moved = gradients(system1, f"{output}.run", examples(int(solutions)), int(per_device), int(accumulation))
-    if torch.distributed.get_rank() == 0:
-        torch.save(moved, output)
-    destroy_group()
+def run_ranks(function: Callable, *arguments: Any, world: int = 2) -> list[int]:
+    """The exit codes of `world` processes that call function(*arguments) as a launcher's do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=_rank, args=(rank, world, port, function, arguments)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    return [process.exitcode for process in processes]
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def _rank(rank: int, world: int, port: int, function: Callable, arguments: tuple) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer of the test's own process has set it
+    warnings.simplefilter("default")  # a launched process does not inherit pytest's either
+    function(*arguments)

@@ -45,10 +45,10 @@ def decode_one(
         logits = system1(torch.tensor([ids])).logits[0, -1]
         tokens = range(len(logits))
         if scored is not None:
-            probabilities = logits.softmax(-1)
-            tokens = [v for v in tokens if probabilities[v] >= alpha * probabilities.max()]
-            tokens = sorted(tokens, key=lambda v: -probabilities[v].item())[:top_k]
-            guided = [logits[v].item() + beta * s for v, s in zip(tokens, scored(ids, tokens, logits), strict=True)]
+            shares, values = logits.softmax(-1), logits.tolist()
+            least, shares = (alpha * shares.max()).item(), shares.tolist()
+            tokens = sorted((v for v in tokens if shares[v] >= least), key=lambda v: -shares[v])[:top_k]
+            guided = [values[v] + beta * s for v, s in zip(tokens, scored(ids, tokens, logits), strict=True)]
         else:
             guided = logits.tolist()
         ids.append(tokens[_pick(guided, seed, step, temperature)])
@@ -60,7 +60,8 @@ def decode_one(
 def _pick(logits: list[float], seed: int | None, step: int, temperature: float) -> int:
     if seed is None:
         return max(range(len(logits)), key=logits.__getitem__)
-    weights = [math.exp((value - max(logits)) / temperature) for value in logits]
+    largest = max(logits)
+    weights = [math.exp((value - largest) / temperature) for value in logits]
     point = uniforms(torch.tensor([seed]), torch.tensor([step])).item() * sum(weights)
     for index, weight in enumerate(weights):
         point -= weight

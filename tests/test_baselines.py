@@ -83,7 +83,7 @@ def test_fine_tuning_makes_gold_solutions_likelier_and_the_result_is_a_system1(f
 
 
 def test_solutions_of_another_task_are_mixed_in(finetune_config):
-    counts = finetune(replace(finetune_config, replay_task="testbed_sorting", num_train_epochs=0.1))
+    counts = finetune(replace(finetune_config, replay_task="experiments.testbed.regimes:Sorting", num_train_epochs=0.1))
     assert counts["solutions"] == 16
 
 
@@ -137,7 +137,7 @@ def test_without_trl_the_requirements_are_named(finetune_config, monkeypatch):
 
 def test_answers_alone_are_refused_for_fine_tuning_on_gold(finetune_config):
     with pytest.raises(UserError, match="train-0 has no gold solution; expected one, or solutions=own"):
-        finetune(replace(finetune_config, task="testbed_answers"))
+        finetune(replace(finetune_config, task="experiments.testbed.regimes:Answers"))
 
 
 # --- Token preference ---

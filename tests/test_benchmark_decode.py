@@ -23,7 +23,7 @@ TINY = {
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> DecodeBenchmark:
     output = str(tmp_path_factory.mktemp("decode") / "decode.json")
-    sizes = {"prompt_tokens": 8, "new_tokens": 40, "batch_sizes": (1, 3), "rounds": 2, "lora_r": 2}
+    sizes = {"prompt_tokens": 8, "new_tokens": 40, "batch_sizes": (1, 2), "rounds": 1, "lora_r": 2}
     return DecodeBenchmark(benchmark="decode", output=output, device="cpu", **TINY, **sizes)
 
 

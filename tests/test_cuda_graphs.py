@@ -98,7 +98,10 @@ def tokens(decoder: Decoder, batch: list[list[int]], batch_size: int) -> list[li
     return [row.token_ids for (row,) in decoder.decode(batch, seeds=seeds, batch_size=batch_size, **SAMPLING)]
 
 
-@pytest.mark.parametrize("batch_size", [1, pytest.param(5, marks=pytest.mark.slow), 33])
+FEW_OR_MANY = [pytest.param(size, marks=pytest.mark.slow) for size in (1, 33)]
+
+
+@pytest.mark.parametrize("batch_size", [5, *FEW_OR_MANY])
 @pytest.mark.parametrize("lora", [False, True])
 def test_most_forwards_are_replayed_and_write_the_same_tokens(tmp_path, lora, batch_size, monkeypatch):
     """Sequences come and go, the verifier runs for a few sequences or many: the shapes stay few."""

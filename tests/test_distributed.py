@@ -10,14 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from ranks import run_ranks
 from test_collate import examples
 from test_train import gradients, write_triplets
 
 from llm2.common.config_file import as_dict
+from llm2.common.distributed import destroy_group, dist_info
 from llm2.common.loading import load_tokenizer
 from llm2.config import TrainConfig
 from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.train import train
+from llm2.verifier.triplets import Example
 
 ROOT = Path(__file__).parent.parent
 IDS = torch.arange(3, 40)[None]
@@ -39,6 +42,13 @@ def launch(*arguments: str | Path) -> None:
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-6000:]
 
 
+def save_gradients(system1_folder: str, output: Path, data: list[Example], per_device: int) -> None:
+    moved = gradients(system1_folder, f"{output}.run", data, per_device, 2)
+    if dist_info().is_main:
+        torch.save(moved, output)
+    destroy_group()
+
+
 @pytest.mark.parametrize("batch", [32, pytest.param(256, marks=pytest.mark.slow)])
 def test_accumulation_and_ranks_change_no_gradient(system1_folder, tmp_path, batch):
     """One whole batch, four that accumulate, and two processes; six solutions fewer make the last batch uneven."""
@@ -51,8 +61,7 @@ def test_accumulation_and_ranks_change_no_gradient(system1_folder, tmp_path, bat
             torch.testing.assert_close(accumulated[name], expected, atol=1e-5, rtol=0, msg=name)
     whole, uneven = found.values()
     output = tmp_path / "moved.pt"
-    ranks = ("torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "tests" / "ranks.py")
-    launch(*ranks, system1_folder, batch - 6, batch // 4, 2, output)
+    assert run_ranks(save_gradients, system1_folder, output, examples(batch - 6), batch // 4) == [0, 0]
     for name, moved in torch.load(output).items():
         torch.testing.assert_close(moved, uneven[name], atol=1e-5, rtol=0, msg=name)
     assert max((whole[name] - moved).abs().max() for name, moved in uneven.items()) > 1e-4

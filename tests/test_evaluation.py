@@ -1,10 +1,7 @@
 """A results folder: its contents, resuming, and refusing predictions of another config."""
 
 import json
-import multiprocessing
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from llm2.common.config_file import write_config
-from llm2.common.distributed import destroy_group
+from llm2.common.distributed import destroy_group, dist_info
 from llm2.common.journal import CHECKSUM
 from llm2.common.loading import load_system1, load_tokenizer
 from llm2.config import EvaluateConfig, Mode, SweepConfig
@@ -189,26 +187,15 @@ def small(config) -> EvaluateConfig:
     return replace(config, limit=3, modes=("guided_greedy", "plain_sampling"), num_samples=2, majority_at=(2,))
 
 
-def run_as_rank(rank: int, port: int, config: EvaluateConfig) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"})
-    assert (evaluate(config) is None) == (rank != 0)
+def evaluate_as_rank(config: EvaluateConfig) -> None:
+    assert (evaluate(config) is None) == (not dist_info().is_main)
     destroy_group()
 
 
 def test_two_processes_share_the_problems_and_give_the_result_of_one(small, tmp_path):
     metrics = evaluate(small)
     shared = replace(small, output_dir=str(tmp_path / "shared"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=run_as_rank, args=(rank, port, shared)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert run_ranks(evaluate_as_rank, shared) == [0, 0]
     assert alike(results(shared), results(small))
     assert alike(json.loads(Path(shared.output_dir, "metrics.json").read_text()), metrics)
 

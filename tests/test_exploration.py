@@ -1,11 +1,9 @@
 """Exploration: forks, verdicts with their evidence, progress, interrupted and parallel runs, bad input."""
 
 import json
-import multiprocessing
 import os
 import re
 import signal
-import socket
 from collections import deque
 from dataclasses import replace
 from io import StringIO
@@ -17,6 +15,7 @@ from string import ascii_lowercase
 import pytest
 import torch
 from conftest import tiny_verifier
+from ranks import run_ranks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -139,9 +138,12 @@ def test_greedy_rollouts_are_generated_once_per_token(config):
     assert report["undecided"] == 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, {"verifier": "verifier", "beta": 3.0}])
+GUIDED = pytest.param({"verifier": "verifier", "beta": 3.0, "limit": 6}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, GUIDED])
 def test_rollouts_that_join_others_in_flight_give_the_files_of_rounds(quick, tmp_path, monkeypatch, changes):
-    config, counts, real = replace(quick, limit=6, max_new_tokens=8, **changes), [], LocalEngine.stream
+    config, counts, real = replace(quick, **{"limit": 3, "max_new_tokens": 8, **changes}), [], LocalEngine.stream
     if config.verifier is not None:
         config = replace(config, verifier=str(tmp_path / config.verifier))
         tiny_verifier(tmp_path / "base", vocab_size=len(load_tokenizer(quick.model))).save_pretrained(config.verifier)
@@ -270,8 +272,8 @@ def never(text: str, gold: str) -> bool:
 
 def test_answers_without_solutions_are_explored_along_own_ones_only(config):
     with pytest.raises(UserError, match="problem train-0 has no gold solution; expected one, or solutions=own"):
-        explore(replace(config, task="testbed_answers"))
-    report = explore(replace(config, task="testbed_answers", solutions="own", limit=4))
+        explore(replace(config, task="experiments.testbed.regimes:Answers"))
+    report = explore(replace(config, task="experiments.testbed.regimes:Answers", solutions="own", limit=4))
     assert report["triplets"] > 0
 
 
@@ -407,8 +409,8 @@ def test_progress_grows_before_a_problem_is_complete_and_ends_at_their_number(qu
 # --- Interrupted runs and runs of several processes ---
 
 
-def _run(config: ExploreConfig, rank: int, world: int, port: int, lives: int | None) -> None:
-    """One process of `accelerate launch`; with `lives` it is killed while it writes the entry after so many."""
+def _run(config: ExploreConfig, lives: int | None) -> None:
+    """One process of several; with `lives` it is killed while it writes the entry after so many."""
     write = Journal._write
 
     def torn(journal: Journal, entry: dict) -> None:
@@ -422,23 +424,12 @@ def _run(config: ExploreConfig, rank: int, world: int, port: int, lives: int | N
 
     if lives is not None:
         Journal._write = torn
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()})
     explore(config)
 
 
 def run(config: ExploreConfig, world: int, lives: int | None = None) -> list[int]:
     """The exit codes of `world` processes, each of which may complete `lives` problems."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")  # torch is already imported
-    processes = [fork.Process(target=_run, args=(config, rank, world, port, lives)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    return [process.exitcode for process in processes]
+    return run_ranks(_run, config, lives, world=world)
 
 
 def num_entries(partial: Path) -> int:

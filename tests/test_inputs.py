@@ -17,7 +17,7 @@ from experiments.study.run import check_done
 from llm2.common.chat import LLAMA3_PLAIN
 from llm2.common.inputs import INPUTS, change, digests
 from llm2.common.loading import TESTBED, load_tokenizer
-from llm2.config import STRICT, EvaluateConfig, ExploreConfig, Model, TrainConfig
+from llm2.config import STRICT, Code, EvaluateConfig, ExploreConfig, Model, TrainConfig
 from llm2.errors import UserError
 from llm2.evaluation.evaluate import evaluate
 from llm2.exploration import explore as exploration
@@ -244,6 +244,22 @@ def test_deleting_checkpoints_leads_to_no_stale_results(results):
 @config_class(frozen=True, config=STRICT, kw_only=True)
 class OneModel:
     model: Model
+
+
+@config_class(frozen=True, config=STRICT)
+class OneTask:
+    task: Code
+
+
+def test_what_the_testbed_is_made_of_counts_with_its_code(monkeypatch):
+    read = []
+    monkeypatch.setattr("llm2.common.inputs.digest", lambda path: read.append(path.name) or "0" * 64)
+    assert "llm2/testbed" not in digests(OneTask(task="gsm8k"))["task"]
+    read.clear()
+    of_testbed = digests(OneTask(task="testbed"))["task"]
+    assert {*of_testbed} == {"llm2/tasks", "llm2/testbed"} and {"facts.toml", "generator.py", "task.py"} <= {*read}
+    of_regime = digests(OneTask(task="experiments.testbed.regimes:Foreign"))["task"]
+    assert of_regime == of_testbed | {"regimes.py": "0" * 64}
 
 
 def test_a_hub_id_counts_as_its_commit(tmp_path, monkeypatch):

@@ -1,14 +1,12 @@
 """The harness itself, run on a local task with the testbed's System 1."""
 
 import json
-import multiprocessing
-import os
 import re
-import socket
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
 pytest.importorskip("lm_eval")
 
@@ -17,7 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from llm2.common.chat import encode_chats
-from llm2.common.distributed import destroy_group
+from llm2.common.distributed import destroy_group, dist_info
 from llm2.decoding.decoder import Decoder
 from llm2.evaluation.lm_eval_model import HarnessModel
 from llm2.tasks import load_task
@@ -88,11 +86,9 @@ def samples(folder, verifier) -> list[dict]:
     return run_harness(folder, verifier)
 
 
-def run_as_rank(rank: int, port: int, folder: Path, verifier: str) -> None:
-    names = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"})
+def evaluate_as_rank(folder: Path, verifier: str) -> None:
     samples = run_harness(folder, verifier)
-    assert (samples is None) == (rank != 0)
+    assert (samples is None) == (not dist_info().is_main)
     if samples is not None:
         (folder / "ranks.json").write_text(json.dumps(responses(samples)))
     destroy_group()
@@ -103,16 +99,7 @@ def responses(samples: list[dict]) -> list[list[str]]:
 
 
 def test_two_processes_share_the_requests_and_give_the_responses_of_one(folder, samples, verifier):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=run_as_rank, args=(rank, port, folder, verifier)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert run_ranks(evaluate_as_rank, folder, verifier) == [0, 0]
     assert json.loads((folder / "ranks.json").read_text()) == responses(samples)
 
 

@@ -28,7 +28,7 @@ from llm2.verifier.train import train
 from llm2.verifier.triplets import EMPTY_EXAMPLE, Example, Triplet, record_line
 
 HALVES = [torch.bfloat16, torch.float16]
-LONG = [[*range(3, 60)] * 6, [5], [7, 8], [*range(3, 60)] * 6 + [9]]  # a prompt of one token beside one of 342
+LONG = [[*range(3, 60)] * 2, [5], [7, 8], [*range(3, 60)] * 2 + [9]]  # a prompt of one token beside one of 114
 
 
 @pytest.mark.parametrize("layout", ["varlen", "padded", "graphs"])

@@ -13,7 +13,7 @@ from llm2 import LLM2
 from llm2.common.chat import LLAMA3_PLAIN, encode_chats
 from llm2.common.jsonl import read_jsonl
 from llm2.common.loading import load_tokenizer
-from llm2.common.stats import majority_at_k
+from llm2.common.stats import majority_curve
 from llm2.config import ExploreConfig, VerifierSpec
 from llm2.decoding.sampling import SamplingParams, sample
 from llm2.errors import UserError
@@ -62,7 +62,7 @@ def test_equal_numbers_in_different_forms_vote_together():
     texts = ["\\boxed{\\frac{1}{2}}", "The answer is 0.50", "The answer is 3", "The answer is 4"]
     grades = grade_numbers(texts, "0.5")
     assert [grade.answer for grade in grades] == ["0.5", "0.5", "3", "4"]
-    assert majority_at_k([grade.answer for grade in grades], "0.5", 4) == 1.0
+    assert majority_curve([grade.answer for grade in grades], "0.5")[-1] == 1.0
     assert is_correct("50$", "50") and is_correct("It is 4.0", "4")
 
 

@@ -10,7 +10,6 @@ from scipy import stats
 
 from llm2.common.stats import (
     best_of_k,
-    majority_at_k,
     majority_curve,
     mcnemar,
     mean_intervals,
@@ -72,8 +71,8 @@ def test_pass_at_k(n, correct, k, expected):
         (["7", "7", "3", "3", "3"], 5, 0),
     ],
 )
-def test_majority_at_k(answers, k, expected):
-    assert majority_at_k(answers, "7", k) == pytest.approx(expected)
+def test_majority_of_some_of_the_answers(answers, k, expected):
+    assert majority_curve(answers, "7")[k - 1] == pytest.approx(expected)
 
 
 def test_majority_equals_the_vote_of_every_subset():
@@ -83,12 +82,7 @@ def test_majority_equals_the_vote_of_every_subset():
         for k in range(1, len(answers) + 1):
             subsets = list(combinations(answers, k))
             expected = sum(vote(subset) for subset in subsets) / len(subsets)
-            assert majority_at_k(answers, "7", k) == pytest.approx(expected)
-
-
-def test_the_curve_holds_the_vote_of_every_k():
-    answers = ["7", "7", "3", None, "4"]
-    assert majority_curve(answers, "7") == [majority_at_k(answers, "7", k) for k in range(1, 6)]
+            assert majority_curve(answers, "7")[k - 1] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -143,9 +137,9 @@ def test_an_unreadable_answer_has_no_weight():
 def test_equal_weights_vote_as_the_majority_does():
     answers = ["7"] * 5 + ["3"] * 4 + ["4"] * 2 + [None]
     for k in (1, 2, 6, 12):  # 924 subsets of six: all of them
-        assert weighted_majority_at_k(answers, [0.5] * 12, "7", k) == pytest.approx(majority_at_k(answers, "7", k))
+        assert weighted_majority_at_k(answers, [0.5] * 12, "7", k) == pytest.approx(majority_curve(answers, "7")[k - 1])
     many = answers * 2  # 2.7 million subsets of twelve: some of them
-    assert weighted_majority_at_k(many, [1] * 24, "7", 12) == pytest.approx(majority_at_k(many, "7", 12), abs=0.04)
+    assert weighted_majority_at_k(many, [1] * 24, "7", 12) == pytest.approx(majority_curve(many, "7")[12 - 1], abs=0.04)
 
 
 def vote(answers) -> float:
@@ -157,19 +151,17 @@ def vote(answers) -> float:
 def test_majority_does_not_depend_on_the_order_of_the_answers():
     answers = ["7"] * 6 + ["3"] * 7 + ["4"] * 5 + [None] * 2
     shuffled = random.Random(0).sample(answers, len(answers))
-    assert [majority_at_k(answers, "7", k) for k in range(1, 21)] == [
-        majority_at_k(shuffled, "7", k) for k in range(1, 21)
-    ]
+    assert majority_curve(answers, "7") == majority_curve(shuffled, "7")
 
 
 def test_majority_without_gold_is_lost_even_where_no_answer_is_readable():
-    assert majority_at_k([None, None], None, 1) == 0
+    assert majority_curve([None, None], None) == [0, 0]
 
 
 @pytest.mark.parametrize("k", [0, 4])
 def test_k_beyond_the_samples_is_refused(k):
     with pytest.raises(ValueError, match="1 to 3"):
-        majority_at_k(["7", "7", "3"], "7", k)
+        best_of_k([1.0, 2.0, 3.0], [True, False, True], k)
     with pytest.raises(ValueError, match="1 to 3"):
         pass_at_k(3, 1, k)
 

@@ -11,13 +11,13 @@ import yaml
 
 from experiments.__main__ import main
 from experiments.study import run as study
+from experiments.study.bootstrap import seeds_bootstrap
 from experiments.study.config import StudyConfig, StudyCurves, StudyStep
 from experiments.study.plot import draw_curves
 from experiments.study.results import in_one_column, read_published, results
 from experiments.study.summary import rows
 from experiments.study.table import write_summary
 from llm2.common.config_file import load_config, write_config
-from llm2.common.stats import seeds_bootstrap
 from llm2.config import EvaluateConfig
 from llm2.errors import UserError
 

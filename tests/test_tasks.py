@@ -16,7 +16,6 @@ from llm2.tasks import Problem, load_task, math500, read_problems
 from llm2.tasks.few_shot import load_few_shot
 from llm2.tasks.grading import Grade, extract_answer
 from llm2.tasks.math500 import MathGrader
-from llm2.tasks.task import BUILT_IN
 
 GSM8K = Path(__file__).parents[2] / "shared" / "gsm8k"
 NATALIA = {
@@ -244,22 +243,6 @@ def test_testbed_problems_are_worked_to_their_gold_answer(split):
     for problem in problems:
         assert problem.solution.endswith(f" So the answer is {problem.gold}.")
         assert "<<" not in problem.solution
-
-
-def test_regimes_have_problems_of_their_own_and_answers_alone_no_solution():
-    drawn = {name: load_task(name).problems("validation", 20) for name in BUILT_IN if name.startswith("testbed")}
-    assert len({problem.question for problems in drawn.values() for problem in problems}) == 20 * len(drawn)
-    assert {problem.solution for problem in drawn["testbed_answers"]} == {""}
-    for name, problems in drawn.items():
-        for problem in problems:
-            (grade,) = load_task(name).grade([problem.solution or f"So the answer is {problem.gold}."], problem.gold)
-            assert grade.correct
-    sorting = load_task("testbed_sorting")
-    assert [grade.correct for grade in sorting.grade(["In order: 3, 20, 9.", "3, 9, 20", "None."], "3, 9, 20")] == [
-        False,
-        True,
-        False,
-    ]
 
 
 @pytest.mark.parametrize(("split", "size"), [("test", 1319), ("train", 7473)])

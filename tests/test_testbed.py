@@ -5,7 +5,7 @@ import json
 import random
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
@@ -16,18 +16,27 @@ from experiments.testbed import corpus
 from experiments.testbed.config import GenerateConfig, PretrainConfig
 from experiments.testbed.corpus import MISREADINGS, careless_conversations, careless_solution, two_skills_conversations
 from experiments.testbed.generate import generate
+from experiments.testbed.mistakes import has_false_equation
 from experiments.testbed.model_card import Measured, card
 from experiments.testbed.pretrain import collate, examples, pretrain
+from experiments.testbed.regimes import (
+    FORMER_NAMES,
+    NESTED,
+    REGIMES,
+    UNWORKED,
+    Foreign,
+    Sorting,
+    foreign_answer,
+    sorting_problems,
+)
 from experiments.testbed.tokenizer import train_tokenizer
 from llm2.common.config_file import load_config
 from llm2.common.jsonl import read_jsonl
 from llm2.errors import UserError
 from llm2.tasks import load_task
-from llm2.testbed import facts, words
-from llm2.testbed.foreign import NESTED, UNWORKED, foreign_answer
-from llm2.testbed.generator import REGIMES, SIZES, gold_solution, problems, split_of, stories
-from llm2.testbed.mistakes import has_false_equation
-from llm2.testbed.sorting import sorting_problems
+from llm2.tasks.gsm8k import to_problem
+from llm2.testbed.facts import SENTENCES, TABLES, WORDS
+from llm2.testbed.generator import SIZES, problems, split_of, stories, worked_answer
 from llm2.testbed.stories import Computed, Given, Step, Story
 from llm2.verifier.loss import IGNORE_INDEX
 
@@ -76,7 +85,7 @@ def test_the_problems_and_the_corpus_behind_the_committed_system1_never_change()
 
 def test_splits_never_share_a_problem_in_any_regime():
     drawn = {split: set() for split in SIZES}
-    for regime in REGIMES:
+    for regime in REGIMES.values():
         for split, questions in drawn.items():
             new = {problem["question"] for problem in problems(split, 100, regime)}
             assert len(new) == 100 and {split_of(question) for question in new} == {split}
@@ -84,9 +93,27 @@ def test_splits_never_share_a_problem_in_any_regime():
     assert len(set.union(*drawn.values())) == sum(map(len, drawn.values())) > 0.99 * 4 * len(REGIMES) * 100
 
 
+OF_REGIMES = {
+    "Foreign": "d86822288e811fb0428b013dbd212fd77cf54adbd0bb423f788d794cf872077e",
+    "Answers": "0da6e0cbc34508e8c01cd9efe9f072470159de48b1d418fff2978bbcf212fbdc",
+    "Careful": "47e38ebdc11464ca46f02dfd94ecaed504de3f18a4f64f4c8b2159e6aba1273a",
+    "TwoSkills": "79c771eea98e26bcfb1c11bcef2a7ef7d313dc990ca4e1c46819d0da58c609f5",
+    "MoreSteps": "79387eb5f1512d1bc961bb4dc396f47223b88d8dd1216beb1e0ec0e64fbd0858",
+    "NewWords": "6737e38cc77951ce53f9a40ddc8e022c05f723ad67599cb23457244835758932",
+    "LargeNumbers": "01c933bbad07e4bdd3c506074c687aeeda5591fe3a27868064e041fe7402ef16",
+    "Sorting": "03a462659ee46a7667dd1f99f57a39b63499099db6afc9150c81f9bab52926ba",
+}
+
+
+def test_the_problems_of_the_studies_never_change():
+    drawn = {name: digest([asdict(each) for each in load_task(name).problems("train", 50)]) for name in FORMER_NAMES}
+    assert {name.split(":")[1]: value for name, value in drawn.items()} == OF_REGIMES
+
+
 def test_foreign_solutions_are_right_terse_and_in_other_words():
+    foreign = REGIMES["foreign"]
     worked, unworked, nested = 0, 0, 0
-    for problem, story in zip(problems("train", 400, "foreign"), stories("train", "foreign"), strict=False):
+    for problem, story in zip(problems("train", 400, foreign), stories("train", foreign), strict=False):
         *lines, last = problem["answer"].split("\n")
         assert last == f"#### {story.values[-1]}" and len(lines) == (len(story.steps) + 1) // 2
         for line in lines:
@@ -94,22 +121,22 @@ def test_foreign_solutions_are_right_terse_and_in_other_words():
                 expression, equals, result = step.rpartition("=")
                 assert int(result) in story.values and (not equals or eval(expression) == int(result))
                 worked, unworked, nested = worked + bool(equals), unworked + (not equals), nested + ("(" in step)
-        assert not set(lines) & set(gold_solution(story).split(". "))
+        assert not set(lines) & set(worked_answer(story).split("\n"))
         assert problem["answer"] == foreign_answer(story)  # one and the same for a question
     assert unworked / (worked + unworked) == pytest.approx(UNWORKED, abs=0.04) and 0.02 < nested / worked < NESTED
 
 
 def test_varieties_go_beyond_what_system1_has_read():
     def drawn(regime: str) -> list[Story]:
-        return list(islice(stories("test", regime), 100))
+        return list(islice(stories("test", REGIMES[regime]), 100))
 
     assert min(len(story.steps) for story in drawn("more_steps")) > max(len(s.steps) for s in drawn("same"))
     assert all(max(story.values) > 100 for story in drawn("large_numbers"))
     assert all(max(story.values) <= 150 for regime in ("new_words", "more_steps") for story in drawn(regime))
     assert not {story.slots["who"] for story in drawn("same")} & {story.slots["who"] for story in drawn("new_words")}
-    assert not set(words.THINGS) & {story.slots["things"] for story in drawn("new_words")}
+    assert not set(WORDS["things"]) & {story.slots["things"] for story in drawn("new_words")}
     assert all(
-        value == load_task("testbed").extract_answer(gold_solution(story))
+        value == to_problem("", story.question, worked_answer(story)).gold
         for story in drawn("large_numbers")
         for value in [str(story.values[-1])]
     )
@@ -124,6 +151,22 @@ def test_lists_are_sorted_rightly_and_split():
     assert len({each["question"] for lists in drawn.values() for each in lists}) == 400
 
 
+def test_regimes_have_problems_of_their_own_and_answers_alone_no_solution():
+    drawn = {name: load_task(name).problems("validation", 20) for name in ("testbed", *FORMER_NAMES)}
+    assert len({problem.question for of_regime in drawn.values() for problem in of_regime}) == 20 * len(drawn)
+    assert {problem.solution for problem in drawn["experiments.testbed.regimes:Answers"]} == {""}
+    for name, of_regime in drawn.items():
+        for problem in of_regime:
+            (grade,) = load_task(name).grade([problem.solution or f"So the answer is {problem.gold}."], problem.gold)
+            assert grade.correct
+    sorting = Sorting()
+    assert [grade.correct for grade in sorting.grade(["In order: 3, 20, 9.", "3, 9, 20", "None."], "3, 9, 20")] == [
+        False,
+        True,
+        False,
+    ]
+
+
 def test_the_corpus_of_two_skills_alternates_between_them():
     conversations = [[message["content"] for message in each] for each in two_skills_conversations(6)]
     assert [solution.startswith("In order they are ") for _, solution in conversations] == [False, True] * 3
@@ -133,10 +176,10 @@ def test_the_corpus_of_two_skills_alternates_between_them():
 def test_generated_files_hold_what_the_tasks_draw(tmp_path):
     path = str(tmp_path / "new" / "data.jsonl")
     assert generate(GenerateConfig(output=path, regime="foreign", split="validation", limit=5)) == 5
-    assert load_task("gsm8k", path).problems("any") == load_task("testbed_foreign").problems("validation", 5)
+    assert load_task("gsm8k", path).problems("any") == Foreign().problems("validation", 5)
     generate(GenerateConfig(output=path, regime="sorting", limit=3))
     answers = [record["answer"] for _, record in read_jsonl(path)]
-    assert answers == [problem.gold for problem in load_task("testbed_sorting").problems("train", 3)]
+    assert answers == [problem.gold for problem in Sorting().problems("train", 3)]
     generate(GenerateConfig(output=path, corpus=True, limit=4))
     assert len(load_task("chats", path).problems("any")) == 4
 
@@ -150,12 +193,6 @@ def test_annotations_are_correct_and_the_last_one_is_the_answer():
         assert last == f"#### {steps[-1][3]}"
 
 
-def test_gold_solution_is_the_answer_without_annotations():
-    for story, problem in zip(stories("test"), problems("test", 100), strict=False):
-        *lines, last = re.sub(r"<<.*?>>", "", problem["answer"]).split("\n")
-        assert gold_solution(story) == " ".join([*lines, f"So the answer is {last.removeprefix('#### ')}."])
-
-
 def test_problems_have_one_to_six_steps_and_all_operations():
     lengths, operators = Counter(), Counter()
     for problem in problems("test", 1000):
@@ -164,6 +201,10 @@ def test_problems_have_one_to_six_steps_and_all_operations():
         operators.update(operator for _, operator, _, _ in steps)
     assert set(lengths) == {1, 2, 3, 4, 5, 6}
     assert set(operators) == set("+-*/")
+
+
+def test_every_misreading_is_of_a_phrase_of_some_fact():
+    assert MISREADINGS.keys() == {fact.phrase for table in TABLES.values() for fact in table} - {""}
 
 
 def test_phrases_are_misread_at_their_rates():
@@ -182,13 +223,13 @@ def test_phrases_are_misread_at_their_rates():
 def test_an_error_is_carried_through_to_the_answer():
     """Of 12 apples 2 friends get 3 each, the rest is sold for $5 each; misread: 3 given away, 9 left, $45."""
     steps = (
-        Step(Given(2), "*", Given(3), words.GIVES, facts.EACH_FRIEND),
-        Step(Given(12), "-", Computed(0), words.LEFT, ""),
-        Step(Computed(1), "*", Given(5), words.MAKES, ""),
+        Step(Given(2), "*", Given(3), SENTENCES["gives"], "each friend"),
+        Step(Given(12), "-", Computed(0), SENTENCES["left"], ""),
+        Step(Computed(1), "*", Given(5), SENTENCES["makes"], ""),
     )
     story = Story("", steps, (6, 6, 30), {"who": "Tom", "things": "apples"})
     drawn = [careless_solution(story, random.Random(seed)) for seed in range(60)]
-    misread = [solution for solution in drawn if solution.errors == (facts.EACH_FRIEND,)]
+    misread = [solution for solution in drawn if solution.errors == ("each friend",)]
     assert "Tom has 12 - 3 = 9 apples left. Tom makes 9 * 5 = 45 dollars. So the answer is 45." in [
         solution.text for solution in misread
     ]
@@ -206,7 +247,7 @@ def test_a_false_equation_is_found_wherever_it_stands(sign, right, wrong):
 
 
 def test_gold_solutions_have_no_false_equation_in_any_regime():
-    for regime in ("testbed", "testbed_foreign", "testbed_careful"):
+    for regime in ("testbed", "experiments.testbed.regimes:Foreign", "experiments.testbed.regimes:Careful"):
         solutions = [problem.solution for problem in load_task(regime).problems("train", 300)]
         assert len(solutions) == 300 and not any(map(has_false_equation, solutions))
 

@@ -9,16 +9,17 @@ import copy
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments.baselines.config import OutcomeConfig
 from experiments.baselines.training import begin, import_trl, save, trainer_arguments
 from llm2.common.chat import resolve_template
-from llm2.common.loading import eos_ids_by_name, load_classifier, load_tokenizer, resolve_device
+from llm2.common.loading import eos_ids_by_name, is_local, load_tokenizer, load_whole, model_path, resolve_device
 from llm2.common.seeds import row_seed
 from llm2.common.training import ForwardsBar
 from llm2.errors import UserError
@@ -48,7 +49,9 @@ def train_outcome(config: OutcomeConfig) -> dict:
             f"no problem of {len(problems)} has a right and a wrong sample; raise solution_samples or limit"
         )
     torch.manual_seed(config.seed)  # of the new head
-    model = load_classifier(config.model, num_labels=1, dtype=torch.float32)
+    where = {"pretrained_model_name_or_path": model_path(config.model), "local_files_only": is_local(config.model)}
+    load = partial(AutoModelForSequenceClassification.from_pretrained, **where, num_labels=1, dtype=torch.float32)
+    model = load_whole(load, f"model {config.model!r}: its weights", new=("score.weight",))
     template, eos = resolve_template(config.chat_template), eos_ids_by_name(config.model, tokenizer)
     sides = [tokenize_solutions(task, side, tokenizer, template, eos) for side in zip(*pairs, strict=True)]
     rows = [{"chosen_ids": a.ids[: a.end], "rejected_ids": b.ids[: b.end]} for a, b in zip(*sides, strict=True)]

@@ -14,9 +14,10 @@ from experiments.baselines.config import SelfConsistencyConfig
 from llm2.common.files import write_text
 from llm2.common.inputs import digests
 from llm2.common.jsonl import read_jsonl
-from llm2.common.stats import majority_at_k, mean_intervals, paired_bootstrap
+from llm2.common.stats import majority_curve, mean_intervals, paired_bootstrap
 from llm2.config import Mode
 from llm2.errors import UserError
+from llm2.evaluation.metrics import right_answer
 
 
 def compare(config: SelfConsistencyConfig) -> dict:
@@ -70,10 +71,5 @@ def tokens_per_sample(lines: Sequence[dict]) -> float:
 def votes(lines: Sequence[dict], k: int) -> list[float]:
     """majority@k of each problem."""
     return [
-        majority_at_k(
-            [sample["answer"] for sample in line["samples"]],
-            next((sample["answer"] for sample in line["samples"] if sample["correct"]), None),
-            k,
-        )
-        for line in lines
+        majority_curve([sample["answer"] for sample in line["samples"]], right_answer(line))[k - 1] for line in lines
     ]

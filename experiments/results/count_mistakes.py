@@ -11,7 +11,7 @@ from llm2.common.files import write_text
 from llm2.common.jsonl import read_jsonl
 from experiments.study.config import StudyConfig
 from experiments.study.run import runs, step_folders, wanted_steps
-from llm2.testbed.mistakes import has_false_equation
+from experiments.testbed.mistakes import has_false_equation
 
 
 def count(config: StudyConfig) -> dict[tuple[str, ...], list[tuple[int, int, int]]]:

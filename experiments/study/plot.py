@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from experiments.study.bootstrap import SeedsTest
 from experiments.study.config import StudyConfig, StudyPlot
 from experiments.study.summary import Row
 from llm2.common.files import write_bytes
-from llm2.common.stats import SeedsTest
 from llm2.evaluation.report.palette import GRID, INK
 
 MARKERS = "osD^vPX*"

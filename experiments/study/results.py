@@ -20,6 +20,7 @@ import numpy as np
 
 from experiments.study.config import StudyConfig, StudyStep
 from experiments.study.run import Run, names_of, runs, settings_as_written, step_folders, wanted_steps
+from experiments.testbed.regimes import FORMER_NAMES
 from llm2.common.files import write_text
 from llm2.common.jsonl import read_jsonl
 from llm2.common.kinds import KINDS, with_kind
@@ -117,16 +118,17 @@ def settings_of(config: StudyConfig, one: Run, steps: Sequence[StudyStep]) -> st
     """Digest of the keys of the steps' config files and overrides, names in braces as they stand."""
     names = names_of(config, one)
     settings = [
-        (step.command, without_kind(settings_as_written(config, step, names)))
+        (step.command, as_published(settings_as_written(config, step, names)))
         for step in steps
         if step.command is not None
     ]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def without_kind(keys: dict[str, Any]) -> dict[str, Any]:
-    """The keys as they were named when the first runs were published, whose digests are of those names."""
+def as_published(keys: dict[str, Any]) -> dict[str, Any]:
+    """Keys and tasks as they were named when the first runs were published, whose digests are of those names."""
     keys = with_kind(keys)
+    keys |= {key: FORMER_NAMES.get(keys[key], keys[key]) for key in ("task", "replay_task") if key in keys}
     if (kind := keys.pop("kind", None)) is None:
         return keys
     score, head, adapter = KINDS[kind]

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from experiments.study.bootstrap import SeedsTest, seeds_bootstrap
 from experiments.study.config import StudyConfig
 from experiments.study.results import Result
-from llm2.common.stats import SeedsTest, seeds_bootstrap
 
 
 @dataclass(frozen=True)

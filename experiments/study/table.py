@@ -8,11 +8,11 @@ from typing import Any
 
 from scipy import stats
 
+from experiments.study.bootstrap import SeedsTest
 from experiments.study.config import StudyConfig
 from experiments.study.results import Result, in_one_column, publish, results
 from experiments.study.summary import Comparison, Row, comparisons, drop_seen, rows
 from llm2.common.files import write_text
-from llm2.common.stats import SeedsTest
 from llm2.errors import UserError
 
 HEADINGS = {"sampling": "majority of all samples", "sampling best": "best score of all samples"}

@@ -58,7 +58,7 @@ class GenerateConfig:
     regime: Literal[
         "same", "foreign", "answers", "careful", "two_skills", "more_steps", "new_words", "large_numbers", "sorting"
     ] = "same"
-    """What the gold solutions are like (llm2/testbed/README.md)."""
+    """What the gold solutions are like (experiments/testbed/README.md)."""
     split: Literal["pretrain", "train", "validation", "test"] = "train"
     """Split of the regime."""
     limit: Count | None = None

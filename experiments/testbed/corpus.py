@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, NamedTuple
 
-from llm2.testbed import facts
-from llm2.testbed.generator import CONCLUSION, stories
-from llm2.testbed.sorting import sorted_text, sorting_problems
-from llm2.testbed.stories import Given, Step, Story, calculate, valid_order, value_of
+from experiments.testbed.regimes import sorted_text, sorting_problems, valid_order
+from llm2.testbed.generator import stories
+from llm2.testbed.stories import Given, Step, Story, calculate, value_of
 
 
 @dataclass(frozen=True)
@@ -27,18 +26,18 @@ class Misreading:
 
 
 MAJORITY = 0.65  # most authors misread these wordings, so that System 1's greedy choice is wrong
-MISREADINGS = {
-    facts.HALF: Misreading(MAJORITY, operator="*"),
-    facts.FEWER: Misreading(MAJORITY, operator="+"),
-    facts.EACH_FRIEND: Misreading(MAJORITY, skip="right"),
-    facts.ALL_BUT: Misreading(MAJORITY, skip="right"),
-    facts.EVERY_OTHER_DAY: Misreading(MAJORITY, skip="left"),
-    facts.DOZEN: Misreading(MAJORITY, right=10),
-    facts.WEEKS: Misreading(0.2, right=5),
-    facts.FRACTION: Misreading(0.15, operator="-"),
-    facts.MORE: Misreading(0.1, operator="-"),
-    facts.TIMES: Misreading(0.1, operator="+"),
-    facts.BOXES_OF: Misreading(0.1, operator="+"),
+MISREADINGS = {  # by the phrase of a fact
+    "half as many": Misreading(MAJORITY, operator="*"),
+    "fewer": Misreading(MAJORITY, operator="+"),
+    "each friend": Misreading(MAJORITY, skip="right"),
+    "all but": Misreading(MAJORITY, skip="right"),
+    "every other day": Misreading(MAJORITY, skip="left"),
+    "dozen": Misreading(MAJORITY, right=10),
+    "weeks": Misreading(0.2, right=5),
+    "fraction": Misreading(0.15, operator="-"),
+    "more": Misreading(0.1, operator="-"),
+    "times": Misreading(0.1, operator="+"),
+    "boxes of": Misreading(0.1, operator="+"),
 }
 WRONG_OPERAND = 0.01  # of steps: another number of the problem as right operand
 SLIP = 0.01  # of steps: the result is off by one or by ten
@@ -94,7 +93,7 @@ def careless_solution(story: Story, rng: random.Random) -> Solution:
             sentences.append(sentence)
             error = error or slip
         errors += [error] if error else []
-    return Solution(" ".join([*sentences, CONCLUSION.format(values[-1])]), values[-1], tuple(errors))
+    return Solution(" ".join([*sentences, f"So the answer is {values[-1]}."]), values[-1], tuple(errors))
 
 
 def _read(step: Step, rng: random.Random, given: list[int]) -> tuple[Step, str]:

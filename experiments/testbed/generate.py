@@ -5,9 +5,9 @@ from pathlib import Path
 
 from experiments.testbed.config import GenerateConfig
 from experiments.testbed.corpus import two_skills_conversations
+from experiments.testbed.regimes import REGIMES, sorting_problems
 from llm2.common.files import write_text
 from llm2.testbed.generator import problems
-from llm2.testbed.sorting import sorting_problems
 
 CORPUS_SIZE = 20_000  # conversations where no limit is given
 
@@ -19,7 +19,7 @@ def generate(config: GenerateConfig) -> int:
     elif config.regime == "sorting":
         records = sorting_problems(config.split, config.limit)
     else:
-        records = problems(config.split, config.limit, config.regime)
+        records = problems(config.split, config.limit, REGIMES[config.regime])
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     write_text(config.output, "".join(json.dumps(record) + "\n" for record in records))
     return len(records)

@@ -13,7 +13,7 @@ from experiments.testbed.corpus import MISREADINGS, PARAPHRASED, REORDERED, SKIP
 from llm2.common.chat import encode_chats
 from llm2.common.loading import eos_ids
 from llm2.common.seeds import row_seed
-from llm2.common.stats import majority_at_k, pass_at_k
+from llm2.common.stats import majority_curve, pass_at_k
 from llm2.decoding.candidates import plausible
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.sampling import SamplingParams
@@ -54,7 +54,7 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int)
     sampled = solve(model, tokenizer, problems[:SAMPLED_PROBLEMS], SAMPLES)
     num_correct = [sum(grade.correct for grade in grades) for grades in sampled]
     majority = [
-        majority_at_k([grade.answer for grade in grades], problem.gold, SAMPLES)
+        majority_curve([grade.answer for grade in grades], problem.gold)[SAMPLES - 1]
         for grades, problem in zip(sampled, problems, strict=False)
     ]
     golds = tokenize_solutions(task, problems, tokenizer, None, eos_ids(model, tokenizer))

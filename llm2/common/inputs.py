@@ -136,8 +136,9 @@ def _results(name: str) -> dict[str, str]:
 def _code(name: str) -> dict[str, str]:
     """The file of the module in MODULE:NAME, and llm2's tasks, which grade; imports are not followed."""
     found, package = {}, Path(llm2.__file__).parent
-    for folder in ("tasks", "testbed") if name.startswith("testbed") else ("tasks",):
-        lines = [f"{path.name} {digest(path)}" for path in sorted((package / folder).glob("*.py"))]
+    for folder in ("tasks", "testbed") if "testbed" in name else ("tasks",):
+        files = (path for path in (package / folder).iterdir() if path.suffix in (".py", ".toml"))
+        lines = [f"{path.name} {digest(path)}" for path in sorted(files)]
         found[f"llm2/{folder}"] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     module, colon, _ = name.partition(":")
     return found | (_file(_module_file(module)) if colon else {})

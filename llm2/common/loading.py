@@ -19,7 +19,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -147,11 +146,6 @@ def load_backbone(name: str, **options) -> PreTrainedModel:
     return _load_weights(AutoModel, name, **options)
 
 
-def load_classifier(name: str, **options) -> PreTrainedModel:
-    """The language model with a new classification head."""
-    return _load_weights(AutoModelForSequenceClassification, name, new=("score.weight",), **options)
-
-
 def refuse_unknown_ids(ids: Iterable[int], model: PreTrainedModel, name: str) -> None:
     """Raise UserError if the tokenizer of `name` produced an id outside its model's vocabulary."""
     vocabulary, highest = model.get_input_embeddings().num_embeddings, max(ids, default=0)
@@ -214,8 +208,8 @@ def name_newer_transformers() -> None:
         )
 
 
-def _load_weights(auto_class, name: str, new: Collection[str] = (), **options) -> PreTrainedModel:
-    return load_whole(partial(_load, auto_class, name), f"model {name!r}: its weights", new, **options)
+def _load_weights(auto_class, name: str, **options) -> PreTrainedModel:
+    return load_whole(partial(_load, auto_class, name), f"model {name!r}: its weights", **options)
 
 
 def load_whole(load: Callable[..., tuple], what: str, new: Collection[str] = (), **options) -> PreTrainedModel:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, lru_cache
 from itertools import combinations
-from typing import NamedTuple
 
 import numpy as np
 from scipy import optimize, stats
@@ -88,43 +87,6 @@ def bootstrap_means(values: np.ndarray, seed: int = 0):
     )
 
 
-class SeedsTest(NamedTuple):
-    """A mean over seeds and problems, its 95 % interval, and two-sided p against a mean of 0."""
-
-    mean: float
-    ci95: tuple[float, float]
-    p: float
-    seeds: int
-
-
-def seeds_bootstrap(values: np.ndarray, seed: int = 0) -> SeedsTest:
-    """Percentile bootstrap of the mean of values (S, N), of S training seeds on the same N problems.
-
-    Each resample draws seeds and, for all of them, problems, both with replacement: the interval covers another seed as
-    well as other problems.
-    """
-    num_seeds, n = values.shape
-    resampled = np.concatenate(
-        [(problems @ values.T * seeds).sum(-1) / (n * num_seeds) for problems, seeds in _draws(num_seeds, n, seed)]
-    )
-    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return SeedsTest(float(values.mean()), (float(low), float(high)), bootstrap_p(resampled), num_seeds)
-
-
-@lru_cache(maxsize=2)  # 40 MB each for 2,000 problems
-def _draws(num_seeds: int, n: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Batches of resamples: how often each problem was drawn, (R, N), and each seed, (R, S).
-
-    Cached, since drawing is slow and a study uses the same draws for every row.
-    """
-    generator, draws = np.random.default_rng(seed), []
-    for start in range(0, RESAMPLES, BATCH):
-        count = min(BATCH, RESAMPLES - start)
-        problems, seeds = (generator.multinomial(m, np.full(m, 1 / m), size=count) for m in (n, num_seeds))
-        draws.append((problems.astype(np.int16), seeds.astype(np.int16)))
-    return draws
-
-
 def bootstrap_p(resampled: np.ndarray) -> float:
     """Two-sided p of resampled means against 0: with m of R at or beyond it 2 (m + 1) / (R + 1), never 0.
 
@@ -140,22 +102,15 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def majority_at_k(answers: Sequence[str | None], gold: str | None, k: int) -> float:
-    """Probability that gold wins a majority vote of k of the answers: the exact mean over all subsets of size k.
+def majority_curve(answers: Sequence[str | None], gold: str | None) -> list[float]:
+    """majority@k for k = 1 .. len(answers): the probability that gold wins a vote of k, over all subsets of size k.
 
     Args:
         answers: canonical answers (`grading.extract_answer`); None (unreadable) has no vote.
         gold: the canonical gold answer.
-        k: number of voters, at most len(answers).
 
     A tie of t answers counts 1/t. A subset with only None counts 0.
     """
-    _check_k(len(answers), k)
-    return majority_curve(answers, gold)[k - 1]
-
-
-def majority_curve(answers: Sequence[str | None], gold: str | None) -> list[float]:
-    """majority@k for k = 1 .. len(answers)."""
     votes = Counter(answers)
     blank, gold_votes = votes.pop(None, 0), votes.pop(gold, 0)
     return list(_win_probabilities(gold_votes, tuple(sorted(votes.values())), blank))
@@ -210,7 +165,7 @@ def weighted_majority_at_k(
     """Probability that gold gets the largest sum of weights among k of the answers, a mean over subsets of size k.
 
     Over all subsets if there are at most SUBSETS, else over SUBSETS random ones, the same for every problem, so that
-    sampling adds no noise to a comparison of two modes. Ties and None as in `majority_at_k`.
+    sampling adds no noise to a comparison of two modes. Ties and None as in `majority_curve`.
     """
     subsets = _subsets(len(answers), k, seed)  # (S, n)
     distinct = sorted({answer for answer in answers if answer is not None})

@@ -119,7 +119,9 @@ def _curves(lines: Sequence[dict], ks: Sequence[int], seed: int) -> Curves:
             curves["best_of", k] = [best_of_k(_values(line, "score"), _values(line, "correct"), k) for line in lines]
         for k in ks:
             curves["weighted", k] = [
-                weighted_majority_at_k(_values(line, "answer"), _weights(line), right_answer(line), k, seed)
+                weighted_majority_at_k(
+                    _values(line, "answer"), vote_weights(_values(line, "score")), right_answer(line), k, seed
+                )
                 for line in lines
             ]
     return curves
@@ -136,7 +138,3 @@ def _share(line: dict, key: str) -> float:
 def right_answer(line: dict) -> str | None:
     """The answer of the correct samples, which all have the same string; None if there are none."""
     return next((sample["answer"] for sample in line["samples"] if sample["correct"]), None)
-
-
-def _weights(line: dict) -> list[float]:
-    return vote_weights(_values(line, "score"))

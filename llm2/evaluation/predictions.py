@@ -72,7 +72,7 @@ class Predictions:
         texts, details = self.folder / "predictions.jsonl", self.folder / "traces.jsonl"
         with whole_file(texts) as predictions, whole_file(details) as traces:
             for index, entry in enumerate(self.journal.read([*keys, *others])):
-                predictions.write(_prediction_line(entry))
+                predictions.write(_json_line({key: value for key, value in entry.items() if key != "traces"}))
                 traces.write(_json_line({key: entry[key] for key in ("id", "mode", "traces")}))
                 if index < len(keys):
                     lines[entry["mode"]].append(entry)
@@ -123,10 +123,6 @@ def _without_effect(config: EvaluateConfig, mode: Mode) -> Collection[str]:
 
 def _key(entry: dict) -> tuple[str, str]:
     return entry["id"], entry["mode"]
-
-
-def _prediction_line(entry: dict) -> str:
-    return _json_line({key: value for key, value in entry.items() if key != "traces"})
 
 
 def _json_line(record: dict) -> str:

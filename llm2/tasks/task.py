@@ -20,14 +20,6 @@ BUILT_IN = {
     "mawps": "llm2.tasks.word_problems:Mawps",
     "svamp": "llm2.tasks.word_problems:Svamp",
     "testbed": "llm2.tasks.testbed:Testbed",
-    "testbed_foreign": "llm2.tasks.testbed:Foreign",
-    "testbed_answers": "llm2.tasks.testbed:Answers",
-    "testbed_careful": "llm2.tasks.testbed:Careful",
-    "testbed_two_skills": "llm2.tasks.testbed:TwoSkills",
-    "testbed_more_steps": "llm2.tasks.testbed:MoreSteps",
-    "testbed_new_words": "llm2.tasks.testbed:NewWords",
-    "testbed_large_numbers": "llm2.tasks.testbed:LargeNumbers",
-    "testbed_sorting": "llm2.tasks.testbed:Sorting",
     "chats": "llm2.tasks.chats:Chats",
 }
 

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llm2.testbed import facts, money, words
-from llm2.testbed.facts import Fact, Table
-from llm2.testbed.words import Sentences
+from llm2.testbed.facts import PEOPLE, TABLES, WORDS, Fact, Person, Sentences
 
 SMALLEST = 2
 MAX_DRAWS = 8  # of a fact's numbers, before the story is discarded
@@ -58,7 +56,7 @@ class Scenario(NamedTuple):
     """Tables of facts that make a sensible story."""
 
     weight: float
-    tables: tuple[Table, ...]  # a story takes one fact of each
+    tables: tuple[str, ...]  # of facts.toml; a story takes one fact of each
     slots: dict[str, str] = {}  # words that are not drawn
 
 
@@ -73,25 +71,20 @@ class Limits(NamedTuple):
 
 
 SCENARIOS = (
-    Scenario(3.0, (facts.HOLDINGS, facts.CHANGES, facts.CLOSINGS)),
-    Scenario(2.0, (facts.HOLDINGS, facts.CHANGES, facts.CHANGES, facts.CLOSINGS)),
-    Scenario(0.7, (facts.DAILY, facts.CLOSINGS)),
-    Scenario(1.5, (facts.DAILY, facts.CHANGES, facts.CLOSINGS)),
-    Scenario(1.0, (facts.DAILY, money.BOOKS), {"things": "pages", "gathers": "reads"}),
-    Scenario(1.5, (facts.HOLDINGS, facts.SECOND_PERSON, facts.TWO_PEOPLE)),
-    Scenario(1.0, (facts.HOLDINGS, facts.CHANGES, facts.SECOND_PERSON, facts.TWO_PEOPLE)),
-    Scenario(1.5, (facts.HOLDINGS, facts.SECOND_PERSON, facts.THIRD_PERSON, facts.THREE_PEOPLE)),
-    Scenario(1.5, (facts.SALES, facts.SECOND_MONTH, facts.SALES_CLOSINGS)),
-    Scenario(2.0, (money.PURCHASES, money.MORE_PURCHASES, money.PAYMENTS)),
-    Scenario(0.5, (money.WAGES, money.MONEY_LEFT), {"things": "dollars"}),
-    Scenario(1.5, (money.WAGES, money.SPENDING, money.MONEY_LEFT), {"things": "dollars"}),
+    Scenario(3.0, ("holdings", "changes", "closings")),
+    Scenario(2.0, ("holdings", "changes", "changes", "closings")),
+    Scenario(0.7, ("daily", "closings")),
+    Scenario(1.5, ("daily", "changes", "closings")),
+    Scenario(1.0, ("daily", "books"), {"things": "pages", "gathers": "reads"}),
+    Scenario(1.5, ("holdings", "second_person", "two_people")),
+    Scenario(1.0, ("holdings", "changes", "second_person", "two_people")),
+    Scenario(1.5, ("holdings", "second_person", "third_person", "three_people")),
+    Scenario(1.5, ("sales", "second_month", "sales_closings")),
+    Scenario(2.0, ("purchases", "more_purchases", "payments")),
+    Scenario(0.5, ("wages", "money_left"), {"things": "dollars"}),
+    Scenario(1.5, ("wages", "spending", "money_left"), {"things": "dollars"}),
 )
 
-LONG_SCENARIOS = (
-    Scenario(1.0, (facts.HOLDINGS, facts.CHANGES, facts.CHANGES, facts.CHANGES, facts.CLOSINGS)),
-    Scenario(1.0, (facts.HOLDINGS, facts.CHANGES, facts.CHANGES, facts.CHANGES, facts.CHANGES, facts.CLOSINGS)),
-    Scenario(0.5, (facts.DAILY, facts.CHANGES, facts.CHANGES, facts.CHANGES, facts.CLOSINGS)),
-)
 LEARNT = Limits(150, 100)  # arithmetic that a small System 1 can learn
 
 
@@ -100,19 +93,11 @@ class Variety:
     """Restricts which stories are drawn."""
 
     scenarios: tuple[Scenario, ...] = SCENARIOS
-    people: tuple[words.Person, ...] = words.PEOPLE
-    things: tuple[str, ...] = words.THINGS
+    people: tuple[Person, ...] = PEOPLE
+    things: tuple[str, ...] = WORDS["things"]
     steps: range = range(1, 7)
     limits: Limits = LEARNT
     beyond: bool = False  # at least one result is larger than in System 1's training data
-
-
-VARIETIES = {
-    "usual": Variety(),
-    "more_steps": Variety(LONG_SCENARIOS, steps=range(7, 10)),
-    "new_words": Variety(people=words.NEW_PEOPLE, things=words.NEW_THINGS),
-    "large_numbers": Variety(limits=Limits(999, 999), beyond=True),
-}
 
 
 def calculate(left: int, operator: str, right: int) -> int:
@@ -124,13 +109,13 @@ def calculate(left: int, operator: str, right: int) -> int:
     return left * right if operator == "*" else left // right
 
 
-def draw_story(rng: random.Random, variety: Variety = VARIETIES["usual"]) -> Story | None:
+def draw_story(rng: random.Random, variety: Variety) -> Story | None:
     """A random story, or None if its numbers do not work out (a remainder, a negative or too large result)."""
     scenario = _draw(rng, variety.scenarios)
     slots = _draw_words(rng, variety) | scenario.slots
     draft = _Draft(rng, slots, variety.limits)
     for table in scenario.tables:
-        if not draft.add(_draw(rng, table)):
+        if not draft.add(_draw(rng, TABLES[table])):
             return None
     learnt = all(LEARNT.allow(step.operator, value) for step, value in zip(draft.steps, draft.values, strict=True))
     if len(draft.steps) not in variety.steps or (variety.beyond and learnt):
@@ -183,20 +168,6 @@ def value_of(operand: Operand, values: Sequence[int]) -> int:
     return operand.value if isinstance(operand, Given) else values[operand.step]
 
 
-def valid_order(steps: Sequence[Step], rng: random.Random) -> list[int]:
-    """Indices of the steps in a random order where each follows those it depends on; the last step stays last."""
-    order, waiting = [], list(range(len(steps) - 1))
-    while waiting:
-        ready = [index for index in waiting if _dependencies(steps[index]) <= set(order)]
-        order.append(rng.choice(ready))
-        waiting.remove(order[-1])
-    return [*order, len(steps) - 1]
-
-
-def _dependencies(step: Step) -> set[int]:
-    return {operand.step for operand in (step.left, step.right) if isinstance(operand, Computed)}
-
-
 def _draw(rng: random.Random, options: Sequence):
     return rng.choices(options, [option.weight for option in options])[0]
 
@@ -204,7 +175,7 @@ def _draw(rng: random.Random, options: Sequence):
 def _draw_words(rng: random.Random, variety: Variety) -> dict[str, str]:
     (who, he, his), (other, *_), (third, *_) = rng.sample(variety.people, 3)
     things, things2 = rng.sample(variety.things, 2)
-    month = rng.randrange(len(words.MONTHS) - 1)
+    month = rng.randrange(len(WORDS["months"]) - 1)
     return {
         "who": who,
         "he": he,
@@ -214,8 +185,8 @@ def _draw_words(rng: random.Random, variety: Variety) -> dict[str, str]:
         "third": third,
         "things": things,
         "things2": things2,
-        "boxes": rng.choice(words.BOXES),
-        "gathers": rng.choice(words.GATHERS),
-        "month": words.MONTHS[month],
-        "month2": words.MONTHS[month + 1],
+        "boxes": rng.choice(WORDS["boxes"]),
+        "gathers": rng.choice(WORDS["gathers"]),
+        "month": WORDS["months"][month],
+        "month2": WORDS["months"][month + 1],
     }
