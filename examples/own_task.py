@@ -10,12 +10,12 @@ from llm2 import EvaluateConfig, Problem, Task, evaluate
 
 
 class Sums(Task):
-    """How many are a and b together?"""
+    """How many are a, and b more than a, together?"""
 
     def problems(self, split, limit=None):
-        pairs = [(a, b) for a in range(2, 9) for b in range(2, 9)][:limit]
-        question = "Ann has {} apples. Ben has {} apples. How many apples do Ann and Ben have together?"
-        return [Problem(f"{split}-{a}-{b}", question.format(a, b), gold=str(a + b)) for a, b in pairs]
+        pairs = [(a, b) for a in range(11, 18) for b in range(3, 10)][:limit]
+        question = "Nina has {} shells. Ben has {} more shells than Nina. How many shells do they have together?"
+        return [Problem(f"{split}-{a}-{b}", question.format(a, b), gold=str(a + a + b)) for a, b in pairs]
 
     def extract_answer(self, text):
         numbers = re.findall(r"\d+", text)
