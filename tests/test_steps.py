@@ -272,6 +272,18 @@ def test_a_dataset_trains_as_the_command_does_and_a_killed_run_resumes(step_conf
     assert trainer.evaluate()["eval_pair_loss"] == pytest.approx(expected["eval_pair_loss"], abs=1e-6)
 
 
+def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    """With the line that is shown, and the name of a model that needs no network."""
+    text = Path("llm2/verifier/README.md").read_text().split("## From TRL's PRMTrainer")[1]
+    row = text.split("```json\n")[1].split("```")[0]
+    (tmp_path / "steps.jsonl").write_text(row * 20)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    assert names["trainer"].state.log_history[-1]["eval_pairs"] == 4
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])) == 2
+
+
 def test_a_language_model_loss_beside_steps_measures_nothing_of_system1(step_config):
     metrics = train(replace(step_config, lm_loss_coef=0.1, num_train_epochs=1.0, evaluations=1))
     assert math.isfinite(metrics["eval_pair_loss"]) and not any(key.startswith("system1") for key in metrics)
