@@ -269,7 +269,8 @@ class LLM2:
     ) -> list[float] | list[list[float]]:
         """The verifier's score of each finished solution to a question, for best of n and weighted votes.
 
-        Training compares tokens after equal prefixes alone; between whole solutions the score is a heuristic.
+        Training on triplets compares tokens after equal prefixes alone; between whole solutions the score is a
+        heuristic. Training on labelled steps scores steps.
 
         Args:
             messages: as for `chat`.

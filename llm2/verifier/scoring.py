@@ -1,7 +1,7 @@
 """The verifier's score of every token of finished solutions, for ranking, weighted votes and the report's colours."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -15,14 +15,8 @@ from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.steps import as_text, check_steps, step_ends
 
 Reduction = Literal["mean", "min", "last", "product"]
-
-
-class Solution(NamedTuple):
-    """Token ids, and the tokens whose scores count."""
-
-    prompt: list[int]
-    answer: list[int]  # end of sequence included; of steps what follows the prompt and the first tokens
-    scored: Sequence[int]  # indices of the answer: all, or the last of each step
+# Ids up to the first score that counts, ids that follow (end of sequence included), and whose scores of these count.
+Encoded = tuple[list[int], list[int], Sequence[int]]
 
 
 def encode_solutions(
@@ -31,8 +25,8 @@ def encode_solutions(
     solutions: Sequence[str | Sequence[str]],
     eos: Sequence[int],
     template: str | None = None,
-) -> list[Solution]:
-    """Solutions are texts, or lists of steps.
+) -> list[Encoded]:
+    """Of a text all tokens' scores count, of a list of steps those of their last tokens.
 
     What a template writes behind the end is not the answer's. Raises UserError where an answer has no token.
     """
@@ -44,22 +38,21 @@ def encode_solutions(
         end = next((i for i in range(start, len(ids)) if ids[i] in eos), len(ids))
         if start == 0 or start == len(ids):
             raise UserError(f"solution {index}: expected a prompt and a text of at least one token, found none")
-        if isinstance(solutions[index], str):
-            answer = ids[start : end + 1]
-            encoded.append(Solution(ids[:start], answer, range(len(answer))))
-            continue
-        steps, where = [*solutions[index]], f"solution {index}"
-        check_steps(steps, where, "solutions")
-        first, *_ = ends = step_ends(tokenizer, messages, steps, template, where)
-        encoded.append(Solution(ids[:first], ids[first:], [end - first for end in ends]))
+        counted = range(start, min(end + 1, len(ids)))
+        if not isinstance(solutions[index], str):
+            steps, where = [*solutions[index]], f"solution {index}"
+            check_steps(steps, where, "solutions")
+            counted = step_ends(tokenizer, messages, steps, template, where)
+        first, last = counted[0], counted[-1]
+        encoded.append((ids[:first], ids[first : last + 1], [position - first for position in counted]))
     return encoded
 
 
-def score_solutions(verifier: ProcessVerifier, solutions: Sequence[Solution], **options) -> list[list[float]]:
+def score_solutions(verifier: ProcessVerifier, solutions: Sequence[Encoded], **options) -> list[list[float]]:
     """The scores that count of each solution; `options` as for `score_tokens`."""
-    prompts, answers = ([solution[part] for solution in solutions] for part in (0, 1))
+    prompts, answers, counted = zip(*solutions, strict=True) if solutions else ((), (), ())
     rows = score_tokens(verifier, prompts, answers, **options)
-    return [[row[index] for index in solution.scored] for row, solution in zip(rows, solutions, strict=True)]
+    return [[row[index] for index in indices] for row, indices in zip(rows, counted, strict=True)]
 
 
 @torch.inference_mode()
