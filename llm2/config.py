@@ -276,7 +276,7 @@ class ExploreConfig(SolutionsConfig, StoppingRule):
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class TrainConfig(ModelConfig, OptimizerConfig, VerifierSpec):
-    """Train the verifier on triplets."""
+    """Train the verifier on triplets or labelled steps."""
 
     train_file: File
     """Training data, JSON Lines: triplets, an exploration's verdicts (OUTPUT.pairs.jsonl), or labelled steps."""

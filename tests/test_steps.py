@@ -105,6 +105,21 @@ def test_a_template_that_changes_the_answer_is_refused(system1_folder):
             load_examples("rows", tokenizer, template, rows=ROWS)
 
 
+def test_a_tokenizer_that_does_not_say_where_tokens_stand_is_refused(system1_folder, monkeypatch):
+    tokenizer = load_tokenizer(system1_folder)
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    with pytest.raises(UserError, match="steps need a fast tokenizer, which says where tokens stand; .* is none"):
+        load_examples("rows", tokenizer, rows=ROWS)
+
+
+def test_a_file_of_steps_is_checked_and_counted(system1_folder, tmp_path, capsys):
+    path = write_steps(tmp_path / "steps.jsonl", 5)
+    assert main(["check", path, "--tokenizer", system1_folder]) == 0
+    printed = capsys.readouterr().out
+    assert "steps.jsonl: 5 solutions, 15 labelled steps (5 right); every position fits" in printed
+    assert "steps a solution        3        3        3        3" in printed
+
+
 def test_a_prompt_is_a_text_or_messages(system1_folder):
     tokenizer = load_tokenizer(system1_folder)
     texts, _ = load_examples("rows", tokenizer, rows=ROWS)
