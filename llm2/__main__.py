@@ -42,11 +42,14 @@ def run_train(config: TrainConfig) -> None:
     if not dist_info().is_main:
         return
     print(table(metrics))
-    print(
-        f"held-out pairs: verifier prefers gold in {metrics['eval_pair_accuracy']:.1%} "
-        f"[{metrics['eval_pair_accuracy_low']:.1%}, {metrics['eval_pair_accuracy_high']:.1%}], "
-        f"System 1 in {metrics['system1_pair_accuracy']:.1%} (n = {metrics['eval_pairs']:.0f} pairs)"
-    )
+    n, share, *ends = (metrics[f"eval_pair{key}"] for key in ("s", "_accuracy", "_accuracy_low", "_accuracy_high"))
+    interval = "{:.1%} [{:.1%}, {:.1%}]".format(share, *ends)
+    if "system1_pair_accuracy" in metrics:
+        system1 = f"System 1 in {metrics['system1_pair_accuracy']:.1%} (n = {n:.0f} pairs)"
+        print(f"held-out pairs: verifier prefers gold in {interval}, {system1}")
+    else:
+        right = f"{metrics.get('eval_pairs_right', 0) / n:.1%} are right"
+        print(f"held-out steps: the sign of the score is the label in {interval} (n = {n:.0f} steps, {right})")
     if "eval_guided_beta" in metrics:
         print(
             f"their guided order, logits and scores together: {metrics['eval_guided_pair_accuracy']:.1%} with "

@@ -282,10 +282,10 @@ class ExploreConfig(SolutionsConfig, StoppingRule):
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class TrainConfig(ModelConfig, OptimizerConfig, VerifierSpec):
-    """Train the verifier on triplets."""
+    """Train the verifier on triplets or labelled steps."""
 
     train_file: File
-    """Training data, JSON Lines: triplets, or an exploration's verdicts (OUTPUT.pairs.jsonl) as soft targets."""
+    """Training data, JSON Lines: triplets, an exploration's verdicts (OUTPUT.pairs.jsonl), or labelled steps."""
     output_dir: Annotated[Output, Mark.TRAINER]
     """Folder for the verifier and its checkpoints."""
     device: Device = "auto"
@@ -379,13 +379,13 @@ class ScoreConfig(ModelConfig):
     """Rank finished solutions by the verifier's scores: best of n, weighted votes."""
 
     file: File
-    """JSON lines of `messages` and `solutions`, a list of texts, and for grading `gold`; or the first argument."""
+    """JSON lines of `messages`, `solutions` (texts or lists of steps) and for grading `gold`; or the first argument."""
     output: Output
     """File to write: the same lines with `scores`, `best` (an index) and, with a task, `answers` and `vote`."""
     verifier: Model
     """Trained verifier, a local folder or a hub id."""
-    reduction: Literal["mean", "min", "last"] = "mean"
-    """Score of a solution: the mean, lowest or last score of its tokens."""
+    reduction: Literal["mean", "min", "last", "product"] = "mean"
+    """Score of a solution: mean, lowest or last score of its tokens or steps; product: sum of their log sigmoids."""
     task: OptionalCode = None
     """Task whose answers are extracted for weighted votes, and graded where every line has `gold`."""
     batch_size: Annotated[Count, Mark.HOW] = 16

@@ -18,6 +18,7 @@ from llm2.common.chat import resolve_template
 from llm2.common.distributed import process_device
 from llm2.common.loading import load_system1, load_tokenizer, resolve_device
 from llm2.common.training import ForwardsBar
+from llm2.errors import UserError
 from llm2.verifier.loss import pairwise_loss
 from llm2.verifier.pair_metrics import system1_margins
 from llm2.verifier.triplets import Example, load_examples
@@ -30,6 +31,8 @@ def prefer(config: PreferConfig) -> dict:
     arguments = TrainingArguments(**trainer_arguments(config, device), remove_unused_columns=False)
     tokenizer = load_tokenizer(config.model)
     examples, summary = load_examples(config.train_file, tokenizer, resolve_template(config.chat_template))
+    if examples.of_steps:
+        raise UserError(f"{config.train_file}: expected triplets, found labelled steps")
     model = load_system1(config.model, device, "float32")
     trainer = PreferenceTrainer(model, arguments, examples, config.preference_beta)
     ForwardsBar.of(trainer)

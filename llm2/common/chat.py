@@ -46,14 +46,14 @@ ANOTHER_DAY = (
 EXPECTED_TEMPLATE = f"one of {', '.join(TEMPLATES)}, or a readable Jinja file"
 
 
-def check_messages(messages: Sequence[Any], where: str) -> None:
+def check_messages(messages: Sequence[Any], where: str, key: str = "messages") -> None:
     """Raise UserError, prefixed with `where`, at the first message that lacks a known role or a content."""
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise UserError(f"{where}: key 'messages': expected objects with role and content, found {shown(message)}")
+            raise UserError(f"{where}: key {key!r}: expected objects with role and content, found {shown(message)}")
         if message["role"] not in ROLES:
             raise UserError(
-                f"{where}: key 'messages': expected a role of {', '.join(ROLES)}, found {shown(message['role'])}"
+                f"{where}: key {key!r}: expected a role of {', '.join(ROLES)}, found {shown(message['role'])}"
             )
 
 

@@ -46,7 +46,7 @@ from llm2.decoding.system2 import System2
 from llm2.errors import UserError, shown
 from llm2.verifier.load import load_verifier, require_same_template, require_verifier, trained_template
 from llm2.verifier.model import ProcessVerifier
-from llm2.verifier.scoring import Reduction, encode_solutions, score_tokens, solution_score
+from llm2.verifier.scoring import Reduction, encode_solutions, score_solutions, solution_score
 
 # Values of transformers' device_map that spread a model over several GPUs.
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -262,22 +262,29 @@ class LLM2:
         return self.tokenizer.decode(self.generate(ids, **options)[0, ids.shape[1] :], skip_special_tokens=True)
 
     def score(
-        self, messages: str | Sequence[Message], solutions: Sequence[str], reduction: Reduction = "mean"
-    ) -> list[float]:
+        self,
+        messages: str | Sequence[Message],
+        solutions: Sequence[str | Sequence[str]],
+        reduction: Reduction | None = "mean",
+    ) -> list[float] | list[list[float]]:
         """The verifier's score of each finished solution to a question, for best of n and weighted votes.
 
-        Training compares tokens after equal prefixes alone; between whole solutions the score is a heuristic.
+        Training on triplets compares tokens after equal prefixes alone; between whole solutions the score is a
+        heuristic. Training on labelled steps scores steps.
 
         Args:
             messages: as for `chat`.
-            reduction: mean, min or last of the scores of a solution's tokens, end of sequence included.
+            solutions: texts, or lists of steps, each of which has the score of its last token.
+            reduction: mean, min or last of the scores of a solution's tokens, end of sequence included, or of its
+                steps; product, the sum of their log sigmoids; None for the scores themselves.
 
         Raises ValueError without a ProcessVerifier.
         """
         if self.guidance is None or not isinstance(self.guidance.verifier, ProcessVerifier):
             raise ValueError("a score needs a verifier: expected LLM2.from_pretrained(model, verifier)")
-        texts = encode_solutions(self.tokenizer, _conversation(messages), solutions, self.eos)
-        return [solution_score(row, reduction) for row in score_tokens(self.guidance.verifier, *texts)]
+        encoded = encode_solutions(self.tokenizer, _conversation(messages), solutions, self.eos)
+        rows = score_solutions(self.guidance.verifier, encoded)
+        return rows if reduction is None else [solution_score(row, reduction) for row in rows]
 
 
 def _conversation(messages: str | Sequence[Message]) -> Sequence[Message]:

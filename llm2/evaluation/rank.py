@@ -2,7 +2,8 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +18,8 @@ from llm2.config import ScoreConfig
 from llm2.errors import UserError, shorten, shown
 from llm2.tasks import Task, load_task
 from llm2.verifier.load import load_verifier, require_same_template, require_verifier
-from llm2.verifier.model import ProcessVerifier
-from llm2.verifier.scoring import encode_solutions, score_tokens, solution_score
+from llm2.verifier.scoring import encode_solutions, score_solutions, solution_score
+from llm2.verifier.steps import as_text, check_steps, read_steps
 
 LINES = 64  # lines whose solutions are scored together
 
@@ -27,7 +28,11 @@ class Line(NamedTuple):
     number: int
     record: dict
     messages: list[Message]
-    solutions: list[str]
+    solutions: list[str | list[str]]  # texts, or their steps
+
+    @property
+    def texts(self) -> list[str]:
+        return [*map(as_text, self.solutions)]
 
 
 def check(config: ScoreConfig) -> list[Line]:
@@ -44,11 +49,17 @@ def check(config: ScoreConfig) -> list[Line]:
 
 def _line(number: int, record: dict, where: str) -> Line:
     messages, solutions = record.get("messages"), record.get("solutions")
+    if solutions is None and record.get("completions") is not None:
+        messages, steps = read_steps(record, where)
+        solutions = [steps]
     for key, value in (("messages", messages), ("solutions", solutions)):
         if not isinstance(value, list) or not value:
             raise UserError(f"{where}: key {key!r}: expected a list that is not empty, found {shown(value)}")
     check_messages(messages, where)
-    for key, texts in (("solutions", solutions), ("gold", [record.get("gold", "")])):
+    in_steps = all(isinstance(solution, list) for solution in solutions)
+    for steps in solutions if in_steps else ():
+        check_steps(steps, where, "solutions")
+    for key, texts in (("solutions", () if in_steps else solutions), ("gold", [record.get("gold", "")])):
         if wrong := [text for text in texts if not isinstance(text, str)]:
             raise UserError(f"{where}: key {key!r}: expected a text, found {shown(wrong[0])}")
     return Line(number, record, messages, solutions)
@@ -73,10 +84,14 @@ def score(config: ScoreConfig) -> Iterator[str]:
     with whole_file(config.output) as file, tqdm(total=len(lines), desc="score", unit="line", disable=None) as bar:
         for first in range(0, len(lines), LINES):
             chunk = [*zip(lines[first : first + LINES], texts[first : first + LINES], strict=True)]
-            rows = _scores(verifier, chunk, config.batch_size)
+            names = [f"line {line.number}" for line, _ in chunk for _ in line.solutions]
+            encoded = [*chain.from_iterable(solutions for _, solutions in chunk)]
+            rows = iter(score_solutions(verifier, encoded, batch_size=config.batch_size, names=names))
             for line, _ in chunk:
-                scores = [solution_score(next(rows), config.reduction) for _ in line.solutions]
-                ranked = rank(line, scores, task, graded)
+                found = [next(rows) for _ in line.solutions]
+                ranked = rank(line, [solution_score(row, config.reduction) for row in found], task, graded)
+                if isinstance(line.solutions[0], list):
+                    ranked["step_scores"] = found
                 for name, value in ranked.pop("accuracies").items():
                     accuracies[name].append(value)
                 file.write(json.dumps(line.record | ranked, ensure_ascii=False) + "\n")
@@ -89,13 +104,6 @@ def score(config: ScoreConfig) -> Iterator[str]:
         task.close()
 
 
-def _scores(verifier: ProcessVerifier, chunk: Sequence[tuple], batch_size: int) -> Iterator[list[float]]:
-    prompts = [prompt for _, (prompts, _) in chunk for prompt in prompts]
-    answers = [answer for _, (_, answers) in chunk for answer in answers]
-    names = [f"line {line.number}" for line, _ in chunk for _ in line.solutions]
-    return iter(score_tokens(verifier, prompts, answers, batch_size, names))
-
-
 def rank(line: Line, scores: list[float], task: Task | None, graded: bool) -> dict:
     """`scores` and `best`; with a task also `answers` and `vote`, the first answer with the largest sum of exp(score);
     if graded also `accuracies`, with ties split as in evaluation."""
@@ -105,7 +113,7 @@ def rank(line: Line, scores: list[float], task: Task | None, graded: bool) -> di
     weights, votes = vote_weights(scores), defaultdict(float)
     if graded:
         gold, n = line.record["gold"], len(scores)
-        grades = task.grade(line.solutions, gold)
+        grades = task.grade(line.texts, gold)
         answers, correct = [grade.answer for grade in grades], [grade.correct for grade in grades]
         right = next((answer for answer, good in zip(answers, correct, strict=True) if good), None)
         found["accuracies"] = {
@@ -115,7 +123,7 @@ def rank(line: Line, scores: list[float], task: Task | None, graded: bool) -> di
             "best of n": best_of_k(scores, correct, n),
         }
     else:
-        answers = [task.extract_answer(text) for text in line.solutions]
+        answers = [task.extract_answer(text) for text in line.texts]
     for answer, weight in zip(answers, weights, strict=True):
         if answer is not None:
             votes[answer] += weight
@@ -127,4 +135,4 @@ def _sentence(line: Line, ranked: dict) -> str:
     text = f"line {line.number}: best of {len(line.solutions)} is solution {best} ({ranked['scores'][best]:.3f})"
     if "vote" in ranked:
         text += f", weighted vote {ranked['vote']}"
-    return f"{text}: {shorten(' '.join(line.solutions[best].split()), 60)}"
+    return f"{text}: {shorten(' '.join(line.texts[best].split()), 60)}"

@@ -1,5 +1,6 @@
 """The arguments of a VerifierTrainer, and the new verifier that they describe."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,7 @@ from llm2.common.loading import changes_logits, load_config
 from llm2.config import Kind, TrainConfig, VerifierSpec
 from llm2.errors import UserError, shown
 from llm2.verifier.model import ProcessVerifier
+from llm2.verifier.triplets import FORMATS, Example
 
 
 @dataclass
@@ -65,6 +67,21 @@ def refuse_options(model: str, config: TrainConfig | VerifierTrainingArguments) 
     """Raise UserError for keys that System 1 excludes, before anything slow."""
     if config.lm_loss_coef > 0 and (key := changes_logits(load_config(model))) is not None:
         raise UserError(f"lm_loss_coef: {model} has {key}, which changes the loss; expected 0")
+
+
+def refuse_steps(
+    config: TrainConfig | VerifierTrainingArguments, train_set: Sequence[Example], eval_set: Sequence[Example]
+) -> None:
+    """Raise UserError for keys that labelled steps exclude, and for held-out data of the other format."""
+    of_steps = train_set[0].of_steps
+    if eval_set and eval_set[0].of_steps != of_steps:
+        raise UserError(
+            f"found {FORMATS[of_steps]} to train on and {FORMATS[not of_steps]} held out; expected one format"
+        )
+    for key in ("guided_beta", "margin", "best_by", "metric_for_best_model") if of_steps else ():
+        value = getattr(config, key, None) or ""
+        if not isinstance(value, str) or "choice" in value or "guided" in value:
+            raise UserError(f"{key}: found {shown(value)}, which is of pairs of tokens; the data are labelled steps")
 
 
 def new_verifier(model: str, config: VerifierTrainingArguments, device: torch.device) -> ProcessVerifier:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from llm2.verifier.loss import IGNORE_INDEX
+from llm2.verifier.steps import ABSENT
 from llm2.verifier.triplets import Example
 
 
@@ -20,7 +21,7 @@ class VerifierBatch(NamedTuple):
     prefix_len: torch.Tensor | None  # (R, S) tokens from there on that it sees, without itself; also its position id
     pair_indices: torch.Tensor  # (1, M, 2) of gold and negative in the flattened R * S tokens; without branches (1, M)
     # of the last tokens of their prefixes
-    pair_tokens: torch.Tensor  # (1, M, 2) ids of gold and negative
+    pair_tokens: torch.Tensor  # (1, M, 2) ids of gold and negative; ABSENT beside a step's last token
     pair_weights: torch.Tensor  # (1, M) float32
     pair_ids: torch.Tensor  # (1, M) number of the triplet in its file
     pair_targets: torch.Tensor  # (1, M) float32 probability that gold is better
@@ -127,11 +128,12 @@ def _lay_out(example: Example, with_branches: bool, lm_targets: bool) -> _Layout
     last = max((t.position for t in example.triplets), default=0)
     trunk_len = len(example.ids) if lm_targets else max(last + with_branches, 1)
     trunk = torch.tensor(example.ids[:trunk_len])
-    branches = sorted({(t.position, t.negative) for t in example.triplets}) if with_branches else []
+    negatives = {(t.position, t.negative) for t in example.triplets if t.negative != ABSENT}
+    branches = sorted(negatives) if with_branches else []
     column = {branch: trunk_len + offset for offset, branch in enumerate(branches)}
     positions, negatives = torch.tensor(branches, dtype=torch.long).view(-1, 2).unbind(-1)
     if with_branches:
-        pairs = [(t.position, column[t.position, t.negative]) for t in example.triplets]
+        pairs = [(t.position, column.get((t.position, t.negative), t.position)) for t in example.triplets]
         pair_indices = torch.tensor(pairs, dtype=torch.long).view(-1, 2)
     else:
         pair_indices = torch.tensor([t.position - 1 for t in example.triplets], dtype=torch.long)

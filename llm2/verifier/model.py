@@ -331,7 +331,7 @@ class ProcessVerifier(PreTrainedModel):
             position_ids: (R, S).
             start, prefix_len: (R, S) of packed rows (see `masks`), in place of attention_mask and position_ids.
             pair_indices: (1, M, 2) or, where `score` is prefix, (1, M), as in VerifierBatch; asks for `margins`.
-            pair_tokens: (1, M, 2), where `score` is prefix.
+            pair_tokens: (1, M, 2), where `score` is prefix or a token is absent (below 0), whose score is 0.
             targets: (R, S) the next token, or IGNORE_INDEX; asks for `lm_loss`.
             states: (N, D) of a prefix head's System 1, in place of input_ids; pair_indices count its rows.
             backbone_options: passed to the backbone where attention_mask is, such as a cache, which it fills.
@@ -353,13 +353,15 @@ class ProcessVerifier(PreTrainedModel):
             pair_scores = None if pair_indices is None else output.scores.flatten()[pair_indices]  # (1, M, 2)
         elif pair_indices is not None:
             states = self.dropout(hidden.flatten(end_dim=-2)[pair_indices])  # (1, M, D)
-            pair_scores = self.prefix_scores(states, pair_tokens)
+            pair_scores = self.prefix_scores(states, pair_tokens.clamp(min=0))
         else:
             before = nn.functional.pad(
                 hidden, (0, 0, 1, -1)
             )  # the first token has no prefix, so its score means nothing
             output.scores = self.prefix_scores(before, input_ids[..., None]).squeeze(-1)
         if pair_indices is not None:
+            if pair_tokens is not None:
+                pair_scores = pair_scores.masked_fill(pair_tokens < 0, 0.0)
             output.margins = pair_scores[..., 0] - pair_scores[..., 1]
         if targets is not None:
             weight = self.get_input_embeddings().weight if self.unembedding is None else self.unembedding

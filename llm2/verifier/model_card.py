@@ -30,11 +30,14 @@ next tokens of System 1, `{base}`, from which it was trained.
 |---|---|
 {rows}
 
-Held-out pairs in which the gold token is preferred to the negative one (n = {n:,.0f}): verifier {verifier},
-System 1 {system1}. By fifth of the solution and by kind of the gold token:
+{held_out}
 
 {table}
 """
+PAIRS = """Held-out pairs in which the gold token is preferred to the negative one (n = {n:,.0f}): verifier {verifier},
+System 1 {system1}. By fifth of the solution and by kind of the gold token:"""
+STEPS = """Held-out steps whose label is the sign of their score (n = {n:,.0f}): {verifier}. By fifth of
+the solution, by kind of the step's last token and by label:"""
 
 
 def model_card(
@@ -65,14 +68,15 @@ def model_card(
     rows += [(package, version(package)) for package in ("torch", "transformers", "peft")]
     accuracies = {}
     for name, prefix in (("verifier", "eval"), ("system1", "system1")):
-        share, low, high = (metrics[f"{prefix}_pair_accuracy{end}"] for end in ("", "_low", "_high"))
-        accuracies[name] = f"{share:.1%} [95 % interval {low:.1%}, {high:.1%}]"
+        if f"{prefix}_pair_accuracy" in metrics:
+            share, low, high = (metrics[f"{prefix}_pair_accuracy{end}"] for end in ("", "_low", "_high"))
+            accuracies[name] = f"{share:.1%} [95 % interval {low:.1%}, {high:.1%}]"
+    held_out = PAIRS if "system1" in accuracies else STEPS
     return CARD.format(
         header=yaml.safe_dump(header if local else {"base_model": config.model, **header}, sort_keys=False),
         base=base,
         load=f"path/to/{base}" if local and base != "testbed" else base,
         rows="\n".join(f"| {name} | {value} |" for name, value in rows),
-        n=metrics["eval_pairs"],
+        held_out=held_out.format(n=metrics["eval_pairs"], **accuracies),
         table="\n".join(f"    {line}" for line in table(metrics).splitlines()),
-        **accuracies,
     )

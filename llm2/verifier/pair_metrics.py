@@ -23,6 +23,7 @@ BETAS = (0.25, 0.5, 1.0, 2.0)  # weights of the score to try on held-out pairs a
 BENIGN, HARMFUL = 0.1, 0.35  # a benign token's loss of quality against gold is at most, a harmful one's at least this
 SUPPRESSED = 1.0  # guidance suppresses a token if it lowers its log odds against gold by more
 KINDS = ("digit", "operator", "word", "other")
+LABELS = ("wrong", "right")
 OPERATOR = re.compile(r"[-+*/=<>%^×÷−]+")
 
 
@@ -31,21 +32,23 @@ class PairInfo(NamedTuple):
 
     part: int  # of the solution, one of PARTS
     kind: str  # of the gold token, one of KINDS
+    label: str | None = None  # of a step, one of LABELS
 
 
 def pair_info(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> dict[int, PairInfo]:
-    """The pairs by id; with soft targets only those whose gold is better with DECIDED probability."""
+    """The pairs by id; with soft targets only those whose gold is better with DECIDED probability. All steps."""
     info = {}
     for example in examples:
-        length = len(example.ids) - example.start
+        length, of_steps = len(example.ids) - example.start, example.of_steps
         gold_better = example.gold_better or [1.0] * len(example.triplets)
         for pair_id, (triplet, probability) in enumerate(
             zip(example.triplets, gold_better, strict=True), start=example.first_pair_id
         ):
-            if probability < DECIDED:
+            if probability < DECIDED and not of_steps:
                 continue
             part = 1 + max(triplet.position - example.start, 0) * len(PARTS) // length
-            info[pair_id] = PairInfo(part, token_kind(tokenizer.decode([triplet.gold])))
+            label = LABELS[int(probability)] if of_steps else None
+            info[pair_id] = PairInfo(part, token_kind(tokenizer.decode([triplet.gold])), label)
     return info
 
 
@@ -60,13 +63,16 @@ def token_kind(text: str) -> str:
 
 
 def compute_metrics(margins: Mapping[int, float], pairs: Mapping[int, PairInfo]) -> dict[str, float]:
-    """Accuracy with its 95 % interval, loss and mean margin; accuracy and number of pairs by part and by kind.
+    """Accuracy with its 95 % interval, loss and mean margin; accuracy and number of pairs by part, kind and label.
+
+    A step's margin is its score; of a wrong one it is negated, so that accuracy is the share of right signs.
 
     Args:
         margins: score of gold minus score of negative, by pair id, for at least all `pairs`.
         pairs: the pairs to evaluate.
     """
-    values = torch.tensor([margins[pair_id] for pair_id in pairs], dtype=torch.float64)
+    signed = [-margins[i] if pair.label == "wrong" else margins[i] for i, pair in pairs.items()]
+    values = torch.tensor(signed, dtype=torch.float64)
     accuracy = pair_accuracy(values)
     low, high = wilson_interval(round(accuracy * len(values)), len(values))
     metrics = {
@@ -79,6 +85,7 @@ def compute_metrics(margins: Mapping[int, float], pairs: Mapping[int, PairInfo])
     }
     groups = {f"part_{part}": [pair.part == part for pair in pairs.values()] for part in PARTS}
     groups |= {kind: [pair.kind == kind for pair in pairs.values()] for kind in KINDS}
+    groups |= {label: [pair.label == label for pair in pairs.values()] for label in LABELS}
     for name, members in groups.items():
         if any(members):
             metrics[f"pair_accuracy_{name}"] = pair_accuracy(values[torch.tensor(members)])
@@ -178,13 +185,16 @@ def calibration(forks: Sequence[Sequence[Rival]], margins: Mapping[int, float], 
 
 
 def table(metrics: Mapping[str, float]) -> str:
-    """A table of the verifier and System 1 on each group of pairs, from the metrics in training.json."""
-    lines = [f"{'pairs':>12}{'verifier':>12}{'System 1':>12}{'n':>8}"]
-    for name in ["", *(f"_part_{part}" for part in PARTS), *(f"_{kind}" for kind in KINDS)]:
+    """A table of the verifier and, on pairs, System 1 on each group, from the metrics in training.json."""
+    of_pairs = "system1_pair_accuracy" in metrics
+    measured = {"eval": "verifier", "system1": "System 1"} if of_pairs else {"eval": "verifier"}
+    heads = ["pairs" if of_pairs else "steps", *measured.values()]
+    lines = ["".join(f"{head:>12}" for head in heads) + f"{'n':>8}"]
+    for name in ["", *(f"_part_{part}" for part in PARTS), *(f"_{kind}" for kind in (*KINDS, *LABELS))]:
         if f"eval_pairs{name}" in metrics:
-            verifier, system1 = (metrics[f"{who}_pair_accuracy{name}"] for who in ("eval", "system1"))
             label = name.strip("_").replace("_", " ") or "all"
-            lines.append(f"{label:>12}{verifier:>12.1%}{system1:>12.1%}{metrics[f'eval_pairs{name}']:>8.0f}")
+            shares = "".join(f"{metrics[f'{who}_pair_accuracy{name}']:>12.1%}" for who in measured)
+            lines.append(f"{label:>12}{shares}{metrics[f'eval_pairs{name}']:>8.0f}")
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from torch.nn.functional import logsigmoid
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
@@ -11,32 +12,47 @@ from llm2.common.chat import Message, encode_chats
 from llm2.common.prefix import common_prefix
 from llm2.errors import UserError
 from llm2.verifier.model import ProcessVerifier
+from llm2.verifier.steps import as_text, check_steps, step_ends
 
-Reduction = Literal["mean", "min", "last"]
+Reduction = Literal["mean", "min", "last", "product"]
+# Ids up to the first score that counts, ids that follow (end of sequence included), and whose scores of these count.
+Encoded = tuple[list[int], list[int], Sequence[int]]
 
 
 def encode_solutions(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
-    solutions: Sequence[str],
+    solutions: Sequence[str | Sequence[str]],
     eos: Sequence[int],
     template: str | None = None,
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of the prompt and of the answer of each solution, end of sequence included.
+) -> list[Encoded]:
+    """Of a text all tokens' scores count, of a list of steps those of their last tokens.
 
     What a template writes behind the end is not the answer's. Raises UserError where an answer has no token.
     """
     (prompt,) = encode_chats(tokenizer, [messages], template, True)
-    chats = [[*messages, {"role": "assistant", "content": solution}] for solution in solutions]
-    prompts, answers = [], []
+    chats = [[*messages, {"role": "assistant", "content": as_text(solution)}] for solution in solutions]
+    encoded = []
     for index, ids in enumerate(encode_chats(tokenizer, chats, template)):
         start = common_prefix(ids, prompt)
         end = next((i for i in range(start, len(ids)) if ids[i] in eos), len(ids))
         if start == 0 or start == len(ids):
             raise UserError(f"solution {index}: expected a prompt and a text of at least one token, found none")
-        prompts.append(ids[:start])
-        answers.append(ids[start : end + 1])
-    return prompts, answers
+        counted = range(start, min(end + 1, len(ids)))
+        if not isinstance(solutions[index], str):
+            steps, where = [*solutions[index]], f"solution {index}"
+            check_steps(steps, where, "solutions")
+            counted = step_ends(tokenizer, messages, steps, template, where)
+        first, last = counted[0], counted[-1]
+        encoded.append((ids[:first], ids[first : last + 1], [position - first for position in counted]))
+    return encoded
+
+
+def score_solutions(verifier: ProcessVerifier, solutions: Sequence[Encoded], **options) -> list[list[float]]:
+    """The scores that count of each solution; `options` as for `score_tokens`."""
+    prompts, answers, counted = zip(*solutions, strict=True) if solutions else ((), (), ())
+    rows = score_tokens(verifier, prompts, answers, **options)
+    return [[row[index] for index in indices] for row, indices in zip(rows, counted, strict=True)]
 
 
 @torch.inference_mode()
@@ -80,7 +96,9 @@ def score_tokens(
 
 
 def solution_score(scores: Sequence[float], reduction: Reduction) -> float:
-    """The mean, lowest or last of a solution's token scores."""
+    """The mean, lowest or last of a solution's scores, or the log probability that all its steps are right."""
+    if reduction == "product":
+        return logsigmoid(torch.tensor(scores, dtype=torch.float64)).sum().item()
     if reduction == "mean":
         return sum(scores) / len(scores)
     return min(scores) if reduction == "min" else scores[-1]

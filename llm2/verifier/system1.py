@@ -31,9 +31,12 @@ def measure_system1(
     device: torch.device,
     best_by: str = "",
 ) -> System1Measures:
-    """The main process reports the metrics; the others measure only what loss or choice of a checkpoint need."""
+    """The main process reports the metrics; the others measure only what loss or choice of a checkpoint need.
+
+    Of steps nothing is measured.
+    """
     is_main, lm_loss, guided = dist_info().is_main, args.lm_loss_coef > 0, args.guided_beta is not None
-    measured = is_main or guided or best_by != "pair_accuracy"
+    measured = (is_main or guided or best_by != "pair_accuracy") and not train_set[0].of_steps
     if not measured and not lm_loss:
         return System1Measures({}, {}, {}, None)
     system1 = load_system1(model, device)
@@ -43,7 +46,7 @@ def measure_system1(
     return System1Measures(
         {
             f"system1_{name}": value
-            for name, value in (compute_metrics(margins, pairs) if is_main and pairs else {}).items()
+            for name, value in (compute_metrics(margins, pairs) if is_main and measured and pairs else {}).items()
             if not name.startswith("pairs")
         },
         margins,

@@ -22,7 +22,7 @@ from llm2.common.peak_memory import peak_memory_mib
 from llm2.common.training import ForwardsBar, optimizer_arguments
 from llm2.config import TrainConfig
 from llm2.errors import UserError, as_user_error
-from llm2.verifier.arguments import OWN, VerifierTrainingArguments, refuse_options
+from llm2.verifier.arguments import OWN, VerifierTrainingArguments, refuse_options, refuse_steps
 from llm2.verifier.checkpoints import begin, last_whole_checkpoint, require_own
 from llm2.verifier.model_card import model_card
 from llm2.verifier.pair_metrics import pair_info
@@ -39,6 +39,7 @@ def train(config: TrainConfig) -> dict:
     checkpoint = checkpoint_to_resume(config, inputs)
     tokenizer = load_tokenizer(config.model)
     train_set, eval_set, data = load_data(config, tokenizer)
+    refuse_steps(config, train_set, eval_set)
     if dist_info().is_main:
         for path, summary in data:
             print(f"{path}: {summary}\n{summary.table()}")
@@ -137,7 +138,8 @@ def best_metric(config: TrainConfig, eval_set: Sequence[Example]) -> str:
         return config.best_by
     if config.guided_beta is not None:
         return "guided_pair_loss"
-    return "choice_quality" if any(example.gold_better for example in eval_set) else "pair_accuracy"
+    soft = any(example.gold_better and not example.of_steps for example in eval_set)
+    return "choice_quality" if soft else "pair_accuracy"
 
 
 def training_arguments(

@@ -20,6 +20,7 @@ from llm2.verifier.arguments import (
     new_verifier,
     refuse_long_solutions,
     refuse_options,
+    refuse_steps,
     refuse_unknown_tokens,
 )
 from llm2.verifier.checkpoints import PathsWithoutHome
@@ -105,8 +106,8 @@ class VerifierTrainer(Trainer):
 
     Args:
         model: System 1's name or folder, from which `args` make a new verifier; or a verifier.
-        train_dataset, eval_dataset: rows of `messages` and `samples` (and `quality`), such as a `datasets.Dataset`;
-            each is checked as a line of a file is. Or `Example`s.
+        train_dataset, eval_dataset: rows of `messages` and `samples` (and `quality`), or of `prompt`, `completions` and
+            `labels` (see `steps`), such as a `datasets.Dataset`; each is checked as a line of a file is. Or `Example`s.
         processing_class: the tokenizer; System 1's own when None and `model` is a name.
         system1: what was measured of System 1 before; measured here when None and `guided_beta` or `model` needs it.
         options: as for any Trainer (callbacks, optimizers, ...); a `compute_metrics` replaces ours.
@@ -137,6 +138,7 @@ class VerifierTrainer(Trainer):
             processing_class = processing_class or load_tokenizer(name)
         train_set = as_examples(train_dataset, args, processing_class, "train_dataset")
         eval_set = as_examples(eval_dataset or (), args, processing_class, "eval_dataset")
+        refuse_steps(args, train_set, eval_set)
         pairs = pair_info(eval_set, processing_class) if eval_set else {}
         if eval_set and not pairs:
             raise UserError("eval_dataset: expected a pair with a clear winner, found none")

@@ -1,5 +1,7 @@
 """The data format: JSON Lines of `messages` and `samples`, a list of [position, gold token id, negative token id].
 
+The other format, of labelled steps (`steps.py`), becomes triplets of each step's last token and an absent one.
+
 `load_examples` checks every position against a tokenizer and a chat template, and keeps tokenized examples on disk.
 """
 
@@ -9,7 +11,7 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from statistics import fmean, median_low
@@ -23,9 +25,11 @@ from llm2.common.jsonl import read_jsonl
 from llm2.common.prefix import common_prefix
 from llm2.common.stats import probability_worse
 from llm2.errors import UserError, shown
+from llm2.verifier.steps import ABSENT, as_text, read_labels, read_steps, step_ends
 
 TOKENIZED_LINES = 250  # lines tokenized at a time, so that memory does not grow with the file
 MAX_MISFITS = 3  # quoted in an error
+FORMATS = ("triplets", "labelled steps")
 
 
 class Triplet(NamedTuple):
@@ -33,7 +37,7 @@ class Triplet(NamedTuple):
 
     position: int  # index into the token ids of the whole conversation, without a generation prompt
     gold: int  # token id; ids[position] == gold
-    negative: int  # token id of low quality at the same position
+    negative: int  # token id of low quality at the same position, or ABSENT
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Record:
     line: int  # of the file, from 1
     quality_gaps: list[float] | None = None  # (M,) gold's quality minus the negative's, if the line has `quality`
     gold_better: list[float] | None = None  # (M,) probability that gold's quality is higher; None: certain
+    steps: list[str] | None = None  # labelled by gold_better, in place of triplets
 
 
 class Example(NamedTuple):
@@ -58,6 +63,10 @@ class Example(NamedTuple):
     gold_better: Sequence[float] = ()  # (M,) soft targets, or empty if gold is certainly better
     line: int = 0  # of the file, from 1
     system1_margins: Sequence[float] = ()  # (M,) log p(gold) - log p(negative), or empty if the loss does not use it
+
+    @property
+    def of_steps(self) -> bool:
+        return any(triplet.negative == ABSENT for triplet in self.triplets)
 
 
 EMPTY_EXAMPLE = Example([0], [])  # without pairs: takes part in a forward and adds 0 to the loss
@@ -74,6 +83,7 @@ class ExampleFile(Sequence[Example]):
         # VALUES an example: offset, tokens, triplets, start, first_pair_id, quality gaps, soft targets, line
         self._index = array("q")
         self._offset = self._num_pairs = 0  # offsets are counted in int32 values
+        self.of_steps: bool | None = None  # None while it is empty
 
     def append(
         self,
@@ -121,7 +131,8 @@ class Summary:
     """Counts of a whole file, before max_length is applied."""
 
     lines: int = 0
-    triplets: int = 0
+    triplets: int = 0  # or labelled steps
+    right: int | None = None  # of the steps; None for triplets
     duplicates: int = 0  # triplets that repeat one of the same line
     dropped: int = 0  # triplets at or beyond max_length
     emptied: int = 0  # lines left without a triplet
@@ -138,23 +149,26 @@ class Summary:
         self.pairs[len(triplets)] += 1
 
     def __str__(self) -> str:
+        if self.right is not None:
+            return f"{self.lines:,} solutions, {self.triplets:,} labelled steps ({self.right:,} right)"
         return f"{self.lines:,} solutions, {self.triplets:,} triplets ({self.duplicates:,} duplicates)"
 
     def table(self) -> str:
         """Lengths, pairs, duplicates and what is left out, as text."""
+        noun = "pairs" if self.right is None else "steps"
         lines = [f"{'':>20}{'min':>9}{'median':>9}{'mean':>9}{'max':>9}"]
-        for name, counter in (("tokens a solution", self.lengths), ("pairs a solution", self.pairs)):
+        for name, counter in (("tokens a solution", self.lengths), (f"{noun} a solution", self.pairs)):
             values = list(counter.elements())
             spread = (min(values), median_low(values), fmean(values), max(values))
             lines.append(f"{name:>20}" + "".join(f"{value:>9,.4g}" for value in spread))
-        lines.append(f"{'duplicate pairs':>20}{self.duplicates:>9,}")
-        lines.append(f"{'pairs dropped':>20}{self.dropped:>9,}")
+        lines.append(f"{f'duplicate {noun}':>20}{self.duplicates:>9,}")
+        lines.append(f"{f'{noun} dropped':>20}{self.dropped:>9,}")
         lines.append(f"{'solutions left out':>20}{self.emptied:>9,}")
         return "\n".join(lines)
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
-    """Every line that is not blank, in order: `messages` with `samples`, or with an exploration's verdicts (`pairs`).
+    """Every line that is not blank, in order: triplets, an exploration's verdicts (`pairs`) or labelled steps.
 
     Other keys but `quality` are ignored. Raises UserError at the first line that does not have the format.
     """
@@ -168,8 +182,6 @@ def _rows(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Record]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise UserError(f"{name}, row {number}: expected an object, found a {type(row).__name__}")
-        if "completions" in row:
-            raise UserError(f"{name}, row {number}: expected messages and samples, found completions of labelled steps")
         yield _parse(dict(row), number, f"{name}, row {number}")
 
 
@@ -199,15 +211,22 @@ def load_examples(
     examples, summary, misfits = ExampleFile() if into is None else into, Summary(), []
     records, unit = (read_records(path), "line") if rows is None else (_rows(rows, str(path)), "row")
     for record, ids, start in _tokenize(islice(records, limit), tokenizer, template):
-        misfit = find_misfit(ids, record.triplets, len(tokenizer), start)
-        if misfit is not None:
+        of_steps, where = record.steps is not None, f"{path}, {unit} {record.line}"
+        if examples.of_steps not in (None, of_steps):
+            raise UserError(f"{where}: found {FORMATS[of_steps]}, expected {FORMATS[not of_steps]} as before")
+        examples.of_steps = of_steps
+        if of_steps:
+            ends = step_ends(tokenizer, record.messages[:-1], record.steps, template, where)
+            record = replace(record, triplets=[Triplet(end, ids[end], ABSENT) for end in ends])
+            summary.right = (summary.right or 0) + sum(map(int, record.gold_better))
+        elif (misfit := find_misfit(ids, record.triplets, len(tokenizer), start)) is not None:
             misfits.append((record, ids, misfit, start))
             if len(misfits) == MAX_MISFITS:
                 break
             continue
         if quality and record.quality_gaps is None:
             raise UserError(
-                f"{path}, {unit} {record.line}: key 'quality': expected [gold's, negative's] for each of the samples, "
+                f"{where}: key 'quality': expected [gold's, negative's] for each of the samples, "
                 "since quality_weight is on, found none"
             )
         kept = [i for i, t in enumerate(record.triplets) if max_length is None or t.position < max_length]
@@ -247,6 +266,8 @@ def record_line(messages: Sequence[Message], triplets: Iterable[Triplet], **extr
 
 
 def _parse(record: dict, line: int, where: str, gold_better: list[float] | None = None) -> Record:
+    if record.get("completions") is not None:
+        return _from_steps(record, line, where)
     for key in ("messages", "samples"):
         if not isinstance(record.get(key), list):
             raise UserError(f"{where}: expected the key {key!r} with a list")
@@ -261,6 +282,15 @@ def _parse(record: dict, line: int, where: str, gold_better: list[float] | None 
     triplets = [Triplet(*sample) for sample in record["samples"]]
     gaps = _quality_gaps(record.get("quality"), len(triplets))
     return Record(record["messages"], triplets, line, gaps, gold_better)
+
+
+def _from_steps(record: dict, line: int, where: str) -> Record:
+    if record.get("samples") is not None:
+        raise UserError(f"{where}: expected messages and samples, found completions of labelled steps too")
+    prompt, steps = read_steps(record, where)
+    answer = {"role": "assistant", "content": as_text(steps)}
+    labels = [float(label) for label in read_labels(record, where)]
+    return Record([*prompt, answer], [], line, gold_better=labels, steps=steps)
 
 
 def _from_verdicts(record: dict, line: int, where: str) -> Record:

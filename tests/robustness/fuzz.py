@@ -202,8 +202,8 @@ TOKENIZER.chat_template = LLAMA3_PLAIN
 
 @st.composite
 def triplet_files(draw: st.DrawFn) -> tuple[bytes, dict[str, Any]]:
-    """A file of right records of which some are damaged, and options of the reader."""
-    records = []
+    """A file of right records, triplets or labelled steps, of which some are damaged, and options of the reader."""
+    records, of_steps = [], draw(st.booleans())
     for question, answer in draw(st.lists(st.tuples(TEXT, st.text(min_size=1, max_size=9)), max_size=3)):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         (ids,) = encode_chats(TOKENIZER, [[{**m, "content": _plain(m["content"])} for m in messages]])
@@ -213,6 +213,8 @@ def triplet_files(draw: st.DrawFn) -> tuple[bytes, dict[str, Any]]:
         if draw(st.booleans()):
             pairs = [{"triplet": each, "verdict": "negative", "gold": [3, 4], "token": [1, 4]} for each in triplets]
             record = {"messages": messages, "samples": [], "pairs": pairs}
+        if of_steps:
+            record = {"prompt": question, "completions": [answer, question + "."], "labels": [True, False]}
         records.append(draw(damaged_json(record)))
     content = lines(records, draw(st.booleans()))
     if draw(st.booleans()):
@@ -237,7 +239,7 @@ def check_triplets(value: tuple[bytes, dict[str, Any]], folder: Path) -> None:
     for example in examples:
         assert example.triplets and len(example.ids) <= (options["max_length"] or 10**9)
         for (at, gold, negative), *soft in zip(example.triplets, example.gold_better, strict=False):
-            assert example.ids[at] == gold != negative and 0 <= negative < len(TOKENIZER)
+            assert example.ids[at] == gold != negative and -example.of_steps <= negative < len(TOKENIZER)
             assert all(0 <= each <= 1 for each in soft)
         assert all(-1 <= gap <= 1 for gap in example.quality_gaps)
 
