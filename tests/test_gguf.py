@@ -86,7 +86,7 @@ def write(path, changes=None):
 
 
 def write_gemma(path):
-    """A small Gemma 3 with a vocabulary of SentencePiece; runs of two to five spaces are user-defined tokens (type 4)."""
+    """A small Gemma 3 with SentencePiece's vocabulary: runs of two to five spaces are user-defined tokens (type 4)."""
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(" " * n for n in range(2, 6)), "a", "b", "\u2581"]
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
     config = Gemma3TextConfig(vocab_size=len(tokens), num_key_value_heads=1, sliding_window=4, **sizes)
