@@ -258,9 +258,7 @@ WITHOUT_DEVELOPER = "{% for m in messages %}{% if m['role'] in ('system', 'user'
 def test_a_template_that_leaves_out_a_message_is_refused(tokenizer, template, role):
     """As those of image models do with texts that are no list, and many with a developer's message."""
     template += "{% endfor %}"
-    with pytest.raises(
-        UserError, match=rf"leaves out the message .*'{role}', 'content': 'How many\?'\}}; exp"
-    ):
+    with pytest.raises(UserError, match=rf"leaves out the message .*'{role}', 'content': 'How many\?'\}}; exp"):
         encode_chats(tokenizer, [[{"role": role, "content": "How many?"}]], template)
 
 
