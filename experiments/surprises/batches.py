@@ -1,6 +1,6 @@
 """Greedy texts of batch 1 against all at once, ours and transformers' generate, in float32 and bfloat16.
 
-python -m experiments.surprises.batches MODEL [prompts=32] [tokens=40]
+python -m experiments.surprises.batches MODEL TASK SPLIT TEMPLATE [prompts=32] [tokens=40]
 """
 
 import sys
@@ -8,16 +8,16 @@ import time
 
 import torch
 
-from llm2.common.chat import CHATML_PLAIN, encode_chats
+from llm2.common.chat import encode_chats, resolve_template
 from llm2.common.loading import eos_ids, load_system1, load_tokenizer
 from llm2.decoding.decoder import Decoder
 from llm2.tasks import load_task, read_problems
 from llm2.tasks.grading import extract_answer
 
-name, prompts, tokens = sys.argv[1], int((sys.argv[2:] or ["32"])[0]), int((sys.argv[3:] or ["40"])[0])
-tokenizer, task = load_tokenizer(name), load_task("svamp")
-problems = read_problems(task, "test", prompts)
-ids = encode_chats(tokenizer, [task.prompt(problem) for problem in problems], CHATML_PLAIN, generation_prompt=True)
+name, task, split, template = sys.argv[1], load_task(sys.argv[2]), sys.argv[3], resolve_template(sys.argv[4])
+prompts, tokens = int((sys.argv[5:] or ["32"])[0]), int((sys.argv[6:] or ["40"])[0])
+tokenizer, problems = load_tokenizer(name), read_problems(task, split, prompts)
+ids = encode_chats(tokenizer, [task.prompt(problem) for problem in problems], template, generation_prompt=True)
 texts = {}
 
 
@@ -46,7 +46,7 @@ def compare(label, first, second):
     answers = [[extract_answer(each) for each in texts[key]] for key in (first, second)]
     grades = [[a == extract_answer(p.gold) for a, p in zip(row, problems, strict=True)] for row in answers]
     counts = [sum(a != b for a, b in zip(*pair, strict=True)) for pair in (answers, grades)]
-    print(f"{label}: {changed} texts, {counts[0]} answers, {counts[1]} grades of {prompts} differ")
+    print(f"{label}: {changed} texts, {counts[0]} answers, {counts[1]} grades of {prompts} differ", flush=True)
 
 
 f32, bf16 = torch.float32, torch.bfloat16
