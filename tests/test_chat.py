@@ -250,6 +250,25 @@ def test_a_template_that_writes_the_date_is_refused_and_one_that_only_reads_it_i
     assert encode_chats(tokenizer, [CHAT], stock("m['content']", begin)) == undated
 
 
+PARTS = "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] if part['type'] == 'text' }}{% endfor %}"
+WITHOUT_DEVELOPER = "{% for m in messages %}{% if m['role'] in ('system', 'user') %}{{ m['content'] }}{% endif %}"
+
+
+@pytest.mark.parametrize(("template", "role"), [(PARTS, "user"), (WITHOUT_DEVELOPER, "developer")])
+def test_a_template_that_leaves_out_a_message_is_refused(tokenizer, template, role):
+    """As those of image models do with texts that are no list, and many with a developer's message."""
+    template += "{% endfor %}"
+    with pytest.raises(UserError, match=rf"leaves out the message .*'{role}', 'content': 'How many\?'\}}; exp"):
+        encode_chats(tokenizer, [[{"role": role, "content": "How many?"}]], template)
+
+
+def test_a_template_may_trim_messages_drop_thoughts_and_write_a_tools_answer_as_json(tokenizer):
+    template = "{% for m in messages %}{{ (m['content'] | tojson if m['role'] == 'tool' else m['content'].split("
+    template += "'</think>')[-1] | trim) + '|' }}{% endfor %}"
+    chat = [SPACED, {"role": "assistant", "content": "<think>Two.</think> 2."}, {"role": "tool", "content": '"5"'}]
+    assert tokenizer.decode(encode_chats(tokenizer, [chat], template)[0]) == 'How many \n eggs?|2.|"\\"5\\""|'
+
+
 def test_a_dated_template_is_refused_in_every_command_before_weights_load(system1_folder, bare_verifier, tmp_path):
     model = write_model(tmp_path / "model", system1_folder, DATED)
     Path(model, "model.safetensors").write_text("nothing that could be loaded")

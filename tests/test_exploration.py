@@ -591,6 +591,12 @@ def test_a_solution_whose_beginning_joins_the_prompt_is_named():
     ):
         tokenize_solutions(task, [spaced], joining, CHATML_PLAIN, [2])
     tokenize_solutions(task, [spaced], joining, "{% for m in messages %}{{ m['content'] + '|' }}{% endfor %}", [2])
-    other = "{{ messages | length }}{% for m in messages %}{{ m['content'] + '|' }}{% endfor %}"
-    with pytest.raises(UserError, match="the chat template writes another prompt before generation"):
-        tokenize_solutions(task, [problem], joining, other, [2])
+    begin = "{% for m in messages %}{{ ('A' if m['role'] == 'assistant') ~ "
+    others = [
+        f"{{{{ messages | length }}}}{begin}m['content'] + '|' }}}}{{% endfor %}}",
+        f"{begin}('\\n </t>' if m['role'] == 'assistant') ~ m['content'] }}}}{{% endfor %}}"
+        "{% if add_generation_prompt %}{{ 'A\\n' }}{% endif %}",  # as those of models that think: <think>\n
+    ]
+    for other in others:
+        with pytest.raises(UserError, match="the chat template writes another prompt before generation"):
+            tokenize_solutions(task, [problem], joining, other, [2])

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from llm2 import LLM2
 from llm2.common import gguf as llm2_gguf
@@ -82,6 +83,53 @@ def write(path, changes=None):
     writer.write_tensors_to_file()
     writer.close()
     return str(path)
+
+
+def write_gemma(path):
+    """A small Gemma 3 with SentencePiece's vocabulary: runs of two to five spaces are user-defined tokens (type 4)."""
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(" " * n for n in range(2, 6)), "a", "b", "\u2581"]
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
+    config = Gemma3TextConfig(vocab_size=len(tokens), num_key_value_heads=1, sliding_window=4, **sizes)
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.add_context_length(64)
+    writer.add_embedding_length(8)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(16)
+    writer.add_head_count(1)
+    writer.add_head_count_kv(1)
+    writer.add_key_length(8)
+    writer.add_value_length(8)
+    writer.add_sliding_window(4)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1e6)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-1000.0] * len(tokens))
+    writer.add_token_types([3, 3, 3, 3, 4, 4, 4, 4, 1, 1, 1])
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    writer.add_unk_token_id(3)
+    writer.add_pad_token_id(0)
+    writer.add_add_space_prefix(False)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, 1)
+    for name, tensor in Gemma3ForCausalLM(config).state_dict().items():
+        if name != "lm_head.weight":  # tied
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+def test_a_run_of_spaces_is_cut_as_sentencepiece_cuts_it(tmp_path):
+    """The longest token first: merges would give four and three for seven."""
+    tokenizer = load_tokenizer(write_gemma(tmp_path / "gemma.gguf"))
+    for spaces, runs in ((1, [10]), (2, [4]), (5, [7]), (6, [7, 10]), (7, [7, 4]), (11, [7, 7, 10])):
+        text = f"a{' ' * spaces}b"
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert (ids, tokenizer.decode(ids)) == ([8, *runs, 9], text)
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ DOCUMENTS = {
     for path in [
         *ROOT.glob("*.md"),
         *ROOT.glob("*/README.md"),
+        *ROOT.glob("docs/*.md"),
         *ROOT.glob("llm2/*/README.md"),
         *ROOT.glob("experiments/*/README.md"),
     ]

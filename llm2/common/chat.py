@@ -90,8 +90,8 @@ def render(
 ) -> str:
     """The text of a conversation; `options` go to apply_chat_template, `template` is as for `encode_chats`.
 
-    Raises UserError if there is no template, if it fails, or if it writes today's date, since positions counted today
-    would be wrong tomorrow.
+    Raises UserError if there is no template, if it fails, if it leaves out a message, or if it writes today's date,
+    since positions counted today would be wrong tomorrow.
     """
     name = f"the tokenizer {tokenizer.name_or_path}"
     if template is None and tokenizer.chat_template is None:
@@ -109,6 +109,13 @@ def render(
             f"{source} writes today's date (strftime_now): triplets and scores of today would not fit tomorrow; "
             f"expected chat_template to be {EXPECTED_TEMPLATE} in which the date is fixed"
         )
+    for message in messages:
+        content = message["content"].rpartition("</think>")[2].strip()  # many templates trim, and drop old thoughts
+        if message["role"] != "tool" and content not in text:  # JSON in some
+            raise UserError(
+                f"{source} leaves out the message {shown(message)}; expected chat_template to be {EXPECTED_TEMPLATE} "
+                "that writes every message"
+            )
     return text
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import AddedToken, Regex, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
@@ -128,8 +128,12 @@ def convert(file: Path, folder: Path) -> None:
     if (cut := fields.get("tokenizer.ggml.pre")) in PRE_TOKENIZERS:
         tokenizer.backend_tokenizer.pre_tokenizer = PRE_TOKENIZERS[cut]
     found = tokenizer.convert_ids_to_tokens(range(len(fields["tokenizer.ggml.tokens"])))
-    for index, (token, other) in enumerate(zip(fields["tokenizer.ggml.tokens"], found, strict=True)):
-        if token != other:
+    # Gemma's runs of spaces: respelled by transformers, and then not added. SentencePiece takes the longest (31) first.
+    pairs = list(zip(fields["tokenizer.ggml.tokens"], found, strict=True))
+    runs = [other for token, other in pairs if token.isspace() and other == "\u2581" * len(token)]
+    tokenizer.add_tokens([AddedToken(run, normalized=True, special=False) for run in runs])
+    for index, (token, other) in enumerate(pairs):
+        if token != other and other not in runs:
             raise UserError(f"{file}: token {index} is {token!r}, and {other!r} in the tokenizer of transformers")
     for name, key in SPECIAL_TOKENS.items():  # transformers 5.17 uses the first tokens of the vocabulary
         if (index := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:

@@ -86,7 +86,8 @@ def tokenize_solutions(
     for problem, messages, ids, prompt in zip(problems, conversations, whole, prompts, strict=True):
         start = len(prompt)
         if ids[:start] != prompt:
-            if tokenizer.decode(ids).startswith(tokenizer.decode(prompt)):
+            behind = tokenizer.decode(ids).removeprefix(tokenizer.decode(prompt))
+            if behind.lstrip().startswith(messages[-1]["content"].lstrip()[:10]):
                 raise UserError(
                     f"problem {problem.id}: the solution begins with {problem.solution[:10]!r}, which the tokenizer "
                     "joins to the end of the prompt; expected another beginning, such as no spaces"
