@@ -63,7 +63,8 @@ def listed() -> dict[str, tuple[str, str]]:
 
 
 def imported_distributions(*folders: str) -> set[str]:
-    """Distributions that are imported anywhere in these folders, except from vLLM."""
+    """Distributions that are imported anywhere in these folders, except from vLLM and those that a script of the page
+    of surprises says it needs beside ours."""
     modules = set()
     for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -78,6 +79,7 @@ def imported_distributions(*folders: str) -> set[str]:
         "tests",
         "figs",
         "vllm",
+        "xllamacpp",
     }
     installed = packages_distributions()
     return {name(installed[module][0]) for module in modules - sys.stdlib_module_names - own}

@@ -100,9 +100,13 @@ def test_a_step_ends_in_the_last_token_of_its_text(system1_folder, name, templat
 
 def test_a_template_that_changes_the_answer_is_refused(system1_folder):
     tokenizer = load_tokenizer(system1_folder)
-    for template in ("{{ messages[-1]['content'] | upper }}", "{{ messages[-1]['content'].split('so')[0] }}"):
-        with pytest.raises(UserError, match="rows, row 1: the chat template changes the text of the steps"):
-            load_examples("rows", tokenizer, template, rows=ROWS)
+    upper = "{% for message in messages %}{{ message['content'] | upper }}{% endfor %}"
+    with pytest.raises(UserError, match="leaves out the message .*'assistant'"):
+        load_examples("rows", tokenizer, upper, rows=ROWS)
+    no_thoughts = "{% for message in messages %}{{ message['content'].split('</think>')[-1] }}{% endfor %}"
+    rows = [ROWS[0] | {"completions": ["so </think>", *ROWS[0]["completions"][1:]]}]
+    with pytest.raises(UserError, match="rows, row 1: the chat template changes the text of the steps"):
+        load_examples("rows", tokenizer, no_thoughts, rows=rows)
 
 
 def test_a_tokenizer_that_does_not_say_where_tokens_stand_is_refused(system1_folder, monkeypatch):
@@ -204,8 +208,9 @@ def test_steps_and_triplets_do_not_stand_for_each_other(config, tmp_path, monkey
 def test_steps_that_share_a_token_are_refused(system1_folder, tmp_path):
     """So is one without a token before it."""
     tokenizer = load_tokenizer(system1_folder)
+    answer_first = "{{ messages[-1]['content'] }}{{ messages[0]['content'] }}"
     with pytest.raises(UserError, match="row 1: the steps .'a', 'b'. share a token"):
-        load_examples("rows", tokenizer, "{{ messages[-1]['content'] }}", rows=[{**ROWS[1], "completions": ["a", "b"]}])
+        load_examples("rows", tokenizer, answer_first, rows=[{**ROWS[1], "completions": ["a", "b"]}])
     merged = load_tokenizer(system1_folder)
     merged.add_tokens([".\n."])
     with pytest.raises(UserError, match="row 1: the steps .'.', '.'. share a token"):
