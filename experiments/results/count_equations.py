@@ -5,26 +5,15 @@ python experiments/results/count_equations.py TASK SPLIT RESULTS_FOLDER
 
 import ast
 import json
-import operator
 import re
 import sys
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
+from substitute_numbers import value
+
 from llm2.tasks import load_task
-
-OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-
-
-def value(node: ast.AST) -> float:
-    """Of an equation's left side. Raises ValueError, KeyError or ZeroDivisionError where it has none."""
-    if isinstance(node, ast.Expression):
-        return value(node.body)
-    if isinstance(node, ast.BinOp):
-        return OPERATIONS[type(node.op)](value(node.left), value(node.right))
-    if isinstance(node, ast.Constant):
-        return float(node.value)
-    raise ValueError(node)
 
 
 def kind(text: str, correct: bool, gold: str) -> str:
@@ -39,7 +28,7 @@ def kind(text: str, correct: bool, gold: str) -> str:
     if left == gold:
         return "gold's equation, wrong arithmetic"
     try:
-        holds = abs(value(ast.parse(left, mode="eval")) - float(found[2].replace(",", ""))) < 0.01
+        holds = abs(value(ast.parse(left, mode="eval")) - Fraction(found[2].replace(",", ""))) < 0.01
     except (ValueError, KeyError, ZeroDivisionError, SyntaxError):
         holds = False
     which = "gold's numbers" if numbers[0] == numbers[1] else "other numbers"

@@ -6,12 +6,12 @@ python -m experiments.results.count_mistakes regimes   # prints a table, writes 
 import sys
 from collections import defaultdict
 
-from llm2.common.config_file import load_config
-from llm2.common.files import write_text
-from llm2.common.jsonl import read_jsonl
 from experiments.study.config import StudyConfig
 from experiments.study.run import runs, step_folders, wanted_steps
 from experiments.testbed.mistakes import has_false_equation
+from llm2.common.config_file import load_config
+from llm2.common.files import write_text
+from llm2.common.jsonl import read_jsonl
 
 
 def count(config: StudyConfig) -> dict[tuple[str, ...], list[tuple[int, int, int]]]:
