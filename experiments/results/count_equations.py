@@ -11,8 +11,7 @@ from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
-from substitute_numbers import value
-
+from experiments.results.substitute_numbers import value
 from llm2.tasks import load_task
 
 
