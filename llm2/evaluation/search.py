@@ -67,27 +67,25 @@ class Search:
 
     def __init__(self, beta: float, answer: Callable[[Sequence[int]], str | None], max_solutions: int) -> None:
         self.beta, self.answer, self.max_solutions = beta, answer, max_solutions
-        self.numbers, self.open, self.open_weight = count(), [], 0.0
-        self.solutions: list[tuple[float, str | None, Branch]] = []  # cost, answer, whole
+        self.numbers, self.open = count(), []
+        self.solutions: list[tuple[Branch, str | None]] = []  # whole, with its answer
         self.votes: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()  # calls, read, tokens
         self.push(0.0, [], [])
 
     def push(self, cost: float, tokens: list[int], trace: list[TokenTrace]) -> None:
         heappush(self.open, Branch(cost, next(self.numbers), tokens, trace))
-        self.open_weight += math.exp(-cost)
 
     def pop(self) -> Branch | None:
         """The branch to decode next; None when the search is over."""
         if not self.open or len(self.solutions) == self.max_solutions or self._is_decided():
             return None
-        branch = heappop(self.open)
-        self.open_weight -= math.exp(-branch.cost)
-        return branch
+        return heappop(self.open)
 
     def _is_decided(self) -> bool:
         lead, second, *_ = [*sorted(self.votes.values(), reverse=True), 0.0, 0.0]
-        return lead - second > max(self.open_weight, 0.0)
+        still_open = 1.0 - sum(math.exp(-whole.cost) for whole, _ in self.solutions)
+        return lead - second > max(still_open, 0.0)
 
     def add(self, branch: Branch, completion: Completion) -> None:
         """The branch goes on with this completion: count the solution, and open the branches that it passes by."""
@@ -102,7 +100,7 @@ class Search:
         answer = self.answer(tokens)
         if answer is not None:
             self.votes[answer] += math.exp(-cost)
-        self.solutions.append((cost, answer, Branch(cost, branch.number, tokens, trace)))
+        self.solutions.append((Branch(cost, branch.number, tokens, trace), answer))
         new = len(completion.token_ids) + bool(branch.tokens)  # the token that begins a branch is a choice too
         self.counts.update(tokens=new, calls=completion.num_verifier_calls, read=completion.num_verifier_tokens)
 
@@ -116,7 +114,7 @@ class Search:
 
     def result(self) -> Found:
         winner = max(self.votes, key=self.votes.get) if self.votes else None
-        _, _, best = min(solution for solution in self.solutions if solution[1] == winner)
+        best = min(whole for whole, answer in self.solutions if answer == winner)
         completion = Completion(best.tokens, self.counts["calls"], self.counts["read"], best.trace)
         vote = self.votes[winner] / sum(self.votes.values()) if self.votes else 0.0
         return Found(completion, self.counts["tokens"], len(self.solutions), vote)
