@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from llm2.common.keys import Mark, Reads
 from llm2.common.kinds import KINDS, KINDS_WITH, OfKind, with_kind
-from llm2.errors import UserError, shown
+from llm2.errors import UserError, quote
 
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=1)]
@@ -253,7 +253,7 @@ class VerifierSpec(OfKind):
         for key, field in type(self).__dataclass_fields__.items():
             value, kinds = getattr(self, key), KINDS_WITH.get(key, KINDS)
             if self.kind not in kinds and value != field.default:
-                raise UserError(f"{key}: found {shown(value)} with kind: {self.kind}, expected {' or '.join(kinds)}")
+                raise UserError(f"{key}: found {quote(value)} with kind: {self.kind}, expected {' or '.join(kinds)}")
         if self.is_adapter and self.lora_r is None:
             object.__setattr__(self, "lora_r", 16)
         return self

@@ -52,7 +52,7 @@ def of_the_machine(error: Exception) -> str | None:
     return None
 
 
-def shown(value: Any) -> str:
+def quote(value: Any) -> str:
     """The repr of a value, shortened, for errors."""
     try:
         return shorten(repr(value), 100)

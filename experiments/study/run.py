@@ -21,7 +21,7 @@ from llm2.common.config_file import as_dict, difference, load_config, read_value
 from llm2.common.inputs import Digests, as_digests, change, digests, read_inputs
 from llm2.common.keys import Mark, select_keys
 from llm2.common.kinds import with_kind
-from llm2.errors import UserError, as_user_error, shown
+from llm2.errors import UserError, as_user_error, quote
 
 ALL = "all"  # in place of a step: all steps that have the key
 
@@ -65,7 +65,7 @@ def check(config: StudyConfig, summary: bool = False) -> None:
             axes, keys = ", ".join(config.axes), "over, across, baseline, compare and curves"
             raise UserError(f"{keys}: expected axes, found {axis!r}; the axes are {axes}")
     for value in config.axes[config.curves.x] if config.curves else ():
-        with as_user_error(f"curves: x: {config.curves.x}: expected numbers, found {shown(value)}"):
+        with as_user_error(f"curves: x: {config.curves.x}: expected numbers, found {quote(value)}"):
             float(value)
     for step in (*config.once, *config.steps):
         if step.command not in (None, *CONFIGS):
@@ -130,7 +130,7 @@ def choose_values(config: StudyConfig, only: Sequence[str]) -> dict[str, list[st
         axis, _, value = text.partition("=")
         if value not in config.axes.get(axis, {}):
             pairs = ", ".join(f"{axis}={value}" for axis, values in config.axes.items() for value in values)
-            raise UserError(f"--only {shown(text)}: expected one of {pairs}")
+            raise UserError(f"--only {quote(text)}: expected one of {pairs}")
         choice[axis].append(value)
     return choice
 
@@ -215,7 +215,7 @@ def done_file(config: StudyConfig, step: StudyStep, one: Run) -> Path:
 
 def fill(step: StudyStep, text: str, names: Mapping[str, str]) -> str:
     """A text of a step with its names in braces replaced. Raises UserError for an unknown placeholder."""
-    with as_user_error(f"steps: {step.name}: {shown(text)}: expected only {', '.join(names)} in braces"):
+    with as_user_error(f"steps: {step.name}: {quote(text)}: expected only {', '.join(names)} in braces"):
         return text.format(**names)
 
 

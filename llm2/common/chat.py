@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from llm2.common.files import read_text
-from llm2.errors import UserError, as_user_error, shown
+from llm2.errors import UserError, as_user_error, quote
 
 Message = dict[str, str]
 
@@ -50,10 +50,10 @@ def check_messages(messages: Sequence[Any], where: str, key: str = "messages") -
     """Raise UserError, prefixed with `where`, at the first message that lacks a known role or a content."""
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise UserError(f"{where}: key {key!r}: expected objects with role and content, found {shown(message)}")
+            raise UserError(f"{where}: key {key!r}: expected objects with role and content, found {quote(message)}")
         if message["role"] not in ROLES:
             raise UserError(
-                f"{where}: key {key!r}: expected a role of {', '.join(ROLES)}, found {shown(message['role'])}"
+                f"{where}: key {key!r}: expected a role of {', '.join(ROLES)}, found {quote(message['role'])}"
             )
 
 
@@ -96,8 +96,8 @@ def render(
     name = f"the tokenizer {tokenizer.name_or_path}"
     if template is None and tokenizer.chat_template is None:
         raise UserError(f"{name} has no chat template of its own; expected chat_template to be {EXPECTED_TEMPLATE}")
-    source = f"the chat template of {name}" if template is None else f"the chat_template {shown(template)}"
-    with as_user_error(f"{source} fails on the messages {shown(list(messages))}"):
+    source = f"the chat template of {name}" if template is None else f"the chat_template {quote(template)}"
+    with as_user_error(f"{source} fails on the messages {quote(list(messages))}"):
         jinja = tokenizer.get_chat_template(template)
         days = [ANOTHER_DAY.replace("DAY", day) for day in "12"] if "strftime_now" in jinja else []
         text, *others = (
@@ -113,7 +113,7 @@ def render(
         content = message["content"].rpartition("</think>")[2].strip()  # many templates trim, and drop old thoughts
         if message["role"] != "tool" and content not in text:  # JSON in some
             raise UserError(
-                f"{source} leaves out the message {shown(message)}; expected chat_template to be {EXPECTED_TEMPLATE} "
+                f"{source} leaves out the message {quote(message)}; expected chat_template to be {EXPECTED_TEMPLATE} "
                 "that writes every message"
             )
     return text
@@ -126,6 +126,6 @@ def _require_bos(tokenizer: PreTrainedTokenizerBase, template: str, conversation
     begins = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     if begins and any(ids[:1] != [bos] for ids in conversations):
         raise UserError(
-            f"chat_template {shown(template)} leaves out {tokenizer.bos_token!r}, with which the tokenizer "
+            f"chat_template {quote(template)} leaves out {tokenizer.bos_token!r}, with which the tokenizer "
             f"{tokenizer.name_or_path} begins a text; expected {{{{ bos_token }}}} at its start"
         )

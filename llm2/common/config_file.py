@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from llm2.common.files import read_text, write_text
 from llm2.common.home import with_home, without_home
-from llm2.errors import UserError, reason, shown
+from llm2.errors import UserError, quote, reason
 
 Config = TypeVar("Config")
 MAX_DEPTH = 50  # of lists and mappings in a file or an override
@@ -70,10 +70,10 @@ def load_config(cls: type[Config], path: str | Path | None, overrides: Sequence[
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"the override {override!r} is not of the form key=value")
-        values[key], places[key] = _parse_override(override, text), f"override {shown(override)}"
+        values[key], places[key] = _parse_override(override, text), f"override {quote(override)}"
     for key in values:
         if not str(key).isprintable():  # pydantic fails on such names
-            raise UserError(f"{places.get(key, path)}: found the key {shown(key)}, expected a name")
+            raise UserError(f"{places.get(key, path)}: found the key {quote(key)}, expected a name")
     try:
         return cls(**_tuples(values))
     except ValidationError as error:
@@ -124,7 +124,7 @@ def _parse_override(override: str, text: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except YAML_ERRORS as error:
-        raise UserError(f"the value of the override {shown(override)} is not valid YAML") from error
+        raise UserError(f"the value of the override {quote(override)} is not valid YAML") from error
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _explain(error: ValidationError, cls: type, path: str | Path | None, places:
         hint = "in it" if path else "in a config file"
         return f"{f'{path}: ' if path else ''}the key {key!r} is missing: expected {key}=VALUE here or {hint}"
     expected = first["msg"][0].lower() + first["msg"][1:]
-    return f"{where}: key {key!r}: found {shown(first['input'])}, expected: {expected}"
+    return f"{where}: key {key!r}: found {quote(first['input'])}, expected: {expected}"
 
 
 def help_text(cls: type) -> str:

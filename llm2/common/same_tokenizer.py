@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from llm2.common.loading import is_local, load_tokenizer, model_path
-from llm2.errors import UserError, shown
+from llm2.errors import UserError, quote
 
 # Texts on which pre-tokenizers and normalizers differ: digits, spaces, contractions, scripts, composed characters.
 PROBES = (
@@ -58,7 +58,7 @@ def difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | 
     special = " ".join(sorted({*a.all_special_tokens, *b.all_special_tokens}))
     for text in (*PROBES, special):
         if a(text, add_special_tokens=False)["input_ids"] != b(text, add_special_tokens=False)["input_ids"]:
-            return f"the tokens of {shown(text)}"
+            return f"the tokens of {quote(text)}"
     return None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from llm2.errors import shown
+from llm2.errors import quote
 
 # Fields of a GenerationConfig that act here as they do in `generate`, ...
 HONOURED = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings", "do_sample")
@@ -49,7 +49,7 @@ def refuse_ignored(config: GenerationConfig, model_inputs: Mapping[str, Any]) ->
         value = getattr(config, name, None)
         neutral = EXACT_CACHES if name == "cache_implementation" else (None, False, defaults.get(name))
         if name not in (*HONOURED, *WITHOUT_EFFECT) and name[0] != "_" and value not in neutral:
-            raise ValueError(f"{name}: found {shown(value)}, which guided decoding does not do; expected {neutral[-1]}")
+            raise ValueError(f"{name}: found {quote(value)}, which guided decoding does not do; expected {neutral[-1]}")
     for name, value in model_inputs.items():
         if name not in MODEL_INPUTS and value is not None:
             raise ValueError(f"{name}: guided decoding takes token ids and their attention_mask alone; leave it out")

@@ -43,7 +43,7 @@ from llm2.decoding.decoder import Decoder
 from llm2.decoding.generate_options import refuse_arguments, refuse_ignored
 from llm2.decoding.sampling import Guidance, LogitsFn, SamplingParams, StopFn, TokenTrace
 from llm2.decoding.system2 import System2
-from llm2.errors import UserError, shown
+from llm2.errors import UserError, quote
 from llm2.verifier.load import load_verifier, require_same_template, require_verifier, trained_template
 from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.scoring import Reduction, encode_solutions, score_solutions, solution_score
@@ -299,7 +299,7 @@ def _device(options: dict[str, Any]) -> torch.device:
     several = isinstance(places, Mapping) or (places in SPREAD and torch.cuda.device_count() > 1)
     if several or (device is not None and places is not None):
         raise UserError(
-            f"device_map: found {shown(places)}{f' and device {device}' if device else ''}, expected one device, which "
+            f"device_map: found {quote(places)}{f' and device {device}' if device else ''}, expected one device, which "
             "holds both systems"
         )
     place = device if places is None else places

@@ -79,8 +79,8 @@ class HarnessModel(LM):
         for index, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
         texts: dict[int, str] = {}
-        shown = {"disable": disable_tqdm, "desc": "llm2", "unit": "request"}
-        with DecodingBar(len(requests), self.max_gen_toks, **shown) as bar:
+        bar_options = {"disable": disable_tqdm, "desc": "llm2", "unit": "request"}
+        with DecodingBar(len(requests), self.max_gen_toks, **bar_options) as bar:
             for group in groups.values():
                 options = requests[group[0]].args[1]
                 for number, text in self._decode([requests[index].args[0] for index in group], options, bar):

@@ -15,7 +15,7 @@ from llm2.common.jsonl import read_jsonl
 from llm2.common.loading import eos_ids, load_system1, load_tokenizer, resolve_device
 from llm2.common.stats import best_of_k, vote_weights, weighted_majority_at_k
 from llm2.config import ScoreConfig
-from llm2.errors import UserError, shorten, shown
+from llm2.errors import UserError, quote, shorten
 from llm2.tasks import Task, load_task
 from llm2.verifier.load import load_verifier, require_same_template, require_verifier
 from llm2.verifier.scoring import encode_solutions, score_solutions, solution_score
@@ -54,14 +54,14 @@ def _line(number: int, record: dict, where: str) -> Line:
         solutions = [steps]
     for key, value in (("messages", messages), ("solutions", solutions)):
         if not isinstance(value, list) or not value:
-            raise UserError(f"{where}: key {key!r}: expected a list that is not empty, found {shown(value)}")
+            raise UserError(f"{where}: key {key!r}: expected a list that is not empty, found {quote(value)}")
     check_messages(messages, where)
     in_steps = all(isinstance(solution, list) for solution in solutions)
     for steps in solutions if in_steps else ():
         check_steps(steps, where, "solutions")
     for key, texts in (("solutions", () if in_steps else solutions), ("gold", [record.get("gold", "")])):
         if wrong := [text for text in texts if not isinstance(text, str)]:
-            raise UserError(f"{where}: key {key!r}: expected a text, found {shown(wrong[0])}")
+            raise UserError(f"{where}: key {key!r}: expected a text, found {quote(wrong[0])}")
     return Line(number, record, messages, solutions)
 
 

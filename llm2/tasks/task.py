@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from llm2.common.chat import Message
-from llm2.errors import UserError, as_user_error, origin, reason, shown
+from llm2.errors import UserError, as_user_error, origin, quote, reason
 from llm2.tasks.grading import Grade, extract_answer, grade_numbers
 
 GRADER_SECONDS = 60.0  # for one solution
@@ -116,7 +116,7 @@ def read_problems(task: Task, split: str, limit: int | None = None) -> list[Prob
     for problem in problems:
         if not task.can_compare(problem.gold):
             raise UserError(
-                f"{where}: problem {problem.id}: expected a number as gold answer, found {shown(problem.gold)}; "
+                f"{where}: problem {problem.id}: expected a number as gold answer, found {quote(problem.gold)}; "
                 "grader=MODULE:FUNCTION compares other answers"
             )
     return problems
@@ -145,7 +145,7 @@ def _guard(name: str, grader: Callable[[str, str], bool]) -> Callable[[str, str]
                 signal.setitimer(signal.ITIMER_REAL, GRADER_SECONDS)
             return grader(text, gold)
         except Exception as error:
-            asked = f"key 'grader': {name!r} fails on the solution {shown(text)} with the gold answer {shown(gold)}"
+            asked = f"key 'grader': {name!r} fails on the solution {quote(text)} with the gold answer {quote(gold)}"
             place = "" if isinstance(error, UserError) else f" ({origin(error)})"
             raise UserError(f"{asked}: {reason(error)}{place}") from error
         finally:

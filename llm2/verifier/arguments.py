@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from llm2.common.architecture import examine, refuse_too_long
 from llm2.common.loading import changes_logits, load_config
 from llm2.config import Kind, TrainConfig, VerifierSpec
-from llm2.errors import UserError, shown
+from llm2.errors import UserError, quote
 from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.triplets import FORMATS, Example
 
@@ -55,7 +55,7 @@ class VerifierTrainingArguments(TrainingArguments):
             TrainConfig(model="", train_file="", output_dir="", **{name: getattr(self, name) for name in OWN})
         except ValidationError as error:
             first = error.errors()[0]
-            raise UserError(f"{first['loc'][0]}: {first['msg']}, found {shown(first['input'])}") from None
+            raise UserError(f"{first['loc'][0]}: {first['msg']}, found {quote(first['input'])}") from None
 
 
 OWN = tuple(
@@ -81,7 +81,7 @@ def refuse_steps(
     for key in ("guided_beta", "margin", "best_by", "metric_for_best_model") if of_steps else ():
         value = getattr(config, key, None) or ""
         if not isinstance(value, str) or "choice" in value or "guided" in value:
-            raise UserError(f"{key}: found {shown(value)}, which is of pairs of tokens; the data are labelled steps")
+            raise UserError(f"{key}: found {quote(value)}, which is of pairs of tokens; the data are labelled steps")
 
 
 def new_verifier(model: str, config: VerifierTrainingArguments, device: torch.device) -> ProcessVerifier:

@@ -24,7 +24,7 @@ from llm2.common.chat import Message, check_messages, encode_chats
 from llm2.common.jsonl import read_jsonl
 from llm2.common.prefix import common_prefix
 from llm2.common.stats import probability_worse
-from llm2.errors import UserError, shown
+from llm2.errors import UserError, quote
 from llm2.verifier.steps import ABSENT, as_text, read_labels, read_steps, step_ends
 
 TOKENIZED_LINES = 250  # lines tokenized at a time, so that memory does not grow with the file
@@ -275,7 +275,7 @@ def _parse(record: dict, line: int, where: str, gold_better: list[float] | None 
     for sample in record["samples"]:
         if not isinstance(sample, list) or len(sample) != 3 or any(type(value) is not int for value in sample):
             raise UserError(
-                f"{where}: key 'samples': expected [position, gold_token_id, negative_token_id], found {shown(sample)}"
+                f"{where}: key 'samples': expected [position, gold_token_id, negative_token_id], found {quote(sample)}"
             )
     if not record["messages"]:
         raise UserError(f"{where}: key 'messages': expected at least one message, found none")

@@ -16,7 +16,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from llm2.common.loading import vocabulary_size
-from llm2.errors import UserError, as_user_error, shown
+from llm2.errors import UserError, as_user_error, quote
 from llm2.vllm.backend import Answer
 from llm2.vllm.proof import PATH
 
@@ -65,7 +65,7 @@ class ServerBackend:
         fixed = {"model": self.model, "prompt": list(prompt), "return_token_ids": True}
         content = {**fixed, "return_tokens_as_token_ids": True, **options}  # logprobs are keyed by text
         answer = self._send("/completions", content)
-        with as_user_error(f"server: {self.url} answers {shown(answer)}", "expected a completion of vLLM's"):
+        with as_user_error(f"server: {self.url} answers {quote(answer)}", "expected a completion of vLLM's"):
             return self._read(answer, len(prompt), options)
 
     def _read(self, answer: dict, prompt_len: int, options: Mapping[str, Any]) -> Answer:
@@ -81,7 +81,7 @@ class ServerBackend:
             raise ValueError(f"found {len(samples)} completions, expected {wanted}")
         for token in chain.from_iterable(samples):
             if type(token) is not int or not 0 <= token < self.vocabulary:
-                raise ValueError(f"found the token {shown(token)}, expected one of the model's {self.vocabulary}")
+                raise ValueError(f"found the token {quote(token)}, expected one of the model's {self.vocabulary}")
         logprobs, prompt_logprobs = [], []
         if "logprobs" in options:
             logprobs = [[list(top.values()) for top in choice["logprobs"]["top_logprobs"]] for choice in choices]
@@ -105,7 +105,7 @@ class ServerBackend:
     def _model_name(self, model: str) -> str:
         """The server's name for the model: the config's, or the only one that it serves."""
         answer = self._send("/models", None)
-        with as_user_error(f"server: {self.url}/models answers {shown(answer)}", "expected vLLM's list of models"):
+        with as_user_error(f"server: {self.url}/models answers {quote(answer)}", "expected vLLM's list of models"):
             names = [str(entry["id"]) for entry in answer["data"]]
         if model not in names and len(names) != 1:
             raise UserError(f"server: {self.url} serves {', '.join(names)}; expected {model} to be among them")
@@ -122,7 +122,7 @@ class ServerBackend:
                 f"server: {self.url} does not say what it guides ({PATH}: HTTP 404); "
                 "expected one that `llm2 serve` started"
             ) from None
-        with as_user_error(f"server: {self.url}{PATH} answers {shown(answer)}", "expected counts of llm2"):
+        with as_user_error(f"server: {self.url}{PATH} answers {quote(answer)}", "expected counts of llm2"):
             betas = {str(beta): int(tokens) for beta, tokens in answer["guided_tokens"].items()}
             return {"started": float(answer["started"]), "engines": int(answer["engines"]), "guided_tokens": betas}
 

@@ -26,7 +26,7 @@ def pack(folder: Path, metrics: Metrics, max_bytes: int) -> tuple[str, int]:
     """
     problems, size = _read_predictions(folder, metrics)
     vocabulary = _Vocabulary()
-    shown: list[dict[tuple[str, Mode], str]] = []  # of each sample that fits: problem and mode -> trace
+    levels: list[dict[tuple[str, Mode], str]] = []  # of each sample that fits: problem and mode -> trace
     limit, scores = sys.maxsize, array("d")
     for line in read_lines(folder / "traces.jsonl", Traces):
         key = line["id"], Mode(line["mode"])
@@ -35,18 +35,18 @@ def pack(folder: Path, metrics: Metrics, max_bytes: int) -> tuple[str, int]:
         for level, trace in enumerate(line["traces"]):
             scores.extend(trace["scores"] or ())
             if level < limit:
-                if level == len(shown):
-                    shown.append({})
-                shown[level][key] = _as_json(_pack_trace(trace, vocabulary))
-                size += len(shown[level][key])
-            while size + vocabulary.size > max_bytes and shown:
-                size -= sum(map(len, shown.pop().values()))
-                limit = len(shown)
+                if level == len(levels):
+                    levels.append({})
+                levels[level][key] = _as_json(_pack_trace(trace, vocabulary))
+                size += len(levels[level][key])
+            while size + vocabulary.size > max_bytes and levels:
+                size -= sum(map(len, levels.pop().values()))
+                limit = len(levels)
     lines = []
     for id, (head, modes) in problems.items():
         packed = []
         for mode, samples in modes.items():
-            traces = (level.get((id, mode)) for level in shown)
+            traces = (level.get((id, mode)) for level in levels)
             bodies = [trace or text for (_, text), trace in zip(samples, traces, strict=False)]
             bodies += [text for _, text in samples[len(bodies) :]]
             texts = [f"{sample},{body}]" for (sample, _), body in zip(samples, bodies, strict=True)]
@@ -59,7 +59,7 @@ def pack(folder: Path, metrics: Metrics, max_bytes: int) -> tuple[str, int]:
         "vocabulary": list(vocabulary),
         "scale": _scale(scores),
     }
-    return f'{_as_json(rest)[:-1]},"problems":[{",".join(lines)}]}}', len(shown)
+    return f'{_as_json(rest)[:-1]},"problems":[{",".join(lines)}]}}', len(levels)
 
 
 class _Vocabulary(dict[str, int]):

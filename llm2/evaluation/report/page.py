@@ -26,7 +26,7 @@ def write_page(folder: Path, metrics: Metrics, plots: dict[str, Figure]) -> None
     templates = Environment(loader=FileSystemLoader(source), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     style, script = ((source / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     charts = {name: as_svg(figure, name) for name, figure in plots.items()}
-    data, shown = pack(folder, metrics, MAX_BYTES - sum(map(len, charts.values())) - 200_000)
+    data, num_traces = pack(folder, metrics, MAX_BYTES - sum(map(len, charts.values())) - 200_000)
     page = templates.get_template("page.html").render(
         title=title(metrics),
         settings=settings(metrics),
@@ -37,7 +37,7 @@ def write_page(folder: Path, metrics: Metrics, plots: dict[str, Figure]) -> None
         costs=cost_lines(metrics),
         notes=notes(metrics),
         charts=charts,
-        shown=shown,
+        num_traces=num_traces,
         style=style,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(f"\n{script}\n".encode()).digest()).decode(),

@@ -93,8 +93,8 @@ def notes(metrics: Metrics) -> list[str]:
 
 def settings(metrics: Metrics) -> str:
     """The settings in one line; empty if metrics.json does not hold them."""
-    shown = ("alpha", "beta", "top_k", "temperature", "few_shot")
-    return ", ".join(f"{key} {metrics.settings[key]}" for key in shown if key in metrics.settings)
+    keys = ("alpha", "beta", "top_k", "temperature", "few_shot")
+    return ", ".join(f"{key} {metrics.settings[key]}" for key in keys if key in metrics.settings)
 
 
 def choice(metrics: Metrics) -> str:
