@@ -58,7 +58,7 @@ def measure(config: DecodeBenchmark) -> str:
     share = adapter / sum(parameter.numel() for parameter in system1.parameters())
     counts = {}
     for name, verifier in ((SEPARATE, separate), (SHARED, shared)) if config.graphs else ():
-        guidance = Guidance(verifier=verifier, **config.guidance())
+        guidance = Guidance(verifier=verifier, **config.guidance_kwargs())
         counts[name] = layout_counts(Decoder(system1, guidance, graphs=True), config)
     table = report(config, measured, COLUMNS, shared_verifier_weights=share, layout=counts)
     lines = [f"The shared verifier adds {share:.2%} to System 1's weights.", *[LAYOUT] * bool(counts)]
@@ -125,7 +125,7 @@ def benchmark_cases(
     prompts: list[list[int]],
 ) -> list[BenchmarkCase]:
     """All cases of one batch size."""
-    options, on_gpu = config.guidance(), system1.device.type == "cuda"
+    options, on_gpu = config.guidance_kwargs(), system1.device.type == "cuda"
     decoders = {
         "LLM2, no verifier": Decoder(system1),
         "LLM2, separate verifier at every token": Decoder(system1, Guidance(verifier=separate, **options, lazy=False)),
@@ -218,19 +218,19 @@ class HostReads(TorchFunctionMode):
 def layout_counts(decoder: Decoder, config: DecodeBenchmark) -> dict[str, float]:
     """See LAYOUT; on a CPU the layout for CUDA graphs is the one of a GPU."""
     rows, base = 16, config.prompt_tokens
-    vocabulary = decoder.runners.lm.body.config.vocab_size
+    vocabulary = decoder.state.lm.body.config.vocab_size
     generator = torch.Generator().manual_seed(config.seed)
     lengths = torch.randint(max(1, base // 2), 2 * base + 1, (2 * rows,), generator=generator).tolist()
     lengths[rows // 2] = 8 * base  # one long prompt among the others
     prompts = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
-    runners = {runner for runner in (decoder.runners.lm, decoder.runners.verifier) if runner is not None}
+    runners = {runner for runner in (decoder.state.lm, decoder.state.verifier) if runner is not None}
     reads = {}
     for traced in (False, True):
         limits = [config.new_tokens // 2 + index % config.new_tokens for index in range(len(prompts))]
         decoder.counts.clear()
         for runner in runners:
             runner.counts.clear()
-        with HostReads(decoder.runners.lm.device) as host:
+        with HostReads(decoder.state.lm.device) as host:
             decoder.decode(
                 prompts,
                 max_new_tokens=2 * config.new_tokens,

@@ -22,7 +22,7 @@ PLAIN, GUIDED, VLLM_PLAIN, VLLM_GUIDED = "LLM2, no verifier", "LLM2, guided", "v
 def measure(config: ServedBenchmark) -> str:
     """Measure every case, write `config.output`, return the table."""
     llm2 = LLM2.from_pretrained(
-        config.model, config.verifier, device=config.device, dtype=config.dtype, **config.guidance()
+        config.model, config.verifier, device=config.device, dtype=config.dtype, **config.guidance_kwargs()
     )
     task = load_task(config.task)
     problems = task.problems(config.split, config.problems * (config.rounds + 1))

@@ -16,7 +16,7 @@ from llm2.tasks import load_task
 
 def measure(config: ThroughputBenchmark) -> str:
     """Measure every case, write `config.output`, return the table."""
-    llm2 = LLM2.from_pretrained(config.model, config.verifier, **config.guidance(), device=config.device)
+    llm2 = LLM2.from_pretrained(config.model, config.verifier, **config.guidance_kwargs(), device=config.device)
     task, template = load_task("testbed"), resolve_template(config.chat_template)
     chats = [task.prompt(problem) for problem in task.problems("test", config.problems)]
     prompts = encode_chats(llm2.tokenizer, chats, template, generation_prompt=True)

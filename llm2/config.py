@@ -80,7 +80,7 @@ class GuidanceConfig(CandidateConfig):
     beta: Annotated[NonNegative | None, Mark.GUIDED, Mark.SHOWN] = 0.25
     """Weight of the verifier's score in the guided logits; null: the weight chosen in its training."""
 
-    def guidance(self) -> dict[str, Any]:
+    def guidance_kwargs(self) -> dict[str, Any]:
         """alpha, beta and top_k, as `Guidance` and `LLM2.from_pretrained` take them."""
         return {name: getattr(self, name) for name in GuidanceConfig.__dataclass_fields__}
 

@@ -184,7 +184,7 @@ def step(device: torch.device, tiny: bool) -> None:
             options = {"max_new_tokens": 2 * new, "eos": [], "batch_size": rows}
             options["stop"] = lambda index, sample, tokens: len(tokens) >= new + arrivals * (index % new)  # noqa: B023
             decoder.decode(batch, **options)
-            runners = (decoder.runners.lm, decoder.runners.verifier)
+            runners = (decoder.state.lm, decoder.state.verifier)
             for counts in (decoder.counts, *(runner.counts for runner in runners)):
                 counts.clear()
             sync(device)

@@ -24,12 +24,12 @@ def slow_greedy(system1, other, prompt, guidance) -> list[int]:
     def scored(ids, tokens, logits):
         return (other(torch.tensor([ids])).logits[0, -1] - logits)[tokens].tolist()
 
-    return decode_one(system1, prompt, max_new_tokens=12, eos=EOS, scored=scored, **guidance.guidance())
+    return decode_one(system1, prompt, max_new_tokens=12, eos=EOS, scored=scored, **guidance.guidance_kwargs())
 
 
 def decode(system1, other, guidance, batch_size=2, **options):
     options = {"max_new_tokens": 12, "eos": EOS, "batch_size": batch_size, **options}
-    decoder = Decoder(system1, Guidance(verifier=other, **guidance.guidance()))
+    decoder = Decoder(system1, Guidance(verifier=other, **guidance.guidance_kwargs()))
     return [[row.token_ids for row in rows] for rows in decoder.decode(PROMPTS, **options)]
 
 

@@ -115,12 +115,12 @@ def test_most_forwards_are_replayed_and_write_the_same_tokens(tmp_path, lora, ba
     plain, recorded = Decoder(model, guidance), Decoder(model, guidance, graphs=True)
     expected = tokens(plain, batch, batch_size)
     assert tokens(recorded, batch, batch_size) == expected
-    caches, runners = recorded.runners.saved_caches, {recorded.runners.lm, recorded.runners.verifier}
+    caches, runners = recorded.state.saved_caches, {recorded.state.lm, recorded.state.verifier}
     replays.clear()
     for runner in runners:
         runner.counts.clear()
     assert tokens(recorded, batch, batch_size) == expected
-    assert recorded.runners.saved_caches == caches
+    assert recorded.state.saved_caches == caches
     forwards = sum(runner.counts["forwards"] for runner in runners)
     assert sum(len(shape) == 2 and shape[0] == 4 for shape in replays) > 0.9 * forwards
 
@@ -197,4 +197,4 @@ def test_graphs_on_a_gpu_write_what_its_eager_forwards_write(tmp_path, lora, bat
     expected = tokens(Decoder(model, guidance), batch, batch_size)
     for _ in range(2):
         assert tokens(recorded, batch, batch_size) == expected
-    assert any(recorded.runners.lm.graphs.graphs.values())
+    assert any(recorded.state.lm.graphs.graphs.values())

@@ -37,7 +37,7 @@ def greedy(system1, batch, **options) -> list[list[int]]:
 
 def use_padded_batches(patch) -> None:
     """The layout of a GPU."""
-    patch.setattr(ModelRunner, "varlen", False)
+    patch.setattr(ModelRunner, "unpadded", False)
 
 
 @pytest.mark.parametrize("count", [1, 7])
@@ -307,7 +307,7 @@ def test_decoding_leaves_the_model_as_it_was(system1, verifier):
     weights = {name: parameter.data_ptr() for name, parameter in system1.base_model.named_parameters()}
     decoder = Decoder(system1, Guidance(verifier=verifier))
     assert system1.config._attn_implementation == before
-    shared = dict(decoder.runners.lm.body.named_parameters())
+    shared = dict(decoder.state.lm.body.named_parameters())
     assert all(
         shared[name.removeprefix("model.")].data_ptr() == at for name, at in weights.items() if "lm_head" not in name
     )

@@ -287,7 +287,7 @@ def test_a_verifier_guides_rollouts_and_leaves_the_plausible_tokens_alone(quick,
     engines = [open_engine(config, tokenizer) for config in (replace(guided, verifier=None), guided)]
     requests = [Request([5, 6, 7], 3, (token,), [1, 2, 3]) for token in (8, 9)]
     plain, found = (engine.generate(requests) for engine in engines)
-    llm2 = LLM2.from_pretrained(quick.model, guided.verifier, device="cpu", **guided.guidance())
+    llm2 = LLM2.from_pretrained(quick.model, guided.verifier, device="cpu", **guided.guidance_kwargs())
     expected = Decoder(llm2.system1, llm2.guidance).decode(
         [request.prompt for request in requests],
         max_new_tokens=guided.max_new_tokens,

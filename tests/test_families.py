@@ -241,7 +241,7 @@ def test_experts_and_sinks_are_right_in_every_layout(family, layout, monkeypatch
     if layout == "prefix":
         monkeypatch.setattr(scheduler, "MIN_IN_PLACE_TOKENS", 0)
     if layout == "padded":
-        monkeypatch.setattr(ModelRunner, "varlen", False)
+        monkeypatch.setattr(ModelRunner, "unpadded", False)
     verifier = verifier_of(other)
     settings = {"verifier": verifier, "alpha": 0.02, "beta": 3.0, "top_k": 4}
     decoder = Decoder(model, Guidance(**settings), graphs=layout == "graphs")

@@ -23,7 +23,7 @@ def test_the_bytes_of_a_token_are_those_that_its_cache_takes(family, tmp_path):
     model, verifier = of_family(family, tmp_path)
     decoder = Decoder(model, Guidance(verifier=verifier), graphs=True)
     decoder.decode([[5, 6, 7]], max_new_tokens=4, eos=[])
-    plan, *caches = decoder.runners.saved_caches
+    plan, *caches = decoder.state.saved_caches
     for cache in caches:
         allocated = sum(buffer.nbytes for buffers in cache.layers.values() for buffer in buffers)
         assert allocated == position_bytes(model.config, model.dtype) * plan.capacity * (plan.rows + 1)
@@ -124,7 +124,7 @@ def test_a_sequence_that_was_finished_when_memory_ran_out_frees_no_slot_of_the_n
     monkeypatch.setattr(Scheduler, "step", lambda self: seen.append(self) or step(self))
 
     def fails(self, *arguments):
-        if self is decoder.runners.lm and not failed and any(sequence.done for sequence in seen[-1].running):
+        if self is decoder.state.lm and not failed and any(sequence.done for sequence in seen[-1].running):
             failed.append(self)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, *arguments)

@@ -69,7 +69,7 @@ def written_by_decoder(system1, verifier, prompt, guidance) -> list[int]:
 
 @cache  # many tests compare with the same completions
 def _written_by_decoder(system1, verifier, prompt, guidance) -> list[int]:
-    guidance = guidance and Guidance(verifier=verifier, **guidance.guidance())
+    guidance = guidance and Guidance(verifier=verifier, **guidance.guidance_kwargs())
     ((completion,),) = Decoder(system1, guidance).decode([list(prompt)], max_new_tokens=NEW, eos=EOS)
     return completion.token_ids
 
@@ -257,7 +257,7 @@ def test_random_schedules_write_what_the_decoder_writes(
 ):
     """In large and small forwards, laid out as on a CPU and as on a GPU."""
     monkeypatch.setattr(core, "MAX_BRANCHES", max_branches)
-    monkeypatch.setattr(ModelRunner, "varlen", varlen)
+    monkeypatch.setattr(ModelRunner, "unpadded", varlen)
     batch = batch_of(verifier, max_tokens=max_tokens)
     expect_decoder(FakeEngine(system1, batch, requests, seed), system1, verifier, requests)
     assert len(batch.system2.free_slots) == SLOTS

@@ -85,7 +85,7 @@ def eos() -> list[int]:
 def by_decoder(
     verifier: str, prompts, eos, guided: bool, model: str = "testbed", max_new_tokens: int = 200
 ) -> list[list[int]]:
-    llm2 = LLM2.from_pretrained(model, verifier, device="cpu", **GUIDANCE.guidance())
+    llm2 = LLM2.from_pretrained(model, verifier, device="cpu", **GUIDANCE.guidance_kwargs())
     decoder = Decoder(llm2.system1, llm2.guidance if guided else None)
     return [row.token_ids for (row,) in decoder.decode(prompts, max_new_tokens=max_new_tokens, eos=eos)]
 

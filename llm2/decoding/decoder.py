@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from llm2.decoding.cuda_graphs import CUDAGraphs
+from llm2.decoding.decoder_state import DecoderState
 from llm2.decoding.model_runner import LMRunner, SharedRunner
-from llm2.decoding.runners import ModelRunners
 from llm2.decoding.sampling import Completion, DecodeRequest, Guidance
 from llm2.decoding.scheduler import Scheduler
 from llm2.decoding.system2.kinds import is_adapter, runner_of
@@ -36,12 +36,12 @@ class Decoder:
         else:
             lm = LMRunner(system1, graph_store)
             verifier = None if guidance is None else runner_of(guidance.verifier, graph_store)
-        self.runners = ModelRunners(lm, verifier, guidance)
+        self.state = DecoderState(lm, verifier, guidance)
 
     @property
     def counts(self) -> Counter[str]:
         """Over all calls: `tokens`, `candidates`, and `system1_` and `system2_forwards` and `_tokens`."""
-        return self.runners.counts
+        return self.state.counts
 
     def decode(self, prompts: Sequence[Sequence[int]], **options) -> list[list[Completion]]:
         """The completions of each prompt, in order; `options` as for `stream`."""
@@ -55,11 +55,11 @@ class Decoder:
         Args:
             options: the other fields of `DecodeRequest`; max_new_tokens and eos are required.
         """
-        if self.runners.moved:
+        if self.state.moved:
             raise UserError("weights were moved or replaced after the Decoder was made; expected a new Decoder")
         request = DecodeRequest(prompts=prompts, **options)
         finished: defaultdict[int, dict[int, Completion]] = defaultdict(dict)
-        scheduler = Scheduler(self.runners, request)
+        scheduler = Scheduler(self.state, request)
         while True:
             if request.further is not None:
                 scheduler.add(request.further())

@@ -107,7 +107,7 @@ class GuidedGenerate:
         refuse_ignored(config, model_inputs)
         if stream_to is not None and len(input_ids) > 1:
             raise ValueError(f"a streamer shows one sequence, found a batch of {len(input_ids)}")
-        if self.system1 is not model or self.decoder.runners.moved:
+        if self.system1 is not model or self.decoder.state.moved:
             self.system1, self.decoder = model, Decoder(model, self.guidance)
         mask = model_inputs.get("attention_mask")  # None where nothing is padded
         mask = torch.ones_like(input_ids) if mask is None else mask

@@ -43,7 +43,7 @@ class ModelRunner:
         self.counts: Counter[str] = Counter()
 
     @property
-    def varlen(self) -> bool:
+    def unpadded(self) -> bool:
         """Whether batches have no padding; only those can read a shared prefix in place."""
         return self.graphs is None and self.device.type == "cpu"
 
@@ -55,7 +55,7 @@ class ModelRunner:
         Args:
             verifier_chunks: with a SharedRunner, the chunks that the verifier's adapter acts on.
         """
-        if self.varlen:
+        if self.unpadded:
             return self._forward(cache, VarlenBatch(), chunks, verifier_chunks)
         hidden, offset = [], 0
         for part in split(chunks, verifier_chunks, self.graphs is not None):

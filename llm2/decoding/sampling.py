@@ -48,7 +48,7 @@ class Guidance(GuidanceConfig):
     verify_fraction: float = 0.0  # run it once this share of the sequences in flight waits for it
 
     def __post_init__(self) -> None:
-        GuidanceConfig(**self.guidance())  # validates: pydantic does not check fields of a plain subclass
+        GuidanceConfig(**self.guidance_kwargs())  # validates: pydantic does not check fields of a plain subclass
         if self.beta is None and self.verifier is not None:
             beta = self.verifier.config.beta if isinstance(self.verifier, ProcessVerifier) else None
             if beta is None:

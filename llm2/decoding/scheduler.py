@@ -17,10 +17,10 @@ import torch
 
 from llm2.common.seeds import uniforms
 from llm2.decoding.candidates import guided_logits, plausible
+from llm2.decoding.decoder_state import DecoderState
 from llm2.decoding.forward_batch import MAX_BATCHED_TOKENS, Chunk, padded_width
 from llm2.decoding.kv_cache import HEADROOM
 from llm2.decoding.prefix_cache import PrefixCache, SharedPrefix
-from llm2.decoding.runners import ModelRunners
 from llm2.decoding.sampling import DecodeRequest, Prompt, TokenTrace, sample
 from llm2.decoding.sequence import Proposal, SequenceState
 from llm2.decoding.system2 import Candidates, Handle
@@ -37,8 +37,8 @@ class Scheduler:
         prompts: by index, those with unfinished sequences; who retires the last one of a prompt removes it.
     """
 
-    def __init__(self, runners: ModelRunners, request: DecodeRequest) -> None:
-        self.runners, self.guidance, self.request = runners, runners.guidance, request
+    def __init__(self, state: DecoderState, request: DecodeRequest) -> None:
+        self.state, self.guidance, self.request = state, state.guidance, request
         self.prompts: dict[int, Prompt] = {}
         self.num_prompts = 0  # so far
         self.running: list[SequenceState] = []  # the index is the slot
@@ -54,14 +54,14 @@ class Scheduler:
         for fields in prompts:
             prompt = Prompt(self.num_prompts, *fields)
             what = f"prompt {prompt.index}" if prompt.name is None else f"problem {prompt.name!r}"
-            self.runners.refuse_too_long(len(prompt.token_ids), self.request.max_new_tokens, what)
+            self.state.refuse_too_long(len(prompt.token_ids), self.request.max_new_tokens, what)
             self.waiting.extend((prompt, sample) for sample in range(len(prompt.seeds)))
             self.prompts[prompt.index] = prompt
             self.num_prompts += 1
 
     def _allocate(self, batch_size: int | str) -> None:
         """Caches with room for the longest sequence that is known; where others may come, for one a quarter longer."""
-        request, runners = self.request, self.runners
+        request, state = self.request, self.state
         self.lm_cache = self.system2 = self.verifier_cache = None  # their memory is free for the new ones
         self.batch_size = batch_size
         self.max_prompt_tokens = max(len(prompt.token_ids) for prompt in self.prompts.values())
@@ -70,13 +70,13 @@ class Scheduler:
             self.max_prompt_tokens += self.max_prompt_tokens // 4
             total = sys.maxsize
         capacity = self.max_prompt_tokens + request.max_new_tokens + HEADROOM
-        if not runners.lm.varlen:
+        if not state.lm.unpadded:
             capacity = padded_width(capacity) + 1
-        self.plan, self.lm_cache, self.verifier_cache = runners.take_caches(batch_size, total, capacity)
+        self.plan, self.lm_cache, self.verifier_cache = state.take_caches(batch_size, total, capacity)
         self.max_running = max(1, min(self.plan.rows if batch_size == "auto" else batch_size, total))
         self.prefixes = PrefixCache(self.plan.rows, self.plan.prefixes)
         if self.guidance is not None:
-            self.system2 = runners.open_system2(self.plan, self.verifier_cache)
+            self.system2 = state.open_system2(self.plan, self.verifier_cache)
         self.prefix_handles: dict[SharedPrefix, Handle] = {}  # System 2's, of prefixes that it reads in place
 
     # Sequences come and go.
@@ -92,7 +92,7 @@ class Scheduler:
             if not self.running:
                 if not self._fits_next():
                     self._allocate(self.batch_size)
-                self.runners.lm.record(self.lm_cache, self.max_running)
+                self.state.lm.record(self.lm_cache, self.max_running)
             self.admit()
             self.step()
         except torch.OutOfMemoryError:
@@ -129,7 +129,7 @@ class Scheduler:
         """Give free slots to waiting sequences; their prompts are computed in the next forward."""
         num_tokens, num_waiting = 0, len(self.interrupted) + len(self.waiting)
         free = self.max_running - len(self.running)
-        if self.running and not self.runners.lm.varlen and free < min(num_waiting, self.max_running // ADMIT_SHARE):
+        if self.running and not self.state.lm.unpadded and free < min(num_waiting, self.max_running // ADMIT_SHARE):
             return
         while free and num_tokens < MAX_BATCHED_TOKENS and (self.interrupted or (self.waiting and self._fits_next())):
             sequence, match = self._next()
@@ -153,7 +153,7 @@ class Scheduler:
 
     def _share_prefix(self, sequence: SequenceState, prefix: SharedPrefix, length: int, num_sharing: int) -> None:
         """Take the sequence's first `length` tokens from a prefix: in place, or as a copy in its own slot."""
-        if self.runners.lm.varlen and num_sharing * length >= MIN_IN_PLACE_TOKENS:
+        if self.state.lm.unpadded and num_sharing * length >= MIN_IN_PLACE_TOKENS:
             sequence.prefix, sequence.prefix_len = prefix, length
             sequence.token_ids = sequence.token_ids[length:]
             sequence.num_prompt_tokens -= length
@@ -192,8 +192,8 @@ class Scheduler:
 
     def return_caches(self) -> None:
         """Save the caches for the next call: captured graphs hold their addresses."""
-        if self.runners.lm.graphs is not None and self.lm_cache is not None:
-            self.runners.saved_caches = self.plan, self.lm_cache, self.verifier_cache
+        if self.state.lm.graphs is not None and self.lm_cache is not None:
+            self.state.saved_caches = self.plan, self.lm_cache, self.verifier_cache
 
     # Forwards.
 
@@ -203,7 +203,7 @@ class Scheduler:
         ready = [sequence for sequence in self.running if not sequence.proposal]
         if ready and pending and len(pending) < self.guidance.verify_fraction * len(self.running):
             pending = []
-        if self.runners.shared:
+        if self.state.shared:
             self._step_shared(pending, ready)
         else:
             self._step_separate(pending, ready)
@@ -248,9 +248,9 @@ class Scheduler:
 
     def _forward(self, chunks: list[Chunk], verifier_chunks: Sequence[Chunk] = ()) -> torch.Tensor | None:
         """System 1's hidden states, and in a shared forward the verifier's behind them."""
-        self.runners.counts.update(system1_forwards=bool(chunks), system1_tokens=sum(len(c.ids) for c in chunks))
+        self.state.counts.update(system1_forwards=bool(chunks), system1_tokens=sum(len(c.ids) for c in chunks))
         if chunks or verifier_chunks:
-            return self.runners.lm.forward(self.lm_cache, chunks, verifier_chunks)
+            return self.state.lm.forward(self.lm_cache, chunks, verifier_chunks)
         return None
 
     def _candidates(self, sequences: list[SequenceState]) -> Candidates:
@@ -269,7 +269,7 @@ class Scheduler:
         for sequence in sequences:
             sequence.num_cached_lm = len(sequence.token_ids)
         states = hidden[torch.tensor(indices, device=hidden.device)]  # (n, D)
-        logits = self.runners.lm.logits(states)  # (n, V)
+        logits = self.state.lm.logits(states)  # (n, V)
         if self.request.process_logits is not None:
             prompt_indices = [sequence.prompt_index for sequence in sequences]
             completions = [sequence.completion_ids for sequence in sequences]
@@ -280,7 +280,7 @@ class Scheduler:
         else:
             candidates, valid = plausible(logits, self.guidance.alpha, self.guidance.top_k)
         sizes = valid.sum(dim=-1).tolist()
-        self.runners.counts["candidates"] += sum(sizes)
+        self.state.counts["candidates"] += sum(sizes)
         found = Candidates(candidates, valid, logits.gather(-1, candidates), states)
         values = found.logits
         if self.request.trace:
@@ -346,7 +346,7 @@ class Scheduler:
             if choice:
                 moves.append((sequence.slot, position + choice, position))
         if moves:
-            self.runners.lm.commit(self.lm_cache, moves)
+            self.state.lm.commit(self.lm_cache, moves)
 
     def _append_token(
         self,
@@ -361,7 +361,7 @@ class Scheduler:
         sequence.token_ids.append(token)
         if sequence.handle is not None:
             self.system2.commit(sequence.handle, [token])
-        self.runners.counts["tokens"] += 1
+        self.state.counts["tokens"] += 1
         if request.trace:
             trace = TokenTrace(proposal.candidates, proposal.logprobs, scores, choice, changed, proposal.logits)
             sequence.trace.append(trace)

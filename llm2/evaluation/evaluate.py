@@ -152,7 +152,7 @@ class Evaluator:
             elif config.contrast is not None:
                 require_same_tokenizer(f"contrast {config.contrast!r}", config.contrast, tokenizer)
                 verifier = load_system1(config.contrast, *where)
-            self.llm2 = LLM2(system1, tokenizer, verifier, **config.guidance())
+            self.llm2 = LLM2(system1, tokenizer, verifier, **config.guidance_kwargs())
         self.vllm = None
         if config.engine == "vllm":
             from llm2.evaluation.vllm_decoder import VllmDecoder

@@ -143,7 +143,7 @@ def search(
     solution's beginning with room for another, do not fit the model.
     """
     for prompt, name in zip(prompts, names, strict=True):
-        decoder.runners.refuse_too_long(len(prompt) + max_new_tokens, max_new_tokens, f"the search of problem {name!r}")
+        decoder.state.refuse_too_long(len(prompt) + max_new_tokens, max_new_tokens, f"the search of problem {name!r}")
     beta = decoder.guidance.beta
     searches = [
         Search(beta, lambda tokens, index=index: answer(index, tokens), max_solutions) for index in range(len(prompts))

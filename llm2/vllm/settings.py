@@ -63,7 +63,7 @@ def request_guidance(
 
 def guidance_args(guidance: GuidanceConfig | None) -> dict[str, float | int]:
     """The `extra_args` of a request (`vllm_xargs` in HTTP); empty for a plain one."""
-    values = {} if guidance is None else guidance.guidance()
+    values = {} if guidance is None else guidance.guidance_kwargs()
     return {PREFIX + key: value for key, value in values.items() if value is not None}
 
 

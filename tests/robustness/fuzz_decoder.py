@@ -119,7 +119,7 @@ def check_scene(scene: Scene, folder: Path) -> None:
     with ExitStack() as stack:
         stack.enter_context(patch.object(scheduler, "MIN_IN_PLACE_TOKENS", scene.min_in_place_tokens))
         if scene.layout == "padded":
-            stack.enter_context(patch.object(ModelRunner, "varlen", False))
+            stack.enter_context(patch.object(ModelRunner, "unpadded", False))
         decoder = Decoder(model, guidance, graphs=scene.layout == "graphs")
         written = [dict.fromkeys(range(len(call.prompts))) for call in scene.calls]
         streams = [stream(decoder, call, scene.trace, written[number]) for number, call in enumerate(scene.calls)]

@@ -44,7 +44,7 @@ class LocalEngine(Engine):
         name, vocabulary = self.config.verifier, self.model.get_input_embeddings().num_embeddings
         if name is None:
             return None
-        settings = self.config.guidance()
+        settings = self.config.guidance_kwargs()
         if self.config.beta is None:
             settings["beta"] = trained_beta(name)
         return Guidance(verifier=load_verifier(name, device, self.config.dtype, vocabulary, self.model), **settings)

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class ModelRunners:
+class DecoderState:
     """Both systems, the counts over all calls, and caches to reuse."""
 
     lm: LMRunner
