@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from ranks import run_ranks
 
+from llm2.common import loading
 from llm2.common.config_file import write_config
 from llm2.common.distributed import destroy_group, dist_info
 from llm2.common.journal import CHECKSUM
@@ -51,6 +53,7 @@ def done(untrained, tmp_path_factory) -> tuple[EvaluateConfig, dict]:
         num_samples=4,
         majority_at=(1, 4),
         max_new_tokens=160,
+        search_solutions=2,
         batch_size=8,
         device="cpu",
     )
@@ -149,6 +152,17 @@ def test_predictions_of_another_config_are_never_mixed_in(config):
     before = Path(config.output_dir, "predictions.jsonl").read_bytes()
     assert before.count(b"\n") == 2, "earlier predictions are left as they were"
     evaluate(replace(small, beta=1.0, resume=False))
+
+
+def test_results_of_a_cpu_that_computes_in_bfloat16_say_so_and_are_never_mixed(config, monkeypatch):
+    small = replace(config, modes=("plain_greedy",), limit=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+        patch.setattr(loading, "LARGE", 0)
+        evaluate(small)
+    assert yaml.safe_load(Path(config.output_dir, "config.yaml").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(UserError, match="another config: dtype was 'bfloat16' and now is 'auto'"):
+        evaluate(replace(small, limit=3))
 
 
 def test_a_killed_run_loses_only_what_was_in_flight(config, done, monkeypatch):

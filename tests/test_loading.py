@@ -2,11 +2,13 @@
 
 import logging
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm2.common import loading
 from llm2.common.loading import (
     TESTBED,
     eos_ids,
@@ -19,7 +21,9 @@ from llm2.common.loading import (
     name_newer_transformers,
     require_model,
     resolve_device,
+    with_batch_dtype,
 )
+from llm2.config import EvaluateConfig
 from llm2.errors import UserError
 from llm2.verifier.model import ProcessVerifier
 
@@ -79,6 +83,23 @@ def test_a_transformers_newer_than_the_tested_ones_is_named_once(monkeypatch, ca
     load_tokenizer("testbed")
     expected = f"transformers {version} is newer than 5.24.0, the newest that this llm2 was tested with"
     assert [record.getMessage() for record in caplog.records if record.name == "llm2"] == [expected] * newer
+
+
+@pytest.mark.parametrize("key", loading.BFLOAT16)
+def test_batches_of_a_large_model_are_in_bfloat16_where_the_cpu_multiplies_in_it(monkeypatch, caplog, key):
+    config = EvaluateConfig(model="testbed", task="testbed", output_dir="unused", device="cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {key: True})
+    assert with_batch_dtype(config) is config, "the testbed is small"
+    monkeypatch.setattr(loading, "LARGE", 1_000_000)
+    with caplog.at_level(logging.INFO):
+        assert with_batch_dtype(config) == replace(config, dtype="bfloat16")
+    (message,) = caplog.messages
+    assert message.startswith(f"dtype: bfloat16, for 1 million parameters on a CPU with {key};")
+    elsewhere = {"engine": "vllm", "server": "http://localhost:1/v1"}
+    for other in (replace(config, dtype="float32"), replace(config, **elsewhere)):
+        assert with_batch_dtype(other) is other
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, key: False})
+    assert with_batch_dtype(config) is config
 
 
 def test_devices_are_resolved_without_starting_cuda(monkeypatch):

@@ -19,7 +19,7 @@ from llm2.common.distributed import barrier, dist_info, process_device
 from llm2.common.files import write_text
 from llm2.common.inputs import Digests, digests
 from llm2.common.keys import Mark, select_keys
-from llm2.common.loading import load_system1, load_tokenizer, refuse_unknown_ids, resolve_device
+from llm2.common.loading import load_system1, load_tokenizer, refuse_unknown_ids, resolve_device, with_batch_dtype
 from llm2.common.progress import DecodingBar
 from llm2.common.same_tokenizer import require_same_tokenizer
 from llm2.common.seeds import row_seed
@@ -47,6 +47,7 @@ def evaluate(config: EvaluateConfig) -> dict | None:
     Returns the metrics in the main process, None in the others.
     """
     check(config)
+    config = with_batch_dtype(config)
     if config.beta is None and config.verifier is not None:
         config = replace(config, beta=trained_beta(config.verifier))
     inputs = digests(config)

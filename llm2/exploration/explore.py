@@ -25,7 +25,7 @@ from llm2.common.distributed import barrier, dist_info, iter_shared_work
 from llm2.common.inputs import Digests, change, digests
 from llm2.common.journal import Journal
 from llm2.common.keys import Mark, select_keys
-from llm2.common.loading import load_tokenizer
+from llm2.common.loading import load_tokenizer, with_batch_dtype
 from llm2.common.prefix import common_prefix
 from llm2.config import ExploreConfig
 from llm2.errors import UserError
@@ -59,6 +59,7 @@ def explore(config: ExploreConfig) -> dict | None:
     Returns the report in the main process; None in the others, once their share is done.
     """
     barrier()  # the main process has locked the output against other runs
+    config = with_batch_dtype(config)
     output, partial, inputs = Path(config.output), Path(f"{config.output}.partial"), digests(config)
     report = finished_report(config, inputs) if output.exists() and partial.exists() else None
     if report is not None:  # killed after the last output file, before the journal was discarded
