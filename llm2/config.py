@@ -120,8 +120,7 @@ class EngineConfig:
     engine: Literal["llm2", "vllm"] = "llm2"
     """Engine that decodes; vllm is installed separately, and explore then needs top_k."""
     dtype: Dtype = "auto"
-    """Dtype of the models; auto is the checkpoint's on a GPU, on a CPU float32 (no text depends on batch_size), or
-    bfloat16 where the CPU multiplies in it and the model has more than 10 million parameters."""
+    """Dtype; auto: the checkpoint's on a GPU; on a CPU float32, or bfloat16 for large models where that is fast."""
     tensor_parallel: Annotated[Count, Mark.HOW] = 1
     """GPUs per vLLM engine."""
     max_model_len: Count | None = None

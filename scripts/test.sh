@@ -2,10 +2,10 @@
 # Every check: lint, format, all tests, slow ones included. On a CPU, without network once set up.
 #
 #   bash scripts/test.sh [pytest arguments]            # with the versions of requirements.lock
-#   bash scripts/test.sh --lowest [pytest arguments]   # the quick tests with the lowest versions that pyproject.toml allows
-#   bash scripts/test.sh --newest [pytest arguments]   # the quick tests with the newest releases that it allows, today's
+#   bash scripts/test.sh --lowest [pytest arguments]   # all but the slow tests, with the lowest versions that pyproject.toml allows
+#   bash scripts/test.sh --newest [pytest arguments]   # all but the slow tests, with the newest releases that it allows, today's
 #
-# `pytest` alone runs the quick tests. --lowest and --newest make .venv-lowest and .venv-newest (some GB: PyPI's torch
+# `pytest` alone runs the quick tests, minutes. --lowest and --newest make .venv-lowest and .venv-newest (some GB: PyPI's torch
 # brings CUDA's libraries).
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
@@ -28,4 +28,4 @@ uv pip install --quiet --upgrade --compile-bytecode --python "$venv/bin/python" 
   -r pyproject.toml "${extras[@]}"
 export PATH=$venv/bin:$PATH
 python tests/versions.py
-exec python -m pytest "${@:2}"
+exec python -m pytest --cases "${@:2}"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork, and a child cannot wait for threads that it does not have
@@ -18,15 +19,22 @@ VOCABULARY = 64
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow too, as scripts/test.sh does")
+    parser.addoption("--cases", action="store_true", help="run all cases of all but the slow tests")
+    parser.addoption("--slow", action="store_true", help="run all tests, as scripts/test.sh does")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        skip = pytest.mark.skip(reason="slow: pytest --slow, or bash scripts/test.sh")
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(skip)
+    """Skip what pyproject.toml's markers leave out."""
+    slow, seen = config.getoption("--slow"), Counter()
+    cases = slow or config.getoption("--cases")
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        every = next((marker.args[0] for marker in item.iter_markers("one_in")), 1)
+        if not slow and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: pytest --slow, or bash scripts/test.sh"))
+        elif not cases and (item.get_closest_marker("long") or seen[name] % every):
+            item.add_marker(pytest.mark.skip(reason="left out of the quick tests: pytest --cases"))
+        seen[name] += 1
 
 
 class Deprecations(logging.Handler):

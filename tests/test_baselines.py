@@ -93,6 +93,7 @@ def test_an_unknown_task_to_replay_is_refused_before_solutions_are_sampled(finet
     assert not Path(finetune_config.output_dir, "solutions").exists()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_low_rank_edit_changes_the_output_layer_alone(finetune_config, tmp_path, tied):
     system1 = load_system1(finetune_config.model, CPU)

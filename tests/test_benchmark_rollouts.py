@@ -33,6 +33,7 @@ def test_labels_are_compared_beyond_the_margin_only():
     assert worse == pytest.approx(2 / 3)  # of 0.8, 0.1, -0.5 the first two
 
 
+@pytest.mark.long
 def test_a_second_measurement_reuses_the_exploration_and_the_reference(tmp_path, monkeypatch):
     output = tmp_path / "labels.json"
     config = LabelsBenchmark(benchmark="labels", output=str(output), problems=1, reference_rollouts=1)

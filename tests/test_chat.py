@@ -152,6 +152,7 @@ def served(model: str, verifier: str, chat_template: str | None, chat: list[dict
     )
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
 @pytest.mark.parametrize("given", ["the tokenizer's own", "by a file"])
 @pytest.mark.parametrize("name", STOCK)

@@ -34,6 +34,7 @@ def hold(output, kind: str) -> tuple[subprocess.Popen, int]:
     return holder, int(holder.stdout.readline())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind, lock", [("folder", "out/.lock"), ("file", "out.lock")])
 def test_the_second_run_is_refused_and_told_of_the_first_until_that_is_gone_or_killed(tmp_path, kind, lock):
     output = tmp_path / "out"

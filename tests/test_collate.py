@@ -172,6 +172,7 @@ def flex_twin(folder, **changes) -> tuple[ProcessVerifier, ProcessVerifier]:
     return verifier, ProcessVerifier.from_pretrained(folder / "verifier", attn_implementation="flex_attention").eval()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("autocast", [False, True])
 def test_flex_attention_gives_the_same_scores(tmp_path, monkeypatch, autocast):

@@ -101,6 +101,7 @@ def tokens(decoder: Decoder, batch: list[list[int]], batch_size: int) -> list[li
 FEW_OR_MANY = [pytest.param(size, marks=pytest.mark.slow) for size in (1, 33)]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("batch_size", [5, *FEW_OR_MANY])
 @pytest.mark.parametrize("lora", [False, True])
 def test_most_forwards_are_replayed_and_write_the_same_tokens(tmp_path, lora, batch_size, monkeypatch):
@@ -165,6 +166,7 @@ def test_two_decodings_under_way_do_not_share_caches(tmp_path):
         assert [tokens_of(*pair[call]) for pair in both] == expected[call]
 
 
+@pytest.mark.long
 def test_graphs_are_captured_anew_after_the_cache_grows(tmp_path):
     model, verifier = systems(tmp_path, lora=False)
     guidance = Guidance(verifier=verifier, alpha=0.05, beta=2.0)

@@ -40,6 +40,7 @@ def use_padded_batches(patch) -> None:
     patch.setattr(ModelRunner, "unpadded", False)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("count", [1, 7])
 @pytest.mark.parametrize("alpha, beta, top_k", [(0.1, 0.25, None), (0.02, 3.0, None), (0.001, 5.0, 2), (0.5, 1.0, 4)])
 def test_guided_greedy_equals_the_uncached_reference(system1, verifier, count, alpha, beta, top_k):
@@ -89,6 +90,7 @@ def expect_reference(model, verifier, count: int = 3, alpha: float = 0.02, beta:
     assert greedy(model, batch, max_new_tokens=8, guidance=guidance) == expected
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("family, windowed", FAMILIES)
 def test_other_backbones_decode_as_their_reference(family, windowed, tmp_path):
     expect_reference(*of_family(family, tmp_path, windowed))
@@ -98,6 +100,7 @@ OF_LORA = [(family, True) for family in ("llama", "qwen2", "qwen3", "mistral", "
 APART = [pytest.param(family, False, marks=[pytest.mark.slow] * (family != "llama")) for family, _ in OF_LORA]
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("family, shared", [*OF_LORA, *APART])
 def test_a_lora_verifier_decodes_as_the_reference_in_one_forward_or_two(family, shared, tmp_path):
     expect_reference(*of_family(family, tmp_path, lora={"rank": 4}), shared=shared)
@@ -114,6 +117,7 @@ def reference(request, tmp_path_factory):
 REST = [pytest.param(lazy, share, marks=pytest.mark.slow) for lazy, share in [(True, 1.0), (False, 0.0), (False, 0.5)]]
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("lazy, verify_fraction", [(True, 0.0), (True, 0.5), (False, 1.0), *REST])
 @pytest.mark.parametrize("layout", ["varlen", "padded", "graphs"])
 def test_lazy_verify_fraction_and_layout_change_nothing(reference, lazy, verify_fraction, layout, monkeypatch):
@@ -127,6 +131,7 @@ def test_lazy_verify_fraction_and_layout_change_nothing(reference, lazy, verify_
         assert [completion.token_ids for (completion,) in completions] == expected
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("family", WINDOWS)
 def test_sliding_windows_hold_in_padded_batches_and_shared_prefixes(family, tmp_path, monkeypatch):
     model, verifier = of_family(family, tmp_path, windowed=True)
@@ -160,6 +165,7 @@ def expect_shared_prompts(model, verifier, monkeypatch, in_place: bool, graphs: 
         assert [[sample.token_ids for sample in samples] for samples in completions] == expected
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("lora", [None, {"rank": 4}])
 def test_a_shared_prefix_is_computed_once(lora, in_place, tmp_path, monkeypatch):
@@ -180,6 +186,7 @@ def test_a_shared_prefix_is_computed_once(lora, in_place, tmp_path, monkeypatch)
     assert decoder.counts["system2_tokens"] <= most
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("lora", [None, {"rank": 4}])
 def test_cuda_graph_shapes_share_prefixes_too(lora, tmp_path, monkeypatch):
     """Their padded batches cannot read a prefix in place, however many sequences share it."""
@@ -324,6 +331,7 @@ def test_guidance_changes_the_tokens(system1, verifier):
     assert all(0 < row.num_verifier_calls <= len(row.token_ids) for (row,) in guided)
 
 
+@pytest.mark.long
 def test_results_do_not_depend_on_the_schedule(system1, verifier):
     batch = prompts(33)
     guidance = Guidance(verifier=verifier, alpha=0.02, beta=2.0)
@@ -342,6 +350,7 @@ def test_completions_are_yielded_as_they_finish(system1):
     assert len(set(lengths)) > 3
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("in_place", [0, 400])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("sampling", [None, SamplingParams()])

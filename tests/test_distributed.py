@@ -49,6 +49,7 @@ def save_gradients(system1_folder: str, output: Path, data: list[Example], per_d
     destroy_group()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("batch", [32, pytest.param(256, marks=pytest.mark.slow)])
 def test_accumulation_and_ranks_change_no_gradient(system1_folder, tmp_path, batch):
     """One whole batch, four that accumulate, and two processes; six solutions fewer make the last batch uneven."""

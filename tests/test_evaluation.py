@@ -137,6 +137,7 @@ def test_predictions_are_what_the_decoder_writes(config):
         assert line["samples"][0]["text"] == tokenizer.decode(decoded[0][0].token_ids, skip_special_tokens=True)
 
 
+@pytest.mark.long
 def test_a_finished_run_is_extended_with_the_same_result(config, done):
     part = replace(config, batch_size=6)
     evaluate(replace(part, limit=3))
@@ -165,6 +166,7 @@ def test_results_of_a_cpu_that_computes_in_bfloat16_say_so_and_are_never_mixed(c
         evaluate(replace(small, limit=3))
 
 
+@pytest.mark.long
 def test_a_killed_run_loses_only_what_was_in_flight(config, done, monkeypatch):
     made = []
 
@@ -206,6 +208,7 @@ def evaluate_as_rank(config: EvaluateConfig) -> None:
     destroy_group()
 
 
+@pytest.mark.long
 def test_two_processes_share_the_problems_and_give_the_result_of_one(small, tmp_path):
     metrics = evaluate(small)
     shared = replace(small, output_dir=str(tmp_path / "shared"))
@@ -248,6 +251,7 @@ def test_the_tokenizer_is_loaded_once(small, monkeypatch):
     assert loaded == [small.model]
 
 
+@pytest.mark.long
 def test_predictions_of_other_runs_are_reused_if_their_settings_agree(config, done, tmp_path):
     plain = replace(config, modes=("plain_greedy", "plain_sampling"), beta=1.0, output_dir=str(tmp_path / "plain"))
     evaluate(plain)
@@ -280,6 +284,7 @@ def test_modes_evaluated_one_by_one_are_reported_together(config):
     }
 
 
+@pytest.mark.long
 def test_a_search_of_one_solution_is_greedy_and_further_solutions_are_counted(config, tmp_path):
     modes = ("guided_greedy", "plain_search", "guided_search")
     one = evaluate(replace(config, modes=modes, search_solutions=1, limit=3))["modes"]

@@ -24,6 +24,7 @@ def test_an_example_has_at_most_30_lines_and_says_how_to_run_it(path):
     assert f"python examples/{path.name}" in ast.get_docstring(ast.parse(text))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "name, arguments, printed",
     [

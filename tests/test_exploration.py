@@ -141,6 +141,7 @@ def test_greedy_rollouts_are_generated_once_per_token(config):
 GUIDED = pytest.param({"verifier": "verifier", "beta": 3.0, "limit": 6}, marks=pytest.mark.slow)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, GUIDED])
 def test_rollouts_that_join_others_in_flight_give_the_files_of_rounds(quick, tmp_path, monkeypatch, changes):
     config, counts, real = replace(quick, **{"limit": 3, "max_new_tokens": 8, **changes}), [], LocalEngine.stream
@@ -202,6 +203,7 @@ def test_own_solutions_are_right_and_distinct_and_seeded_by_their_problem(quick)
     assert alone == by_question[some.question]
 
 
+@pytest.mark.long
 def test_exploration_along_own_solutions_needs_no_gold_and_resumes_to_the_byte(quick, monkeypatch):
     monkeypatch.setattr("llm2.exploration.explore.START_SIZE", 2)
     config = own(quick)
@@ -249,6 +251,7 @@ def test_each_sampled_problem_is_kept_once_it_is_finished(quick, monkeypatch):
     assert found == own_solutions(config, engine, tokenizer, task, problems, Path(quick.output + ".whole"), {})[0]
 
 
+@pytest.mark.long
 def test_a_fork_that_two_own_solutions_share_is_explored_once(quick):
     config = own(quick, max_solutions=6, solution_samples=20, limit=8)
     explore(config)
@@ -270,6 +273,7 @@ def never(text: str, gold: str) -> bool:
     return False
 
 
+@pytest.mark.long
 def test_answers_without_solutions_are_explored_along_own_ones_only(config):
     with pytest.raises(UserError, match="problem train-0 has no gold solution; expected one, or solutions=own"):
         explore(replace(config, task="experiments.testbed.regimes:Answers"))
@@ -390,6 +394,7 @@ def test_the_bar_shows_rollouts_at_once_and_an_eta_once_something_is_decided():
     assert re.search(r"100%.* 4.0/4 \[00:10<00:00, ", str(progress.bar))
 
 
+@pytest.mark.long
 def test_progress_grows_before_a_problem_is_complete_and_ends_at_their_number(quick):
     class RecordedProgress(Progress):
         def add(self, *arguments) -> None:
@@ -462,6 +467,7 @@ def quick(system1_folder, tmp_path) -> ExploreConfig:
 KILLED_RUNS = [(1, 1), (2, 2), (1, 2), (3, 1), (1, 1), (2, 2)]  # processes, problems that each completes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("killed_runs", [KILLED_RUNS[:2], pytest.param(KILLED_RUNS, marks=pytest.mark.slow)])
 def test_output_is_the_same_to_the_byte_after_kills_and_with_any_number_of_processes(quick, monkeypatch, killed_runs):
     """Each process of the killed runs gets a SIGKILL; then two processes complete the exploration."""
@@ -479,6 +485,7 @@ def test_output_is_the_same_to_the_byte_after_kills_and_with_any_number_of_proce
         assert Path(killed.output + ending).read_bytes() == Path(quick.output + ending).read_bytes()
 
 
+@pytest.mark.long
 def test_a_run_killed_before_its_journal_is_discarded_is_complete(config):
     report = explore(replace(config, limit=1))
     partial = Path(config.output + ".partial")

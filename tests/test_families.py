@@ -208,6 +208,7 @@ def decodes(family: str, folder: Path) -> bool:
     return False
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("family", QUICK)
 def test_a_family_decodes_as_transformers_or_is_refused(family, tmp_path):
     try:
@@ -232,6 +233,7 @@ def test_every_family_is_right_or_refused_and_the_readme_says_which(family, tmp_
         assert right == (family in table())
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("family", EXPERTS)
 @pytest.mark.parametrize("layout", ["varlen", "prefix", "padded", "graphs"])
 def test_experts_and_sinks_are_right_in_every_layout(family, layout, monkeypatch):

@@ -9,6 +9,7 @@ from tests.robustness.property import fuzz
 INPUTS = {"requests to the decoder, against its slow twin": 4, "metrics damaged, plots drawn": 3}  # 60 of the others
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("each", [*PROPERTIES, PROPERTY], ids=lambda each: each.what)
 def test_the_property_holds_for_random_inputs(each, tmp_path):
     inputs = INPUTS.get(each.what, 60)

@@ -235,6 +235,7 @@ def test_canonical_form_is_one_string_per_number(number, form):
     assert canonical(Fraction(form)) == form
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("split", "size"), [("test", 1319), ("train", 7473)])
 def test_every_gold_solution_of_gsm8k_is_correct_against_itself(split, size):
     file = GSM8K / f"{split}.jsonl"

@@ -111,6 +111,7 @@ def test_a_results_folder_accepts_exactly_the_keys_that_are_marked(tmp_path):
     assert accepted(earlier, go_on) == HOW["evaluate"] | WHICH["evaluate"]
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("mode", Mode)
 def test_predictions_are_reused_if_no_key_that_their_mode_depends_on_differs(mode, tmp_path):
     earlier = tmp_path / "earlier"

@@ -126,6 +126,7 @@ def test_the_embedded_verifier_of_an_earlier_version_loads_in_silence(caplog):
     assert verifier.config.kind == "bilinear" and not [one for one in caplog.records if one.name == "llm2"]
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_alone_trains_and_its_folder_is_of_that_kind(config, kind):  # noqa: F811
     train(replace(config, kind=kind, num_train_epochs=0.2, evaluations=1))

@@ -54,6 +54,7 @@ def test_a_cache_that_grows_keeps_what_it_holds():
     assert grown[:, :, : keys.shape[2]].equal(keys) and not grown[:, :, keys.shape[2] :].any() and not values.any()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("guided", [False, True])
 def test_the_buffers_of_a_decoding_are_allocated_once(system1, guidance, guided, padded, monkeypatch):

@@ -291,6 +291,7 @@ def test_every_field_of_a_generation_config_is_tried_below():
     assert fields <= GREEDY.keys() | SAMPLED.keys() | REFUSED.keys() | NEITHER
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", GREEDY)
 def test_an_option_of_generate_acts_as_in_generate(llm2, inputs, name):
     options = {"max_new_tokens": 9, "do_sample": False, name: GREEDY[name]}

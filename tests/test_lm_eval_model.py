@@ -98,6 +98,7 @@ def responses(samples: list[dict]) -> list[list[str]]:
     return sorted([sample["doc"]["question"], sample["filter"], sample["resps"][0][0]] for sample in samples)
 
 
+@pytest.mark.long
 def test_two_processes_share_the_requests_and_give_the_responses_of_one(folder, samples, verifier):
     assert run_ranks(evaluate_as_rank, folder, verifier) == [0, 0]
     assert json.loads((folder / "ranks.json").read_text()) == responses(samples)

@@ -138,6 +138,7 @@ def test_an_adapter_that_rounding_would_swallow_is_not_merged(verifier, tmp_path
         load_verifier(str(tmp_path / "small"), CPU, "bfloat16", VOCABULARY).merge()
 
 
+@pytest.mark.one_in(2)
 @torch.inference_mode()
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_lora_verifier_guides_in_bfloat16(folder, tmp_path, shared):

@@ -3,6 +3,8 @@
 from itertools import islice
 from pathlib import Path
 
+import pytest
+
 from llm2.config import EvaluateConfig, TrainConfig
 from llm2.evaluation.evaluate import evaluate
 from llm2.verifier.train import train
@@ -10,6 +12,7 @@ from llm2.verifier.train import train
 SYSTEM1 = "llm2/testbed/system1"
 
 
+@pytest.mark.long
 def test_system2_lifts_greedy_on_unseen_problems(tmp_path):
     with open("dataset/testbed.jsonl") as file:
         Path(tmp_path, "some.jsonl").write_text("".join(islice(file, 300)))

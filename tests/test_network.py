@@ -39,6 +39,7 @@ def test_no_file_is_a_pickle_of_settings(ran):
     assert not list((ran[2] / "out").rglob("training_args.bin"))
 
 
+@pytest.mark.long
 def test_a_hub_id_is_the_one_thing_that_reaches_out(tmp_path):
     environment = network.marked_environment(tmp_path)
     line = [sys.executable, "-m", "llm2", "explore", "model=owner/name", "task=testbed", "output=x.jsonl", "device=cpu"]

@@ -31,6 +31,7 @@ HALVES = [torch.bfloat16, torch.float16]
 LONG = [[*range(3, 60)] * 2, [5], [7, 8], [*range(3, 60)] * 2 + [9]]  # a prompt of one token beside one of 114
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("layout", ["varlen", "padded", "graphs"])
 @pytest.mark.parametrize(
     "kind, family, dtype",
@@ -66,6 +67,7 @@ def test_decoding_in_16_bits_gives_finite_numbers(dtype, layout, kind, family, t
         assert len(numbers) > 100 and all(map(math.isfinite, numbers))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("branches", [True, False])
@@ -173,6 +175,7 @@ def test_a_score_that_is_not_finite_ends_transformers_generate(kind, system1, ve
         model.generate(torch.tensor([[5, 6, 7], [8, 9, 10]]), **options)
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("changes", [{}, {"kind": "prefix"}, {"lm_loss_coef": 0.1, "logging_steps": 1}])
 @pytest.mark.parametrize("line", [4, 21])
 def test_training_that_becomes_nan_names_the_solution(system1_folder, tmp_path, monkeypatch, changes, line):

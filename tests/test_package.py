@@ -79,6 +79,7 @@ def imported_distributions(*folders: str) -> set[str]:
         "tests",
         "figs",
         "vllm",
+        "torchao",
         "xllamacpp",
     }
     installed = packages_distributions()

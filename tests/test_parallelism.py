@@ -92,6 +92,7 @@ def work(rank: int, world_size: int, port: int, results: multiprocessing.Queue) 
     destroy_group()
 
 
+@pytest.mark.long
 def test_every_item_is_done_once_and_slow_processes_do_fewer():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

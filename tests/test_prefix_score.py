@@ -157,6 +157,7 @@ def test_frozen_states_give_the_margins_of_a_forward(head_pair):
     assert len(batch.states) < batch.pair_tokens.shape[1], "a prefix is kept once"
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 @pytest.mark.parametrize("graphs", [False, True])
 def test_guided_greedy_equals_the_uncached_reference(pair, batch_size, graphs):
@@ -177,6 +178,7 @@ def test_guided_greedy_equals_the_uncached_reference(pair, batch_size, graphs):
         assert calls > 0 and 0 < decoder.counts["system2_tokens"] < length
 
 
+@pytest.mark.one_in(5)
 def test_guided_sampling_equals_the_uncached_reference(pair):
     system1, verifier = pair
     prompts = [torch.randint(3, VOCABULARY, (length,)).tolist() for length in (5, 9, 7)]
@@ -223,6 +225,7 @@ class RecomputedGuidance(LogitsProcessor):
         return guided
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
 def test_generate_is_guided_through_the_output_layer_alone(head_pair, options):
     system1, verifier = head_pair
@@ -237,6 +240,7 @@ def test_generate_is_guided_through_the_output_layer_alone(head_pair, options):
     assert not torch.equal(guided, system1.generate(prompts, **options)), "the head must change some choice"
 
 
+@pytest.mark.one_in(3)
 def test_continuous_batching_is_guided_through_the_output_layer(head_pair):
     system1, verifier = head_pair
     guidance = Guidance(verifier=verifier, alpha=0.05, beta=1.0)
@@ -320,6 +324,7 @@ def test_a_token_weight_is_a_factor_of_all_scores_after_a_prefix(pair):
     assert (factor > 0).all() and factor.std() > 1e-3 and not off.any()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "changes",
     [

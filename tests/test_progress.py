@@ -44,6 +44,7 @@ def decoding(mean: float, spread: float, limit: int, batch: int, prompts: int, t
         yield seconds, bar
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("batch", [16, 128])
 @pytest.mark.parametrize("shape", LENGTHS.values(), ids=LENGTHS)
 def test_the_estimate_is_within_a_factor_of_two_from_the_first_minute_on(shape, batch):

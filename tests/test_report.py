@@ -120,6 +120,7 @@ def test_a_figure_that_was_not_measured_is_a_dash():
     assert "greedy" not in table(subset(*SAMPLING))
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     "metrics", [METRICS, subset(*GREEDY), subset(*SAMPLING), subset("plain_greedy"), subset("guided_sampling")]
 )

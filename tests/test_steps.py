@@ -56,6 +56,7 @@ SPECS = [
 ]
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kind)
 @pytest.mark.parametrize("per_device", [3, 2])
 def test_loss_and_gradient_equal_those_of_one_forward_per_step(system1_folder, tmp_path, spec, per_device):
@@ -247,6 +248,7 @@ def step_config(system1_folder, tmp_path) -> TrainConfig:
     )
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("kind", ["full", "lora", "prefix", "bilinear"])
 def test_training_learns_the_labels_and_reads_no_system1(step_config, tmp_path, monkeypatch, capsys, kind):
     """Then the solution with the right steps is the best of two."""
@@ -270,6 +272,7 @@ def test_training_learns_the_labels_and_reads_no_system1(step_config, tmp_path, 
         assert good > bad
 
 
+@pytest.mark.long
 def test_a_dataset_trains_as_the_command_does_and_a_killed_run_resumes(step_config, tmp_path, monkeypatch):
     eval_file = write_steps(tmp_path / "eval.jsonl", 9)
     whole = replace(step_config, eval_file=eval_file, num_train_epochs=1.0, evaluations=2)

@@ -123,6 +123,7 @@ def test_math_answers_are_compared_as_formulas(grader, text, gold, answer, corre
     assert grader([text], gold) == [Grade(answer, correct, strict)]
 
 
+@pytest.mark.long
 def test_an_endless_comparison_ends_at_its_time_limit_in_any_thread(grader):
     endless = "\\boxed{9^{9^{9^{9}}}}"
     grades = []
@@ -138,6 +139,7 @@ def end_the_process(text: str, gold: str) -> Grade:
     return math500.grade(text, gold)
 
 
+@pytest.mark.long
 def test_a_solution_that_ends_its_process_is_wrong(grader, monkeypatch):
     monkeypatch.setattr("llm2.tasks.math500.grade", end_the_process)
     right, wrong = Grade("5", True, True), Grade(None, False, False)
@@ -285,6 +287,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("offline", ["0", "1"])
 def test_an_unreachable_hub_is_refused_quickly_in_one_sentence(tmp_path, offline):
     output = run_without_network(tmp_path, HF_HUB_OFFLINE=offline)

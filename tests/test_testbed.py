@@ -83,6 +83,7 @@ def test_the_problems_and_the_corpus_behind_the_committed_system1_never_change()
     assert digest(list(careless_conversations(300))) == CORPUS
 
 
+@pytest.mark.long
 def test_splits_never_share_a_problem_in_any_regime():
     drawn = {split: set() for split in SIZES}
     for regime in REGIMES.values():
@@ -329,6 +330,7 @@ def test_pretraining_refuses_several_processes(tmp_path, monkeypatch):
         pretrain(tiny_config(tmp_path))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("last", [2, 4])
 def test_an_interrupted_pretraining_resumes_to_the_same_files(last, tmp_path, monkeypatch):
     """Interrupted within training, and twice after its last step, while the model card is measured."""

@@ -83,6 +83,7 @@ def gradients(
     return {name: before[name] - p.detach() for name, p in verifier.named_parameters()}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("per_device, accumulation", [(4, 3), (1, 12), (5, 3)])
 def test_accumulation_and_padding_change_no_gradient(system1_folder, tmp_path, per_device, accumulation):
     data = examples(12)
@@ -133,6 +134,7 @@ def test_the_guided_loss_is_that_of_system1s_margins_and_the_scores(system1_fold
         torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=0, msg=name)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -164,6 +166,7 @@ def test_dropout_changes_what_is_trained_and_no_score(config, tmp_path):
     assert verifier.dropout.p == 0.0
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("loss", [dict(quality_weight=True, margin=0.5), dict(lm_loss_coef=0.5)])
 def test_no_loss_depends_on_how_solutions_were_batched(system1_folder, tmp_path, loss):
     data = [
@@ -196,6 +199,7 @@ def test_the_lm_loss_is_added_to_the_mean_over_pairs(system1_folder, tmp_path):
         torch.testing.assert_close(found[f"backbone.{name}"], both, atol=1e-5, rtol=0, msg=name)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("spec", [FULL, LORA], ids=["full", "lora"])
 def test_gradient_checkpointing_changes_no_gradient(system1_folder, tmp_path, spec):
     data = examples(6)
@@ -276,6 +280,7 @@ def config(system1_folder, tmp_path):
     )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind, rank", [("full", None), ("lora", 4)], ids=["full", "lora"])
 def test_the_output_is_a_folder_for_the_hub(config, kind, rank):
     """LLM2 loads it with its tokenizer and chat template; the card names data, settings, figures, and no local path."""
@@ -335,6 +340,7 @@ def kill(self, *arguments, **options):
     raise InterruptedError
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind, rank", [("full", None), ("lora", 4)], ids=["full", "lora"])
 def test_a_killed_run_resumes_and_ends_as_an_undisturbed_one(config, tmp_path, monkeypatch, kind, rank):
     config = replace(config, kind=kind, lora_r=rank)
@@ -352,6 +358,7 @@ def test_a_killed_run_resumes_and_ends_as_an_undisturbed_one(config, tmp_path, m
     assert again["eval_mean_margin"] == pytest.approx(whole["eval_mean_margin"], abs=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("epochs", [1.25, 2.0])
 def test_a_run_killed_after_its_last_step_takes_no_further_one(config, tmp_path, monkeypatch, epochs):
     config = replace(config, num_train_epochs=epochs, lr_scheduler_type="constant", evaluations=20)

@@ -22,6 +22,7 @@ def rows(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "changes", [{}, {"guided_beta": 1.0, "kind": "lora", "lora_r": 4}, {"kind": "bilinear"}, {"margin": 0.5}]
 )

@@ -250,6 +250,7 @@ def requests() -> list[tuple[list[int], GuidanceConfig | None]]:
     return [(prompt, [None, *GUIDANCE][index % 4]) for index, prompt in enumerate(prompts(24))]
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("max_tokens, max_branches, varlen", [(8_192, 64, True), (20, 4, True), (20, 4, False)])
 def test_random_schedules_write_what_the_decoder_writes(
@@ -354,6 +355,7 @@ def processor_v2(config):
     return GuidedProcessor(config, SimpleNamespace(**fields))
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 @pytest.mark.parametrize("engine, make", [(V1Engine, processor_v1), (V2Engine, processor_v2)], ids=["V1", "V2"])
 def test_both_interfaces_write_what_the_decoder_writes(vllm, system1, verifier, folder, requests, engine, make, seed):
