@@ -407,6 +407,41 @@ def test_samples_equal_the_reference_and_do_not_depend_on_the_batch(system1, ver
     assert len({tuple(tokens) for tokens in expected[2]}) > 1, "samples of a prompt must differ"
 
 
+@pytest.mark.parametrize("layout", ["varlen", "padded", "graphs"])
+@pytest.mark.parametrize("in_place", [0, 10**6])
+def test_samples_that_have_written_the_same_share_a_row_and_are_those_of_each_alone(
+    system1, layout, in_place, monkeypatch
+):
+    if layout == "padded":
+        use_padded_batches(monkeypatch)
+    monkeypatch.setattr(scheduler, "MIN_IN_PLACE_TOKENS", in_place)
+    batch = [*prompts(4), [3 + i % 50 for i in range(40)]]  # the last one's prefix is in a slot of its own
+    seeds = [[100 * prompt + sample for sample in range(12)] for prompt in range(len(batch))]
+    options = {"max_new_tokens": 14, "eos": range(0, 64, 9), "sampling": SamplingParams(temperature=0.15)}
+    alone = Decoder(system1)
+    expected = [
+        [alone.decode([prompt], seeds=[[seed]], **options)[0][0].token_ids for seed in row]
+        for prompt, row in zip(batch, seeds, strict=True)
+    ]
+    for batch_size in (3, 16, 64):
+        decoder = Decoder(system1, graphs=layout == "graphs")
+        found = decoder.decode(batch, seeds=seeds, batch_size=batch_size, trace=True, **options)
+        assert [[row.token_ids for row in rows] for rows in found] == expected
+        assert all(len(row.trace) == len(row.token_ids) for rows in found for row in rows)
+    prefixes = [{tuple(row[:end]) for row in rows for end in range(1, len(row))} for rows in expected]
+    distinct, written = sum(map(len, prefixes)), sum(len(row) - 1 for rows in expected for row in rows)
+    assert decoder.counts["system1_tokens"] == sum(map(len, batch)) + distinct
+    assert distinct < written / 1.5
+
+    def stop(prompt: int, sample: int, ids: list[int]) -> bool:
+        return len(ids) > sample
+
+    cut = decoder.decode(batch, seeds=seeds, stop=stop, **options)
+    assert [[row.token_ids for row in rows] for rows in cut] == [
+        [row[: sample + 1] for sample, row in enumerate(rows)] for rows in expected
+    ]
+
+
 def test_sampling_follows_the_distribution(system1):
     """Frequencies of the first token over 4,000 seeds against System 1's probabilities, by a chi-square test."""
     prompt, n = [5, 9, 3], 4_000

@@ -103,6 +103,25 @@ def test_where_memory_runs_out_half_the_sequences_go_on_and_write_the_same(case,
     assert max(calls[failing + 2 :]) <= 5  # 4 sequences and a prefix
 
 
+@pytest.mark.parametrize("failing", [1, 2, 5, 9])
+def test_samples_that_share_a_row_go_on_alone_where_memory_runs_out(system1, failing, monkeypatch):
+    batch, forward, calls = prompts(3), ModelRunner.forward, []
+    seeds = [[10 * prompt + sample for sample in range(8)] for prompt in range(len(batch))]
+    options = {"max_new_tokens": 12, "eos": EOS, "sampling": SamplingParams(temperature=0.4), "seeds": seeds}
+    expected = [[row.token_ids for row in rows] for rows in Decoder(system1).decode(batch, **options)]
+
+    def fails_once(*arguments):
+        calls.append(arguments)
+        if len(calls) == failing:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(*arguments)
+
+    monkeypatch.setattr(ModelRunner, "forward", fails_once)
+    with pytest.warns(UserWarning, match="memory ran out"):
+        found = Decoder(system1).decode(batch, **options)
+    assert [[row.token_ids for row in rows] for rows in found] == expected
+
+
 def test_one_sequence_that_does_not_fit_ends_the_decoding(system1, monkeypatch):
     def fails(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -1,8 +1,9 @@
 """Continuous batching of guided decoding: which sequences run, what each system computes, which tokens are chosen.
 
 Finished sequences leave and waiting prompts take their slots. The verifier runs only where there is a choice, and first
-catches up there on the tokens it has not seen. Prompts that begin alike share the prefix. In float32 a sequence depends
-on its prompt and seed alone, never on the schedule; in 16 bits kernels round differently for other batch shapes.
+catches up there on the tokens it has not seen. Prompts that begin alike share the prefix; samples of a prompt that have
+written the same so far (twins) share a row of System 1's forwards until they part. In float32 a sequence depends on its
+prompt and seed alone, never on the schedule; in 16 bits kernels round differently for other batch shapes.
 
 Letters: n sequences, V vocabulary, K candidates.
 """
@@ -10,7 +11,7 @@ Letters: n sequences, V vocabulary, K candidates.
 import math
 import sys
 import warnings
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -26,6 +27,7 @@ from llm2.decoding.sequence import Proposal, SequenceState
 from llm2.decoding.system2 import Candidates, Handle
 from llm2.errors import UserError
 
+TWIN_SHARE = 4  # a prompt's samples wait until all, or one in so many slots, can start
 ADMIT_SHARE = 8  # in padded batches one in so many slots must be free before prompts are read: few forwards for all
 MIN_IN_PLACE_TOKENS = 400  # prefix length times sequences from which reading in place beats a copy for each sequence
 
@@ -45,6 +47,7 @@ class Scheduler:
         self.interrupted: list[SequenceState] = []  # to be admitted again
         self.waiting: deque[tuple[Prompt, int]] = deque()  # and a sample's index
         self.batch_size, self.max_prompt_tokens = request.batch_size, -1
+        self.twins = state.guidance is None and request.sampling is not None
         self.lm_cache = self.system2 = None
         names = request.names or [None] * len(request.prompts)
         self.add(zip(request.prompts, request.seeds, names, strict=True))
@@ -131,23 +134,40 @@ class Scheduler:
         free = self.max_running - len(self.running)
         if self.running and not self.state.lm.unpadded and free < min(num_waiting, self.max_running // ADMIT_SHARE):
             return
-        while free and num_tokens < MAX_BATCHED_TOKENS and (self.interrupted or (self.waiting and self._fits_next())):
-            sequence, match = self._next()
+        leader = None  # whose prompt's other samples, admitted with it, become its twins
+        while free and num_tokens < MAX_BATCHED_TOKENS and (self.interrupted or self._admits_next(leader, free)):
+            sequence, match = self._next(leader)
             sequence.slot, free = len(self.running), free - 1
             self.running.append(sequence)
+            begun = bool(sequence.completion_ids)
+            if leader is not None and leader.prompt_index == sequence.prompt_index and not begun:
+                leader.add_twin(sequence)
+                continue
+            leader = sequence if self.twins and not begun else None
             if match is not None:
                 self._share_prefix(sequence, *match)
             if self.system2 is not None and self.system2.needs_tokens:
                 sequence.handle = self._join_system2(sequence)
             num_tokens += len(sequence.token_ids) - sequence.num_cached_lm
 
-    def _next(self) -> tuple[SequenceState, tuple[SharedPrefix, int, int] | None]:
+    def _admits_next(self, leader: SequenceState | None, free: int) -> bool:
+        """Whether the prompt that waits longest may start. Its samples start together: later ones find no twin."""
+        if not self.waiting or not self._fits_next():
+            return False
+        prompt, sample = self.waiting[0]
+        together = leader is not None and leader.prompt_index == prompt.index
+        wanted = min(len(prompt.seeds) - sample, self.max_running // TWIN_SHARE) if self.twins else 1
+        return together or not self.running or free >= wanted
+
+    def _next(self, leader: SequenceState | None) -> tuple[SequenceState, tuple[SharedPrefix, int, int] | None]:
         """The sequence to admit next, without a slot, and the prefix that it shares."""
         if self.interrupted:
             return self.interrupted.pop(0), None
         prompt, sample = self.waiting.popleft()
         ids = list(prompt.token_ids)
         sequence = SequenceState(prompt.index, sample, prompt.seeds[sample], -1, ids, num_prompt_tokens=len(ids))
+        if leader is not None and leader.prompt_index == prompt.index:
+            return sequence, None
         following = (other for other, sample in self.waiting if sample == 0)
         return sequence, self.prefixes.match(prompt, following, self.max_running)
 
@@ -182,7 +202,8 @@ class Scheduler:
         for sequence in done:
             last = self.running.pop()
             if last is not sequence:
-                self.lm_cache.copy_slot(last.slot, sequence.slot, len(last.token_ids))
+                if not last.is_twin:
+                    self.lm_cache.copy_slot(last.slot, sequence.slot, len(last.token_ids))
                 self.running[sequence.slot], last.slot = last, sequence.slot
             if sequence.prefix is not None:
                 sequence.prefix.ref_count -= 1
@@ -200,7 +221,7 @@ class Scheduler:
     def step(self) -> None:
         """One more token for every sequence that does not wait for the verifier, and for those that it is run for."""
         pending = [sequence for sequence in self.running if sequence.proposal]
-        ready = [sequence for sequence in self.running if not sequence.proposal]
+        ready = [sequence for sequence in self.running if not (sequence.proposal or sequence.is_twin)]
         if ready and pending and len(pending) < self.guidance.verify_fraction * len(self.running):
             pending = []
         if self.state.shared:
@@ -270,6 +291,10 @@ class Scheduler:
             sequence.num_cached_lm = len(sequence.token_ids)
         states = hidden[torch.tensor(indices, device=hidden.device)]  # (n, D)
         logits = self.state.lm.logits(states)  # (n, V)
+        leaders = [sequence for sequence in sequences if sequence.twins]
+        if leaders:
+            logits = logits.repeat_interleave(torch.tensor([1 + len(s.twins) for s in sequences]).to(logits.device), 0)
+            sequences = [each for sequence in sequences for each in (sequence, *sequence.twins)]
         if self.request.process_logits is not None:
             prompt_indices = [sequence.prompt_index for sequence in sequences]
             completions = [sequence.completion_ids for sequence in sequences]
@@ -301,6 +326,21 @@ class Scheduler:
         if rows and not self.system2.runs_model:  # nothing has to wait
             pending = [sequences[row] for row in rows]
             self._choose(pending, self._candidates(pending), self.system2.score(_handles(pending), found[rows]))
+        for leader in leaders:
+            self._part(leader)
+
+    def _part(self, leader: SequenceState) -> None:
+        """Twins that chose another token than their leader go on in slots of their own."""
+        groups: defaultdict[int, list[SequenceState]] = defaultdict(list)
+        for sequence in (leader, *leader.twins):
+            if not sequence.done:
+                groups[sequence.token_ids[-1]].append(sequence)
+        leader.twins = []
+        for first, *others in groups.values():
+            if first is not leader:
+                self.lm_cache.copy_slot(leader.slot, first.slot, leader.num_cached_lm)
+                first.num_cached_lm, first.is_twin = leader.num_cached_lm, False
+            first.twins = others
 
     def _choose(self, sequences: list[SequenceState], candidates: Candidates, scores: torch.Tensor) -> list[int]:
         """Append the best or the sampled candidate of each sequence by its scores (n, K); returns their columns."""

@@ -42,6 +42,8 @@ class SequenceState:
     num_verifier_tokens: int = 0  # read by handles that the sequence had before
     trace: list[TokenTrace] = field(default_factory=list)
     proposal: Proposal | None = None  # waits for the verifier
+    twins: list["SequenceState"] = field(default_factory=list)  # samples of this prompt that wrote the same so far
+    is_twin: bool = False  # of another sequence, whose slot holds the keys and values of both
     done: bool = False
 
     @property
@@ -68,7 +70,16 @@ class SequenceState:
         self.num_prompt_tokens += self.prefix_len
         self.drop_handle()
         self.prefix, self.prefix_len, self.proposal = None, 0, None
+        self.twins, self.is_twin = [], False
         self.num_cached_lm = 0
+
+    def add_twin(self, other: "SequenceState") -> None:
+        """Carry another sample of this prompt, before either has a new token."""
+        other.token_ids, other.num_prompt_tokens = list(self.token_ids), self.num_prompt_tokens
+        other.prefix, other.prefix_len, other.is_twin = self.prefix, self.prefix_len, True
+        if self.prefix is not None:
+            self.prefix.ref_count += 1
+        self.twins.append(other)
 
     def chunk(self, candidates: Sequence[int] = ()) -> Chunk:
         """For System 1: the tokens that it has not read, or the candidates behind tokens that it has."""
