@@ -190,6 +190,11 @@ def test_guided_sampling_equals_the_uncached_reference(pair):
         [decode_one(system1, p, seed=seed, **options) for seed in s] for p, s in zip(prompts, seeds, strict=True)
     ]
     assert [[completion.token_ids for completion in samples] for samples in written] == expected
+    distinct = sum(len({tuple(row[:end]) for row in rows for end in range(1, len(row))}) for rows in expected)
+    rows = distinct if verifier.config.is_head else sum(len(row) - 1 for rows in expected for row in rows)
+    assert decoder.counts["system1_tokens"] >= sum(map(len, prompts)) + rows
+    if verifier.config.is_head:
+        assert decoder.counts["system1_tokens"] == sum(map(len, prompts)) + rows, "a head's samples share rows"
 
 
 def test_a_logits_processor_takes_layers_and_refuses_a_head(pair):

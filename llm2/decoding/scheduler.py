@@ -47,7 +47,6 @@ class Scheduler:
         self.interrupted: list[SequenceState] = []  # to be admitted again
         self.waiting: deque[tuple[Prompt, int]] = deque()  # and a sample's index
         self.batch_size, self.max_prompt_tokens = request.batch_size, -1
-        self.twins = state.guidance is None and request.sampling is not None
         self.lm_cache = self.system2 = None
         names = request.names or [None] * len(request.prompts)
         self.add(zip(request.prompts, request.seeds, names, strict=True))
@@ -149,6 +148,11 @@ class Scheduler:
             if self.system2 is not None and self.system2.needs_tokens:
                 sequence.handle = self._join_system2(sequence)
             num_tokens += len(sequence.token_ids) - sequence.num_cached_lm
+
+    @property
+    def twins(self) -> bool:
+        """Whether samples share rows: where System 2 keeps nothing of each sequence, or there is none."""
+        return self.request.sampling is not None and not (self.system2 and self.system2.needs_tokens)
 
     def _admits_next(self, leader: SequenceState | None, free: int) -> bool:
         """Whether the prompt that waits longest may start. Its samples start together: later ones find no twin."""
@@ -293,7 +297,8 @@ class Scheduler:
         logits = self.state.lm.logits(states)  # (n, V)
         leaders = [sequence for sequence in sequences if sequence.twins]
         if leaders:
-            logits = logits.repeat_interleave(torch.tensor([1 + len(s.twins) for s in sequences]).to(logits.device), 0)
+            sizes = torch.tensor([1 + len(sequence.twins) for sequence in sequences]).to(logits.device)
+            logits, states = (tensor.repeat_interleave(sizes, dim=0) for tensor in (logits, states))
             sequences = [each for sequence in sequences for each in (sequence, *sequence.twins)]
         if self.request.process_logits is not None:
             prompt_indices = [sequence.prompt_index for sequence in sequences]
