@@ -27,8 +27,7 @@ from llm2.decoding.sequence import Proposal, SequenceState
 from llm2.decoding.system2 import Candidates, Handle
 from llm2.errors import UserError
 
-TWIN_SHARE = 4  # a prompt's samples wait until all, or one in so many slots, can start
-ADMIT_SHARE = 8  # in padded batches one in so many slots must be free before prompts are read: few forwards for all
+ADMIT_SHARE = 8  # in padded batches, and before samples start together, one in so many slots must be free
 MIN_IN_PLACE_TOKENS = 400  # prefix length times sequences from which reading in place beats a copy for each sequence
 
 
@@ -160,7 +159,7 @@ class Scheduler:
             return False
         prompt, sample = self.waiting[0]
         together = leader is not None and leader.prompt_index == prompt.index
-        wanted = min(len(prompt.seeds) - sample, self.max_running // TWIN_SHARE) if self.twins else 1
+        wanted = min(len(prompt.seeds) - sample, self.max_running // ADMIT_SHARE) if self.twins else 1
         return together or not self.running or free >= wanted
 
     def _next(self, leader: SequenceState | None) -> tuple[SequenceState, tuple[SharedPrefix, int, int] | None]:
