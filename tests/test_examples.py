@@ -54,7 +54,8 @@ def test_an_example_runs(name, arguments, printed, tmp_path, monkeypatch, capfd)
 
 
 def test_every_example_is_run():
-    run = {mark.args[1][i][0] for mark in test_an_example_runs.pytestmark for i in range(len(mark.args[1]))}
+    (cases,) = [mark.args[1] for mark in test_an_example_runs.pytestmark if mark.name == "parametrize"]
+    run = {name for name, _, _ in cases}
     assert {path.stem for path in EXAMPLES} == run
 
 
