@@ -120,7 +120,7 @@ class EngineConfig:
     engine: Literal["llm2", "vllm"] = "llm2"
     """Engine that decodes; vllm is installed separately, and explore then needs top_k."""
     dtype: Dtype = "auto"
-    """Dtype; auto: the checkpoint's on a GPU; on a CPU float32, or bfloat16 for large models where that is fast."""
+    """Dtype; auto: the checkpoint's on a GPU, float32 on a CPU; explore and evaluate may choose bfloat16 there."""
     tensor_parallel: Annotated[Count, Mark.HOW] = 1
     """GPUs per vLLM engine."""
     max_model_len: Count | None = None

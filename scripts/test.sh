@@ -5,8 +5,8 @@
 #   bash scripts/test.sh --lowest [pytest arguments]   # all but the slow tests, with the lowest versions that pyproject.toml allows
 #   bash scripts/test.sh --newest [pytest arguments]   # all but the slow tests, with the newest releases that it allows, today's
 #
-# `pytest` alone runs the quick tests, minutes. --lowest and --newest make .venv-lowest and .venv-newest (some GB: PyPI's torch
-# brings CUDA's libraries).
+# `pytest` alone runs the quick tests, minutes. --lowest and --newest make .venv-lowest and .venv-newest (some GB:
+# PyPI's torch brings CUDA's libraries).
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 export HF_HUB_OFFLINE=1

@@ -12,6 +12,7 @@ from llm2.common.claim import lock_output
 from llm2.common.files import write_text
 from llm2.common.home import without_home
 from llm2.common.inputs import digests
+from llm2.common.loading import with_batch_dtype
 from llm2.config import EvaluateConfig, Mode, SweepConfig
 from llm2.errors import UserError
 from llm2.evaluation.evaluate import evaluate
@@ -29,6 +30,7 @@ def sweep(config: SweepConfig) -> dict | None:
     if same_file and (config.data_file is not None or config.split == config.validation_split):
         problems = config.data_file or config.split
         raise UserError(f"settings must be chosen on other problems than they are reported on, found {problems} twice")
+    config = with_batch_dtype(config)  # once, not for each point
     points, inputs = [], digests(config)
     for settings in grid(config):
         point = validation_config(config, settings)
