@@ -93,7 +93,8 @@ def prefix_verifier(separate: ProcessVerifier) -> ProcessVerifier:
     """One that reads no candidates, on the weights of `separate`; its input embedding is as good as any for speed."""
     backbone = lora.clone_sharing_weights(separate.backbone)
     verifier = ProcessVerifier.from_backbone(backbone, "", VerifierSpec(kind="prefix")).eval()
-    verifier.score.weight = separate.get_input_embeddings().weight
+    if verifier.score is not None:  # it is where System 1 ties its embeddings
+        verifier.score.weight = separate.get_input_embeddings().weight
     return verifier
 
 

@@ -18,7 +18,7 @@ from experiments.baselines.outcome import as_verifier, outcome_pairs, padding_wi
 from experiments.baselines.prefer import PreferenceTrainer, prefer, preference_batch
 from experiments.baselines.self_consistency import compare
 from llm2.common.loading import load_system1, load_tokenizer
-from llm2.common.training import CHECKPOINTING
+from llm2.common.training import CHECKPOINTING, ForwardsBar
 from llm2.errors import UserError
 from llm2.exploration.own_solutions import Sample
 from llm2.exploration.solutions import tokenize_solutions
@@ -80,6 +80,32 @@ def test_fine_tuning_makes_gold_solutions_likelier_and_the_result_is_a_system1(f
     assert after < before - 0.3
     with pytest.raises(UserError, match="holds a model already"):
         finetune(finetune_config)
+
+
+@pytest.mark.parametrize("changes, last", [({}, 8), ({"output_rank": 2, "num_train_epochs": 3.5}, 7)])
+def test_a_killed_run_goes_on_from_its_checkpoint_to_equal_weights(finetune_config, monkeypatch, changes, last):
+    config, expected = (
+        replace(finetune_config, output_dir=finetune_config.output_dir + name, **changes) for name in ("1", "2")
+    )
+    finetune(expected)
+    steps = []
+
+    def step(bar, args, state, control, **others) -> None:
+        steps.append(state.global_step)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ForwardsBar, "on_step_end", step)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config)
+    with pytest.raises(UserError, match="learning_rate"):
+        finetune(replace(config, learning_rate=1.0))
+    finetune(config)
+    assert steps == [1, 2, 3, 4, 5, 6, *range(6, last + 1)]
+    found = load_system1(config.output_dir, CPU).state_dict()
+    for name, weight in load_system1(expected.output_dir, CPU).state_dict().items():
+        assert torch.equal(found[name], weight), name
+    assert not Path(config.output_dir, "checkpoints").exists()
 
 
 def test_solutions_of_another_task_are_mixed_in(finetune_config):

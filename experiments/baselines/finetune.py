@@ -14,12 +14,11 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from experiments.baselines.config import FinetuneConfig
-from experiments.baselines.training import begin, import_trl, save, trainer_arguments
+from experiments.baselines.training import begin, fit, import_trl, save, trainer_arguments
 from llm2.common.chat import resolve_template
 from llm2.common.distributed import process_device
 from llm2.common.inputs import Digests
 from llm2.common.loading import eos_ids, load_system1, load_tokenizer, resolve_device
-from llm2.common.training import ForwardsBar
 from llm2.exploration.engines import open_engine
 from llm2.exploration.own_solutions import own_solutions
 from llm2.exploration.solutions import TokenizedSolution, check_template, load_problems, tokenize_solutions
@@ -52,8 +51,7 @@ def finetune(config: FinetuneConfig) -> dict:
         train_dataset=Dataset.from_list(examples(solutions)),
         processing_class=tokenizer,
     )
-    ForwardsBar.of(trainer)
-    loss = trainer.train().training_loss
+    loss = fit(trainer, config, inputs)
     counts["trainable_parameters"] = model.num_parameters(only_trainable=True)
     if edited:
         parametrize.remove_parametrizations(edited, "weight")

@@ -17,11 +17,10 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments.baselines.config import OutcomeConfig
-from experiments.baselines.training import begin, import_trl, save, trainer_arguments
+from experiments.baselines.training import begin, fit, import_trl, save, trainer_arguments
 from llm2.common.chat import resolve_template
 from llm2.common.loading import eos_ids_by_name, is_local, load_tokenizer, load_whole, model_path, resolve_device
 from llm2.common.seeds import row_seed
-from llm2.common.training import ForwardsBar
 from llm2.errors import UserError
 from llm2.exploration.engines import open_engine
 from llm2.exploration.own_solutions import Sample, sample_solutions, sampling_bar
@@ -61,8 +60,7 @@ def train_outcome(config: OutcomeConfig) -> dict:
         train_dataset=Dataset.from_list(rows),
         processing_class=padding_with_no_text(tokenizer, rows),
     )
-    ForwardsBar.of(trainer)
-    loss = trainer.train().training_loss
+    loss = fit(trainer, config, inputs)
     tokens = sum(sample.tokens for _, samples in sampled for sample in samples)
     counts = {"problems": len(problems), "pairs": len(pairs), "sampled_tokens": tokens, "training_loss": loss}
     return save(as_verifier(model, config.model), tokenizer, config, inputs, "outcome", counts)

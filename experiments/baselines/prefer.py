@@ -13,11 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from experiments.baselines.config import PreferConfig
-from experiments.baselines.training import begin, save, trainer_arguments
+from experiments.baselines.training import begin, fit, save, trainer_arguments
 from llm2.common.chat import resolve_template
 from llm2.common.distributed import process_device
 from llm2.common.loading import load_system1, load_tokenizer, resolve_device
-from llm2.common.training import ForwardsBar
 from llm2.errors import UserError
 from llm2.verifier.loss import pairwise_loss
 from llm2.verifier.pair_metrics import system1_margins
@@ -35,8 +34,7 @@ def prefer(config: PreferConfig) -> dict:
         raise UserError(f"{config.train_file}: expected triplets, found labelled steps")
     model = load_system1(config.model, device, "float32")
     trainer = PreferenceTrainer(model, arguments, examples, config.preference_beta)
-    ForwardsBar.of(trainer)
-    loss = trainer.train().training_loss
+    loss = fit(trainer, config, inputs)
     counts = {"solutions": len(examples), "triplets": summary.triplets, "training_loss": loss}
     return save(model, tokenizer, config, inputs, "prefer", counts)
 
