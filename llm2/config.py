@@ -189,6 +189,8 @@ class StoppingRule:
     """Rollouts added at a time while a token is undecided."""
     max_rollouts: Count = 8
     """Rollouts after which an undecided token is dropped."""
+    skip_hopeless: bool = False
+    """Where gold rarely succeeds no token is clearly worse: end gold's rollouts early, and look for later forks."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

@@ -6,7 +6,7 @@ import torch
 from conftest import tiny_system1
 from test_decoder import use_padded_batches
 
-from llm2.decoding import kv_cache, scheduler
+from llm2.decoding import scheduler
 from llm2.decoding.cuda_graphs import bucket
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.kv_cache import SlotCache
@@ -42,6 +42,20 @@ def test_a_long_sequence_takes_memory_for_its_own_slot_alone():
     assert resident() - before < written
 
 
+def test_released_slots_take_no_memory_and_the_others_keep_what_they_hold():
+    cache = SlotCache(5, capacity=4_096)
+    keys, _ = cache.layer(0, torch.zeros(1, HEADS, 1, WIDTH))
+    before = resident()
+    keys.fill_(1)
+    cache.release(1, 3)
+    assert resident() - before < 3.5 / 5 * keys.nbytes
+    assert keys[[0, 3, 4]].eq(1).all() and keys[1:3].isfinite().all()
+    cache.release(3, 3)
+    cache.reserve(5_000)
+    cache.release(0, 5)
+    assert not cache.layer(0, keys)[0].any() and keys[0].eq(1).all()
+
+
 def test_a_cache_that_grows_keeps_what_it_holds():
     cache = SlotCache(3)
     cache.reserve(5)
@@ -62,8 +76,10 @@ def test_the_buffers_of_a_decoding_are_allocated_once(system1, guidance, guided,
     if padded:
         use_padded_batches(monkeypatch)
     allocated = []
-    zeros = kv_cache._zeros
-    monkeypatch.setattr(kv_cache, "_zeros", lambda shape, like: allocated.append(shape) or zeros(shape, like))
+    zeros = SlotCache._zeros
+    monkeypatch.setattr(
+        SlotCache, "_zeros", lambda self, shape, like: allocated.append(shape) or zeros(self, shape, like)
+    )
     monkeypatch.setattr(scheduler, "MIN_IN_PLACE_TOKENS", 10**9)
     prompts = [[3] * length for length in (2, 90, 200)]
     decoder = Decoder(system1, guidance if guided else None)

@@ -1,5 +1,8 @@
 """The sequential test: its posterior, the rollouts it requests, how often it errs."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.stats import beta
@@ -133,3 +136,56 @@ def test_a_rollout_of_gold_is_reused_at_later_forks_as_long_as_it_follows_gold()
     assert list(reused_rollouts(ids, 4, [5, 12, 13, 14], forks)) == []  # it left gold before
     assert list(reused_rollouts(ids, 4, [11, 5, 13], forks)) == []  # a token that is no candidate
     assert list(reused_rollouts(ids, 4, [11], forks)) == []  # it ended before
+
+
+SKIPPING = replace(RULE, skip_hopeless=True)
+FORKS = [Fork(position, (GOLD, OTHER), (0.6, 0.4)) for position in range(20)]
+
+
+def run_forks(rule: StoppingRule, right) -> tuple[SequentialTest, int]:
+    """Outcomes `right(position, token)` until the test is over, and the number of rollouts."""
+    test, rollouts = SequentialTest(FORKS, rule), 0
+    while wanted := test.next_rollouts():
+        for (position, token), indices in wanted.items():
+            for _ in indices:
+                test.add(position, token, right(position, token))
+                rollouts += 1
+    assert test.progress == 1
+    return test, rollouts
+
+
+@pytest.mark.parametrize("first", range(21))
+def test_bisection_finds_the_first_fork_where_gold_succeeds(first):
+    def right(position: int, token: int) -> bool:
+        return position >= first and (token == GOLD or position % 2 == 0)
+
+    test, rollouts = run_forks(SKIPPING, right)
+    whole, all_rollouts = run_forks(RULE, right)
+    assert test.skipped_forks == first and [fork.position for fork in test.forks] == list(range(first, 20))
+    assert test.verdicts == {key: verdict for key, verdict in whole.verdicts.items() if key[0] >= first}
+    assert set(test.counts) == {(position, token) for position in range(first, 20) for token in (GOLD, OTHER)}
+    probes = 0 if first == 0 else 1 + math.ceil(math.log2(20))
+    assert rollouts <= all_rollouts - first * RULE.gold_rollouts + probes * test.few
+
+
+def test_a_later_fork_where_gold_fails_is_given_up_after_few_rollouts():
+    test, _ = run_forks(SKIPPING, lambda position, token: token == GOLD and position != 10)
+    assert test.skipped_forks == 0 and test.few == 3
+    assert test.counts[10, GOLD] == RolloutCounts(0, 3) and test.counts[10, OTHER] == RolloutCounts()
+    assert [key[0] for key, verdict in test.verdicts.items() if verdict == "equal"] == [10]
+    assert all(test.counts[position, GOLD].rollouts == 8 for position in range(20) if position != 10)
+
+
+def test_no_rollout_of_gold_is_wasted_on_a_fork_that_others_pass():
+    test = SequentialTest(FORKS, SKIPPING)
+    test.add(0, GOLD, False, rollouts=4)
+    test.add(10, GOLD, True, rollouts=8)  # as bisection's first
+    assert test.next_rollouts() == {(5, GOLD): range(3)}
+
+
+def test_hopeless_is_where_no_outcome_of_a_token_makes_it_a_negative():
+    """The few rollouts are the fewest that rule a clearly worse token out; without the key all of gold's are made."""
+    none = RolloutCounts()
+    assert probability_worse(none, RolloutCounts(0, 3), 0.3) <= 0.03 < probability_worse(none, RolloutCounts(0, 2), 0.3)
+    assert SequentialTest(FORKS, RULE).few == RULE.gold_rollouts
+    assert SequentialTest(FORKS, replace(SKIPPING, gold_rollouts=1)).few == 1

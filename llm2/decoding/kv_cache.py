@@ -28,6 +28,7 @@ class SlotCache:
     def __init__(self, num_slots: int, capacity: int = 0, group_starts: Sequence[int] = (0,)) -> None:
         self.num_slots, self.capacity, self.group_starts = num_slots, capacity, group_starts
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.pages: dict[int, mmap.mmap] = {}  # of each buffer on a CPU, by its address
         self.placement = Placement()
 
     def group_start(self, slot: int) -> int:
@@ -41,14 +42,25 @@ class SlotCache:
         self.capacity = capacity + capacity // 4 + HEADROOM
         self.placement = Placement()
         for index, buffers in self.layers.items():
-            self.layers[index] = tuple(_grow(buffer, self.capacity) for buffer in buffers)
+            self.layers[index] = tuple(self._grow(buffer) for buffer in buffers)
 
     def layer(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer, allocated at the first call for states like `like` (1, heads, tokens, width)."""
         if index not in self.layers:
             shape = (self.num_slots, like.shape[1], self.capacity, like.shape[3])
-            self.layers[index] = (_zeros(shape, like), _zeros(shape, like))
+            self.layers[index] = (self._zeros(shape, like), self._zeros(shape, like))
         return self.layers[index]
+
+    def release(self, start: int, stop: int) -> None:
+        """Forget these slots and return their memory to the system; nothing happens on a GPU.
+
+        A slot holds what its longest sequence wrote: without this, all slots end up as large as the longest of all.
+        """
+        for pages in self.pages.values():
+            slot = len(pages) // self.num_slots
+            first, last = -(-start * slot // mmap.PAGESIZE), stop * slot // mmap.PAGESIZE  # whole pages
+            if first < last:
+                pages.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
 
     def move_positions(self, slots: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
         """In each of these slots (n,) copy position source (n,) to position target (n,)."""
@@ -62,22 +74,24 @@ class SlotCache:
             for buffer in buffers:
                 buffer[target, :, :length] = buffer[source, :, :length]
 
+    def _zeros(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """Zeros; on a CPU, pages that are mapped at their first write and returned to the system as a whole.
 
-def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Zeros; on a CPU, pages that are mapped at their first write and returned to the system as a whole.
+        One long sequence then costs memory for its own slot alone, and buffers of changing sizes do not fragment the
+        heap. torch.zeros would write to every page.
+        """
+        if like.device.type != "cpu":
+            return like.new_zeros(shape)
+        pages = mmap.mmap(-1, math.prod(shape) * like.element_size(), flags=mmap.MAP_PRIVATE)
+        buffer = torch.frombuffer(pages, dtype=like.dtype).view(shape)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):  # otherwise Linux may map 2 MiB for a write to a single position
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.pages[buffer.data_ptr()] = pages
+        return buffer
 
-    One long sequence then costs memory for its own slot alone, and buffers of changing sizes do not fragment the heap.
-    torch.zeros would write to every page.
-    """
-    if like.device.type != "cpu":
-        return like.new_zeros(shape)
-    pages = mmap.mmap(-1, math.prod(shape) * like.element_size(), flags=mmap.MAP_PRIVATE)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # otherwise Linux may map 2 MiB for a write to a single position
-        pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
-
-
-def _grow(buffer: torch.Tensor, capacity: int) -> torch.Tensor:
-    grown = _zeros((*buffer.shape[:2], capacity, buffer.shape[3]), buffer)
-    grown[:, :, : buffer.shape[2]] = buffer
-    return grown
+    def _grow(self, buffer: torch.Tensor) -> torch.Tensor:
+        grown = self._zeros((*buffer.shape[:2], self.capacity, buffer.shape[3]), buffer)
+        grown[:, :, : buffer.shape[2]] = buffer
+        self.pages.pop(buffer.data_ptr(), None)
+        return grown

@@ -201,10 +201,11 @@ class Scheduler:
 
     def retire(self) -> list[SequenceState]:
         """Remove and return finished sequences; the last ones move into their slots."""
-        done = [sequence for sequence in self.running if sequence.done]
+        done, used = [sequence for sequence in self.running if sequence.done], len(self.running)
         for sequence in done:
             last = self.running.pop()
             if last is not sequence:
+                self.lm_cache.release(sequence.slot, sequence.slot + 1)
                 if not last.is_twin:
                     self.lm_cache.copy_slot(last.slot, sequence.slot, len(last.token_ids))
                 self.running[sequence.slot], last.slot = last, sequence.slot
@@ -212,6 +213,7 @@ class Scheduler:
                 sequence.prefix.ref_count -= 1
             if sequence.handle is not None:
                 self.system2.leave(sequence.handle)
+        self.lm_cache.release(len(self.running), used)
         return done
 
     def return_caches(self) -> None:

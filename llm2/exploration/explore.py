@@ -291,6 +291,7 @@ def journal_entry(state: ProblemState, max_triplets: int | None) -> dict:
         "problems": 1,
         "positions": solution.end - solution.start,
         "forks": len(state.test.forks),
+        "skipped_forks": state.test.skipped_forks or 0,
         "candidates": len(rollout_counts),
         **{key: state.counts[key] for key in ("rollouts", "rollouts_passing_by", "generated_tokens")},
         "triplets": len(kept),

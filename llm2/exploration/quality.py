@@ -18,6 +18,11 @@ Most tokens are as good as gold, so futility decides the cost. Gold goes first: 
 worse, and none is rolled out. All tokens of a fork share gold's rollouts, and a rollout that follows the gold solution
 to a later fork also counts for the token it takes there (it is System 1's continuation of that prefix), so the
 first fork's rollouts serve many later forks. The cost: errors about gold are correlated between neighbouring forks.
+
+A model that solves a problem by luck has most of its forks where gold has hardly a chance yet, and rollouts are longest
+there. With skip_hopeless a fork is given up after the few wrong rollouts of gold that show that no token can be clearly
+worse, and bisection finds the first fork that is not hopeless. The forks before it, mostly not looked at, are dropped.
+Gold's quality need not rise along the solution: where it falls and rises again, forks are lost, but no label is wrong.
 """
 
 from collections.abc import Iterator, Sequence
@@ -58,12 +63,19 @@ class SequentialTest:
         self.counts = {(fork.position, token): RolloutCounts() for fork in forks for token in fork.tokens}
         self.requested = dict.fromkeys(self.counts, 0)  # rollouts that begin at the token, without reused ones
         self.verdicts: dict[tuple[int, int], Verdict] = {}
+        self.skipped_forks: int | None = None if rule.skip_hopeless else 0  # the first ones; None until known
+        wrong = range(1, rule.gold_rollouts)
+        self.few = next((n for n in wrong if self._is_hopeless(RolloutCounts(0, n))), rule.gold_rollouts)
 
     @property
     def progress(self) -> float:
         """The share of the tokens that have a verdict; a gold token counts by its share of gold_rollouts."""
-        gold = [self.counts[fork.position, fork.tokens[0]].rollouts / self.rule.gold_rollouts for fork in self.forks]
-        return (len(self.verdicts) + sum(min(1, share) for share in gold)) / len(self.counts) if self.counts else 1.0
+        done = float(len(self.verdicts))
+        for fork in self.forks:
+            gold, *others = ((fork.position, token) for token in fork.tokens)
+            share = min(1, self.counts[gold].rollouts / self.rule.gold_rollouts)
+            done += 1 if all(other in self.verdicts for other in others) else share
+        return done / len(self.counts) if self.counts else 1.0
 
     def add(self, position: int, token: int, right: bool, rollouts: int = 1) -> None:
         """Count rollouts with equal outcomes that begin at this token or pass through it."""
@@ -77,9 +89,10 @@ class SequentialTest:
         """
         missing: dict[tuple[int, int], int] = {}
         gold_begins = False
-        for fork in self.forks:
+        probe = self._probe() if self.skipped_forks is None else None
+        for fork in self.forks if probe is None else [probe]:
             gold, *others = ((fork.position, token) for token in fork.tokens)
-            gold_missing = self.rule.gold_rollouts - self.counts[gold].rollouts
+            gold_missing = self._gold_missing(self.counts[gold])
             if gold_missing <= 0:
                 missing |= {other: n for other in others if (n := self._judge(other, self.counts[gold]))}
             elif not gold_begins:
@@ -88,13 +101,40 @@ class SequentialTest:
         self.requested |= {key: new.stop for key, new in indices.items()}
         return indices
 
+    def _is_hopeless(self, gold: RolloutCounts) -> bool:
+        """Whether no other token of a fork can be clearly worse, whatever its own rollouts."""
+        if not self.rule.skip_hopeless or not gold.rollouts:
+            return False
+        return probability_worse(RolloutCounts(), gold, self.rule.quality_margin) <= self.rule.futility
+
+    def _gold_missing(self, gold: RolloutCounts) -> int:
+        """Rollouts of a gold token to add: none where it is hopeless, which the first `few` may show."""
+        if gold.rollouts < self.few:
+            return self.few - gold.rollouts
+        return 0 if self._is_hopeless(gold) else self.rule.gold_rollouts - gold.rollouts
+
+    def _probe(self) -> Fork | None:
+        """The fork whose gold token to look at next, by bisection; None once the first that is not hopeless is known,
+        with the forks before it dropped."""
+        hopeless, hopeful, index = -1, len(self.forks), 0
+        while hopeful - hopeless > 1:
+            gold = self.counts[self.forks[index].position, self.forks[index].tokens[0]]
+            if gold.rollouts < self.few:
+                return self.forks[index]
+            hopeless, hopeful = (index, hopeful) if self._is_hopeless(gold) else (hopeless, index)
+            index = (hopeless + hopeful) // 2
+        self.skipped_forks, self.forks = hopeful, self.forks[hopeful:]
+        kept = {(fork.position, token) for fork in self.forks for token in fork.tokens}
+        self.counts = {key: counts for key, counts in self.counts.items() if key in kept}
+        return None
+
     def _judge(self, key: tuple[int, int], gold: RolloutCounts) -> int:
         """Set the token's verdict and return 0 if its rollouts suffice; otherwise return how many to add."""
         if key in self.verdicts:
             return 0
         rule, token = self.rule, self.counts[key]
         worse = probability_worse(token, gold, rule.quality_margin)
-        if worse <= rule.futility:
+        if worse <= rule.futility or self._is_hopeless(gold):
             self.verdicts[key] = "equal"
         elif token.rollouts < rule.min_rollouts:
             return rule.min_rollouts - token.rollouts
