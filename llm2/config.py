@@ -302,6 +302,8 @@ class TrainConfig(ModelConfig, OptimizerConfig, VerifierSpec):
     """Share of the solutions held out if there is no eval_file."""
     max_length: Count = 2048
     """Solutions are truncated to this many tokens; later pairs are dropped and counted."""
+    init_from: OptionalModel = None
+    """A trained verifier of the same kind to go on from, on other data; null: System 1's weights and a new head."""
     trainable_layers: Annotated[int, Field(ge=0)] | None = None
     """Train only the head and this many of the highest layers; everything when null."""
     guided_beta: Positive | None = None

@@ -138,11 +138,20 @@ def test_greedy_rollouts_are_generated_once_per_token(config):
     assert report["undecided"] == 0
 
 
+def test_hopeless_forks_are_skipped_and_counted(config, tmp_path):
+    whole = explore(replace(config, output=str(tmp_path / "whole.jsonl")))
+    report = explore(replace(config, skip_hopeless=True))
+    assert whole["skipped_forks"] == 0 < report["skipped_forks"] == whole["forks"] - report["forks"]
+    assert report["generated_tokens"] < whole["generated_tokens"]
+    lines = Path(config.output + ".pairs.jsonl").read_text().splitlines()
+    assert sum(len(json.loads(line)["pairs"]) for line in lines) == report["candidates"] - report["forks"]
+
+
 GUIDED = pytest.param({"verifier": "verifier", "beta": 3.0, "limit": 6}, marks=pytest.mark.slow)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, GUIDED])
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, {"skip_hopeless": True}, GUIDED])
 def test_rollouts_that_join_others_in_flight_give_the_files_of_rounds(quick, tmp_path, monkeypatch, changes):
     config, counts, real = replace(quick, **{"limit": 3, "max_new_tokens": 8, **changes}), [], LocalEngine.stream
     if config.verifier is not None:

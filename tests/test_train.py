@@ -28,7 +28,7 @@ from llm2.common.loading import load_tokenizer
 from llm2.common.training import CHECKPOINTING
 from llm2.config import TrainConfig, VerifierSpec
 from llm2.errors import UserError
-from llm2.verifier.arguments import VerifierTrainingArguments
+from llm2.verifier.arguments import VerifierTrainingArguments, new_verifier
 from llm2.verifier.checkpoints import last_whole_checkpoint
 from llm2.verifier.collate import verifier_batch
 from llm2.verifier.load import load_verifier
@@ -334,6 +334,45 @@ def test_train_learns_and_leaves_a_verifier_that_loads(config):
     assert metrics == json.loads(Path(config.output_dir, "training.json").read_text())
     assert 0 <= metrics["system1_pair_accuracy"] <= 1
     ProcessVerifier.from_pretrained(config.output_dir)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "full",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("lora", "prefix", "prefix_lora", "bilinear", "mlp")),
+    ],
+)
+def test_a_run_goes_on_from_a_trained_verifier(config, tmp_path, kind):
+    first = replace(config, kind=kind, num_train_epochs=1.0)
+    train(first)
+    frozen = {"init_from": first.output_dir, "learning_rate": 1e-12, "output_dir": str(tmp_path / "second")}
+    train(replace(first, **frozen))
+    trained, again = (
+        ProcessVerifier.from_pretrained(name).state_dict() for name in (first.output_dir, frozen["output_dir"])
+    )
+    new = new_verifier(first.model, arguments(tmp_path, kind=kind), torch.device("cpu")).state_dict()
+    for name, weight in trained.items():
+        torch.testing.assert_close(again[name], weight, rtol=0, atol=1e-8, msg=name)
+    assert any((trained[name] - new[name]).abs().max() > 1e-4 for name in trained)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"kind": "prefix"}, "init_from: expected a verifier as it is to be trained: in .*kind was 'full' and now is"),
+        ({"chat_template": "chatml-plain"}, "chat_template: found 'chatml-plain', expected"),
+        ({"init_from": "./nowhere"}, "verifier './nowhere': expected a folder with config.json"),
+    ],
+)
+def test_a_verifier_that_does_not_fit_is_refused_before_weights_are_loaded(
+    config, tmp_path, monkeypatch, changes, words
+):
+    train(replace(config, num_train_epochs=0.2))
+    monkeypatch.setattr("llm2.verifier.train.measure_system1", kill)
+    second = {"init_from": config.output_dir, "output_dir": str(tmp_path / "second")}
+    with pytest.raises(UserError, match=words):
+        train(replace(config, **second | changes))
 
 
 def kill(self, *arguments, **options):

@@ -9,9 +9,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from llm2.common.architecture import examine, refuse_too_long
-from llm2.common.loading import changes_logits, load_config
+from llm2.common.config_file import as_dict, difference
+from llm2.common.loading import changes_logits, load_config, model_path
+from llm2.common.same_tokenizer import require_same_tokenizer
 from llm2.config import Kind, TrainConfig, VerifierSpec
 from llm2.errors import UserError, quote
+from llm2.verifier.load import require_same_template, verifier_config
 from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.triplets import FORMATS, Example
 
@@ -28,6 +31,7 @@ class VerifierTrainingArguments(TrainingArguments):
     kind: Kind = "full"
     prefix_head_size: int = 8
     token_weight: bool = False
+    init_from: str | None = None
     trainable_layers: int | None = None
     lora_r: int | None = None
     lora_alpha: float = 32.0
@@ -67,6 +71,12 @@ def refuse_options(model: str, config: TrainConfig | VerifierTrainingArguments) 
     """Raise UserError for keys that System 1 excludes, before anything slow."""
     if config.lm_loss_coef > 0 and (key := changes_logits(load_config(model))) is not None:
         raise UserError(f"lm_loss_coef: {model} has {key}, which changes the loss; expected 0")
+    if config.init_from is not None:
+        name = config.init_from
+        if differing := difference(as_dict(verifier_config(name).spec), verifier_spec(config), ()):
+            raise UserError(f"init_from: expected a verifier as it is to be trained: in {name}, {differing}")
+        require_same_tokenizer(f"init_from: verifier {name!r}", name, model)
+        require_same_template(name, model, config.chat_template)
 
 
 def refuse_steps(
@@ -84,6 +94,10 @@ def refuse_steps(
             raise UserError(f"{key}: found {quote(value)}, which is of pairs of tokens; the data are labelled steps")
 
 
+def verifier_spec(config: TrainConfig | VerifierTrainingArguments) -> VerifierSpec:
+    return VerifierSpec(**{name: getattr(config, name) for name in VerifierSpec.__dataclass_fields__})
+
+
 def new_verifier(model: str, config: VerifierTrainingArguments, device: torch.device) -> ProcessVerifier:
     """In float32, whatever System 1 is stored in: 16 bits would lose small updates."""
     attention = config.attn_implementation
@@ -93,8 +107,11 @@ def new_verifier(model: str, config: VerifierTrainingArguments, device: torch.de
         raise UserError(
             "attn_implementation flex_attention: expected a CUDA GPU, since torch trains it nowhere else; use sdpa"
         )
-    spec = VerifierSpec(**{name: getattr(config, name) for name in VerifierSpec.__dataclass_fields__})
-    verifier = ProcessVerifier.from_system1(model, spec, dtype=torch.float32, attn_implementation=attention)
+    options = {"dtype": torch.float32, "attn_implementation": attention}
+    if config.init_from is None:
+        verifier = ProcessVerifier.from_system1(model, verifier_spec(config), **options)
+    else:
+        verifier = ProcessVerifier.from_pretrained(model_path(config.init_from), **options)
     if config.trainable_layers is not None:
         freeze_layers(verifier, config.trainable_layers)
     return verifier
