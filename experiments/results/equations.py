@@ -1,10 +1,10 @@
 """Triplets for arithmetic alone: right equations, and every other digit of their results as a negative.
 
-    python experiments/results/equations.py OUTPUT.jsonl --model SYSTEM1 [--solutions 1500] [--equations 10] [--seed 0]
+    PYTHONPATH=. python experiments/results/equations.py OUTPUT.jsonl --model SYSTEM1 [--solutions 1500 --equations 10]
 
 The equations are those of MAWPS's training problems with other numbers (`substitute_numbers.py`), many in one answer:
-`57 - 23 = 34. 8 * 6 = 48. ...`. No model is run. At each digit of a result, and where it ends, the nine other digits are
-the negatives (and the end, where digits follow). SYSTEM1 names the tokenizer, which must have a token for each digit.
+`57 - 23 = 34. 8 * 6 = 48. ...`. No model is run. At each digit of a result, and where it ends, the other digits are the
+negatives (and the end, where digits follow). SYSTEM1 names the tokenizer, which must have a token for each digit.
 """
 
 import argparse
@@ -13,8 +13,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from substitute_numbers import SOURCE, substituted
-
+from experiments.results.substitute_numbers import SOURCE, substituted
 from llm2.common.chat import encode_chats, resolve_template
 from llm2.common.loading import load_tokenizer
 from llm2.tasks.word_problems import to_problem
