@@ -132,47 +132,55 @@ class Scheduler:
         free = self.max_running - len(self.running)
         if self.running and not self.state.lm.unpadded and free < min(num_waiting, self.max_running // ADMIT_SHARE):
             return
-        leader = None  # whose prompt's other samples, admitted with it, become its twins
-        while free and num_tokens < MAX_BATCHED_TOKENS and (self.interrupted or self._admits_next(leader, free)):
-            sequence, match = self._next(leader)
-            sequence.slot, free = len(self.running), free - 1
-            self.running.append(sequence)
-            begun = bool(sequence.completion_ids)
-            if leader is not None and leader.prompt_index == sequence.prompt_index and not begun:
-                leader.add_twin(sequence)
-                continue
-            leader = sequence if self.twins and not begun else None
+        while free and num_tokens < MAX_BATCHED_TOKENS and (self.interrupted or self._admits_next(free)):
+            twins, match = [], None
+            if self.interrupted:
+                first = self.interrupted.pop(0)
+            else:
+                (first, *twins), match = self._next(free)
+            for sequence in (first, *twins):
+                sequence.slot, free = len(self.running), free - 1
+                self.running.append(sequence)
             if match is not None:
-                self._share_prefix(sequence, *match)
+                self._share_prefix(first, *match)
+            for twin in twins:
+                first.add_twin(twin)
             if self.system2 is not None and self.system2.needs_tokens:
-                sequence.handle = self._join_system2(sequence)
-            num_tokens += len(sequence.token_ids) - sequence.num_cached_lm
+                first.handle = self._join_system2(first)
+            num_tokens += len(first.token_ids) - first.num_cached_lm
 
     @property
     def twins(self) -> bool:
         """Whether samples share rows: where System 2 keeps nothing of each sequence, or there is none."""
         return self.request.sampling is not None and not (self.system2 and self.system2.needs_tokens)
 
-    def _admits_next(self, leader: SequenceState | None, free: int) -> bool:
+    def _admits_next(self, free: int) -> bool:
         """Whether the prompt that waits longest may start. Its samples start together: later ones find no twin."""
         if not self.waiting or not self._fits_next():
             return False
         prompt, sample = self.waiting[0]
-        together = leader is not None and leader.prompt_index == prompt.index
         wanted = min(len(prompt.seeds) - sample, self.max_running // ADMIT_SHARE) if self.twins else 1
-        return together or not self.running or free >= wanted
+        return not self.running or free >= wanted
 
-    def _next(self, leader: SequenceState | None) -> tuple[SequenceState, tuple[SharedPrefix, int, int] | None]:
-        """The sequence to admit next, without a slot, and the prefix that it shares."""
-        if self.interrupted:
-            return self.interrupted.pop(0), None
-        prompt, sample = self.waiting.popleft()
-        ids = list(prompt.token_ids)
-        sequence = SequenceState(prompt.index, sample, prompt.seeds[sample], -1, ids, num_prompt_tokens=len(ids))
-        if leader is not None and leader.prompt_index == prompt.index:
-            return sequence, None
+    def _next(self, free: int) -> tuple[list[SequenceState], tuple[SharedPrefix, int, int] | None]:
+        """The next prompt's samples to start, without slots: one, or as twins as many as fit; the prefix it shares."""
+        prompt, sample = self.waiting[0]
+        count = min(free, len(prompt.seeds) - sample) if self.twins else 1
+        samples = [self.waiting.popleft()[1] for _ in range(count)]
         following = (other for other, sample in self.waiting if sample == 0)
-        return sequence, self.prefixes.match(prompt, following, self.max_running)
+        match = self.prefixes.match(prompt, following, self.max_running)
+        sequences = [
+            SequenceState(
+                prompt_index=prompt.index,
+                sample_index=sample,
+                seed=prompt.seeds[sample],
+                slot=-1,
+                token_ids=list(prompt.token_ids),
+                num_prompt_tokens=len(prompt.token_ids),
+            )
+            for sample in samples
+        ]
+        return sequences, match
 
     def _share_prefix(self, sequence: SequenceState, prefix: SharedPrefix, length: int, num_sharing: int) -> None:
         """Take the sequence's first `length` tokens from a prefix: in place, or as a copy in its own slot."""
