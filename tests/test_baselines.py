@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_equal_weights(finetune_conf
     config, expected = (
         replace(finetune_config, output_dir=finetune_config.output_dir + name, **changes) for name in ("1", "2")
     )
-    finetune(expected)
+    counts = finetune(expected)
     steps = []
 
     def step(bar, args, state, control, **others) -> None:
@@ -100,7 +100,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_equal_weights(finetune_conf
         finetune(config)
     with pytest.raises(UserError, match="learning_rate"):
         finetune(replace(config, learning_rate=1.0))
-    finetune(config)
+    assert finetune(config) == counts
     assert steps == [1, 2, 3, 4, 5, 6, *range(6, last + 1)]
     found = load_system1(config.output_dir, CPU).state_dict()
     for name, weight in load_system1(expected.output_dir, CPU).state_dict().items():

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +21,7 @@ from llm2.errors import UserError
 from llm2.verifier import checkpoints
 
 CHECKPOINTS = "checkpoints"  # in output_dir, until the model is written
-SAVE_SHARE = 0.1  # of the steps, between checkpoints
+SHARE = 0.1  # of the steps, between checkpoints and between logged losses, so that no checkpoint cuts an interval
 
 
 def import_trl() -> ModuleType:
@@ -37,9 +38,9 @@ def trainer_arguments(config: OptimizerConfig, device: torch.device) -> dict[str
     return {
         **optimizer_arguments(config, device),
         "output_dir": str(Path(config.output_dir, CHECKPOINTS)),
-        "save_steps": SAVE_SHARE,
+        "save_steps": SHARE,
         "save_total_limit": 1,
-        "logging_steps": 10,
+        "logging_steps": SHARE,
         "report_to": "none",
         "dataloader_pin_memory": device.type == "cuda",
     }
@@ -57,7 +58,7 @@ def begin(config: OptimizerConfig, command: str) -> Digests:
 
 
 class NoCheckpointAtTheEnd(TrainerCallback):
-    """A Trainer that resumes after its last step may go on."""
+    """A Trainer that resumes from a checkpoint of its last step goes on (findings/trainer_resumes_past_its_end.sh)."""
 
     def on_step_end(self, args, state, control, **others) -> None:
         if state.global_step == state.max_steps:
@@ -65,17 +66,15 @@ class NoCheckpointAtTheEnd(TrainerCallback):
 
 
 def fit(trainer: Trainer, config: OptimizerConfig, inputs: Digests) -> float:
-    """Train, from the last checkpoint if there is one; returns the mean loss over the steps of this process's run."""
+    """Train, from the last checkpoint if there is one; returns the mean of the logged losses, the earlier run's too."""
     ForwardsBar.of(trainer)
     trainer.add_callback(NoCheckpointAtTheEnd)
     folder = Path(config.output_dir, CHECKPOINTS)
     last = checkpoints.last_whole_checkpoint(folder)
     if dist_info().is_main:
         checkpoints.begin(folder, config, inputs)
-    loss = trainer.train(resume_from_checkpoint=None if last is None else str(last)).training_loss
-    steps = trainer.state.global_step
-    before = 0 if last is None else int(last.name.split("-")[-1])
-    return loss * steps / (steps - before)  # the Trainer divides this run's losses by all steps
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    return fmean(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
 
 
 def save(
