@@ -93,7 +93,7 @@ def prefix_verifier(separate: ProcessVerifier) -> ProcessVerifier:
     """One that reads no candidates, on the weights of `separate`; its input embedding is as good as any for speed."""
     backbone = lora.clone_sharing_weights(separate.backbone)
     verifier = ProcessVerifier.from_backbone(backbone, "", VerifierSpec(kind="prefix")).eval()
-    if verifier.score is not None:  # it is where System 1 ties its embeddings
+    if verifier.score is not None:  # None where System 1 ties its embeddings, which then are the scores'
         verifier.score.weight = separate.get_input_embeddings().weight
     return verifier
 

@@ -43,11 +43,16 @@ def test_the_probability_orders_as_it_should():
 
 def run(test: SequentialTest, right) -> int:
     """Outcomes `right(token, index)` until the test is over; the number of rollouts."""
+    return run_at(test, lambda position, token, index: right(token, index))
+
+
+def run_at(test: SequentialTest, right) -> int:
+    """The same with outcomes `right(position, token, index)`."""
     rollouts = 0
     while wanted := test.next_rollouts():
         for (position, token), indices in wanted.items():
             for index in indices:
-                test.add(position, token, right(token, index))
+                test.add(position, token, right(position, token, index))
                 rollouts += 1
     assert test.progress == 1
     return rollouts
@@ -142,25 +147,13 @@ SKIPPING = replace(RULE, skip_hopeless=True)
 FORKS = [Fork(position, (GOLD, OTHER), (0.6, 0.4)) for position in range(20)]
 
 
-def run_forks(rule: StoppingRule, right) -> tuple[SequentialTest, int]:
-    """Outcomes `right(position, token)` until the test is over, and the number of rollouts."""
-    test, rollouts = SequentialTest(FORKS, rule), 0
-    while wanted := test.next_rollouts():
-        for (position, token), indices in wanted.items():
-            for _ in indices:
-                test.add(position, token, right(position, token))
-                rollouts += 1
-    assert test.progress == 1
-    return test, rollouts
-
-
 @pytest.mark.parametrize("first", range(21))
 def test_bisection_finds_the_first_fork_where_gold_succeeds(first):
-    def right(position: int, token: int) -> bool:
+    def right(position: int, token: int, index: int) -> bool:
         return position >= first and (token == GOLD or position % 2 == 0)
 
-    test, rollouts = run_forks(SKIPPING, right)
-    whole, all_rollouts = run_forks(RULE, right)
+    test, whole = SequentialTest(FORKS, SKIPPING), SequentialTest(FORKS, RULE)
+    rollouts, all_rollouts = run_at(test, right), run_at(whole, right)
     assert test.skipped_forks == first and [fork.position for fork in test.forks] == list(range(first, 20))
     assert test.verdicts == {key: verdict for key, verdict in whole.verdicts.items() if key[0] >= first}
     assert set(test.counts) == {(position, token) for position in range(first, 20) for token in (GOLD, OTHER)}
@@ -169,7 +162,8 @@ def test_bisection_finds_the_first_fork_where_gold_succeeds(first):
 
 
 def test_a_later_fork_where_gold_fails_is_given_up_after_few_rollouts():
-    test, _ = run_forks(SKIPPING, lambda position, token: token == GOLD and position != 10)
+    test = SequentialTest(FORKS, SKIPPING)
+    run_at(test, lambda position, token, index: token == GOLD and position != 10)
     assert test.skipped_forks == 0 and test.few == 3
     assert test.counts[10, GOLD] == RolloutCounts(0, 3) and test.counts[10, OTHER] == RolloutCounts()
     assert [key[0] for key, verdict in test.verdicts.items() if verdict == "equal"] == [10]

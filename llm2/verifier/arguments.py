@@ -10,11 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from llm2.common.architecture import examine, refuse_too_long
 from llm2.common.config_file import as_dict, difference
-from llm2.common.loading import changes_logits, load_config, model_path
+from llm2.common.loading import changes_logits, load_config
 from llm2.common.same_tokenizer import require_same_tokenizer
 from llm2.config import Kind, TrainConfig, VerifierSpec
 from llm2.errors import UserError, quote
-from llm2.verifier.load import require_same_template, verifier_config
+from llm2.verifier.load import load_verifier, require_same_template, verifier_config
 from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.triplets import FORMATS, Example
 
@@ -107,11 +107,13 @@ def new_verifier(model: str, config: VerifierTrainingArguments, device: torch.de
         raise UserError(
             "attn_implementation flex_attention: expected a CUDA GPU, since torch trains it nowhere else; use sdpa"
         )
-    options = {"dtype": torch.float32, "attn_implementation": attention}
     if config.init_from is None:
-        verifier = ProcessVerifier.from_system1(model, verifier_spec(config), **options)
+        spec = verifier_spec(config)
+        verifier = ProcessVerifier.from_system1(model, spec, dtype=torch.float32, attn_implementation=attention)
     else:
-        verifier = ProcessVerifier.from_pretrained(model_path(config.init_from), **options)
+        start, vocabulary = config.init_from, load_config(model).get_text_config().vocab_size
+        where = torch.device("cpu")
+        verifier = load_verifier(start, where, torch.float32, vocabulary, attn_implementation=attention)
     if config.trainable_layers is not None:
         freeze_layers(verifier, config.trainable_layers)
     return verifier
