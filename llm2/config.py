@@ -348,6 +348,8 @@ class EvaluateConfig(TaskConfig, ModelConfig, GuidanceConfig, EngineConfig):
     """Ways of decoding: plain_greedy, guided_greedy, plain_sampling, guided_sampling, plain_search, guided_search."""
     split: str = "test"
     """Split of the task to evaluate on."""
+    logits_processor: Annotated[OptionalCode, Mark.SHOWN] = None
+    """MODULE:CLASS, made with the tokenizer, of a transformers processor of System 1's logits in all modes."""
     few_shot: Annotated[OptionalFile, Mark.SHOWN] = None
     """Worked examples before each problem: gsm8k-cot (the 8 published ones) or a JSON lines file."""
     num_fewshot: Annotated[Count | None, Mark.SHOWN] = None

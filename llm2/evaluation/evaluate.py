@@ -26,8 +26,9 @@ from llm2.common.seeds import row_seed
 from llm2.config import EvaluateConfig, Mode
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.llm2 import LLM2
-from llm2.decoding.sampling import Completion, SamplingParams
+from llm2.decoding.sampling import Completion, LogitsFn, SamplingParams
 from llm2.errors import UserError
+from llm2.evaluation.logits_processor import processing, processor_class
 from llm2.evaluation.metrics import summarise
 from llm2.evaluation.predictions import Predictions
 from llm2.evaluation.search import search, unguided
@@ -93,6 +94,10 @@ def check(config: EvaluateConfig) -> None:
         raise UserError(f"contrast: found {config.contrast!r} with engine {config.engine}, expected engine llm2")
     if config.engine != "llm2" and any(mode.searched for mode in config.modes):
         raise UserError(f"modes: found a search mode with engine {config.engine}, expected engine llm2")
+    if config.logits_processor is not None:
+        if config.engine != "llm2":
+            raise UserError(f"logits_processor: found one with engine {config.engine}, expected engine llm2")
+        processor_class(config.logits_processor)
     if max(config.majority_at, default=1) > config.num_samples:
         raise UserError(
             f"majority_at: found {max(config.majority_at)}, expected at most num_samples={config.num_samples}"
@@ -191,8 +196,10 @@ class Evaluator:
         if llm2 is not None:
             refuse_unknown_ids(chain.from_iterable(prompts), llm2.system1, config.model)
         samples = config.num_samples if mode.sampled else 1
+        name = config.logits_processor
+        process = None if name is None else processing(name, self.tokenizer, prompts)
         if mode.searched:
-            yield from self._search(mode, problems, prompts, progress)
+            yield from self._search(mode, problems, prompts, progress, process)
             return
         seeds = [[row_seed(config.seed, problem.id, i) for i in range(samples)] for problem in problems]
         if self.vllm is not None:
@@ -207,6 +214,7 @@ class Evaluator:
                 names=[problem.id for problem in problems],
                 batch_size=config.batch_size,
                 on_token=progress.on_token,
+                process_logits=process,
                 trace=mode.guided and config.traced_samples > 0,
             )
         for index, completions in finished:
@@ -214,7 +222,12 @@ class Evaluator:
             yield Decoded(problems[index], prompts[index], completions)
 
     def _search(
-        self, mode: Mode, problems: Sequence[Problem], prompts: Sequence[list[int]], progress: DecodingBar
+        self,
+        mode: Mode,
+        problems: Sequence[Problem],
+        prompts: Sequence[list[int]],
+        progress: DecodingBar,
+        process: LogitsFn | None,
     ) -> Iterator[Decoded]:
         config, llm2 = self.config, self.llm2
 
@@ -232,6 +245,7 @@ class Evaluator:
             names=[problem.id for problem in problems],
             batch_size=config.batch_size,
             on_token=progress.on_token,
+            process_logits=process,
         )
         for index, (completion, num_tokens, num_solutions, vote) in found:
             progress.on_finished(index, [completion.token_ids])

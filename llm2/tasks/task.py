@@ -94,14 +94,14 @@ def load_task(name: str, data_file: str | None = None, grader: str | None = None
         grader: MODULE:FUNCTION of (text, gold) -> bool that replaces the task's grading.
         key: name of the key in errors.
     """
-    cls = _load(key, BUILT_IN.get(name, name), f"one of {', '.join(BUILT_IN)}, or MODULE:CLASS")
+    cls = load_code(key, BUILT_IN.get(name, name), f"one of {', '.join(BUILT_IN)}, or MODULE:CLASS")
     if not (isinstance(cls, type) and issubclass(cls, Task)):
         raise UserError(f"key {key!r}: {name!r} is no subclass of llm2.tasks.Task")
     with as_user_error(f"key {key!r}: {name!r} fails on data_file={data_file}"):
         task = cls(data_file)
     if grader is not None:
         task.can_compare = lambda gold: True
-        is_correct = _guard(grader, _load("grader", grader, "MODULE:FUNCTION"))
+        is_correct = _guard(grader, load_code("grader", grader, "MODULE:FUNCTION"))
         task.grade = lambda texts, gold: [_grade(task, text, gold, is_correct(text, gold)) for text in texts]
     return task
 
@@ -128,6 +128,17 @@ def require_distinct_ids(task: Task, problems: Sequence[Problem]) -> None:
     if count > 1:
         where = f"{task.data_file}: " if task.data_file else ""
         raise UserError(f"{where}the id {name!r} stands for {count} problems, expected different ids")
+
+
+def load_code(key: str, name: str, expected: str):
+    """What MODULE:NAME names, installed or in the working directory."""
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise UserError(f"key {key!r}: found {name!r}, expected {expected}")
+    if (folder := str(Path.cwd())) not in sys.path:
+        sys.path.append(folder)
+    with as_user_error(f"key {key!r}: {name!r} cannot be imported"):
+        return getattr(import_module(module), attribute)
 
 
 def _guard(name: str, grader: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
@@ -160,13 +171,3 @@ def _grade(task: Task, text: str, gold: str, correct: bool) -> Grade:
     """Correct solutions vote for gold, wrong ones for their extracted answer, or for their text if there is none."""
     answer = gold if correct else task.extract_answer(text) or text
     return Grade(None if answer == gold and not correct else answer, bool(correct), bool(correct))
-
-
-def _load(key: str, name: str, expected: str):
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise UserError(f"key {key!r}: found {name!r}, expected {expected}")
-    if (folder := str(Path.cwd())) not in sys.path:
-        sys.path.append(folder)
-    with as_user_error(f"key {key!r}: {name!r} cannot be imported"):
-        return getattr(import_module(module), attribute)

@@ -1,0 +1,123 @@
+"""Arithmetic as code: next tokens that would make an equation false are forbidden.
+
+A learned System 2 weighs tokens; what can be computed needs no weighing. Behind `12 + 30 =` at the end of a text only
+tokens are left that can go on to 42. Nothing is forbidden where it is not sure what the text computes: units between
+numbers, unknowns, percentages, a left side that goes back beyond its line or `TAIL` tokens.
+"""
+
+import ast
+import operator
+import re
+from fractions import Fraction
+from functools import cached_property, lru_cache
+
+import torch
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
+
+TAIL = 48  # tokens before the next one that are read
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "$": " "})
+TIMES = re.compile(r"(?<=[\d)])( *)x(?= *[\d(])")
+# The left side, `=`, and what is written of the result; the left side ends with a number or a bracket.
+EQUATION = re.compile(r"(?P<before>[^\d.,+\-*/() \n]?)(?P<left>[\d.,+\-*/() ]*[\d)]) *=(?P<right>[^=\n]*)\Z")
+NUMBER = re.compile(r"\s*[$€£]?\s*(?P<sign>[-−]?)(?:(?P<digits>\d[\d,]*)(?P<point>\.?)(?P<decimals>\d*))?")
+
+
+class Arithmetic(LogitsProcessor):
+    """Sets the logits of tokens to -inf that would write a false result behind the left side of an equation.
+
+    A result is right with any number of decimals if it is less than one in its last place away: 7 / 2 may be 3, 4 or
+    3.5, and 10 / 3 may be 3.33. What stands behind `=` must be the result itself or no number; of a chain such as
+    `2 * 3 + 4 = 6 + 4 = 10` only the last part can be written. A token is judged by its text, whether it has one digit,
+    several, or text behind them.
+
+    For `generate`, `LLM2.generate` and the key `logits_processor` of `evaluate`. It reads the prompt like any text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """input_ids (B, T), logits (B, V) -> logits (B, V), -inf where forbidden."""
+        open_rows = torch.isin(input_ids[:, -TAIL:], self.equals.to(input_ids.device)).any(dim=-1)
+        for row in open_rows.nonzero()[:, 0].tolist():
+            text = self.tokenizer.decode(input_ids[row, -TAIL:], clean_up_tokenization_spaces=False)
+            if (found := open_equation(text)) is not None:
+                allowed = self._allowed(*found).to(scores.device)
+                if not allowed.all():
+                    scores = scores.clone()
+                    scores[row, : len(allowed)].masked_fill_(~allowed, -torch.inf)
+        return scores
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The text of each token behind another, where tokenizers keep a leading space."""
+        (anchor,) = self.tokenizer.encode("=", add_special_tokens=False)[-1:]
+        pairs = [[anchor, token] for token in range(len(self.tokenizer))]
+        start = len(self.tokenizer.decode([anchor]))
+        return [text[start:] for text in self.tokenizer.batch_decode(pairs, clean_up_tokenization_spaces=False)]
+
+    @cached_property
+    def equals(self) -> torch.Tensor:
+        """The ids of tokens that hold `=`."""
+        return torch.tensor([token for token, text in enumerate(self.texts) if "=" in text])
+
+    @cached_property
+    def heads(self) -> tuple[list[str], torch.Tensor]:
+        """What decides about tokens, without doubles: their texts up to the first that no number goes on with, and the
+        index of each token's."""
+        heads = [re.match(r"[\s\d.,$€£−-]*.?", text)[0] for text in self.texts]
+        distinct = {head: index for index, head in enumerate(dict.fromkeys(heads))}
+        return list(distinct), torch.tensor([distinct[head] for head in heads])
+
+    @lru_cache(maxsize=256)  # noqa: B019, a processor lives as long as its tokenizer
+    def _allowed(self, result: Fraction, right: str) -> torch.Tensor:
+        """Which tokens may follow, (V,)."""
+        heads, index = self.heads
+        return torch.tensor([can_become(right + head, result) for head in heads])[index]
+
+
+def open_equation(text: str) -> tuple[Fraction, str] | None:
+    """The result of the equation that the text ends in, and what is written of it; None without anything to judge."""
+    found = EQUATION.search(TIMES.sub(r"\1*", text.translate(SIGNS)))
+    if found is None or NUMBER.fullmatch(found["right"]) is None:  # no equation, or its result is complete
+        return None
+    *before, left = re.split(r"[.,] ", found["left"])  # the end of a sentence
+    starts = before or left.startswith(" ") or found["before"] in ("", *"<{[`'\"")
+    result = value(left.strip()) if starts else None
+    return None if result is None else (result, found["right"])
+
+
+@lru_cache(maxsize=4096)
+def value(left: str) -> Fraction | None:
+    """The value of a left side, None if it is no sum, product and so on of numbers that begins with one."""
+    if left.startswith(("+", "-", "*", "/")):  # behind a word, or an item of a list
+        return None
+    try:
+        tree = ast.parse(re.sub(r"(?<=\d),(?=\d{3})", "", left), mode="eval").body
+        return _value(tree) if isinstance(tree, ast.BinOp) else None
+    except (SyntaxError, KeyError, ZeroDivisionError, AttributeError, RecursionError, ValueError):
+        return None
+
+
+def _value(node: ast.expr) -> Fraction:
+    if isinstance(node, ast.BinOp):
+        return OPERATIONS[type(node.op)](_value(node.left), _value(node.right))
+    return Fraction(str(node.value))
+
+
+def can_become(right: str, result: Fraction) -> bool:
+    """Whether what is written behind `=`, and perhaps more text, is the result or no number."""
+    found = NUMBER.match(right)
+    sign, digits, point, decimals = (found[name] or "" for name in ("sign", "digits", "point", "decimals"))
+    negative, ended = bool(sign), found.end() < len(right)
+    if not digits:
+        return ended or not sign or result < 0
+    whole = digits.rstrip(",")
+    written = Fraction(f"{'-' * negative}{whole.replace(',', '')}.{decimals or 0}")
+    if abs(written - result) < Fraction(1, 10 ** len(decimals)):
+        return whole in (whole.replace(",", ""), f"{int(whole.replace(',', '')):,}")
+    if ended or point or negative != (result < 0):
+        return False
+    nearest = {abs(result).__floor__(), abs(result).__ceil__()}
+    return any(form.startswith(digits) for number in nearest for form in (str(number), f"{number:,}"))

@@ -1,0 +1,232 @@
+import json
+import random
+import re
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from llm2 import LLM2
+from llm2.common.loading import load_tokenizer
+from llm2.config import EvaluateConfig, Mode
+from llm2.decoding.arithmetic import Arithmetic, can_become, open_equation
+from llm2.errors import UserError
+from llm2.evaluation.evaluate import check, evaluate
+
+PROCESSOR = "llm2.decoding.arithmetic:Arithmetic"
+
+
+@pytest.mark.parametrize(
+    ("text", "result", "right"),
+    [
+        ("12 + 30 =", 42, ""),
+        ("12 + 30 = 4", 42, " 4"),
+        ("12 + 30 = 42. The answer is", None, None),
+        ("12 + 30 = 42 ", None, None),
+        ("12 + 30 = x", None, None),
+        ("12 + 30 = \n", None, None),
+        ("5 =", None, None),
+        ("It costs 5. 3 + 4 * 2 =", 11, ""),
+        ("apples, 3 + 4 =", 7, ""),
+        ("so 5 x 3 =", 15, ""),
+        ("5 × 3 ÷ 2 = 7", Fraction(15, 2), " 7"),
+        ("(5 + 3) * 2 =", 16, ""),
+        ("<<48/2=2", 24, "2"),
+        ("$1,200 * 2 = $", 2400, "  "),
+        ("3 - 8 = -", -5, " -"),
+        ("0.1 + 0.2 =", Fraction(3, 10), ""),
+        ("5 + 3 = 8 + 2 =", 10, ""),
+        # it is not sure what these compute
+        ("x + 3 =", None, None),
+        ("2x + 3 =", None, None),
+        ("a - 4 + 3 =", None, None),
+        ("- 3 + 4 =", None, None),
+        ("20% + 3 =", None, None),
+        ("10:30 - 9 =", None, None),
+        ("5 apples + 3 =", None, None),
+        ("2 ** 3 =", None, None),
+        ("9 // 2 =", None, None),
+        ("5 3 =", None, None),
+        ("7 / 0 =", None, None),
+        ("007 + 1 =", None, None),
+        ("(5 + 3 =", None, None),
+        ("5 +\n3 =", None, None),
+        ("(" * 300 + "1" + ")" * 300 + " + 1 =", None, None),
+    ],
+)
+def test_an_equation_is_open_until_its_result_is_written(text, result, right):
+    assert open_equation(text) == (None if result is None else (result, right))
+
+
+@pytest.mark.parametrize(
+    ("result", "right", "wrong"),
+    [
+        (
+            42,
+            [" ", " 4", "42", " 42.", " 42.0", " 42, so", " $42", " x", "\n"],
+            ["5", " 43", " 4.", "4 ", " 42.5", "420", "-"],
+        ),
+        (-5, ["-", " -5", "−5"], ["5", " -6", "-50"]),
+        (1200, ["1", "1,", "1,2", "1200", "1,200", "1,200."], ["12,", "12,00", "1 ", "1,300"]),
+        (Fraction(7, 2), ["3", "4", "3.", "3.5", "3.50"], ["3.4", "5", "35", "3.51"]),
+        (Fraction(10, 3), ["3", "3.3", "3.33", "3.34", "4"], ["3.35", "3.2", "33"]),
+        (Fraction(1, 2), ["0", "0.", "0.5", "1"], ["0.6", "2", "-1"]),
+    ],
+)  # fmt: skip
+def test_a_result_may_be_rounded_in_its_last_place(result, right, wrong):
+    result = Fraction(result)
+    assert [text for text in right if not can_become(text, result)] == []
+    assert [text for text in wrong if can_become(text, result)] == []
+
+
+def bpe(pre_tokenizer, decoder) -> PreTrainedTokenizerFast:
+    """Tokens of one digit and more, with and without a space."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoder
+    words = [f"{number} " + f"{number % 7}.{number % 13} = " for number in range(1000)] + ["+ - * / . , $ x\n"] * 3
+    tokenizer.train_from_iterator(words, trainers.BpeTrainer(vocab_size=400, special_tokens=["<eos>"]))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+TOKENIZERS = {
+    "bytes": tiny_tokenizer,
+    "testbed": lambda: load_tokenizer("testbed"),
+    "byte-level": lambda: bpe(pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()),
+    "metaspace": lambda: bpe(pre_tokenizers.Metaspace(), decoders.Metaspace()),
+}
+
+
+@pytest.fixture(params=TOKENIZERS, scope="module")
+def arithmetic(request) -> Arithmetic:
+    return Arithmetic(TOKENIZERS[request.param]())
+
+
+def random_equation(rng: random.Random) -> tuple[str, Fraction]:
+    a, b, sign = rng.randint(0, 99), rng.randint(1, 99), rng.choice("+-*/")
+    values = {"+": Fraction(a + b), "-": Fraction(a - b), "*": Fraction(a * b), "/": Fraction(a, b)}
+    return f"{a} {sign} {b} =", values[sign]
+
+
+def test_whatever_the_logits_no_false_result_is_written(arithmetic):
+    tokenizer, rng, numbers = arithmetic.tokenizer, random.Random(0), 0
+    generator = torch.Generator().manual_seed(0)
+    numeric = torch.tensor([bool(re.fullmatch(r"\s?[\d.]+", text)) for text in arithmetic.texts])
+    for _ in range(60):
+        left, result = random_equation(rng)
+        ids = torch.tensor([tokenizer.encode(left, add_special_tokens=False)])
+        for _ in range(8):
+            logits = arithmetic(ids, 3 * torch.randn(1, len(tokenizer), generator=generator) + 6 * numeric)
+            ids = torch.cat([ids, logits.argmax(dim=-1, keepdim=True)], dim=-1)
+        written = tokenizer.decode(ids[0])[len(tokenizer.decode(tokenizer.encode(left, add_special_tokens=False))) :]
+        if found := re.match(r" ?(-?\d+(?:,\d{3})*)(\.\d+)?", written):
+            value, places = Fraction(found[0].replace(",", "").strip()), len(found[2] or ".") - 1
+            assert abs(value - result) * 10**places < 1, (left, written)
+            numbers += 1
+    assert numbers >= 10
+
+
+def test_no_true_result_is_forbidden(arithmetic):
+    tokenizer, rng = arithmetic.tokenizer, random.Random(1)
+    for _ in range(40):
+        left, result = random_equation(rng)
+        forms = [f"{float(result):.1f}", f"{float(result):.2f}", str(round(result))]
+        ids = tokenizer.encode(f"{left} {rng.choice(forms)} .\n", add_special_tokens=False)
+        for end in range(1, len(ids)):
+            logits = arithmetic(torch.tensor([ids[:end]]), torch.zeros(1, len(tokenizer)))
+            assert logits[0, ids[end]] == 0, tokenizer.decode(ids[: end + 1])
+
+
+def test_rows_do_not_touch_one_another(arithmetic):
+    tokenizer = arithmetic.tokenizer
+    rows = [
+        tokenizer.encode(text, add_special_tokens=False) for text in ("\n1 + 1 =", "\nx", "\n2 * 3 = 6 .", "\n9 - 2 =")
+    ]
+    width = max(map(len, rows))
+    ids = torch.tensor([rows[1][:1] * (width - len(row)) + row for row in rows])
+    logits = torch.randn(len(rows), len(tokenizer))
+    together = arithmetic(ids, logits)
+    for row in range(len(rows)):
+        assert torch.equal(arithmetic(ids[row : row + 1], logits[row : row + 1])[0], together[row])
+    assert torch.equal(together[1:3], logits[1:3])
+    assert together[0].isinf().any()
+    assert logits.isfinite().all()  # they are the caller's
+
+
+def test_transformers_and_llm2_generate_the_same():
+    llm2 = LLM2.from_pretrained("testbed", device="cpu")
+    question = [
+        {"role": "user", "content": "Nina has 12 shells. Ben has half as many shells as Nina. How many have they?"}
+    ]
+    inputs = llm2.tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    options = {"max_new_tokens": 40, "logits_processor": [Arithmetic(llm2.tokenizer)]}
+    plain = llm2.system1.generate(**inputs, eos_token_id=llm2.eos, do_sample=False, **options)
+    assert torch.equal(llm2.generate(**inputs, **options), plain)
+
+
+def equations(text: str) -> list[bool]:
+    found = re.findall(r"(?<= )((?:\d+ [-+*/] )+\d+) = (\d+)(?=\D)", text)
+    return [abs(eval(left) - int(right)) < 1 for left, right in found]
+
+
+@pytest.mark.long
+def test_no_mode_of_evaluation_writes_a_false_equation(tmp_path):
+    config = EvaluateConfig(
+        model="testbed",
+        verifier="testbed-verifier",
+        task="testbed",
+        output_dir=str(tmp_path / "with"),
+        logits_processor=PROCESSOR,
+        modes=tuple(Mode),
+        limit=6,
+        num_samples=2,
+        majority_at=(1,),
+        search_solutions=3,
+        temperature=2.0,
+        max_new_tokens=60,
+        score_samples=False,
+        traced_samples=0,
+        device="cpu",
+    )
+    metrics = evaluate(config)
+    assert metrics["settings"]["logits_processor"] == PROCESSOR
+    assert "arithmetic.py" in metrics["inputs"]["logits_processor"]
+    sampled = {"modes": (Mode.PLAIN_SAMPLING,), "logits_processor": None}
+    evaluate(replace(config, output_dir=str(tmp_path / "without"), **sampled))
+    true = {}
+    for folder in ("with", "without"):
+        lines = [json.loads(line) for line in Path(tmp_path, folder, "predictions.jsonl").read_text().splitlines()]
+        for mode in Mode:
+            texts = [sample["text"] for line in lines if line["mode"] == mode for sample in line["samples"]]
+            true[folder, mode] = [holds for text in texts for holds in equations(text)]
+    for mode in Mode:
+        assert len(true["with", mode]) > 5
+        assert all(true["with", mode]), mode
+    assert not all(true["without", Mode.PLAIN_SAMPLING])
+
+
+class NoProcessor:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits_processor": "arithmetic"}, "found 'arithmetic', expected MODULE:CLASS"),
+        ({"logits_processor": "nowhere:Arithmetic"}, "'nowhere:Arithmetic' cannot be imported"),
+        ({"logits_processor": f"{__name__}:NoProcessor"}, "no subclass of transformers.LogitsProcessor"),
+        ({"logits_processor": PROCESSOR, "engine": "vllm"}, "with engine vllm, expected engine llm2"),
+    ],
+)
+def test_a_processor_that_cannot_act_is_refused_before_weights_load(tmp_path, change, message):
+    config = EvaluateConfig(
+        model="none", task="testbed", output_dir=str(tmp_path), modes=(Mode.PLAIN_GREEDY,), **change
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        check(config)
