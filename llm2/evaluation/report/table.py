@@ -92,9 +92,9 @@ def notes(metrics: Metrics) -> list[str]:
 
 
 def settings(metrics: Metrics) -> str:
-    """The settings in one line; empty if metrics.json does not hold them."""
-    keys = ("alpha", "beta", "top_k", "temperature", "few_shot")
-    return ", ".join(f"{key} {metrics.settings[key]}" for key in keys if key in metrics.settings)
+    """The settings in one line, without those that are null; empty if metrics.json does not hold them."""
+    keys = ("alpha", "beta", "top_k", "temperature", "few_shot", "logits_processor")
+    return ", ".join(f"{key} {metrics.settings[key]}" for key in keys if metrics.settings.get(key) is not None)
 
 
 def choice(metrics: Metrics) -> str:
