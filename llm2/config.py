@@ -134,7 +134,15 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
-class RolloutConfig(ModelConfig, GuidanceConfig, EngineConfig):
+class DecodingConfig(GuidanceConfig, EngineConfig):
+    """How System 1 is decoded, with System 2 or without."""
+
+    logits_processor: Annotated[OptionalCode, Mark.SHOWN] = None
+    """MODULE:CLASS, made with the tokenizer, of a transformers processor of System 1's logits, in plain modes too."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class RolloutConfig(ModelConfig, DecodingConfig):
     """Rollouts: continuations of prefixes by System 1, alone or guided."""
 
     verifier: OptionalModel = None
@@ -335,7 +343,7 @@ class TrainConfig(ModelConfig, OptimizerConfig, VerifierSpec):
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
-class EvaluateConfig(TaskConfig, ModelConfig, GuidanceConfig, EngineConfig):
+class EvaluateConfig(TaskConfig, ModelConfig, DecodingConfig):
     """Decode a task with and without System 2, grade, compare."""
 
     output_dir: Output
@@ -348,8 +356,6 @@ class EvaluateConfig(TaskConfig, ModelConfig, GuidanceConfig, EngineConfig):
     """Ways of decoding: plain_greedy, guided_greedy, plain_sampling, guided_sampling, plain_search, guided_search."""
     split: str = "test"
     """Split of the task to evaluate on."""
-    logits_processor: Annotated[OptionalCode, Mark.SHOWN] = None
-    """MODULE:CLASS, made with the tokenizer, of a transformers processor of System 1's logits in all modes."""
     few_shot: Annotated[OptionalFile, Mark.SHOWN] = None
     """Worked examples before each problem: gsm8k-cot (the 8 published ones) or a JSON lines file."""
     num_fewshot: Annotated[Count | None, Mark.SHOWN] = None

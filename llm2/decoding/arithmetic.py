@@ -15,6 +15,8 @@ import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 TAIL = 48  # tokens before the next one that are read
+EXACT = 4  # decimals up to which a result may not be rounded
+SPACES = 2  # in front of a result
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "$": " "})
 TIMES = re.compile(r"(?<=[\d)])( *)x(?= *[\d(])")
@@ -26,10 +28,10 @@ NUMBER = re.compile(r"\s*[$€£]?\s*(?P<sign>[-−]?)(?:(?P<digits>\d[\d,]*)(?P
 class Arithmetic(LogitsProcessor):
     """Sets the logits of tokens to -inf that would write a false result behind the left side of an equation.
 
-    A result is right with any number of decimals if it is less than one in its last place away: 7 / 2 may be 3, 4 or
-    3.5, and 10 / 3 may be 3.33. What stands behind `=` must be the result itself or no number; of a chain such as
-    `2 * 3 + 4 = 6 + 4 = 10` only the last part can be written. A token is judged by its text, whether it has one digit,
-    several, or text behind them.
+    A result with at most `EXACT` decimals must be written in full, any other may be rounded in its last place, up or
+    down: 7 / 2 is 3.5, 10 / 3 may be 3.33, 3.34 or 3. What stands behind `=` must be the result itself or no number; of
+    a chain such as `2 * 3 + 4 = 6 + 4 = 10` only the last part can be written. A token is judged by its text, whether
+    it has one digit, several, or text behind them.
 
     For `generate`, `LLM2.generate` and the key `logits_processor` of `evaluate`. It reads the prompt like any text.
     """
@@ -110,14 +112,21 @@ def can_become(right: str, result: Fraction) -> bool:
     """Whether what is written behind `=`, and perhaps more text, is the result or no number."""
     found = NUMBER.match(right)
     sign, digits, point, decimals = (found[name] or "" for name in ("sign", "digits", "point", "decimals"))
-    negative, ended = bool(sign), found.end() < len(right)
+    ended, size = found.end() < len(right), abs(result)
     if not digits:
-        return ended or not sign or result < 0
-    whole = digits.rstrip(",")
-    written = Fraction(f"{'-' * negative}{whole.replace(',', '')}.{decimals or 0}")
-    if abs(written - result) < Fraction(1, 10 ** len(decimals)):
-        return whole in (whole.replace(",", ""), f"{int(whole.replace(',', '')):,}")
-    if ended or point or negative != (result < 0):
+        return ended or (result < 0 if sign else len(right) <= SPACES)
+    if bool(sign) != (result < 0):
         return False
-    nearest = {abs(result).__floor__(), abs(result).__ceil__()}
-    return any(form.startswith(digits) for number in nearest for form in (str(number), f"{number:,}"))
+    whole, is_exact = digits.rstrip(","), 10**EXACT % result.denominator == 0
+    number = whole.replace(",", "")
+    error = abs(Fraction(f"{number}.{decimals or 0}") - size) * 10 ** len(decimals)
+    if whole in (number, f"{int(number):,}") and (error == 0 or (error < 1 and not is_exact)):
+        return True
+    forms = [_decimal(size)] if is_exact else [str(size.__floor__()), str(size.__ceil__())]
+    forms += [re.sub(r"\d(?=(\d{3})+(\.|$))", r"\g<0>,", form) for form in forms]
+    return not ended and any(form.startswith(digits + point + decimals) for form in forms)
+
+
+def _decimal(number: Fraction) -> str:
+    whole, rest = divmod(int(number * 10**EXACT), 10**EXACT)
+    return f"{whole}.{rest:0{EXACT}}".rstrip("0").rstrip(".")

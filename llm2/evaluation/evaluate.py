@@ -26,9 +26,9 @@ from llm2.common.seeds import row_seed
 from llm2.config import EvaluateConfig, Mode
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.llm2 import LLM2
+from llm2.decoding.processing import load_processor, logits_fn, require_processor
 from llm2.decoding.sampling import Completion, LogitsFn, SamplingParams
 from llm2.errors import UserError
-from llm2.evaluation.logits_processor import processing, processor_class
 from llm2.evaluation.metrics import summarise
 from llm2.evaluation.predictions import Predictions
 from llm2.evaluation.search import search, unguided
@@ -84,6 +84,7 @@ def evaluate(config: EvaluateConfig) -> dict | None:
 def check(config: EvaluateConfig) -> None:
     """Raise UserError for keys that do not fit together."""
     require_engine(config)
+    require_processor(config)
     if not config.modes:
         raise UserError(f"modes: found none, expected some of {', '.join(Mode)}")
     if config.verifier is None and config.contrast is None and any(mode.guided for mode in config.modes):
@@ -94,10 +95,6 @@ def check(config: EvaluateConfig) -> None:
         raise UserError(f"contrast: found {config.contrast!r} with engine {config.engine}, expected engine llm2")
     if config.engine != "llm2" and any(mode.searched for mode in config.modes):
         raise UserError(f"modes: found a search mode with engine {config.engine}, expected engine llm2")
-    if config.logits_processor is not None:
-        if config.engine != "llm2":
-            raise UserError(f"logits_processor: found one with engine {config.engine}, expected engine llm2")
-        processor_class(config.logits_processor)
     if max(config.majority_at, default=1) > config.num_samples:
         raise UserError(
             f"majority_at: found {max(config.majority_at)}, expected at most num_samples={config.num_samples}"
@@ -165,7 +162,7 @@ class Evaluator:
 
             self.vllm = VllmDecoder(config, self.llm2 and self.llm2.guidance, tokenizer)
         self.config, self.tokenizer, self.task, self.examples = config, tokenizer, task, examples
-        self.token_text = TokenText(tokenizer)
+        self.token_text, self.processor = TokenText(tokenizer), load_processor(config.logits_processor, tokenizer)
 
     def run(self, mode: Mode, problems: Sequence[Problem], predictions: Predictions) -> None:
         """Decode and grade this process's share of a mode's missing problems; write each as it is finished."""
@@ -196,8 +193,7 @@ class Evaluator:
         if llm2 is not None:
             refuse_unknown_ids(chain.from_iterable(prompts), llm2.system1, config.model)
         samples = config.num_samples if mode.sampled else 1
-        name = config.logits_processor
-        process = None if name is None else processing(name, self.tokenizer, prompts)
+        process = logits_fn(self.processor, prompts.__getitem__)
         if mode.searched:
             yield from self._search(mode, problems, prompts, progress, process)
             return

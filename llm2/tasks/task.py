@@ -1,15 +1,13 @@
 """The interface of a task: load problems of a split, make the prompt, grade solutions."""
 
 import signal
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
 
 from llm2.common.chat import Message
+from llm2.common.code import load_code
 from llm2.errors import UserError, as_user_error, origin, quote, reason
 from llm2.tasks.grading import Grade, extract_answer, grade_numbers
 
@@ -128,17 +126,6 @@ def require_distinct_ids(task: Task, problems: Sequence[Problem]) -> None:
     if count > 1:
         where = f"{task.data_file}: " if task.data_file else ""
         raise UserError(f"{where}the id {name!r} stands for {count} problems, expected different ids")
-
-
-def load_code(key: str, name: str, expected: str):
-    """What MODULE:NAME names, installed or in the working directory."""
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise UserError(f"key {key!r}: found {name!r}, expected {expected}")
-    if (folder := str(Path.cwd())) not in sys.path:
-        sys.path.append(folder)
-    with as_user_error(f"key {key!r}: {name!r} cannot be imported"):
-        return getattr(import_module(module), attribute)
 
 
 def _guard(name: str, grader: Callable[[str, str], bool]) -> Callable[[str, str], bool]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from llm2.config import RolloutConfig
+from llm2.decoding.processing import require_processor
 from llm2.errors import UserError
 from llm2.verifier.load import require_same_template, require_verifier, trained_beta
 from llm2.vllm.backend import require_engine
@@ -80,6 +81,7 @@ class Engine(ABC):
 def check_engine(config: RolloutConfig) -> None:
     """Raise UserError if the keys do not fit the selected engine."""
     require_engine(config)
+    require_processor(config)
     if config.verifier is not None:
         require_verifier(config.verifier)
         require_same_template(config.verifier, config.model, config.chat_template)

@@ -17,6 +17,7 @@ from llm2.common.loading import eos_ids, load_system1, refuse_unknown_ids, resol
 from llm2.config import RolloutConfig
 from llm2.decoding.candidates import plausible
 from llm2.decoding.decoder import Decoder
+from llm2.decoding.processing import load_processor, logits_fn, process_each
 from llm2.decoding.sampling import Guidance, SamplingParams
 from llm2.errors import UserError
 from llm2.exploration.engines import Candidate, Continuations, Engine, OnToken, PositionQuery, Request, ignore
@@ -36,6 +37,7 @@ class LocalEngine(Engine):
         self.model = load_system1(config.model, device, config.dtype)
         self.decoder = Decoder(self.model, self._guidance(device))
         self.eos = eos_ids(self.model, tokenizer)
+        self.processor = load_processor(config.logits_processor, tokenizer)
         greedy = config.temperature == 0
         self.sampling = None if greedy else SamplingParams(temperature=config.temperature, top_p=config.top_p)
 
@@ -59,6 +61,9 @@ class LocalEngine(Engine):
         ids = torch.tensor([query.ids[: query.end]], device=self.model.device)
         output = self.model(ids, use_cache=False, logits_to_keep=query.end - query.start + 1)
         logits = output.logits[0, :-1].float()  # (positions, V)
+        if self.processor is not None:
+            rows = [query.ids[:position] for position in range(query.start, query.end)]
+            logits = process_each(self.processor, rows, logits)
         candidates, valid = plausible(logits, self.config.alpha, self.config.top_k)  # (positions, K)
         probabilities = logits.softmax(-1).gather(-1, candidates).tolist()
         for position, row in enumerate(probabilities, start=query.start):
@@ -90,6 +95,7 @@ class LocalEngine(Engine):
             batch_size=self.config.batch_size,
             on_token=lambda index, sample, _: on_token(taken[index][0], sample),
             stop=self._stop_fn(taken),
+            process_logits=logits_fn(self.processor, lambda index: taken[index][1].prompt),
             further=further,
         ):
             number, taken[index] = taken[index][0], None
