@@ -23,6 +23,8 @@ TIMES = re.compile(r"(?<=[\d)])( *)x(?= *[\d(])")
 # The left side, `=`, and what is written of the result; the left side ends with a number or a bracket.
 EQUATION = re.compile(r"(?P<before>[^\d.,+\-*/() \n]?)(?P<left>[\d.,+\-*/() ]*[\d)]) *=(?P<right>[^=\n]*)\Z")
 NUMBER = re.compile(r"\s*[$€£]?\s*(?P<sign>[-−]?)(?:(?P<digits>\d[\d,]*)(?P<point>\.?)(?P<decimals>\d*))?")
+REPEATED = re.compile(r"([^\d])\1{3,}")
+HEAD = re.compile(r"[\s\d.,$€£−-]*")  # of a token: what a number may hold
 
 
 class Arithmetic(LogitsProcessor):
@@ -41,15 +43,17 @@ class Arithmetic(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """input_ids (B, T), logits (B, V) -> logits (B, V), -inf where forbidden."""
-        open_rows = torch.isin(input_ids[:, -TAIL:], self.equals.to(input_ids.device)).any(dim=-1)
-        for row in open_rows.nonzero()[:, 0].tolist():
-            text = self.tokenizer.decode(input_ids[row, -TAIL:], clean_up_tokenization_spaces=False)
-            if (found := open_equation(text)) is not None:
-                allowed = self._allowed(*found).to(scores.device)
-                if not allowed.all():
-                    scores = scores.clone()
-                    scores[row, : len(allowed)].masked_fill_(~allowed, -torch.inf)
-        return scores
+        processed = scores
+        for row, tail in enumerate(input_ids[:, -TAIL:].tolist()):
+            if self.equals.isdisjoint(tail):
+                continue
+            found = open_equation(self.tokenizer.decode(tail, clean_up_tokenization_spaces=False))
+            if found is not None:
+                forbidden = self._forbidden(*found).to(scores.device)
+                width = len(forbidden)  # models may have more logits than their tokenizer has tokens
+                processed = scores.clone() if processed is scores else processed
+                processed[row, :width].masked_fill_(forbidden, -torch.inf)
+        return processed
 
     @cached_property
     def texts(self) -> list[str]:
@@ -60,23 +64,26 @@ class Arithmetic(LogitsProcessor):
         return [text[start:] for text in self.tokenizer.batch_decode(pairs, clean_up_tokenization_spaces=False)]
 
     @cached_property
-    def equals(self) -> torch.Tensor:
+    def equals(self) -> set[int]:
         """The ids of tokens that hold `=`."""
-        return torch.tensor([token for token, text in enumerate(self.texts) if "=" in text])
+        return {token for token, text in enumerate(self.texts) if "=" in text}
 
     @cached_property
     def heads(self) -> tuple[list[str], torch.Tensor]:
-        """What decides about tokens, without doubles: their texts up to the first that no number goes on with, and the
-        index of each token's."""
-        heads = [re.match(r"[\s\d.,$€£−-]*.?", text)[0] for text in self.texts]
+        """What decides about tokens, without doubles, and the index of each token's: the beginning of its text that a
+        number may hold, repetitions cut short, with an x for the rest."""
+        heads = []
+        for text in self.texts:
+            head = HEAD.match(text)[0]
+            heads.append(REPEATED.sub(r"\1\1\1", re.sub(r"\s", " ", head)) + "x" * (head != text))
         distinct = {head: index for index, head in enumerate(dict.fromkeys(heads))}
         return list(distinct), torch.tensor([distinct[head] for head in heads])
 
     @lru_cache(maxsize=256)  # noqa: B019, a processor lives as long as its tokenizer
-    def _allowed(self, result: Fraction, right: str) -> torch.Tensor:
-        """Which tokens may follow, (V,)."""
+    def _forbidden(self, result: Fraction, right: str) -> torch.Tensor:
+        """Which tokens may not follow, (V,)."""
         heads, index = self.heads
-        return torch.tensor([can_become(right + head, result) for head in heads])[index]
+        return torch.tensor([not can_become(right + head, result) for head in heads])[index]
 
 
 def open_equation(text: str) -> tuple[Fraction, str] | None:
@@ -119,12 +126,15 @@ def can_become(right: str, result: Fraction) -> bool:
         return False
     whole, is_exact = digits.rstrip(","), 10**EXACT % result.denominator == 0
     number = whole.replace(",", "")
-    error = abs(Fraction(f"{number}.{decimals or 0}") - size) * 10 ** len(decimals)
-    if whole in (number, f"{int(number):,}") and (error == 0 or (error < 1 and not is_exact)):
+    unit = size.denominator  # of the last place, scaled so that all are whole numbers
+    error = abs(int(number + decimals) * unit - size.numerator * 10 ** len(decimals))
+    if whole in (number, f"{int(number):,}") and (error == 0 or (error < unit and not is_exact)):
         return True
+    if ended:
+        return False
     forms = [_decimal(size)] if is_exact else [str(size.__floor__()), str(size.__ceil__())]
     forms += [re.sub(r"\d(?=(\d{3})+(\.|$))", r"\g<0>,", form) for form in forms]
-    return not ended and any(form.startswith(digits + point + decimals) for form in forms)
+    return any(form.startswith(digits + point + decimals) for form in forms)
 
 
 def _decimal(number: Fraction) -> str:
