@@ -161,6 +161,16 @@ def test_rows_do_not_touch_one_another(arithmetic):
     assert logits.isfinite().all()  # they are the caller's
 
 
+@pytest.mark.parametrize("more", [-3, 5])
+def test_a_model_may_have_more_logits_than_its_tokenizer_has_tokens_or_fewer(arithmetic, more):
+    ids = torch.tensor([arithmetic.tokenizer.encode("12 + 30 =", add_special_tokens=False)])
+    size = len(arithmetic.tokenizer)
+    expected = arithmetic(ids, torch.zeros(1, size))[:, : size + more]
+    found = arithmetic(ids, torch.zeros(1, size + more))
+    assert torch.equal(found[:, :size], expected)
+    assert (found[:, size:] == 0).all()
+
+
 def test_transformers_and_llm2_generate_the_same():
     llm2 = LLM2.from_pretrained("testbed", device="cpu")
     question = [

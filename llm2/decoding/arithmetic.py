@@ -49,10 +49,10 @@ class Arithmetic(LogitsProcessor):
                 continue
             found = open_equation(self.tokenizer.decode(tail, clean_up_tokenization_spaces=False))
             if found is not None:
-                forbidden = self._forbidden(*found).to(scores.device)
-                width = len(forbidden)  # models may have more logits than their tokenizer has tokens
+                # A model may have more logits than its tokenizer has tokens, or fewer.
+                forbidden = self._forbidden(*found)[: scores.shape[-1]].to(scores.device)
                 processed = scores.clone() if processed is scores else processed
-                processed[row, :width].masked_fill_(forbidden, -torch.inf)
+                processed[row, : len(forbidden)].masked_fill_(forbidden, -torch.inf)
         return processed
 
     @cached_property
