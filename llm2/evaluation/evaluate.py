@@ -27,7 +27,7 @@ from llm2.config import EvaluateConfig, Mode
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.llm2 import LLM2
 from llm2.decoding.processing import load_processor, logits_fn, require_processor
-from llm2.decoding.sampling import Completion, LogitsFn, SamplingParams
+from llm2.decoding.sampling import Completion, SamplingParams
 from llm2.errors import UserError
 from llm2.evaluation.metrics import summarise
 from llm2.evaluation.predictions import Predictions
@@ -193,9 +193,8 @@ class Evaluator:
         if llm2 is not None:
             refuse_unknown_ids(chain.from_iterable(prompts), llm2.system1, config.model)
         samples = config.num_samples if mode.sampled else 1
-        process = logits_fn(self.processor, prompts.__getitem__)
         if mode.searched:
-            yield from self._search(mode, problems, prompts, progress, process)
+            yield from self._search(mode, problems, prompts, progress)
             return
         seeds = [[row_seed(config.seed, problem.id, i) for i in range(samples)] for problem in problems]
         if self.vllm is not None:
@@ -210,7 +209,7 @@ class Evaluator:
                 names=[problem.id for problem in problems],
                 batch_size=config.batch_size,
                 on_token=progress.on_token,
-                process_logits=process,
+                process_logits=logits_fn(self.processor, prompts.__getitem__),
                 trace=mode.guided and config.traced_samples > 0,
             )
         for index, completions in finished:
@@ -218,12 +217,7 @@ class Evaluator:
             yield Decoded(problems[index], prompts[index], completions)
 
     def _search(
-        self,
-        mode: Mode,
-        problems: Sequence[Problem],
-        prompts: Sequence[list[int]],
-        progress: DecodingBar,
-        process: LogitsFn | None,
+        self, mode: Mode, problems: Sequence[Problem], prompts: Sequence[list[int]], progress: DecodingBar
     ) -> Iterator[Decoded]:
         config, llm2 = self.config, self.llm2
 
@@ -241,7 +235,7 @@ class Evaluator:
             names=[problem.id for problem in problems],
             batch_size=config.batch_size,
             on_token=progress.on_token,
-            process_logits=process,
+            processor=self.processor,
         )
         for index, (completion, num_tokens, num_solutions, vote) in found:
             progress.on_finished(index, [completion.token_ids])

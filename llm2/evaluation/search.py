@@ -15,9 +15,11 @@ from itertools import count
 from typing import NamedTuple
 
 import torch
+from transformers import LogitsProcessor
 
 from llm2.decoding.decoder import Decoder
-from llm2.decoding.sampling import Completion, Guidance, LogitsFn, TokenTrace
+from llm2.decoding.processing import logits_fn
+from llm2.decoding.sampling import Completion, Guidance, TokenTrace
 from llm2.decoding.system2 import Candidates, Handle, System2
 
 AnswerFn = Callable[[int, Sequence[int]], str | None]
@@ -131,7 +133,7 @@ def search(
     names: Sequence[str],
     batch_size: int | str = 64,
     on_token: Callable[[int, int, int], None] | None = None,
-    process_logits: LogitsFn | None = None,
+    processor: LogitsProcessor | None = None,
 ) -> Iterator[tuple[int, Found]]:
     """Yield (prompt index, what was found) as searches finish; branches of all prompts are decoded together.
 
@@ -139,6 +141,7 @@ def search(
         decoder: with guidance; its verifier may be `NoScores`.
         answer: maps a prompt's index and a solution's tokens to the answer that it votes for, None for none.
         max_new_tokens: of a solution, from its first token.
+        processor: acts on System 1's logits before the plausible set.
 
     The other arguments are those of `DecodeRequest`. Raises UserError if a prompt and twice max_new_tokens, a whole
     solution's beginning with room for another, do not fit the model.
@@ -164,14 +167,9 @@ def search(
     options = {"max_new_tokens": max_new_tokens, "eos": eos, "batch_size": batch_size, "trace": True}
     if on_token is not None:
         options["on_token"] = lambda number, sample, token: on_token(taken[number][0], sample, token)
-    if process_logits is not None:
-
-        def process(numbers: list[int], new: list[list[int]], logits: torch.Tensor) -> torch.Tensor:
-            indices, branches = zip(*(taken[number] for number in numbers), strict=True)
-            tokens = [[*branch.tokens, *tail] for branch, tail in zip(branches, new, strict=True)]
-            return process_logits(list(indices), tokens, logits)
-
-        options["process_logits"] = process
+    options["process_logits"] = logits_fn(
+        processor, lambda number: [*prompts[taken[number][0]], *taken[number][1].tokens]
+    )
     for number, (completion,) in decoder.stream([], seeds=[], further=further, stop=stop, **options):
         index, branch = taken[number]
         one = searches[index]
