@@ -35,7 +35,7 @@ class Arithmetic(LogitsProcessor):
     a chain such as `2 * 3 + 4 = 6 + 4 = 10` only the last part can be written. A token is judged by its text, whether
     it has one digit, several, or text behind them.
 
-    For `generate`, `LLM2.generate` and the key `logits_processor` of `evaluate`. It reads the prompt like any text.
+    For `generate`, `LLM2.generate` and the key `logits_processor`. It reads the prompt like any text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -132,11 +132,11 @@ def can_become(right: str, result: Fraction) -> bool:
         return True
     if ended:
         return False
-    forms = [_decimal(size)] if is_exact else [str(size.__floor__()), str(size.__ceil__())]
-    forms += [re.sub(r"\d(?=(\d{3})+(\.|$))", r"\g<0>,", form) for form in forms]
+    wholes = [(size.__floor__(), _decimals(size))] if is_exact else [(size.__floor__(), ""), (size.__ceil__(), "")]
+    forms = [form for whole, rest in wholes for form in (f"{whole}{rest}", f"{whole:,}{rest}")]
     return any(form.startswith(digits + point + decimals) for form in forms)
 
 
-def _decimal(number: Fraction) -> str:
-    whole, rest = divmod(int(number * 10**EXACT), 10**EXACT)
-    return f"{whole}.{rest:0{EXACT}}".rstrip("0").rstrip(".")
+def _decimals(number: Fraction) -> str:
+    """Point and decimals of a number with at most `EXACT` of them, empty for a whole one."""
+    return f".{int(number % 1 * 10**EXACT):0{EXACT}}".rstrip("0").rstrip(".")
