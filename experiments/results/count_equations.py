@@ -11,7 +11,7 @@ from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
-from experiments.results.substitute_numbers import value
+from llm2.decoding.arithmetic import value_of
 from llm2.tasks import load_task
 
 
@@ -27,7 +27,7 @@ def kind(text: str, correct: bool, gold: str) -> str:
     if left == gold:
         return "gold's equation, wrong arithmetic"
     try:
-        holds = abs(value(ast.parse(left, mode="eval")) - Fraction(found[2].replace(",", ""))) < 0.01
+        holds = abs(value_of(ast.parse(left, mode="eval").body) - Fraction(found[2].replace(",", ""))) < 0.01
     except (ValueError, KeyError, ZeroDivisionError, SyntaxError):
         holds = False
     which = "gold's numbers" if numbers[0] == numbers[1] else "other numbers"

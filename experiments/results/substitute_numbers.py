@@ -1,6 +1,6 @@
 """More word problems: MAWPS's training problems with other numbers.
 
-    python experiments/results/substitute_numbers.py OUTPUT.jsonl [--variants 2] [--seed 0]
+    PYTHONPATH=. python experiments/results/substitute_numbers.py OUTPUT.jsonl [--variants 2] [--seed 0]
 
 Replaces each whole number that the equation and the question share by another of as many digits, where the result
 stays a whole number of at least 0. Writes the originals too; the lines have the format of dataset/word_problems
@@ -10,33 +10,16 @@ stays a whole number of at least 0. Writes the originals too; the lines have the
 import argparse
 import ast
 import json
-import math
-import operator
 import random
 import re
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
+
+from llm2.decoding.arithmetic import value_of
 
 SOURCE = Path(__file__).parents[2] / "dataset" / "word_problems" / "mawps_train.jsonl"
 NUMBER = re.compile(r"(?<![\d.,])\d+(?![\d,]|\.\d)")
-OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 TRIES = 50
-
-
-def value(node: ast.AST, lowest: float = -math.inf) -> Fraction:
-    """Of an equation's left side. Raises ValueError, KeyError or ZeroDivisionError where it has none, and ValueError
-    where a step is below `lowest`."""
-    if isinstance(node, ast.Expression):
-        return value(node.body, lowest)
-    if isinstance(node, ast.BinOp):
-        result = OPERATIONS[type(node.op)](value(node.left, lowest), value(node.right, lowest))
-        if result < lowest:
-            raise ValueError(result)
-        return result
-    if isinstance(node, ast.Constant):
-        return Fraction(str(node.value))
-    raise ValueError(node)
 
 
 def substituted(question: str, equation: str, draw: random.Random) -> tuple[str, str, int] | None:
@@ -49,10 +32,11 @@ def substituted(question: str, equation: str, draw: random.Random) -> tuple[str,
         new = {number: str(draw.randrange(10 ** (len(number) - 1), 10 ** len(number))) for number in used}
         text = [NUMBER.sub(lambda match, new=new: new.get(match[0], match[0]), part) for part in (question, equation)]
         try:
-            result = value(ast.parse(text[1].strip(), mode="eval"), lowest=0)
+            tree = ast.parse(text[1].strip(), mode="eval").body
+            result, steps = value_of(tree), [value_of(node) for node in ast.walk(tree) if isinstance(node, ast.BinOp)]
         except (ValueError, ZeroDivisionError):
             continue
-        if result.denominator == 1 and len(set(new.values())) == len(new):
+        if result.denominator == 1 and min(steps, default=0) >= 0 and len(set(new.values())) == len(new):
             return text[0], text[1], int(result)
     return None
 

@@ -104,15 +104,18 @@ def value(left: str) -> Fraction | None:
         return None
     try:
         tree = ast.parse(re.sub(r"(?<=\d),(?=\d{3})", "", left), mode="eval").body
-        return _value(tree) if isinstance(tree, ast.BinOp) else None
-    except (SyntaxError, KeyError, ZeroDivisionError, AttributeError, RecursionError, ValueError):
+        return value_of(tree) if isinstance(tree, ast.BinOp) else None
+    except (SyntaxError, KeyError, ZeroDivisionError, RecursionError, ValueError):
         return None
 
 
-def _value(node: ast.expr) -> Fraction:
+def value_of(node: ast.expr) -> Fraction:
+    """Raises ValueError, KeyError or ZeroDivisionError for what is no sum, product and so on of numbers."""
     if isinstance(node, ast.BinOp):
-        return OPERATIONS[type(node.op)](_value(node.left), _value(node.right))
-    return Fraction(str(node.value))
+        return OPERATIONS[type(node.op)](value_of(node.left), value_of(node.right))
+    if isinstance(node, ast.Constant):
+        return Fraction(str(node.value))
+    raise ValueError(node)
 
 
 def can_become(right: str, result: Fraction) -> bool:
