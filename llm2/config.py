@@ -370,6 +370,8 @@ class EvaluateConfig(TaskConfig, ModelConfig, DecodingConfig):
     """Nucleus sampling: samples are drawn from the most likely tokens that together have this probability."""
     search_solutions: Annotated[Count, Mark.SEARCHED, Mark.SHOWN] = 8
     """Solutions per problem in the search modes, at most; a problem with a sure answer gets fewer."""
+    accept: Annotated[OptionalCode, Mark.SHOWN] = None
+    """MODULE:FUNCTION of a question and a solution's text; what it refuses has no vote, and a search goes on."""
     max_new_tokens: Count = 512
     """Limit of new tokens per solution."""
     batch_size: Annotated[Count | Literal["auto"], Mark.HOW] = 16

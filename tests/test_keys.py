@@ -158,5 +158,5 @@ def test_a_finished_exploration_is_another_one_unless_all_but_how_it_worked_is_e
 def test_metrics_show_the_settings_that_are_marked():
     assert describe(EVALUATE, {}, 1)["settings"].keys() == {
         *("model", "verifier", "contrast", "alpha", "beta", "top_k", "temperature", "top_p", "num_samples"),
-        *("search_solutions", "logits_processor", "few_shot", "num_fewshot", "seed"),
+        *("search_solutions", "logits_processor", "accept", "few_shot", "num_fewshot", "seed"),
     }

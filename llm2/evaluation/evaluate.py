@@ -29,6 +29,7 @@ from llm2.decoding.llm2 import LLM2
 from llm2.decoding.processing import load_processor, logits_fn, require_processor
 from llm2.decoding.sampling import Completion, SamplingParams
 from llm2.errors import UserError
+from llm2.evaluation.accept import load_accept
 from llm2.evaluation.metrics import summarise
 from llm2.evaluation.predictions import Predictions
 from llm2.evaluation.search import search, unguided
@@ -85,6 +86,7 @@ def check(config: EvaluateConfig) -> None:
     """Raise UserError for keys that do not fit together."""
     require_engine(config)
     require_processor(config)
+    load_accept(config.accept)
     if not config.modes:
         raise UserError(f"modes: found none, expected some of {', '.join(Mode)}")
     if config.verifier is None and config.contrast is None and any(mode.guided for mode in config.modes):
@@ -163,6 +165,7 @@ class Evaluator:
             self.vllm = VllmDecoder(config, self.llm2 and self.llm2.guidance, tokenizer)
         self.config, self.tokenizer, self.task, self.examples = config, tokenizer, task, examples
         self.token_text, self.processor = TokenText(tokenizer), load_processor(config.logits_processor, tokenizer)
+        self.accepts = load_accept(config.accept)
 
     def run(self, mode: Mode, problems: Sequence[Problem], predictions: Predictions) -> None:
         """Decode and grade this process's share of a mode's missing problems; write each as it is finished."""
@@ -222,8 +225,8 @@ class Evaluator:
         config, llm2 = self.config, self.llm2
 
         def answer(index: int, tokens: Sequence[int]) -> str | None:
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            return self.task.grade([text], problems[index].gold)[0].answer
+            problem, text = problems[index], self.tokenizer.decode(tokens, skip_special_tokens=True)
+            return self.task.grade([text], problem.gold)[0].answer if self._accepts(problem, text) else None
 
         found = search(
             Decoder(llm2.system1, llm2.guidance if mode.guided else unguided(config.alpha, config.top_k)),
@@ -241,6 +244,9 @@ class Evaluator:
             progress.on_finished(index, [completion.token_ids])
             record = {"tokens": num_tokens, "solutions": num_solutions, "vote": round(vote, 4)}
             yield Decoded(problems[index], prompts[index], [completion], record)
+
+    def _accepts(self, problem: Problem, text: str) -> bool:
+        return self.accepts is None or self.accepts(problem.question, text)
 
     def _entries(self, mode: Mode, group: Sequence[Decoded]) -> Iterator[dict]:
         """One journal entry per problem: its line of predictions.jsonl, plus `traces`."""
@@ -277,6 +283,7 @@ class Evaluator:
                 "verifier_forwards": completion.num_verifier_calls,
                 "verifier_tokens": completion.num_verifier_tokens,
                 "score": None if scores is None else round(solution_score(scores, self.config.solution_score), 5),
+                **({} if self.accepts is None else {"accepted": self._accepts(problem, text)}),
             }
             for text, grade, (completion, scores) in zip(texts, grades, scored, strict=True)
         ]

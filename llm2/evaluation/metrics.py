@@ -110,7 +110,7 @@ def _pair(modes: tuple[Mode, Mode], metric: str, test: PairedTest) -> dict:
 def _curves(lines: Sequence[dict], ks: Sequence[int], seed: int) -> Curves:
     """Weighted votes for `ks`, the other figures for every k from 1 to the number of samples."""
     all_ks = range(1, len(lines[0]["samples"]) + 1)
-    votes = [majority_curve(_values(line, "answer"), right_answer(line)) for line in lines]
+    votes = [majority_curve(_voting(line), right_answer(line)) for line in lines]
     curves = {("majority", k): [curve[k - 1] for curve in votes] for k in all_ks}
     for k in all_ks:
         curves["pass", k] = [pass_at_k(len(all_ks), sum(_values(line, "correct")), k) for line in lines]
@@ -119,9 +119,7 @@ def _curves(lines: Sequence[dict], ks: Sequence[int], seed: int) -> Curves:
             curves["best_of", k] = [best_of_k(_values(line, "score"), _values(line, "correct"), k) for line in lines]
         for k in ks:
             curves["weighted", k] = [
-                weighted_majority_at_k(
-                    _values(line, "answer"), vote_weights(_values(line, "score")), right_answer(line), k, seed
-                )
+                weighted_majority_at_k(_voting(line), vote_weights(_values(line, "score")), right_answer(line), k, seed)
                 for line in lines
             ]
     return curves
@@ -129,6 +127,11 @@ def _curves(lines: Sequence[dict], ks: Sequence[int], seed: int) -> Curves:
 
 def _values(line: dict, key: str) -> list:
     return [sample[key] for sample in line["samples"]]
+
+
+def _voting(line: dict) -> list[str | None]:
+    """The samples' answers, None for those that `accept` refused."""
+    return [sample["answer"] if sample.get("accepted", True) else None for sample in line["samples"]]
 
 
 def _share(line: dict, key: str) -> float:
