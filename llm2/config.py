@@ -434,7 +434,7 @@ class SweepConfig(EvaluateConfig):
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
-class ServeConfig(ModelConfig, GuidanceConfig, EngineConfig):
+class ServeConfig(ModelConfig, DecodingConfig):
     """Serve System 1, guided where a request asks for it, by vLLM's OpenAI-compatible server."""
 
     verifier: str

@@ -236,13 +236,19 @@ class NoProcessor:
         ({"logits_processor": "arithmetic"}, "found 'arithmetic', expected MODULE:CLASS"),
         ({"logits_processor": "nowhere:Arithmetic"}, "'nowhere:Arithmetic' cannot be imported"),
         ({"logits_processor": f"{__name__}:NoProcessor"}, "no subclass of transformers.LogitsProcessor"),
-        ({"logits_processor": PROCESSOR, "engine": "vllm"}, "with engine vllm, expected engine llm2"),
+        (
+            {"logits_processor": PROCESSOR, "engine": "vllm", "server": "http://127.0.0.1:1/v1"},
+            "with engine vllm, expected engine llm2",
+        ),
+        (
+            {"logits_processor": PROCESSOR, "engine": "vllm", "modes": (Mode.GUIDED_GREEDY,), "verifier": "none"},
+            "with engine vllm, expected engine llm2",
+        ),
     ],
 )
 def test_a_processor_that_cannot_act_is_refused_before_weights_load(tmp_path, change, message):
-    config = EvaluateConfig(
-        model="none", task="testbed", output_dir=str(tmp_path), modes=(Mode.PLAIN_GREEDY,), **change
-    )
+    fields = {"model": "none", "task": "testbed", "output_dir": str(tmp_path), "modes": (Mode.PLAIN_GREEDY,)}
+    config = EvaluateConfig(**fields | change)
     with pytest.raises(UserError, match=re.escape(message)):
         check(config)
 

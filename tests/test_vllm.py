@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_system1
+from transformers import LogitsProcessor
 
 from llm2.common.config_file import write_config
 from llm2.common.loading import load_tokenizer
@@ -27,6 +28,7 @@ from llm2.config import EvaluateConfig, GuidanceConfig, Mode, ServeConfig, Train
 from llm2.decoding.candidates import plausible
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.model_runner import ModelRunner
+from llm2.decoding.processing import logits_fn
 from llm2.decoding.sampling import Guidance
 from llm2.errors import UserError
 from llm2.evaluation.tracing import recompute_trace
@@ -81,6 +83,8 @@ def batch_of(verifier, num_slots: int = SLOTS, max_len: int = 64, **limits) -> G
 class FakeEngine:
     """Batches of logits in random order, of sequences that join, leave, are preempted and come back."""
 
+    processes = False  # whether the logits of plain requests change too
+
     def __init__(self, system1, batch: GuidedBatch, requests, seed: int) -> None:
         self.system1, self.batch, self.random = system1, batch, random.Random(seed)
         self.waiting = [Entry(prompt, guidance, [], []) for prompt, guidance in requests]
@@ -111,7 +115,7 @@ class FakeEngine:
         self.apply(logits, partial)
         left = []
         for row, entry in enumerate(self.running):
-            if entry.guidance is None:
+            if entry.guidance is None and not self.processes:
                 assert torch.equal(logits[row], before[row])
             if row not in partial:
                 entry.written.append(logits[row].argmax().item())
@@ -308,10 +312,12 @@ def vllm(monkeypatch) -> dict[str, SimpleNamespace]:
     }
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "llm2.vllm.processor", raising=False)
+    importing = [f"llm2.vllm.{name}" for name in ("rows", "processor", "transformers_processor", "guard")]
+    for name in importing:
+        monkeypatch.delitem(sys.modules, name, raising=False)
     yield modules
-    for name in ("processor", "guard"):
-        sys.modules.pop(f"llm2.vllm.{name}", None)
+    for name in importing:
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +330,7 @@ def folder(verifier, tmp_path_factory) -> str:
 def vllm_config(system1, verifier: str, additional: dict | None = None, **changes) -> SimpleNamespace:
     model = {"model": "m", "hf_text_config": system1.config, "dtype": torch.float32, "max_model_len": 64}
     model |= {"enable_prompt_embeds": False, "is_multimodal_model": False, "logits_processors": ["x"]}
-    model |= {"architectures": ["LlamaForCausalLM"]}
+    model |= {"architectures": ["LlamaForCausalLM"], "tokenizer": "m"}
     scheduler = {"async_scheduling": True, "max_num_seqs": SLOTS, "max_num_batched_tokens": 128}
     parallel = {"pipeline_parallel_size": 1, "enable_batch_sharded_sampling": False}
     own = {"speculative_config": None, "use_v2_model_runner": False}
@@ -340,19 +346,19 @@ def vllm_config(system1, verifier: str, additional: dict | None = None, **change
     )
 
 
-def processor_v1(config):
+def processor_v1(config, processor=None):
     from llm2.vllm import GuidedProcessor
 
-    return GuidedProcessor(config, torch.device("cpu"), False)
+    return (processor or GuidedProcessor)(config, torch.device("cpu"), False)
 
 
-def processor_v2(config):
+def processor_v2(config, processor=None):
     from llm2.vllm import GuidedProcessor
 
     tokens = SimpleNamespace(gpu=torch.zeros(SLOTS, 64, dtype=torch.int32))
     lengths = SimpleNamespace(np=np.zeros(SLOTS, dtype=np.int32))
     fields = {"device": torch.device("cpu"), "max_num_reqs": SLOTS, "all_token_ids": tokens, "prefill_len": lengths}
-    return GuidedProcessor(config, SimpleNamespace(**fields))
+    return (processor or GuidedProcessor)(config, SimpleNamespace(**fields))
 
 
 @pytest.mark.one_in(5)
@@ -361,6 +367,98 @@ def processor_v2(config):
 def test_both_interfaces_write_what_the_decoder_writes(vllm, system1, verifier, folder, requests, engine, make, seed):
     processor = make(vllm_config(system1, folder))
     expect_decoder(engine(system1, processor, requests, seed), system1, verifier, requests)
+
+
+class Forbidding(LogitsProcessor):
+    """Forbids a third of the tokens, others behind each text."""
+
+    def __init__(self, tokenizer) -> None:
+        pass
+
+    def __call__(self, input_ids, scores):
+        tokens = torch.arange(scores.shape[1])
+        return scores.masked_fill((tokens[None] + input_ids.sum(dim=1, keepdim=True)) % 3 == 0, -torch.inf)
+
+
+class Both:
+    """Two processors, one after the other, as vLLM calls them."""
+
+    def __init__(self, first, second) -> None:
+        self.all, self.batch, self.requests = (first, second), second.batch, second.requests
+        if self.requests is not None:
+            first.requests = self.requests
+
+    def update_state(self, update) -> None:
+        for processor in self.all:
+            processor.update_state(update)
+
+    def add_request(self, index, params) -> bool:
+        return max([processor.add_request(index, params) for processor in self.all])
+
+    def apply(self, logits, *ctx):
+        for processor in self.all:
+            assert processor.apply(logits, *ctx) is logits
+        return logits
+
+
+@pytest.mark.parametrize("engine, make", [(V1Engine, processor_v1), (V2Engine, processor_v2)], ids=["V1", "V2"])
+def test_a_transformers_processor_acts_before_guidance_as_in_the_decoder(
+    vllm, system1, verifier, folder, requests, engine, make, monkeypatch
+):
+    from llm2.vllm import GuidedProcessor, TransformersProcessor
+
+    monkeypatch.setattr("llm2.vllm.transformers_processor.load_tokenizer", lambda name: None)
+    names = ["llm2.vllm:TransformersProcessor", "llm2.vllm:GuidedProcessor"]
+    config = vllm_config(
+        system1, folder, {"llm2_logits_processor": f"{__name__}:Forbidding"}, logits_processors=names, tokenizer="t"
+    )
+    fake = engine(system1, Both(make(config, TransformersProcessor), make(config, GuidedProcessor)), requests, 0)
+    fake.processes = True
+    finished = fake.waiting[:]
+    fake.run()
+    expected, unprocessed = [], []
+    for prompt, settings in requests:
+        guidance = settings and Guidance(verifier=verifier, **settings.guidance_kwargs())
+        process = logits_fn(Forbidding(None), lambda _, prompt=prompt: prompt)
+        options = {"max_new_tokens": NEW, "eos": EOS}
+        ((completion,),) = Decoder(system1, guidance).decode([prompt], process_logits=process, **options)
+        expected.append(completion.token_ids)
+        unprocessed.append(written_by_decoder(system1, verifier, prompt, settings))
+    assert [entry.written for entry in finished] == expected
+    assert sum(a != b for a, b in zip(expected, unprocessed, strict=True)) > 12 and fake.preemptions > 3
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"speculative_config": object()}, "speculative_config"),
+        ({"enable_prompt_embeds": True}, "prompt_embeds"),
+        ({"enable_batch_sharded_sampling": True}, "batch_sharded_sampling"),
+        ({"logits_processors": ["llm2.vllm:GuidedProcessor", "llm2.vllm:TransformersProcessor"]}, "expected it behind"),
+        ({"architectures": ["LLM2LlamaForCausalLM"]}, "a model that guides before"),
+        ({"additional": {"llm2_logits_processor": None}}, "llm2_logits_processor: found None"),
+        ({"additional": {"llm2_logits_processor": "nowhere:Class"}}, "'nowhere:Class' cannot be imported"),
+    ],
+)
+def test_a_transformers_processor_that_cannot_act_is_refused(vllm, system1, changes, message, monkeypatch):
+    from llm2.vllm import TransformersProcessor
+    from llm2.vllm.guard import Guard
+
+    monkeypatch.setattr("llm2.vllm.transformers_processor.load_tokenizer", lambda name: None)
+    fine = {"additional": {"llm2_logits_processor": f"{__name__}:Forbidding"}, "tokenizer": "t"}
+    fine |= {"logits_processors": ["llm2.vllm:TransformersProcessor"]}
+
+    def config(changes) -> SimpleNamespace:
+        made = vllm_config(system1, "verifier", **{**fine, **changes})
+        del made.additional_config["llm2_verifier"]
+        return made
+
+    processor_v1(config({}), TransformersProcessor)
+    Guard(config({}))
+    with pytest.raises(UserError, match=message):
+        processor_v1(config(changes), TransformersProcessor)
+    with pytest.raises(UserError, match=r"nothing that applies it; expected .*TransformersProcessor"):
+        Guard(config({"logits_processors": ["x"]}))
 
 
 @pytest.mark.parametrize("default, silent", [({}, False), ({"llm2_beta": 1.0}, True)], ids=["plain", "guiding"])
@@ -388,7 +486,7 @@ def test_ranks_of_a_pipeline_without_logits_load_nothing(vllm, system1, folder, 
     assert processor.batch is None
     added = [(0, SimpleNamespace(extra_args={"llm2_beta": 1.0}), [5, 6], [])]
     processor.update_state(SimpleNamespace(removed=[], added=added, moved=[]))
-    assert processor.guided == {}
+    assert processor.followed == {}
 
 
 def test_another_interface_is_told_in_one_sentence(vllm, system1, folder, monkeypatch):

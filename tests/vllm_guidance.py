@@ -28,9 +28,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm2.common.chat import encode_chats
 from llm2.common.loading import eos_ids_by_name, load_tokenizer
-from llm2.config import EvaluateConfig, GuidanceConfig, TrainConfig
+from llm2.config import EvaluateConfig, GuidanceConfig, Mode, TrainConfig
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.llm2 import LLM2
+from llm2.decoding.processing import load_processor, logits_fn
 from llm2.errors import UserError
 from llm2.evaluation.evaluate import evaluate
 from llm2.tasks import load_task
@@ -44,6 +45,7 @@ from llm2.vllm.settings import guidance_args
 
 PROBLEMS, SOAK = int(os.environ.get("LLM2_PROBLEMS", 300)), int(os.environ.get("LLM2_SOAK", 5_000))
 GUIDANCE = GuidanceConfig(alpha=0.1, beta=0.5)
+ARITHMETIC = "llm2.decoding.arithmetic:Arithmetic"
 
 
 def config(**changes) -> EvaluateConfig:
@@ -83,11 +85,13 @@ def eos() -> list[int]:
 
 
 def by_decoder(
-    verifier: str, prompts, eos, guided: bool, model: str = "testbed", max_new_tokens: int = 200
+    verifier: str, prompts, eos, guided: bool, model: str = "testbed", max_new_tokens: int = 200, processor=None
 ) -> list[list[int]]:
     llm2 = LLM2.from_pretrained(model, verifier, device="cpu", **GUIDANCE.guidance_kwargs())
     decoder = Decoder(llm2.system1, llm2.guidance if guided else None)
-    return [row.token_ids for (row,) in decoder.decode(prompts, max_new_tokens=max_new_tokens, eos=eos)]
+    process = logits_fn(load_processor(processor, llm2.tokenizer), prompts.__getitem__)
+    options = {"max_new_tokens": max_new_tokens, "eos": eos, "process_logits": process}
+    return [row.token_ids for (row,) in decoder.decode(prompts, **options)]
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +224,24 @@ def test_a_prefix_head_equals_the_decoder_by_request_and_by_default(prefix_head,
 def test_what_does_not_work_is_refused_before_the_engine_starts(verifier, options, message):
     with pytest.raises(UserError, match=message):
         engine(verifier, **options)
+
+
+def test_a_transformers_processor_acts_before_guidance_as_in_the_decoder(verifier, prompts, eos, guided, plain):
+    backend = InProcessBackend(config(logits_processor=ARITHMETIC), verifier, 2, max_num_seqs=64)
+    processed = [by_decoder(verifier, prompts, eos, guided=each, processor=ARITHMETIC) for each in (True, False)]
+    expect_both(backend, prompts, eos, *processed)
+    assert processed[0] != guided and processed[1] != plain
+
+
+def test_plain_evaluation_with_a_processor_writes_what_our_engine_writes(tmp_path):
+    fields = {"logits_processor": ARITHMETIC, "limit": 40, "modes": (Mode.PLAIN_GREEDY,)}
+    texts = []
+    for name in ("llm2", "vllm"):
+        done = config(engine=name, output_dir=str(tmp_path / name), **fields)
+        evaluate(done)
+        lines = map(json.loads, Path(done.output_dir, "predictions.jsonl").read_text().splitlines())
+        texts.append([line["samples"][0]["text"] for line in lines])
+    assert texts[0] == texts[1]
 
 
 def test_evaluation_writes_what_our_engine_writes(verifier, tmp_path):

@@ -20,11 +20,18 @@ def processor_class(name: str) -> type[LogitsProcessor]:
     return found
 
 
-def require_processor(config: DecodingConfig) -> None:
-    """Raise UserError if the key names no processor, or the engine has no place for one."""
+def require_processor(config: DecodingConfig, in_vllm: bool = False) -> None:
+    """Raise UserError if the key names no processor, or the engine has no place for one.
+
+    Args:
+        in_vllm: whether vLLM would apply it as our engine does.
+    """
     if config.logits_processor is not None:
-        if config.engine != "llm2":
-            raise UserError(f"logits_processor: found one with engine {config.engine}, expected engine llm2")
+        if config.engine != "llm2" and not in_vllm:
+            raise UserError(
+                f"logits_processor: found one with engine {config.engine}, expected engine llm2: exploration, guided "
+                "modes and server= need it"
+            )
         processor_class(config.logits_processor)
 
 

@@ -85,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> dict | None:
 def check(config: EvaluateConfig) -> None:
     """Raise UserError for keys that do not fit together."""
     require_engine(config)
-    require_processor(config)
+    require_processor(config, config.server is None and not any(mode.guided for mode in config.modes))
     load_accept(config.accept)
     if not config.modes:
         raise UserError(f"modes: found none, expected some of {', '.join(Mode)}")

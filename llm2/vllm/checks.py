@@ -14,7 +14,7 @@ from llm2.verifier.model import ProcessVerifierConfig
 from llm2.vllm.core import MAX_BRANCHES
 from llm2.vllm.plugin import ARCHITECTURES, PLUGIN
 from llm2.vllm.prefix_head import check_fingerprint
-from llm2.vllm.settings import PREFIX, PROCESSOR, engine_settings, request_guidance
+from llm2.vllm.settings import PREFIX, PROCESSOR, TRANSFORMERS, engine_settings, request_guidance
 
 TESTED = "0.31 and 0.32"
 NO_PENALTY = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
@@ -26,20 +26,35 @@ def resolve_guidance(config: GuidanceConfig, verifier: str) -> GuidanceConfig:
     return GuidanceConfig(alpha=config.alpha, top_k=config.top_k, beta=beta)
 
 
+def check_rows(vllm_config: Any) -> None:
+    """Raise UserError unless each row of logits is the next token of a request whose token ids are known."""
+    model = vllm_config.model_config
+    if vllm_config.speculative_config is not None:
+        raise UserError("speculative_config: found one, expected none: one token per request is judged at a time")
+    if model.enable_prompt_embeds:
+        raise UserError("enable_prompt_embeds: found true, expected false: token ids are read")
+    if getattr(vllm_config.parallel_config, "enable_batch_sharded_sampling", False):
+        raise UserError("enable_batch_sharded_sampling: found true, expected false: a rank would lack some logits")
+
+
+def check_order(model: Any) -> None:
+    """Raise UserError where guidance comes before TransformersProcessor, whose logits the plausible set is made of."""
+    names = _names(model)
+    if PROCESSOR in names and names.index(PROCESSOR) < names.index(TRANSFORMERS):
+        raise UserError(f"logits_processors: found {PROCESSOR} before {TRANSFORMERS}, expected it behind")
+    if model.architectures[0].startswith(PLUGIN) and PROCESSOR not in names:
+        raise UserError(f"logits_processors: found a model that guides before {TRANSFORMERS}, expected {PROCESSOR} too")
+
+
 def check_engine(vllm_config: Any) -> None:
     """Raise UserError if guidance does not work with a `VllmConfig`."""
     settings, model = engine_settings(vllm_config.additional_config), vllm_config.model_config
     scheduler, system1 = vllm_config.scheduler_config, model.hf_text_config
     config = verifier_config(settings.verifier)
     backbone = config.backbone_config.get_text_config()
-    if vllm_config.speculative_config is not None:
-        raise UserError("speculative_config: found one, expected none: System 2 scores one token per request at a time")
-    if model.enable_prompt_embeds:
-        raise UserError("enable_prompt_embeds: found true, expected false: System 2 reads token ids")
+    check_rows(vllm_config)
     if model.is_multimodal_model:
         raise UserError(f"model {model.model}: found a multimodal model, expected text: System 2 reads text only")
-    if getattr(vllm_config.parallel_config, "enable_batch_sharded_sampling", False):
-        raise UserError("enable_batch_sharded_sampling: found true, expected false: a rank would lack some logits")
     if scheduler.async_scheduling and not model.logits_processors and not vllm_config.use_v2_model_runner:
         raise UserError(
             "async_scheduling: found true with a processor that was loaded as a plug-in, which vLLM then does not show "
@@ -62,17 +77,31 @@ def check_engine(vllm_config: Any) -> None:
 
 
 def require_applied(vllm_config: Any) -> None:
-    """Raise UserError if an engine's keys ask for guidance but neither a processor nor a model applies it."""
+    """Raise UserError if an engine's keys ask for something that neither a processor nor a model applies."""
     keys, model = vllm_config.additional_config, vllm_config.model_config
     if not isinstance(keys, dict) or not any(str(key).startswith(PREFIX) for key in keys):
         return
+    names = _names(model)
+    if "llm2_logits_processor" in keys and TRANSFORMERS not in names:
+        raise UserError(
+            "additional_config: found llm2_logits_processor and nothing that applies it; expected --logits-processors "
+            f"{TRANSFORMERS}"
+        )
+    if not any(str(key).startswith(PREFIX) and key != "llm2_logits_processor" for key in keys):
+        return
     by_model = model.architectures[0].startswith(PLUGIN) and engine_settings(keys).default is not None
-    named = {getattr(processor, "__name__", processor) for processor in model.logits_processors or ()}
-    if not by_model and not named & {PROCESSOR, PROCESSOR.partition(":")[2]}:
+    if not by_model and PROCESSOR not in names:
         raise UserError(
             f"additional_config: found {', '.join(map(str, keys))} and nothing that guides: every request would be "
             f"plain; expected --logits-processors {PROCESSOR}"
         )
+
+
+def _names(model: Any) -> list[str]:
+    """The engine's processors, ours as MODULE:CLASS whether they were given by name or as classes."""
+    ours = {name.partition(":")[2]: name for name in (PROCESSOR, TRANSFORMERS)}
+    given = [getattr(processor, "__name__", processor) for processor in model.logits_processors or ()]
+    return [ours.get(name, name) for name in given]
 
 
 def check_kind(config: ProcessVerifierConfig, name: str, architecture: str, model: str) -> None:

@@ -12,14 +12,14 @@ from llm2.common.loading import model_path, resolve_device
 from llm2.config import GuidanceConfig
 from llm2.errors import UserError
 from llm2.vllm.backend import Answer
-from llm2.vllm.settings import PREFIX, PROCESSOR, guidance_args
+from llm2.vllm.settings import PREFIX, PROCESSOR, TRANSFORMERS, guidance_args
 
 
 def engine_options(config: Any, verifier: str | None, default: GuidanceConfig | None = None) -> dict[str, Any]:
     """Arguments of vLLM's `LLM`, and of its server with dashes.
 
     Args:
-        config: model, device, dtype and the keys of EngineConfig.
+        config: model, device, dtype and the keys of DecodingConfig.
         default: guidance of requests that do not ask for any.
     """
     on_cpu = resolve_device(config.device).type == "cpu"
@@ -39,14 +39,20 @@ def engine_options(config: Any, verifier: str | None, default: GuidanceConfig | 
         options["gpu_memory_utilization"] = config.memory_share
     elif on_cpu:
         options["gpu_memory_utilization"] = 0.3  # share of memory on a CPU; vLLM does not start if less is free
+    processors, keys = [], {}
+    if config.logits_processor is not None:
+        processors.append(TRANSFORMERS)
+        keys[f"{PREFIX}logits_processor"] = config.logits_processor
     if verifier is not None:
         from llm2.verifier.load import verifier_config
         from llm2.vllm.prefix_head import plugin_overrides
 
-        options["logits_processors"] = [PROCESSOR]
-        options["additional_config"] = {f"{PREFIX}verifier": verifier, **guidance_args(default)}
+        processors.append(PROCESSOR)
+        keys |= {f"{PREFIX}verifier": verifier, **guidance_args(default)}
         if verifier_config(verifier).is_head:
             options["hf_overrides"] = plugin_overrides(model)
+    if processors:
+        options |= {"logits_processors": processors, "additional_config": keys}
     return options
 
 
@@ -55,16 +61,18 @@ def check_options(options: Mapping[str, Any]) -> None:
     if "additional_config" in options:
         from vllm import EngineArgs
 
-        from llm2.vllm.checks import check_engine
-        from llm2.vllm.processor import check_interfaces
+        from llm2.vllm.checks import check_engine, check_rows
+        from llm2.vllm.processor import GuidedProcessor
+        from llm2.vllm.rows import check_interfaces
 
-        check_interfaces()
+        check_interfaces(GuidedProcessor)
         try:
             config = EngineArgs(**options).create_engine_config()
         except ValueError as error:
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             raise UserError(f"vLLM refuses these options: {' '.join(reason.split())}") from None
-        check_engine(config)
+        guides = f"{PREFIX}verifier" in options["additional_config"]
+        (check_engine if guides else check_rows)(config)
 
 
 def require_vllm() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from llm2.common.chat import encode_chats, resolve_template
 from llm2.common.loading import load_tokenizer
 from llm2.config import GuidanceConfig, ServeConfig
+from llm2.decoding.processing import require_processor
 from llm2.errors import UserError
 from llm2.verifier.load import require_same_template, require_verifier
 from llm2.vllm.checks import resolve_guidance
@@ -21,6 +22,7 @@ QUESTION = "Nina has 12 shells. Ben has half as many shells as Nina. How many sh
 def check(config: ServeConfig) -> None:
     """Raise UserError if the verifier does not exist, or the chat template is not its own or writes the date."""
     require_verifier(config.verifier)
+    require_processor(config, in_vllm=True)
     if config.server is not None:
         raise UserError(f"server: found {config.server!r}, expected null: this command starts one")
     require_same_template(config.verifier, config.model, config.chat_template)

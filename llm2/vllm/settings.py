@@ -10,10 +10,11 @@ from llm2.config import GuidanceConfig
 from llm2.errors import UserError
 
 PROCESSOR = "llm2.vllm:GuidedProcessor"
+TRANSFORMERS = "llm2.vllm:TransformersProcessor"
 PREFIX = "llm2_"
 OFF = "off"  # value of beta for a plain request to an engine that guides by default
 REQUEST_KEYS = tuple(PREFIX + key for key in GuidanceConfig.__dataclass_fields__)
-ENGINE_KEYS = ("llm2_verifier", *REQUEST_KEYS)
+ENGINE_KEYS = ("llm2_verifier", "llm2_logits_processor", *REQUEST_KEYS)
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,23 @@ class EngineSettings:
 def engine_settings(additional_config: Any) -> EngineSettings:
     """Parse an engine's keys. Raises UserError if one is unknown, missing or out of range."""
     keys = _own_keys(additional_config if isinstance(additional_config, dict) else {}, ENGINE_KEYS, "additional_config")
+    keys.pop("llm2_logits_processor", None)
     verifier = keys.pop("llm2_verifier", None)
     if not isinstance(verifier, str):
         raise UserError(f"additional_config: llm2_verifier: found {verifier!r}, expected a verifier's folder or hub id")
     default = _guidance(keys, "additional_config")
     return EngineSettings(verifier, default, {k: v for k, v in keys.items() if k != "llm2_beta"})
+
+
+def processor_name(additional_config: Any) -> str:
+    """The MODULE:CLASS of an engine's keys. Raises UserError if there is none."""
+    keys = _own_keys(additional_config if isinstance(additional_config, dict) else {}, ENGINE_KEYS, "additional_config")
+    name = keys.get("llm2_logits_processor")
+    if not isinstance(name, str):
+        raise UserError(
+            f"additional_config: llm2_logits_processor: found {name!r}, expected MODULE:CLASS of a processor"
+        )
+    return name
 
 
 def request_guidance(

@@ -93,7 +93,7 @@ def notes(metrics: Metrics) -> list[str]:
 
 def settings(metrics: Metrics) -> str:
     """The settings in one line, without those that are null; empty if metrics.json does not hold them."""
-    keys = ("alpha", "beta", "top_k", "temperature", "few_shot", "logits_processor")
+    keys = ("alpha", "beta", "top_k", "temperature", "few_shot", "logits_processor", "accept")
     return ", ".join(f"{key} {metrics.settings[key]}" for key in keys if metrics.settings.get(key) is not None)
 
 
