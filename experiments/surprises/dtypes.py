@@ -40,6 +40,22 @@ for rows, width, out in (
         seconds[dtype] = best(lambda x=x, w=w: linear(x, w))
     f32, *others = seconds.values()
     print(f"linear {rows} x {width} -> {out}: bfloat16 {others[0] / f32:.2f}, float16 {others[1] / f32:.2f}")
+
+SHAPES = ((576, 960), (576, 576), (576, 3072), (1536, 576))  # of SmolLM2-135M's layers
+
+
+@torch.inference_mode()
+def stack(weights: list[torch.Tensor], rows: int) -> float:
+    """All layers once, as in a step of decoding: their weights no longer lie in a cache."""
+    inputs = {width: torch.randn(rows, width, dtype=weights[0].dtype) for width, _ in SHAPES}
+    return best(lambda: [linear(inputs[weight.shape[1]], weight) for weight in weights])
+
+
+layers = [torch.randn(out, width) for _ in range(30) for width, out in SHAPES]
+for rows in (1, 2, 4, 16):
+    seconds = [stack([w.to(dtype) for w in layers], rows) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    ratios = f"bfloat16 {seconds[1] / seconds[0]:.2f}, float16 {seconds[2] / seconds[0]:.2f}"
+    print(f"30 layers in turn, {rows} x: {ratios}")
 for queries, keys in ((1, 512), (64, 512), (512, 512)):
     seconds = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
