@@ -89,12 +89,12 @@ class RowProcessor(LogitsProcessorV1, LogitsProcessorV2):
                 rows.append((row, request, index, lengths[row]))
         return rows
 
-    def _follow(self, key: int, params: Any, *tokens: Sequence[int]) -> bool:
+    def _follow(self, key: int, params: Any, prompt: Sequence[int] = (), output: Sequence[int] = ()) -> bool:
         self._leave(key)
-        state = self.join(params, *tokens[:1] or [()])
-        if state is not None:
-            self.followed[key] = Followed(state, *tokens)
-        return state is not None
+        if (state := self.join(params, prompt)) is None:
+            return False
+        self.followed[key] = Followed(state, prompt, output)
+        return True
 
     def _leave(self, key: int) -> None:
         if (request := self.followed.pop(key, None)) is not None:
