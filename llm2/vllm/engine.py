@@ -71,7 +71,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         except ValueError as error:
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             raise UserError(f"vLLM refuses these options: {' '.join(reason.split())}") from None
-        guides = f"{PREFIX}verifier" in options["additional_config"]
+        guides = options["additional_config"].keys() - {f"{PREFIX}logits_processor"}
         (check_engine if guides else check_rows)(config)
 
 
