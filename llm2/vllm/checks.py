@@ -14,7 +14,7 @@ from llm2.verifier.model import ProcessVerifierConfig
 from llm2.vllm.core import MAX_BRANCHES
 from llm2.vllm.plugin import ARCHITECTURES, PLUGIN
 from llm2.vllm.prefix_head import check_fingerprint
-from llm2.vllm.settings import PREFIX, PROCESSOR, TRANSFORMERS, engine_settings, request_guidance
+from llm2.vllm.settings import LOGITS_PROCESSOR, PREFIX, PROCESSOR, TRANSFORMERS, engine_settings, request_guidance
 
 TESTED = "0.31 and 0.32"
 NO_PENALTY = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
@@ -79,15 +79,16 @@ def check_engine(vllm_config: Any) -> None:
 def require_applied(vllm_config: Any) -> None:
     """Raise UserError if an engine's keys ask for something that neither a processor nor a model applies."""
     keys, model = vllm_config.additional_config, vllm_config.model_config
-    if not isinstance(keys, dict) or not any(str(key).startswith(PREFIX) for key in keys):
+    own = {key for key in keys if str(key).startswith(PREFIX)} if isinstance(keys, dict) else set()
+    if not own:
         return
     names = _names(model)
-    if "llm2_logits_processor" in keys and TRANSFORMERS not in names:
+    if LOGITS_PROCESSOR in own and TRANSFORMERS not in names:
         raise UserError(
-            "additional_config: found llm2_logits_processor and nothing that applies it; expected --logits-processors "
+            f"additional_config: found {LOGITS_PROCESSOR} and nothing that applies it; expected --logits-processors "
             f"{TRANSFORMERS}"
         )
-    if not any(str(key).startswith(PREFIX) and key != "llm2_logits_processor" for key in keys):
+    if own == {LOGITS_PROCESSOR}:
         return
     by_model = model.architectures[0].startswith(PLUGIN) and engine_settings(keys).default is not None
     if not by_model and PROCESSOR not in names:

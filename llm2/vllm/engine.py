@@ -12,7 +12,7 @@ from llm2.common.loading import model_path, resolve_device
 from llm2.config import GuidanceConfig
 from llm2.errors import UserError
 from llm2.vllm.backend import Answer
-from llm2.vllm.settings import PREFIX, PROCESSOR, TRANSFORMERS, guidance_args
+from llm2.vllm.settings import LOGITS_PROCESSOR, PREFIX, PROCESSOR, TRANSFORMERS, guidance_args
 
 
 def engine_options(config: Any, verifier: str | None, default: GuidanceConfig | None = None) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def engine_options(config: Any, verifier: str | None, default: GuidanceConfig | 
     processors, keys = [], {}
     if config.logits_processor is not None:
         processors.append(TRANSFORMERS)
-        keys[f"{PREFIX}logits_processor"] = config.logits_processor
+        keys[LOGITS_PROCESSOR] = config.logits_processor
     if verifier is not None:
         from llm2.verifier.load import verifier_config
         from llm2.vllm.prefix_head import plugin_overrides
@@ -71,7 +71,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         except ValueError as error:
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             raise UserError(f"vLLM refuses these options: {' '.join(reason.split())}") from None
-        guides = options["additional_config"].keys() - {f"{PREFIX}logits_processor"}
+        guides = options["additional_config"].keys() - {LOGITS_PROCESSOR}
         (check_engine if guides else check_rows)(config)
 
 

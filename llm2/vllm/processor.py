@@ -55,7 +55,8 @@ class GuidedProcessor(RowProcessor):
     def leave(self, state: GuidedSequence) -> None:
         self.batch.leave(state)
 
-    def _rows_v1(self, num_rows: int) -> list[tuple[int, GuidedSequence]]:
+    def _commit_v1(self, num_rows: int) -> list[tuple[int, GuidedSequence]]:
+        """Guided rows, after System 2 was told their new tokens."""
         rows = []
         for row, request in self.rows_v1(num_rows):
             prompt, output, handle = request.prompt, request.output, request.state.handle
@@ -66,8 +67,8 @@ class GuidedProcessor(RowProcessor):
             rows.append((row, request.state))
         return rows
 
-    def _rows_v2(self, ctx: LogitsContext) -> list[tuple[int, GuidedSequence]]:
-        """Rows of requests past their prompt; their new tokens are fetched in one copy."""
+    def _commit_v2(self, ctx: LogitsContext) -> list[tuple[int, GuidedSequence]]:
+        """The same; the new tokens are fetched in one copy."""
         rows, indices, positions = self.rows_v2(ctx), [], []
         if self.batch.system2.needs_tokens:
             for _, request, index, length in rows:
@@ -83,7 +84,7 @@ class GuidedProcessor(RowProcessor):
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext | None = None) -> torch.Tensor:
         """Guide logits (rows, V) float32 in place."""
-        rows = self._rows_v1(len(logits)) if ctx is None else self._rows_v2(ctx)
+        rows = self._commit_v1(len(logits)) if ctx is None else self._commit_v2(ctx)
         if rows:
             self.batch.guide(logits, rows)
         if self.log_file is not None:

@@ -14,7 +14,8 @@ TRANSFORMERS = "llm2.vllm:TransformersProcessor"
 PREFIX = "llm2_"
 OFF = "off"  # value of beta for a plain request to an engine that guides by default
 REQUEST_KEYS = tuple(PREFIX + key for key in GuidanceConfig.__dataclass_fields__)
-ENGINE_KEYS = ("llm2_verifier", "llm2_logits_processor", *REQUEST_KEYS)
+LOGITS_PROCESSOR = PREFIX + "logits_processor"
+ENGINE_KEYS = (PREFIX + "verifier", LOGITS_PROCESSOR, *REQUEST_KEYS)
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class EngineSettings:
 
 def engine_settings(additional_config: Any) -> EngineSettings:
     """Parse an engine's keys. Raises UserError if one is unknown, missing or out of range."""
-    keys = _own_keys(additional_config if isinstance(additional_config, dict) else {}, ENGINE_KEYS, "additional_config")
-    keys.pop("llm2_logits_processor", None)
+    keys = _engine_keys(additional_config)
+    keys.pop(LOGITS_PROCESSOR, None)
     verifier = keys.pop("llm2_verifier", None)
     if not isinstance(verifier, str):
         raise UserError(f"additional_config: llm2_verifier: found {verifier!r}, expected a verifier's folder or hub id")
@@ -45,12 +46,9 @@ def engine_settings(additional_config: Any) -> EngineSettings:
 
 def processor_name(additional_config: Any) -> str:
     """The MODULE:CLASS of an engine's keys. Raises UserError if there is none."""
-    keys = _own_keys(additional_config if isinstance(additional_config, dict) else {}, ENGINE_KEYS, "additional_config")
-    name = keys.get("llm2_logits_processor")
+    name = _engine_keys(additional_config).get(LOGITS_PROCESSOR)
     if not isinstance(name, str):
-        raise UserError(
-            f"additional_config: llm2_logits_processor: found {name!r}, expected MODULE:CLASS of a processor"
-        )
+        raise UserError(f"additional_config: {LOGITS_PROCESSOR}: found {name!r}, expected MODULE:CLASS of a processor")
     return name
 
 
@@ -78,6 +76,10 @@ def guidance_args(guidance: GuidanceConfig | None) -> dict[str, float | int]:
     """The `extra_args` of a request (`vllm_xargs` in HTTP); empty for a plain one."""
     values = {} if guidance is None else guidance.guidance_kwargs()
     return {PREFIX + key: value for key, value in values.items() if value is not None}
+
+
+def _engine_keys(additional_config: Any) -> dict[str, Any]:
+    return _own_keys(additional_config if isinstance(additional_config, dict) else {}, ENGINE_KEYS, "additional_config")
 
 
 def _own_keys(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> dict[str, Any]:
