@@ -59,6 +59,13 @@ def test_best_of_k_and_weighted_votes_need_a_score_of_every_sample():
     assert "best_of_at" not in figures and "weighted_at" not in figures and figures["pass_at"]["2"] == 1
 
 
+def test_best_of_k_takes_a_refused_sample_only_where_all_are_refused():
+    refused = {**sample("3", False, 2.0), "accepted": False}
+    samples = line({**sample("7", True, 1.0), "accepted": True}, refused)
+    best = summarise({Mode.PLAIN_SAMPLING: [samples]}, ks=(1,), seed=0)["modes"]["plain_sampling"]["best_of_at"]
+    assert best == {"1": 1 / 2, "2": 1}
+
+
 def test_modes_are_compared_on_the_same_problems(metrics):
     tests = {test["metric"]: test for test in metrics["paired"]}
     assert set(tests) == {"majority@1", "majority@3", "best of 3", "weighted@3"}

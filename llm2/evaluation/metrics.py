@@ -1,5 +1,6 @@
 """Compute the figures of metrics.json from graded predictions; the statistics are in llm2/common/stats.py."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
@@ -116,7 +117,7 @@ def _curves(lines: Sequence[dict], ks: Sequence[int], seed: int) -> Curves:
         curves["pass", k] = [pass_at_k(len(all_ks), sum(_values(line, "correct")), k) for line in lines]
     if all(sample.get("score") is not None for line in lines for sample in line["samples"]):
         for k in all_ks:
-            curves["best_of", k] = [best_of_k(_values(line, "score"), _values(line, "correct"), k) for line in lines]
+            curves["best_of", k] = [best_of_k(_ranking(line), _values(line, "correct"), k) for line in lines]
         for k in ks:
             curves["weighted", k] = [
                 weighted_majority_at_k(_voting(line), vote_weights(_values(line, "score")), right_answer(line), k, seed)
@@ -132,6 +133,11 @@ def _values(line: dict, key: str) -> list:
 def _voting(line: dict) -> list[str | None]:
     """The samples' answers, None for those that `accept` refused."""
     return [sample["answer"] if sample.get("accepted", True) else None for sample in line["samples"]]
+
+
+def _ranking(line: dict) -> list[float]:
+    """The samples' scores, below all others for those that `accept` refused."""
+    return [sample["score"] if sample.get("accepted", True) else -math.inf for sample in line["samples"]]
 
 
 def _share(line: dict, key: str) -> float:
