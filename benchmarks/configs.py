@@ -69,6 +69,8 @@ class DecodeBenchmark(LlamaShape, GuidanceConfig):
     """LoRA rank of the verifier that shares System 1's weights."""
     graphs: bool = True
     """Measure with CUDA graphs too: speed on a GPU; host reads, padding and replays anywhere."""
+    float16_weights: bool = False
+    """Measure with float16 copies of the weights too, on an x86 CPU in float32."""
     rounds: Count = 5
     """Measured runs of each case."""
     seed: int = 0

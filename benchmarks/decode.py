@@ -127,16 +127,20 @@ def benchmark_cases(
 ) -> list[BenchmarkCase]:
     """All cases of one batch size."""
     options, on_gpu = config.guidance_kwargs(), system1.device.type == "cuda"
-    decoders = {
-        "LLM2, no verifier": Decoder(system1),
-        "LLM2, separate verifier at every token": Decoder(system1, Guidance(verifier=separate, **options, lazy=False)),
-        SEPARATE: Decoder(system1, Guidance(verifier=separate, **options)),
-        SHARED: Decoder(system1, Guidance(verifier=shared, **options)),
-        "LLM2, separate verifier of prefixes": Decoder(
-            system1, Guidance(verifier=prefix_verifier(separate), **options)
-        ),
-        "LLM2, prefix head": Decoder(system1, Guidance(verifier=prefix_head(system1), **options)),
+    guided = {
+        "LLM2, no verifier": None,
+        "LLM2, separate verifier at every token": Guidance(verifier=separate, **options, lazy=False),
+        SEPARATE: Guidance(verifier=separate, **options),
+        SHARED: Guidance(verifier=shared, **options),
+        "LLM2, separate verifier of prefixes": Guidance(verifier=prefix_verifier(separate), **options),
+        "LLM2, prefix head": Guidance(verifier=prefix_head(system1), **options),
     }
+    decoders = {name: Decoder(system1, guidance) for name, guidance in guided.items()}
+    if config.float16_weights:
+        decoders |= {
+            f"{name}, float16 weights": Decoder(system1, guidance, float16_weights=True)
+            for name, guidance in guided.items()
+        }
     runs: dict[str, Callable[[], float]] = {GENERATE: lambda: generate(system1, prompts, config)}
     if on_gpu and config.graphs:
         guidance = Guidance(verifier=shared, **options)

@@ -121,6 +121,8 @@ class EngineConfig:
     """Engine that decodes; vllm is installed separately, and explore then needs top_k."""
     dtype: Dtype = "auto"
     """Dtype; auto: the checkpoint's on a GPU, float32 on a CPU; explore and evaluate may choose bfloat16 there."""
+    float16_weights: bool = False
+    """On an x86 CPU: decode in float32 with float16 copies of the weights of linear layers, which is faster."""
     tensor_parallel: Annotated[Count, Mark.HOW] = 1
     """GPUs per vLLM engine."""
     max_model_len: Count | None = None

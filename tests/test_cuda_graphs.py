@@ -182,10 +182,10 @@ def test_weights_that_have_moved_are_noticed(tmp_path):
     options = {"max_new_tokens": 3, "eos": []}
     decoder.decode([[5, 6]], **options)
     with torch.no_grad():
-        model.lm_head.weight.mul_(2)  # in place: the addresses stay
+        model.model.norm.weight.mul_(2)  # in place: the addresses stay, and nothing holds a copy
     decoder.decode([[5, 6]], **options)
     verifier.double()
-    with pytest.raises(UserError, match="weights were moved or replaced after the Decoder was made"):
+    with pytest.raises(UserError, match="weights were moved, replaced or trained after the Decoder was made"):
         decoder.decode([[5, 6]], **options)
 
 

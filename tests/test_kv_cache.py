@@ -10,7 +10,7 @@ from llm2.decoding import scheduler
 from llm2.decoding.cuda_graphs import bucket
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.kv_cache import SlotCache
-from llm2.decoding.model_runner import OneDNNLinear
+from llm2.decoding.linear import OneDNNLinear
 from llm2.decoding.sampling import Guidance, SamplingParams
 
 SLOTS, HEADS, WIDTH = 256, 4, 32
@@ -96,11 +96,11 @@ def test_the_onednn_head_needs_few_kernels():
     sizes = [bucket(count, 8) for count in range(1, 1_025)]
     assert all(count <= size <= count * 9 / 8 for count, size in enumerate(sizes, start=1))
     assert sizes[:16] == list(range(1, 17)) and len(set(sizes)) == 16 + 8 * 6
-    weight = torch.randn(640, 160)
-    head, states = OneDNNLinear(weight), torch.randn(1, 256, 160)
+    linear = torch.nn.Linear(160, 640, bias=False)
+    head, states = OneDNNLinear(linear), torch.randn(1, 256, 160)
     before = resident()
     for count in range(1, 257):
-        torch.testing.assert_close(head(states[:, :count]), states[:, :count] @ weight.T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(head(states[:, :count]), linear(states[:, :count]), rtol=1e-4, atol=1e-4)
     assert resident() - before < 60 * 2**20
 
 

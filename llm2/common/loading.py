@@ -79,7 +79,8 @@ def with_batch_dtype(config: Config) -> Config:
     That is for a large model on a CPU that multiplies in bfloat16: rollouts are 2.3 times as fast there, a single
     sequence is not. What was decoded in float32 elsewhere is then of another config, and never mixed in.
     """
-    local = config.dtype == "auto" and config.server is None and resolve_device(config.device).type == "cpu"
+    chooses = config.dtype == "auto" and config.server is None and not config.float16_weights
+    local = chooses and resolve_device(config.device).type == "cpu"
     found = [key for key in BFLOAT16 if torch.cpu.get_capabilities().get(key)] if local else []
     if not found:
         return config

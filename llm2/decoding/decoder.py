@@ -25,17 +25,24 @@ class Decoder:
         guidance: None for System 1 alone.
         graphs: replay decoding steps as CUDA graphs; off by default, since the replay has not been checked on a GPU
             yet. On a CPU the same steps run eagerly in the same few shapes, for tests.
+        float16_weights: both systems multiply in float32 with float16 copies of the weights of their linear layers, on
+            an x86 CPU. Raises UserError elsewhere.
     """
 
-    def __init__(self, system1: PreTrainedModel, guidance: Guidance | None = None, graphs: bool = False) -> None:
+    def __init__(
+        self,
+        system1: PreTrainedModel,
+        guidance: Guidance | None = None,
+        graphs: bool = False,
+        float16_weights: bool = False,
+    ) -> None:
         self.guidance = guidance
-
         graph_store = CUDAGraphs.of(system1.device) if graphs else None
         if guidance is not None and guidance.shared and is_adapter(guidance.verifier):
-            lm = verifier = SharedRunner(system1, guidance.verifier, graph_store)
+            lm = verifier = SharedRunner(system1, guidance.verifier, graph_store, float16_weights)
         else:
-            lm = LMRunner(system1, graph_store)
-            verifier = None if guidance is None else runner_of(guidance.verifier, graph_store)
+            lm = LMRunner(system1, graph_store, float16_weights)
+            verifier = None if guidance is None else runner_of(guidance.verifier, graph_store, float16_weights)
         self.state = DecoderState(lm, verifier, guidance)
 
     @property
@@ -56,7 +63,7 @@ class Decoder:
             options: the other fields of `DecodeRequest`; max_new_tokens and eos are required.
         """
         if self.state.moved:
-            raise UserError("weights were moved or replaced after the Decoder was made; expected a new Decoder")
+            raise UserError("weights were moved, replaced or trained after the Decoder was made; expected a new Decoder")
         request = DecodeRequest(prompts=prompts, **options)
         finished: defaultdict[int, dict[int, Completion]] = defaultdict(dict)
         scheduler = Scheduler(self.state, request)

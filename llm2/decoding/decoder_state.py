@@ -8,6 +8,7 @@ import torch
 
 from llm2.common.architecture import refuse_too_long
 from llm2.decoding.kv_cache import SlotCache
+from llm2.decoding.linear import CopiedLinear
 from llm2.decoding.memory import GB, MemoryPlan, addresses, plan_memory
 from llm2.decoding.model_runner import LMRunner, VerifierRunner
 from llm2.decoding.sampling import Guidance
@@ -42,8 +43,12 @@ class DecoderState:
 
     @property
     def moved(self) -> bool:
-        """Whether weights moved or were replaced since the runners, which hold copies and addresses, were made."""
-        return addresses(*self._modules()) != self.weights
+        """Whether weights moved, were replaced, or changed where the runners hold copies of them."""
+        if addresses(*self._modules()) != self.weights:
+            return True
+        copied = [self.lm.body, self.lm.head, *([] if self.verifier is None else [self.verifier.body])]
+        layers = (layer for module in copied for layer in module.modules())
+        return any(layer.stale for layer in layers if isinstance(layer, CopiedLinear))
 
     @property
     def shared(self) -> bool:

@@ -41,6 +41,7 @@ from llm2.common.seeds import row_seed
 from llm2.decoding.candidates import guided_logits
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.generate_options import refuse_arguments, refuse_ignored
+from llm2.decoding.linear import require_float16_weights
 from llm2.decoding.sampling import Guidance, LogitsFn, SamplingParams, StopFn, TokenTrace
 from llm2.decoding.system2 import System2
 from llm2.errors import UserError, quote
@@ -83,10 +84,11 @@ class GuidedGenerate:
 
     Args:
         guidance: None for System 1 alone.
+        float16_weights: as for `Decoder`.
     """
 
-    def __init__(self, guidance: Guidance | None = None) -> None:
-        self.guidance = guidance
+    def __init__(self, guidance: Guidance | None = None, float16_weights: bool = False) -> None:
+        self.guidance, self.float16_weights = guidance, float16_weights
         self.decoder: Decoder | None = None
         self.system1: PreTrainedModel | None = None  # the model of self.decoder
 
@@ -108,7 +110,8 @@ class GuidedGenerate:
         if stream_to is not None and len(input_ids) > 1:
             raise ValueError(f"a streamer shows one sequence, found a batch of {len(input_ids)}")
         if self.system1 is not model or self.decoder.state.moved:
-            self.system1, self.decoder = model, Decoder(model, self.guidance)
+            self.system1 = model
+            self.decoder = Decoder(model, self.guidance, float16_weights=self.float16_weights)
         mask = model_inputs.get("attention_mask")  # None where nothing is padded
         mask = torch.ones_like(input_ids) if mask is None else mask
         pad = 0 if config.pad_token_id is None else config.pad_token_id
@@ -172,6 +175,7 @@ class LLM2:
 
     Args:
         verifier: a ProcessVerifier, or what else `Guidance` takes; System 1 decodes alone when None.
+        float16_weights: as for `Decoder`.
         guidance: the other fields of `Guidance`, such as alpha, beta and top_k.
     """
 
@@ -180,13 +184,15 @@ class LLM2:
         system1: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         verifier: ProcessVerifier | PreTrainedModel | System2 | None = None,
+        *,
+        float16_weights: bool = False,
         **guidance: Any,
     ) -> None:
-        self.system1, self.tokenizer = system1, tokenizer
+        self.system1, self.tokenizer, self.float16_weights = system1, tokenizer, float16_weights
         self.eos = eos_ids(system1, tokenizer)
         checked = Guidance(verifier=verifier, **guidance)  # refuses unknown keywords even without a verifier
         self.guidance = None if verifier is None else checked
-        self.guided_generate = GuidedGenerate(self.guidance)
+        self.guided_generate = GuidedGenerate(self.guidance, float16_weights)
 
     @classmethod
     def from_pretrained(
@@ -195,6 +201,7 @@ class LLM2:
         verifier: str | Path | None = None,
         *,
         chat_template: str | None = None,
+        float16_weights: bool = False,
         **options: Any,
     ) -> "LLM2":
         """Load both systems from folders or hub ids.
@@ -220,12 +227,14 @@ class LLM2:
                 "System 1 by that and pass it on: LLM2(system1, tokenizer, verifier)"
             )
         Guidance(verifier=None, **options)  # refuses what is out of range before anything is loaded
+        if float16_weights:
+            require_float16_weights(device, dtype)
         tokenizer = _tokenizer(load_tokenizer(model, **hub), model, verifier, chat_template)
         system1 = load_system1(model, device, dtype, **hub)
         if verifier is not None:
             hub = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
             verifier = load_verifier(verifier, device, dtype, system1.config.vocab_size, system1, tokenizer, **hub)
-        return cls(system1, tokenizer, verifier, **options)
+        return cls(system1, tokenizer, verifier, float16_weights=float16_weights, **options)
 
     def generate(self, inputs: torch.Tensor | None = None, **options) -> torch.Tensor | GuidedOutput:
         """transformers' `generate` of System 1, guided: its arguments and results, and those of `GuidedGenerate`.

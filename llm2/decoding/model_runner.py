@@ -20,6 +20,7 @@ from llm2.decoding.attention import IMPLEMENTATION, AttentionMetadata
 from llm2.decoding.cuda_graphs import CUDAGraphs, bucket
 from llm2.decoding.forward_batch import MAX_GRAPH_CHUNK, Chunk, PaddedBatch, VarlenBatch, padded_width, split
 from llm2.decoding.kv_cache import SlotCache
+from llm2.decoding.linear import OneDNNLinear, use_float16_weights
 from llm2.verifier.lora import clone_sharing_weights
 from llm2.verifier.model import ProcessVerifier
 
@@ -33,13 +34,16 @@ class ModelRunner:
 
     Args:
         graphs: lay forwards out in few shapes and replay those of short chunks; None runs every forward eagerly.
+        float16_weights: linear layers read float16 copies of their weights (`linear.py`).
 
     Attributes:
         counts: `forwards`, `replayed` ones, and `tokens` of them all, padding included.
     """
 
-    def __init__(self, body: PreTrainedModel, graphs: CUDAGraphs | None = None) -> None:
+    def __init__(self, body: PreTrainedModel, graphs: CUDAGraphs | None = None, float16_weights: bool = False) -> None:
         self.body, self.device, self.graphs = with_slot_attention(body), body.device, graphs
+        if float16_weights:
+            use_float16_weights(self.body)
         self.counts: Counter[str] = Counter()
 
     @property
@@ -122,9 +126,9 @@ class ModelRunner:
 class LMRunner(ModelRunner):
     """System 1."""
 
-    def __init__(self, model: PreTrainedModel, graphs: CUDAGraphs | None = None) -> None:
-        super().__init__(model.base_model, graphs)
-        self.head = head_of(model)
+    def __init__(self, model: PreTrainedModel, graphs: CUDAGraphs | None = None, float16_weights: bool = False) -> None:
+        super().__init__(model.base_model, graphs, float16_weights)
+        self.head = head_of(model, float16_weights)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(n, width) -> (n, V) float32."""
@@ -134,8 +138,10 @@ class LMRunner(ModelRunner):
 class VerifierRunner(ModelRunner):
     """The verifier in forwards of its own."""
 
-    def __init__(self, verifier: ProcessVerifier, graphs: CUDAGraphs | None = None) -> None:
-        super().__init__(verifier.backbone, graphs)
+    def __init__(
+        self, verifier: ProcessVerifier, graphs: CUDAGraphs | None = None, float16_weights: bool = False
+    ) -> None:
+        super().__init__(verifier.backbone, graphs, float16_weights)
         self.use_head(verifier)
 
     def use_head(self, verifier: ProcessVerifier) -> None:
@@ -157,13 +163,21 @@ class SharedRunner(LMRunner, VerifierRunner):
     The verifier's tokens stand at the end of the batch, in slots of their own, and the adapter acts on them alone.
     """
 
-    def __init__(self, model: PreTrainedModel, verifier: ProcessVerifier, graphs: CUDAGraphs | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        verifier: ProcessVerifier,
+        graphs: CUDAGraphs | None = None,
+        float16_weights: bool = False,
+    ) -> None:
         ModelRunner.__init__(self, verifier.backbone, graphs)
         self.use_head(verifier)
-        self.head, self.adapter = head_of(model), PartialLoRA()
+        self.head, self.adapter = head_of(model, float16_weights), PartialLoRA()
         for name, layer in list(self.body.named_modules()):
             if isinstance(layer, LoraLayer):
                 self.body.set_submodule(name, PartialLoRALinear(layer, self.adapter))
+        if float16_weights:
+            use_float16_weights(self.body)
 
     def _run(self, cache: SlotCache, batch: VarlenBatch | PaddedBatch, indices: torch.Tensor) -> torch.Tensor:
         self.adapter.start = batch.verifier_start
@@ -198,25 +212,6 @@ class PartialLoRALinear(nn.Module):
         return output
 
 
-class OneDNNLinear(nn.Module):
-    """A float32 linear layer on a CPU whose weight is stored in oneDNN's own layout.
-
-    For few tokens and a whole vocabulary of outputs it takes half the time of `nn.Linear`, which reorders the weight
-    at each call. torch.compile uses the same operators on a CPU.
-    """
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """(1, N, in) -> (1, N, out)."""
-        count = states.shape[1]
-        if padding := bucket(count, 8) - count:  # oneDNN caches a kernel for every number of tokens that it meets
-            states = nn.functional.pad(states, (0, 0, 0, padding))
-        return torch.ops.mkldnn._linear_pointwise(states, self.reordered, None, "none", [], "")[:, :count]
-
-
 class _States(BaseModelOutputWithPast):
     """A body's output whose other fields, such as the router's logits, are None."""
 
@@ -244,13 +239,16 @@ def with_slot_attention(body: PreTrainedModel) -> PreTrainedModel:
     return clone.eval()
 
 
-def head_of(model: PreTrainedModel) -> PreTrainedModel:
+def head_of(model: PreTrainedModel, float16_weights: bool = False) -> PreTrainedModel:
     """The model without its body: hidden states -> logits, with the model's soft caps and scales."""
     linear, instead = model.get_output_embeddings(), {model.base_model: _PassThrough()}
     plain = linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32 and linear.bias is None
-    if plain and linear.weight.nbytes <= MAX_ONEDNN_BYTES:
-        instead[linear] = OneDNNLinear(linear.weight)
-    return clone_sharing_weights(model, instead).eval()
+    if plain and not float16_weights and linear.weight.nbytes <= MAX_ONEDNN_BYTES:
+        instead[linear] = OneDNNLinear(linear)
+    head = clone_sharing_weights(model, instead).eval()
+    if float16_weights:
+        use_float16_weights(head)
+    return head
 
 
 def _move_positions(cache: SlotCache, indices: torch.Tensor) -> torch.Tensor:

@@ -25,9 +25,10 @@ from llm2.common.same_tokenizer import require_same_tokenizer
 from llm2.common.seeds import row_seed
 from llm2.config import EvaluateConfig, Mode
 from llm2.decoding.decoder import Decoder
+from llm2.decoding.linear import require_float16_weights
 from llm2.decoding.llm2 import LLM2
 from llm2.decoding.processing import load_processor, logits_fn, require_processor
-from llm2.decoding.sampling import Completion, SamplingParams
+from llm2.decoding.sampling import Completion, Guidance, SamplingParams
 from llm2.errors import UserError
 from llm2.evaluation.accept import load_accept
 from llm2.evaluation.metrics import summarise
@@ -85,6 +86,8 @@ def evaluate(config: EvaluateConfig) -> dict | None:
 def check(config: EvaluateConfig) -> None:
     """Raise UserError for keys that do not fit together."""
     require_engine(config)
+    if config.float16_weights:
+        require_float16_weights(resolve_device(config.device), config.dtype, config.engine)
     require_processor(config, config.server is None and not any(mode.guided for mode in config.modes))
     load_accept(config.accept)
     if not config.modes:
@@ -203,7 +206,7 @@ class Evaluator:
         if self.vllm is not None:
             finished = self.vllm.decode(mode, prompts, seeds)
         else:
-            finished = Decoder(llm2.system1, llm2.guidance if mode.guided else None).stream(
+            finished = self._decoder(llm2.guidance if mode.guided else None).stream(
                 prompts,
                 max_new_tokens=config.max_new_tokens,
                 eos=llm2.eos,
@@ -219,6 +222,9 @@ class Evaluator:
             progress.on_finished(index, [row.token_ids for row in completions])
             yield Decoded(problems[index], prompts[index], completions)
 
+    def _decoder(self, guidance: Guidance | None) -> Decoder:
+        return Decoder(self.llm2.system1, guidance, float16_weights=self.config.float16_weights)
+
     def _search(
         self, mode: Mode, problems: Sequence[Problem], prompts: Sequence[list[int]], progress: DecodingBar
     ) -> Iterator[Decoded]:
@@ -229,7 +235,7 @@ class Evaluator:
             return self.task.grade([text], problem.gold)[0].answer if self._accepts(problem, text) else None
 
         found = search(
-            Decoder(llm2.system1, llm2.guidance if mode.guided else unguided(config.alpha, config.top_k)),
+            self._decoder(llm2.guidance if mode.guided else unguided(config.alpha, config.top_k)),
             prompts,
             answer,
             max_solutions=config.search_solutions,

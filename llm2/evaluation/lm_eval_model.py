@@ -44,7 +44,7 @@ class HarnessModel(LM):
         max_gen_toks: maximum number of new tokens, unless the task sets one.
         batch_size: sequences in flight; `auto`: as many as fit into GPU memory.
         max_batch_size: unused; lm_eval passes it to every model.
-        guidance: alpha, beta and top_k.
+        guidance: alpha, beta and top_k; float16_weights.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class HarnessModel(LM):
         own = process_device(own) if self.world_size > 1 else own  # a single process keeps an index such as `cuda:1`
         options = {"device": str(own), "dtype": dtype, "chat_template": chat_template}
         self.llm2 = LLM2.from_pretrained(pretrained, verifier, **options, **guidance)
-        self.decoder = Decoder(self.llm2.system1, self.llm2.guidance)
+        self.decoder = Decoder(self.llm2.system1, self.llm2.guidance, float16_weights=self.llm2.float16_weights)
         self.add_special_tokens = True  # until a chat template writes them
         self.max_gen_toks, self.seed = max_gen_toks, seed
         self.batch_size = batch_size if batch_size == "auto" else int(batch_size)

@@ -20,7 +20,8 @@ from llm2.config import GuidanceConfig
 from llm2.decoding.candidates import guided_logits, plausible
 from llm2.decoding.forward_batch import Chunk
 from llm2.decoding.kv_cache import SlotCache
-from llm2.decoding.model_runner import OneDNNLinear, VerifierRunner
+from llm2.decoding.linear import OneDNNLinear
+from llm2.decoding.model_runner import VerifierRunner
 from llm2.decoding.system2 import Candidates, Handle, System2
 from llm2.decoding.system2.reader import Reader
 from llm2.verifier.model import ProcessVerifier
@@ -136,4 +137,4 @@ def _prepack(body: nn.Module) -> None:
     """On a CPU in float32, keep the weights of linear layers in oneDNN's layout, which takes half the time."""
     for name, layer in list(body.named_modules()):
         if isinstance(layer, nn.Linear) and layer.bias is None and layer.weight.type() == "torch.FloatTensor":
-            body.set_submodule(name, OneDNNLinear(layer.weight))
+            body.set_submodule(name, OneDNNLinear(layer))

@@ -22,13 +22,15 @@ def is_adapter(verifier: Kind) -> bool:
     return isinstance(verifier, ProcessVerifier) and verifier.config.is_adapter
 
 
-def runner_of(verifier: Kind, graphs: CUDAGraphs | None = None) -> VerifierRunner | ContrastRunner | None:
+def runner_of(
+    verifier: Kind, graphs: CUDAGraphs | None = None, float16_weights: bool = False
+) -> VerifierRunner | ContrastRunner | None:
     """What reads tokens for it in forwards of its own; None for a kind that runs no model."""
     if isinstance(verifier, System2):
         return None
     if not isinstance(verifier, ProcessVerifier):
-        return ContrastRunner(verifier, graphs)
-    return None if verifier.config.is_head else VerifierRunner(verifier, graphs)
+        return ContrastRunner(verifier, graphs, float16_weights)
+    return None if verifier.config.is_head else VerifierRunner(verifier, graphs, float16_weights)
 
 
 def open_system2(

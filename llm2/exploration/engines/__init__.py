@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from llm2.common.loading import resolve_device
 from llm2.config import RolloutConfig
+from llm2.decoding.linear import require_float16_weights
 from llm2.decoding.processing import require_processor
 from llm2.errors import UserError
 from llm2.verifier.load import require_same_template, require_verifier, trained_beta
@@ -81,6 +83,8 @@ class Engine(ABC):
 def check_engine(config: RolloutConfig) -> None:
     """Raise UserError if the keys do not fit the selected engine."""
     require_engine(config)
+    if config.float16_weights:
+        require_float16_weights(resolve_device(config.device), config.dtype, config.engine)
     require_processor(config)
     if config.verifier is not None:
         require_verifier(config.verifier)

@@ -35,7 +35,7 @@ class LocalEngine(Engine):
         device = process_device(resolve_device(config.device))
         self.config, self.tokenizer = config, tokenizer
         self.model = load_system1(config.model, device, config.dtype)
-        self.decoder = Decoder(self.model, self._guidance(device))
+        self.decoder = Decoder(self.model, self._guidance(device), float16_weights=config.float16_weights)
         self.eos = eos_ids(self.model, tokenizer)
         self.processor = load_processor(config.logits_processor, tokenizer)
         greedy = config.temperature == 0
