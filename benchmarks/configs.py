@@ -10,9 +10,9 @@ from llm2.common.keys import Mark
 from llm2.config import (
     STRICT,
     Count,
+    DecodingConfig,
     Device,
     Dtype,
-    EngineConfig,
     GuidanceConfig,
     ModelConfig,
     NonNegative,
@@ -184,7 +184,7 @@ class LabelsBenchmark:
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
-class ServedBenchmark(ModelConfig, GuidanceConfig, EngineConfig):
+class ServedBenchmark(ModelConfig, DecodingConfig):
     """Guided and plain decoding by vLLM and by our decoder."""
 
     benchmark: Literal["served"]

@@ -5,6 +5,7 @@ sorted by length in full batches, which suits it best.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
@@ -25,13 +26,16 @@ GENERATE, VLLM = "transformers generate", "vLLM in process"
 def measure(config: RolloutBenchmark) -> str:
     """Measure every case, write `config.output`, return the table."""
     tokenizer = load_tokenizer(config.model)
-    engine = LocalEngine(config, tokenizer)
+    engine = LocalEngine(replace(config, float16_weights=False), tokenizer)
     requests = rollout_requests(config, engine)
     torch.manual_seed(config.seed)
     runs: dict[str, Callable[[], float]] = {
         GENERATE: lambda: generate(engine.model, engine.eos, tokenizer.pad_token_id, requests, config),
         "LLM2 rollouts": lambda: num_tokens(engine.generate(requests)),
     }
+    if config.float16_weights:
+        copies = LocalEngine(config, tokenizer)
+        runs["LLM2 rollouts, float16 weights"] = lambda: num_tokens(copies.generate(requests))
     if config.vllm:
         vllm = VllmEngine(config, tokenizer)
         runs[VLLM] = lambda: num_tokens(generate_without_cache(vllm, requests))

@@ -41,6 +41,10 @@ def measure(config: ServedBenchmark) -> str:
             VLLM_PLAIN: (partial(stream, vllm, request), None),
             VLLM_GUIDED: (partial(stream, vllm, {**request, "extra_args": guidance_args(llm2.guidance)}), VLLM_PLAIN),
         }
+        if config.float16_weights:
+            for name, guidance in ((PLAIN, None), (GUIDED, llm2.guidance)):
+                copies = Decoder(llm2.system1, guidance, float16_weights=True)
+                runs[f"{name}, float16 weights"] = partial(decode, copies, options), PLAIN
         for name, (run, ratio_to) in runs.items():
             case = BenchmarkCase(name, in_turn(run, rounds), "tokens/s", batch_size, ratio_to)
             cases.append(case)

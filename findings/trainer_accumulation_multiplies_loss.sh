@@ -4,9 +4,9 @@
 # Trainer leaves out the division by gradient_accumulation_steps for a model whose forward takes **kwargs, since such a model
 # is to divide by the number of labels in all of the batches. Most text classifiers and masked language models take **kwargs
 # and do not hand them to their loss. So the same eight examples, in eight batches of one in place of one of eight, give eight
-# times the gradient and a logged loss to match. SGD takes eight times the step; AdamW does not see the factor, clipping to
-# max_grad_norm does. Reported for 5.15 as issue 47688 of huggingface/transformers. Seen with torch 2.13.0 on a CPU, small
-# random models, one step of SGD without clipping: loss and change of the weights with eight batches, over those with one:
+# times the gradient and a logged loss to match: SGD takes eight times the step, and clipping sees eight times the norm.
+# AdamW hardly sees the factor. Reported for 5.15 as issue 47688 of huggingface/transformers. Seen with torch 2.13.0 on a CPU,
+# small random models, one step of SGD without clipping: loss and change of the weights with eight batches, over those with one:
 #
 #   LlamaForCausalLM: loss x 1.00, change x 1.00
 #   ViTForImageClassification: loss x 1.00, change x 1.00

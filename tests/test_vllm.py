@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import make_dataclass, replace
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -22,9 +23,10 @@ import torch
 from conftest import VOCABULARY, tiny_system1
 from transformers import LogitsProcessor
 
+from benchmarks.configs import RolloutBenchmark, ServedBenchmark
 from llm2.common.config_file import write_config
 from llm2.common.loading import load_tokenizer
-from llm2.config import EvaluateConfig, GuidanceConfig, Mode, ServeConfig, TrainConfig, VerifierSpec
+from llm2.config import EvaluateConfig, ExploreConfig, GuidanceConfig, Mode, ServeConfig, TrainConfig, VerifierSpec
 from llm2.decoding.candidates import plausible
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.model_runner import ModelRunner
@@ -39,6 +41,7 @@ from llm2.vllm import core, proof, serve
 from llm2.vllm.backend import Answer
 from llm2.vllm.checks import check_engine, describe_memory
 from llm2.vllm.core import GuidedBatch, open_verifier
+from llm2.vllm.engine import engine_options
 from llm2.vllm.prefix_head import HeadBatch, check_fingerprint, load_head
 from llm2.vllm.settings import engine_settings, guidance_args, request_guidance
 
@@ -742,6 +745,15 @@ def test_verifier_calls_are_counted_from_log_probabilities(system1_folder, verif
     assert "extra_args" not in sent[1] and (sent[1]["n"], sent[1]["temperature"]) == (2, 1.0)
 
 
+@pytest.mark.parametrize("kind", [EvaluateConfig, ExploreConfig, ServeConfig, ServedBenchmark, RolloutBenchmark])
+def test_each_config_that_starts_vllm_has_the_keys_of_its_engine(kind):
+    needed = {"model": "testbed", "task": "testbed", "output_dir": "o", "output": "o", "verifier": "v"}
+    needed |= {"benchmark": {ServedBenchmark: "served", RolloutBenchmark: "rollouts"}.get(kind)}
+    known = {key: value for key, value in needed.items() if key in kind.__dataclass_fields__}
+    options = engine_options(kind(**known, device="cpu", dtype="float32"), None)
+    assert options["dtype"] == "float32" and Path(options["model"]).is_dir()
+
+
 def test_serving_checks_the_template_and_prints_a_request(system1_folder, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "verifier")
     config = ServeConfig(model=system1_folder, verifier=str(tmp_path / "verifier"), device="cpu", port=8123)
@@ -750,6 +762,8 @@ def test_serving_checks_the_template_and_prints_a_request(system1_folder, folder
     serve.check(config)  # the model's own template is that one
     with pytest.raises(UserError, match="chat_template: found 'chatml-plain', expected 'llama3-plain'"):
         serve.check(replace(config, chat_template="chatml-plain"))
+    with pytest.raises(UserError, match="float16_weights: found true, expected false"):
+        serve.check(replace(config, float16_weights=True))
     content = shlex.split(serve.curl(config, GuidanceConfig(beta=0.5)))[-1]
     assert json.loads(content)["vllm_xargs"] == {"llm2_beta": 0.5, "llm2_alpha": 0.1}
     options = serve.command_line({"enforce_eager": True, "enable_chunked_prefill": False, "a": ["b"], "c": {"d": 1}})

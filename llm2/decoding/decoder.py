@@ -63,7 +63,9 @@ class Decoder:
             options: the other fields of `DecodeRequest`; max_new_tokens and eos are required.
         """
         if self.state.moved:
-            raise UserError("weights were moved, replaced or trained after the Decoder was made; expected a new Decoder")
+            raise UserError(
+                "weights were moved, replaced or trained after the Decoder was made; expected a new Decoder"
+            )
         request = DecodeRequest(prompts=prompts, **options)
         finished: defaultdict[int, dict[int, Completion]] = defaultdict(dict)
         scheduler = Scheduler(self.state, request)

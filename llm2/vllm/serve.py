@@ -20,9 +20,11 @@ QUESTION = "Nina has 12 shells. Ben has half as many shells as Nina. How many sh
 
 
 def check(config: ServeConfig) -> None:
-    """Raise UserError if the verifier does not exist, or the chat template is not its own or writes the date."""
+    """Raise UserError for keys that do not fit, a missing verifier, a chat template not its own or with a date."""
     require_verifier(config.verifier)
     require_processor(config, in_vllm=True)
+    if config.float16_weights:
+        raise UserError("float16_weights: found true, expected false: vLLM keeps its own weights")
     if config.server is not None:
         raise UserError(f"server: found {config.server!r}, expected null: this command starts one")
     require_same_template(config.verifier, config.model, config.chat_template)
