@@ -86,6 +86,16 @@ def test_the_decoder_writes_what_the_reference_writes_with_rounded_weights(kind,
     assert not any(isinstance(layer, Float16Linear) for layer in system1.modules())
 
 
+@needs_fbgemm
+def test_a_second_language_model_has_them_too():
+    def completions(system1, other, **how):
+        decoder = Decoder(system1, Guidance(verifier=other, alpha=0.02, beta=1.0), **how)
+        return [row.token_ids for (row,) in decoder.decode(PROMPTS, max_new_tokens=12, eos=EOS)]
+
+    system1, other = tiny_system1(), tiny_system1(3)
+    assert completions(system1, other, float16_weights=True) == completions(rounded(system1), rounded(other))
+
+
 @pytest.mark.parametrize("float16_weights", [False, pytest.param(True, marks=needs_fbgemm)])
 @pytest.mark.parametrize("trained", ["system1", "verifier"])
 def test_copies_of_weights_are_made_anew_after_training(float16_weights, trained, tokenizer, tmp_path):
