@@ -15,7 +15,7 @@ from llm2 import LLM2
 from llm2.config import EvaluateConfig, ExploreConfig, Mode, VerifierSpec
 from llm2.decoding import linear
 from llm2.decoding.decoder import Decoder
-from llm2.decoding.linear import Float16Linear, has_fbgemm, use_float16_weights
+from llm2.decoding.linear import Float16Linear, use_float16_weights
 from llm2.decoding.sampling import Guidance
 from llm2.errors import UserError
 from llm2.evaluation.evaluate import check, evaluate
@@ -24,7 +24,9 @@ from llm2.verifier.model import ProcessVerifier
 
 EOS = [1]
 PROMPTS = torch.randint(3, VOCABULARY, (5, 11), generator=torch.Generator().manual_seed(8)).tolist()
-needs_fbgemm = pytest.mark.skipif(not has_fbgemm(), reason="torch has no FBGEMM for this processor")
+needs_fbgemm = pytest.mark.skipif(
+    torch.backends.quantized.engine not in linear.FBGEMM, reason="torch has no FBGEMM for this processor"
+)
 
 
 def rounded(model: nn.Module) -> nn.Module:
@@ -39,9 +41,9 @@ def rounded(model: nn.Module) -> nn.Module:
 def verifier_of(kind: str, folder) -> ProcessVerifier | None:
     if kind == "plain":
         return None
-    tiny_system1(0 if kind == "shared" else 1).save_pretrained(folder)
+    tiny_system1(1 if kind == "separate" else 0).save_pretrained(folder)
     torch.manual_seed(2)
-    spec = VerifierSpec(kind="lora", lora_r=4) if kind == "shared" else VerifierSpec()
+    spec = VerifierSpec() if kind == "separate" else VerifierSpec(kind="lora", lora_r=4)
     verifier = ProcessVerifier.from_system1(str(folder), spec, attn_implementation="eager").eval()
     for name, parameter in verifier.named_parameters():
         if "lora_B" in name or name == "score.weight":
@@ -64,7 +66,7 @@ def test_a_layer_equals_one_with_rounded_weights_for_any_shape(bias):
 
 
 @needs_fbgemm
-@pytest.mark.parametrize("kind", ["plain", "separate", "shared"])
+@pytest.mark.parametrize("kind", ["plain", "separate", "shared", "adapter"])
 def test_the_decoder_writes_what_the_reference_writes_with_rounded_weights(kind, tmp_path):
     system1, verifier, batch = tiny_system1(), verifier_of(kind, tmp_path), [PROMPTS[i][: 2 * i + 1] for i in range(5)]
     twin, twin_verifier = rounded(system1), None if verifier is None else copy.deepcopy(verifier)
@@ -96,21 +98,33 @@ def test_a_second_language_model_has_them_too():
     assert completions(system1, other, float16_weights=True) == completions(rounded(system1), rounded(other))
 
 
+def trained(what: str, system1, verifier) -> nn.Parameter:
+    """Trained in place by what transformers' Trainer takes: a fused optimizer leaves no trace in `_version`."""
+    parameter = {
+        "system1": lambda: system1.lm_head.weight,
+        "separate": lambda: verifier.backbone.layers[1].mlp.down_proj.weight,
+        "shared": lambda: next(p for name, p in verifier.named_parameters() if "lora_B" in name),
+        "contrast": lambda: verifier.lm_head.weight,
+    }[what]()
+    parameter.grad = torch.sign(parameter.detach())
+    torch.optim.SGD([parameter], lr=2.0, fused=True).step()
+
+
 @pytest.mark.parametrize("float16_weights", [False, pytest.param(True, marks=needs_fbgemm)])
-@pytest.mark.parametrize("trained", ["system1", "verifier"])
-def test_copies_of_weights_are_made_anew_after_training(float16_weights, trained, tokenizer, tmp_path):
-    """Without float16 weights only System 1's output layer is a copy."""
-    system1, verifier = tiny_system1(), verifier_of("separate", tmp_path)
+@pytest.mark.parametrize("what", ["system1", "separate", "shared", "contrast"])
+def test_copies_of_weights_are_made_anew_after_training(float16_weights, what, tokenizer, tmp_path):
+    """Without float16 weights only output layers and the adapters of shared forwards are copies."""
+    system1 = tiny_system1()
+    verifier = tiny_system1(3) if what == "contrast" else verifier_of(what.replace("system1", "separate"), tmp_path)
     llm2 = LLM2(system1, tokenizer, verifier, float16_weights=float16_weights, alpha=0.02, beta=3.0)
     options = {"inputs": torch.tensor([PROMPTS[0]]), "max_new_tokens": 8}
     decoder = Decoder(system1, llm2.guidance, float16_weights=float16_weights)
     before = llm2.generate(**options)
-    with torch.no_grad():  # as an optimizer does
-        head = system1.lm_head if trained == "system1" else verifier.backbone.layers[1].mlp.down_proj
-        head.weight.neg_()
-    after, fresh = llm2.generate(**options), LLM2(system1, tokenizer, verifier, alpha=0.02, beta=3.0)
+    trained(what, system1, verifier)
+    fresh = LLM2(system1, tokenizer, verifier, float16_weights=float16_weights, alpha=0.02, beta=3.0)
+    after = llm2.generate(**options)
     assert torch.equal(after, fresh.generate(**options)) and not torch.equal(after, before)
-    if float16_weights or trained == "system1":
+    if float16_weights or what != "separate":
         with pytest.raises(UserError, match="trained after the Decoder was made"):
             decoder.decode([PROMPTS[0]], max_new_tokens=8, eos=EOS)
 
@@ -144,15 +158,22 @@ def test_what_cannot_have_them_is_refused_before_weights_load(tmp_path, changes,
 
 
 def test_a_torch_without_fbgemm_is_named(monkeypatch):
-    monkeypatch.setattr(linear, "has_fbgemm", lambda: False)
-    with pytest.raises(UserError, match="no FBGEMM.*expected an x86 CPU"):
+    monkeypatch.setattr(linear, "FBGEMM", ())
+    with pytest.raises(UserError, match="quantized engine is .*, expected x86 or fbgemm"):
         LLM2.from_pretrained("nothing-here", float16_weights=True, device="cpu")
 
 
+def test_what_is_no_bool_is_refused():
+    """`float16_weights=no` in lm_eval's --model_args is a text."""
+    with pytest.raises(UserError, match="float16_weights: found 'no', expected true or false"):
+        LLM2.from_pretrained("nothing-here", float16_weights="no", device="cpu")
+
+
 @needs_fbgemm
-def test_a_weight_that_float16_cannot_hold_is_named():
+@pytest.mark.parametrize(("weight", "found"), [(-1e5, "1e\\+05"), (float("nan"), "nan"), (float("inf"), "inf")])
+def test_a_weight_that_float16_cannot_hold_is_named(weight, found):
     model = nn.Sequential(nn.Linear(4, 4))
     with torch.no_grad():
-        model[0].weight[1, 2] = -1e5
-    with pytest.raises(UserError, match="0 has a weight of 1e\\+05, expected at most 65,504"):
+        model[0].weight[1, 2] = weight
+    with pytest.raises(UserError, match=f"0 has a weight of {found}, expected at most 65,504"):
         use_float16_weights(model)

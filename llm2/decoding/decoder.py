@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from llm2.decoding.cuda_graphs import CUDAGraphs
 from llm2.decoding.decoder_state import DecoderState
+from llm2.decoding.linear import require_float16_weights
 from llm2.decoding.model_runner import LMRunner, SharedRunner
 from llm2.decoding.sampling import Completion, DecodeRequest, Guidance
 from llm2.decoding.scheduler import Scheduler
@@ -36,6 +37,7 @@ class Decoder:
         graphs: bool = False,
         float16_weights: bool = False,
     ) -> None:
+        require_float16_weights(float16_weights, system1.device, system1.dtype)
         self.guidance = guidance
         graph_store = CUDAGraphs.of(system1.device) if graphs else None
         if guidance is not None and guidance.shared and is_adapter(guidance.verifier):

@@ -8,7 +8,6 @@ import torch
 
 from llm2.common.architecture import refuse_too_long
 from llm2.decoding.kv_cache import SlotCache
-from llm2.decoding.linear import CopiedLinear
 from llm2.decoding.memory import GB, MemoryPlan, addresses, plan_memory
 from llm2.decoding.model_runner import LMRunner, VerifierRunner
 from llm2.decoding.sampling import Guidance
@@ -44,11 +43,9 @@ class DecoderState:
     @property
     def moved(self) -> bool:
         """Whether weights moved, were replaced, or changed where the runners hold copies of them."""
-        if addresses(*self._modules()) != self.weights:
-            return True
-        copied = [self.lm.body, self.lm.head, *([] if self.verifier is None else [self.verifier.body])]
-        layers = (layer for module in copied for layer in module.modules())
-        return any(layer.stale for layer in layers if isinstance(layer, CopiedLinear))
+        runners = {self.lm, self.verifier} - {None}
+        copied = (snapshot for runner in runners for snapshot in runner.snapshots())
+        return addresses(*self._modules()) != self.weights or any(snapshot.changed for snapshot in copied)
 
     @property
     def shared(self) -> bool:

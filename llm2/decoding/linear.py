@@ -9,6 +9,30 @@ from llm2.errors import UserError
 
 LARGEST = torch.finfo(torch.float16).max
 KEY = "float16_weights: found true"
+FBGEMM = ("x86", "fbgemm")  # torch's quantized engines that have it
+SAMPLED = 64  # values of a weight that tell whether it was trained
+
+
+class Snapshot:
+    """Tells whether a weight was changed in place since a copy of it was made.
+
+    By its version, and by some of its values: fused optimizers and changes of `weight.data` leave the version alone.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+        self.version, self.values = self._version(), self._values()
+
+    @property
+    def changed(self) -> bool:
+        return self._version() != self.version or not torch.equal(self._values(), self.values)
+
+    def _version(self) -> int:
+        return 0 if self.weight.is_inference() else self.weight._version
+
+    def _values(self) -> torch.Tensor:
+        values = self.weight.detach().flatten()
+        return values[:: max(1, len(values) // SAMPLED)].nan_to_num()  # NaN equals nothing
 
 
 class CopiedLinear(nn.Module):
@@ -16,12 +40,7 @@ class CopiedLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        self.weight, self.bias, self.version = layer.weight, layer.bias, _version(layer.weight)
-
-    @property
-    def stale(self) -> bool:
-        """Whether the weight was changed in place, as by an optimizer, since it was copied."""
-        return _version(self.weight) != self.version
+        self.weight, self.bias, self.copied = layer.weight, layer.bias, [Snapshot(layer.weight)]
 
 
 class OneDNNLinear(CopiedLinear):
@@ -62,35 +81,35 @@ class Float16Linear(CopiedLinear):
 
 
 def use_float16_weights(model: nn.Module) -> None:
-    """Replace all plain linear layers within a model by a Float16Linear.
+    """Replace all plain linear layers within a model by a Float16Linear, but for those of adapters.
 
     Raises UserError as `require_float16_weights`, and for a weight that float16 cannot hold.
     """
     layers = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear]
     for name, layer in layers:
+        if "lora_" in name:
+            continue
         weight = layer.weight.detach()
-        require_float16_weights(weight.device, weight.dtype)
-        if (largest := weight.abs().amax().item()) > LARGEST:
+        require_float16_weights(True, weight.device, weight.dtype)
+        largest = weight.abs().amax().item()
+        if not largest <= LARGEST:  # NaN too: FBGEMM would make both a number, also in the layer's own weight
             raise UserError(f"{KEY}, and {name} has a weight of {largest:.3g}, expected at most {LARGEST:,.0f}")
         model.set_submodule(name, Float16Linear(layer))
 
 
-def require_float16_weights(device: torch.device, dtype: str | torch.dtype | None, engine: str = "llm2") -> None:
-    """Raise UserError for what cannot read float16 weights: another engine, device or dtype, a torch without FBGEMM."""
+def require_float16_weights(
+    wanted: bool, device: torch.device, dtype: str | torch.dtype | None, engine: str = "llm2"
+) -> None:
+    """Raise UserError where they are wanted and cannot be had: another engine, device or dtype, no FBGEMM."""
+    if not isinstance(wanted, bool):
+        raise UserError(f"float16_weights: found {wanted!r}, expected true or false")
+    if not wanted:
+        return
     if engine != "llm2":
         raise UserError(f"{KEY} with engine {engine}, expected engine llm2")
     if device.type != "cpu":
         raise UserError(f"{KEY} on {device.type}, expected device cpu; a GPU takes dtype=float16")
     if resolve_dtype(dtype, device) != torch.float32:
         raise UserError(f"{KEY} with dtype {dtype}, expected float32, in which it multiplies")
-    if not has_fbgemm():
-        raise UserError(f"{KEY}, and this torch has no FBGEMM for its processor, expected an x86 CPU")
-
-
-def has_fbgemm() -> bool:
-    """Whether torch was built with FBGEMM and runs on a processor that it knows: x86 from AVX2 on."""
-    return "fbgemm" in torch.backends.quantized.supported_engines
-
-
-def _version(weight: torch.Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version
+    if (found := torch.backends.quantized.engine) not in FBGEMM:
+        raise UserError(f"{KEY}, and torch's quantized engine is {found}, expected x86 or fbgemm, which x86 CPUs have")

@@ -188,6 +188,7 @@ class LLM2:
         float16_weights: bool = False,
         **guidance: Any,
     ) -> None:
+        require_float16_weights(float16_weights, system1.device, system1.dtype)
         self.system1, self.tokenizer, self.float16_weights = system1, tokenizer, float16_weights
         self.eos = eos_ids(system1, tokenizer)
         checked = Guidance(verifier=verifier, **guidance)  # refuses unknown keywords even without a verifier
@@ -227,8 +228,7 @@ class LLM2:
                 "System 1 by that and pass it on: LLM2(system1, tokenizer, verifier)"
             )
         Guidance(verifier=None, **options)  # refuses what is out of range before anything is loaded
-        if float16_weights:
-            require_float16_weights(device, dtype)
+        require_float16_weights(float16_weights, device, dtype)
         tokenizer = _tokenizer(load_tokenizer(model, **hub), model, verifier, chat_template)
         system1 = load_system1(model, device, dtype, **hub)
         if verifier is not None:

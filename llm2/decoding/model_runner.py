@@ -4,7 +4,7 @@ The given models are neither changed nor copied: a runner wraps the same Paramet
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +20,7 @@ from llm2.decoding.attention import IMPLEMENTATION, AttentionMetadata
 from llm2.decoding.cuda_graphs import CUDAGraphs, bucket
 from llm2.decoding.forward_batch import MAX_GRAPH_CHUNK, Chunk, PaddedBatch, VarlenBatch, padded_width, split
 from llm2.decoding.kv_cache import SlotCache
-from llm2.decoding.linear import OneDNNLinear, use_float16_weights
+from llm2.decoding.linear import OneDNNLinear, Snapshot, use_float16_weights
 from llm2.verifier.lora import clone_sharing_weights
 from llm2.verifier.model import ProcessVerifier
 
@@ -37,8 +37,11 @@ class ModelRunner:
         float16_weights: linear layers read float16 copies of their weights (`linear.py`).
 
     Attributes:
+        head: what turns hidden states into logits; None without a vocabulary.
         counts: `forwards`, `replayed` ones, and `tokens` of them all, padding included.
     """
+
+    head: PreTrainedModel | None = None
 
     def __init__(self, body: PreTrainedModel, graphs: CUDAGraphs | None = None, float16_weights: bool = False) -> None:
         self.body, self.device, self.graphs = with_slot_attention(body), body.device, graphs
@@ -101,6 +104,12 @@ class ModelRunner:
         hidden = self.graphs(cache, batch.graph_key, run, indices)
         self.counts["replayed"] += self.graphs.replays - replays
         return hidden
+
+    def snapshots(self) -> Iterator[Snapshot]:
+        """Of the weights that the runner holds copies of."""
+        for module in (self.body, self.head):
+            for layer in () if module is None else module.modules():
+                yield from getattr(layer, "copied", ())
 
     def commit(self, cache: SlotCache, moves: Sequence[tuple[int, int, int]]) -> None:
         """Move chosen branches: each move is (slot, source position, target position)."""
@@ -199,6 +208,7 @@ class PartialLoRALinear(nn.Module):
         (name,) = layer.active_adapters
         self.base, self.adapter = layer.get_base_layer(), adapter
         dtype = self.base.weight.dtype  # the adapter's own is float32
+        self.copied = [Snapshot(layer.lora_A[name].weight), Snapshot(layer.lora_B[name].weight)]
         self.down = layer.lora_A[name].weight.detach().to(dtype)  # (rank, in)
         self.up = (layer.lora_B[name].weight.detach() * layer.scaling[name]).T.contiguous().to(dtype)  # (rank, out)
 

@@ -86,8 +86,7 @@ def evaluate(config: EvaluateConfig) -> dict | None:
 def check(config: EvaluateConfig) -> None:
     """Raise UserError for keys that do not fit together."""
     require_engine(config)
-    if config.float16_weights:
-        require_float16_weights(resolve_device(config.device), config.dtype, config.engine)
+    require_float16_weights(config.float16_weights, resolve_device(config.device), config.dtype, config.engine)
     require_processor(config, config.server is None and not any(mode.guided for mode in config.modes))
     load_accept(config.accept)
     if not config.modes:

@@ -83,8 +83,7 @@ class Engine(ABC):
 def check_engine(config: RolloutConfig) -> None:
     """Raise UserError if the keys do not fit the selected engine."""
     require_engine(config)
-    if config.float16_weights:
-        require_float16_weights(resolve_device(config.device), config.dtype, config.engine)
+    require_float16_weights(config.float16_weights, resolve_device(config.device), config.dtype, config.engine)
     require_processor(config)
     if config.verifier is not None:
         require_verifier(config.verifier)
