@@ -14,21 +14,18 @@ SAMPLED = 64  # values of a weight that tell whether it was trained
 
 
 class Snapshot:
-    """Tells whether a weight was changed in place since a copy of it was made.
+    """Tells whether a weight was trained in place since a copy of it was made, by some of its values.
 
-    By its version, and by some of its values: fused optimizers and changes of `weight.data` leave the version alone.
+    Not by its version, which fused optimizers leave alone. A change of a few values alone may go unnoticed.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight
-        self.version, self.values = self._version(), self._values()
+        self.values = self._values()
 
     @property
     def changed(self) -> bool:
-        return self._version() != self.version or not torch.equal(self._values(), self.values)
-
-    def _version(self) -> int:
-        return 0 if self.weight.is_inference() else self.weight._version
+        return not torch.equal(self._values(), self.values)
 
     def _values(self) -> torch.Tensor:
         values = self.weight.detach().flatten()
