@@ -98,8 +98,8 @@ def test_a_second_language_model_has_them_too():
     assert completions(system1, other, float16_weights=True) == completions(rounded(system1), rounded(other))
 
 
-def trained(what: str, system1, verifier) -> nn.Parameter:
-    """Trained in place by what transformers' Trainer takes: a fused optimizer leaves no trace in `_version`."""
+def train(what: str, system1, verifier) -> None:
+    """In place, by a fused optimizer, as transformers' Trainer takes: it leaves no trace in `_version`."""
     parameter = {
         "system1": lambda: system1.lm_head.weight,
         "separate": lambda: verifier.backbone.layers[1].mlp.down_proj.weight,
@@ -120,7 +120,7 @@ def test_copies_of_weights_are_made_anew_after_training(float16_weights, what, t
     options = {"inputs": torch.tensor([PROMPTS[0]]), "max_new_tokens": 8}
     decoder = Decoder(system1, llm2.guidance, float16_weights=float16_weights)
     before = llm2.generate(**options)
-    trained(what, system1, verifier)
+    train(what, system1, verifier)
     fresh = LLM2(system1, tokenizer, verifier, float16_weights=float16_weights, alpha=0.02, beta=3.0)
     after = llm2.generate(**options)
     assert torch.equal(after, fresh.generate(**options)) and not torch.equal(after, before)

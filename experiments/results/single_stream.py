@@ -7,7 +7,6 @@ all cases in turn. Tokens/s over those of `generate` in float32: median and rang
 """
 
 import json
-import statistics
 import sys
 import time
 import urllib.request
@@ -16,9 +15,11 @@ from importlib.util import find_spec
 
 import torch
 
+from benchmarks.runner import ratios, spread
 from llm2 import LLM2
 from llm2.common.chat import encode_chats
 from llm2.common.gguf import smollm2_file
+from llm2.common.loading import load_tokenizer
 from llm2.decoding.decoder import Decoder
 from llm2.tasks import load_task
 
@@ -66,24 +67,27 @@ def llama_cpp(prompt: list[int]) -> Callable[[], None]:
     return run
 
 
-def seconds(run: Callable[[], None]) -> float:
+def rate(run: Callable[[], None]) -> float:
+    """Tokens/s."""
     start = time.perf_counter()
     run()
-    return time.perf_counter() - start
+    return NEW / (time.perf_counter() - start)
 
 
 def main() -> None:
     torch.set_num_threads(threads)
-    task, tokenizer = load_task("svamp"), LLM2.from_pretrained("smollm2", device="cpu").tokenizer
+    task, tokenizer = load_task("svamp"), load_tokenizer("smollm2")
     (prompt,) = encode_chats(tokenizer, [task.prompt(task.problems("test", 1)[0])], generation_prompt=True)
-    runs, times = cases(prompt), []
+    runs = cases(prompt)
+    rates: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
     for _ in range(rounds):
-        times.append({name: seconds(run) for name, run in runs.items()})
+        for name, run in runs.items():
+            rates[name].append(rate(run))
     for name in runs:
-        ratios = [taken[GENERATE] / taken[name] for taken in times]
-        print(f"{name}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        found = spread(ratios(rates[name], rates[GENERATE]))
+        print(f"{name}: {found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,12 @@ class OneDNNLinear(CopiedLinear):
         super().__init__(layer)
         self.reordered = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
 
+    @staticmethod
+    def takes(layer: nn.Linear) -> bool:
+        """Whether it can stand in for a layer: in float32, on a CPU, without a bias."""
+        weight = layer.weight
+        return weight.device.type == "cpu" and weight.dtype == torch.float32 and layer.bias is None
+
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """(1, N, in) -> (1, N, out)."""
         count = states.shape[1]

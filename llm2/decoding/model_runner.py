@@ -179,14 +179,12 @@ class SharedRunner(LMRunner, VerifierRunner):
         graphs: CUDAGraphs | None = None,
         float16_weights: bool = False,
     ) -> None:
-        ModelRunner.__init__(self, verifier.backbone, graphs)
+        ModelRunner.__init__(self, verifier.backbone, graphs, float16_weights)
         self.use_head(verifier)
         self.head, self.adapter = head_of(model, float16_weights), PartialLoRA()
         for name, layer in list(self.body.named_modules()):
             if isinstance(layer, LoraLayer):
                 self.body.set_submodule(name, PartialLoRALinear(layer, self.adapter))
-        if float16_weights:
-            use_float16_weights(self.body)
 
     def _run(self, cache: SlotCache, batch: VarlenBatch | PaddedBatch, indices: torch.Tensor) -> torch.Tensor:
         self.adapter.start = batch.verifier_start
@@ -252,8 +250,7 @@ def with_slot_attention(body: PreTrainedModel) -> PreTrainedModel:
 def head_of(model: PreTrainedModel, float16_weights: bool = False) -> PreTrainedModel:
     """The model without its body: hidden states -> logits, with the model's soft caps and scales."""
     linear, instead = model.get_output_embeddings(), {model.base_model: _PassThrough()}
-    plain = linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32 and linear.bias is None
-    if plain and not float16_weights and linear.weight.nbytes <= MAX_ONEDNN_BYTES:
+    if not float16_weights and OneDNNLinear.takes(linear) and linear.weight.nbytes <= MAX_ONEDNN_BYTES:
         instead[linear] = OneDNNLinear(linear)
     head = clone_sharing_weights(model, instead).eval()
     if float16_weights:
