@@ -9,9 +9,9 @@ from reference import scores
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from llm2.decoding.decoder import Decoder
-from llm2.decoding.sampling import Guidance
+from llm2.decoding.sampling import Completion, Guidance, TokenTrace
 from llm2.errors import UserError
-from llm2.evaluation.search import search, unguided
+from llm2.evaluation.search import Search, search, unguided
 
 EOS = [1]
 LENGTH = 3
@@ -116,3 +116,21 @@ def test_a_prompt_without_room_for_a_branch_is_refused_before_decoding():
     assert run(model, unguided(0.9, None), [[5] * (12 - 2 * LENGTH)])
     with pytest.raises(UserError, match="the search of problem '0'"):
         run(model, unguided(0.9, None), [[5] * (13 - 2 * LENGTH)])
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5])
+def test_branches_beyond_the_last_solution_are_not_kept(system1, verifier, most):
+    """A search of few solutions finds the first ones of a search of many, and keeps no branch that it never decodes."""
+    guidance, texts = Guidance(verifier=verifier, alpha=0.3, beta=0.5), {}
+
+    def of(name: int):
+        texts[name] = []
+        return lambda _, tokens: texts[name].append(tuple(tokens))  # no votes: only `most` ends the search
+
+    run(system1, guidance, PROMPTS[:1], 50, answer=of(50))
+    run(system1, guidance, PROMPTS[:1], most, answer=of(most))
+    assert len(texts[most]) == most and texts[most] == texts[50][:most]
+    one = Search(0.5, lambda tokens: None, most)
+    trace = [TokenTrace([*range(100)], [-float(i) for i in range(100)], None, 0, False)] * 3
+    one.add(one.pop(), Completion([0, 0, 0], 3, 3, trace))
+    assert len(one.open) == most - 1

@@ -10,7 +10,7 @@ weigh less than the leading answer is ahead: none of them can overturn the vote.
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from heapq import heappop, heappush
+from heapq import heappop, nsmallest
 from itertools import count
 from typing import NamedTuple
 
@@ -69,14 +69,11 @@ class Search:
 
     def __init__(self, beta: float, answer: Callable[[Sequence[int]], str | None], max_solutions: int) -> None:
         self.beta, self.answer, self.max_solutions = beta, answer, max_solutions
-        self.numbers, self.open = count(), []
+        self.numbers = count()
+        self.open = [Branch(0.0, next(self.numbers), [], [])]  # a heap
         self.solutions: list[tuple[Branch, str | None]] = []  # whole, with its answer
         self.votes: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()  # calls, read, tokens
-        self.push(0.0, [], [])
-
-    def push(self, cost: float, tokens: list[int], trace: list[TokenTrace]) -> None:
-        heappush(self.open, Branch(cost, next(self.numbers), tokens, trace))
 
     def pop(self) -> Branch | None:
         """The branch to decode next; None when the search is over."""
@@ -90,19 +87,25 @@ class Search:
         return lead - second > max(still_open, 0.0)
 
     def add(self, branch: Branch, completion: Completion) -> None:
-        """The branch goes on with this completion: count the solution, and open the branches that it passes by."""
+        """The branch goes on with this completion: count the solution, and open the branches that it passes by, but for
+        those that would never be decoded: a step under a rule may have thousands of candidates."""
         tokens, trace, cost = branch.tokens + completion.token_ids, branch.trace + completion.trace, branch.cost
+        passed = []
         for at in range(len(branch.tokens), len(tokens)):
-            token, logprobs = trace[at], self.logprobs(trace[at])
-            for choice, candidate in enumerate(token.candidates):
-                if choice != token.chosen:
-                    taken = token._replace(chosen=choice, changed=choice > 0)
-                    self.push(cost - logprobs[choice], [*tokens[:at], candidate], [*trace[:at], taken])
-            cost -= logprobs[token.chosen]
+            logprobs, chosen = self.logprobs(trace[at]), trace[at].chosen
+            others = (choice for choice in range(len(logprobs)) if choice != chosen)
+            passed += [(cost - logprobs[choice], next(self.numbers), at, choice) for choice in others]
+            cost -= logprobs[chosen]
         answer = self.answer(tokens)
         if answer is not None:
             self.votes[answer] += math.exp(-cost)
         self.solutions.append((Branch(cost, branch.number, tokens, trace), answer))
+        left = self.max_solutions - len(self.solutions)
+        for passed_cost, number, at, choice in nsmallest(left, passed):
+            taken = trace[at]._replace(chosen=choice, changed=choice > 0)
+            beginning = [*tokens[:at], taken.candidates[choice]]
+            self.open.append(Branch(passed_cost, number, beginning, [*trace[:at], taken]))
+        self.open = nsmallest(left, self.open)
         new = len(completion.token_ids) + bool(branch.tokens)  # the token that begins a branch is a choice too
         self.counts.update(tokens=new, calls=completion.num_verifier_calls, read=completion.num_verifier_tokens)
 
@@ -149,16 +152,18 @@ def search(
     for prompt, name in zip(prompts, names, strict=True):
         decoder.state.refuse_too_long(len(prompt) + max_new_tokens, max_new_tokens, f"the search of problem {name!r}")
     beta = decoder.guidance.beta
-    searches = [
-        Search(beta, lambda tokens, index=index: answer(index, tokens), max_solutions) for index in range(len(prompts))
-    ]
-    waiting = deque((index, one.pop()) for index, one in enumerate(searches))
-    taken: list[tuple[int, Branch]] = []  # by the decoder's index
+    searches = {
+        index: Search(beta, lambda tokens, index=index: answer(index, tokens), max_solutions)
+        for index in range(len(prompts))
+    }
+    waiting = deque((index, one.pop()) for index, one in searches.items())
+    taken: dict[int, tuple[int, Branch]] = {}  # in flight, by the decoder's index
+    numbers = count()
 
     def further() -> list[tuple[list[int], Sequence[int], str]]:
         new = list(waiting)
         waiting.clear()
-        taken.extend(new)
+        taken.update({next(numbers): entry for entry in new})
         return [([*prompts[index], *branch.tokens], [0], names[index]) for index, branch in new]
 
     def stop(number: int, _: int, new_tokens: Sequence[int]) -> bool:
@@ -171,7 +176,7 @@ def search(
         processor, lambda number: [*prompts[taken[number][0]], *taken[number][1].tokens]
     )
     for number, (completion,) in decoder.stream([], seeds=[], further=further, stop=stop, **options):
-        index, branch = taken[number]
+        index, branch = taken.pop(number)
         one = searches[index]
         one.add(branch, completion)
         while (branch := one.pop()) and (branch.tokens[-1] in eos or len(branch.tokens) >= max_new_tokens):
@@ -179,4 +184,4 @@ def search(
         if branch is not None:
             waiting.append((index, branch))
         else:
-            yield index, one.result()
+            yield index, searches.pop(index).result()
