@@ -7,6 +7,7 @@ has another seed. It is kept in a journal, so that another stopping rule can be 
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from llm2.common.loading import load_tokenizer
 from llm2.common.stats import wilson_interval
 from llm2.config import ExploreConfig
 from llm2.exploration.engines import open_engine
-from llm2.exploration.explore import Explorer, explore
+from llm2.exploration.explore import Explorer, earlier_solutions, explore
 from llm2.exploration.solutions import load_problems
 from llm2.tasks import Problem, load_task
 
@@ -43,12 +44,10 @@ def measure(config: LabelsBenchmark) -> str:
     report = json.loads((folder / "triplets.jsonl.report.json").read_text(encoding="utf-8"))
     earlier = report["config"] | {"inputs": report.get("inputs")}
     require_same(earlier, settings, digests(settings), str(triplets), f"delete {folder}, or choose another output")
-    verdicts = {
-        (line["id"], *pair["triplet"][::2]): pair["verdict"]
-        for line in map(json.loads, (folder / "triplets.jsonl.pairs.jsonl").read_text(encoding="utf-8").splitlines())
-        for pair in line["pairs"]
-    }
-    gaps, tokens = reference(config, settings, folder / "reference")
+    lines = [*map(json.loads, (folder / "triplets.jsonl.pairs.jsonl").read_text(encoding="utf-8").splitlines())]
+    verdicts = {(line["id"], *pair["triplet"][::2]): pair["verdict"] for line in lines for pair in line["pairs"]}
+    solutions = {line["id"]: line["messages"][-1]["content"] for line in lines}
+    gaps, tokens = reference(config, settings, solutions, folder / "reference")
     cost = report["generated_tokens"] / (tokens / config.reference_rollouts * config.fixed_rollouts)
     rows = [
         *compare(verdicts, gaps, settings.quality_margin),
@@ -58,14 +57,22 @@ def measure(config: LabelsBenchmark) -> str:
     return markdown_table(rows)
 
 
-def reference(config: LabelsBenchmark, settings: ExploreConfig, folder: Path) -> tuple[dict[TokenKey, float], int]:
-    """The quality of gold minus that of each other plausible token, and the number of tokens generated."""
+def reference(
+    config: LabelsBenchmark, settings: ExploreConfig, solutions: dict[str, str], folder: Path
+) -> tuple[dict[TokenKey, float], int]:
+    """The quality of gold minus that of each other plausible token along the explored solutions, which are named by
+    the problem's id or, System 1's own ones, by ID/NUMBER; and the number of tokens generated."""
     tokenizer, task = load_tokenizer(settings.model), load_task(settings.task, settings.data_file, settings.grader)
-    problems, _ = load_problems(task, settings.split, settings.limit)
+    by_id = {problem.id: problem for problem in load_problems(task, settings.split, settings.limit)[0]}
+    problems = [
+        replace(by_id.get(name) or by_id[name.rpartition("/")[0]], id=name, solution=text)
+        for name, text in solutions.items()
+    ]
     journal = Journal(folder, config, digests(settings) | digests(config), key=itemgetter("id"))
     waiting = [problem for problem in problems if problem.id not in journal.done]
-    explorer = Explorer(settings, open_engine(settings, tokenizer), tokenizer, task)
-    with tqdm(total=len(problems), initial=len(problems) - len(waiting), desc="reference", unit="problem") as bar:
+    engine = open_engine(settings, tokenizer)
+    explorer = Explorer(settings, engine, tokenizer, task, earlier=earlier_solutions(problems))
+    with tqdm(total=len(problems), initial=len(problems) - len(waiting), desc="reference", unit="solution") as bar:
         for index in range(0, len(waiting), TOGETHER):
             for entry in reference_entries(explorer, waiting[index : index + TOGETHER], config):
                 journal.add(entry)
@@ -106,12 +113,13 @@ def reference_entries(explorer: Explorer, problems: Sequence[Problem], config: L
 
 
 def compare(verdicts: dict[TokenKey, str], gaps: dict[TokenKey, float], margin: float) -> list[dict]:
-    """Agreement on the pairs whose reference qualities differ by more than the margin, in either direction."""
+    """Agreement on the pairs whose reference qualities differ by more than the margin, in either direction. Pairs that
+    have no verdict, since exploration skipped their fork, are not decided."""
     clear = [pair for pair in gaps if abs(gaps[pair]) > margin]
-    decided = [pair for pair in clear if verdicts[pair] != "undecided"]
+    decided = [pair for pair in clear if verdicts.get(pair, "undecided") != "undecided"]
     agreed = sum((verdicts[pair] == "negative") == (gaps[pair] > margin) for pair in decided)
     worse = [pair for pair in clear if gaps[pair] > margin]
-    num_found = sum(verdicts[pair] == "negative" for pair in worse)
+    num_found = sum(verdicts.get(pair) == "negative" for pair in worse)
     negatives = [pair for pair in verdicts if verdicts[pair] == "negative"]
     true_negatives = sum(gaps[pair] > 0 for pair in negatives)
     return [

@@ -31,6 +31,8 @@ def test_labels_are_compared_beyond_the_margin_only():
     assert decided == pytest.approx(4 / 5)  # all beyond the margin but 0.4
     assert found == pytest.approx(1 / 3)  # of 0.8, 0.5, 0.4 the first
     assert worse == pytest.approx(2 / 3)  # of 0.8, 0.1, -0.5 the first two
+    skipped = {pair: verdict for pair, verdict in verdicts.items() if verdict != "undecided"}
+    assert compare(skipped, gaps, 0.3) == compare(verdicts, gaps, 0.3)
 
 
 @pytest.mark.long
@@ -42,6 +44,25 @@ def test_a_second_measurement_reuses_the_exploration_and_the_reference(tmp_path,
     monkeypatch.setattr(labels, "reference_entries", None)
     assert labels.measure(config) == table
     assert [row["unit"] for row in json.loads(output.read_text())["rows"]] == ["share"] * 5
+
+
+@pytest.mark.long
+def test_labels_along_own_solutions(tmp_path, monkeypatch):
+    """The reference follows the solutions that were explored, without the forks that a problem's solutions share."""
+    explore = tmp_path / "explore.yaml"
+    explore.write_text(
+        "model: testbed\ntask: testbed\nsolutions: own\nmax_solutions: 2\nsolution_samples: 6\nskip_hopeless: true\n"
+        "max_new_tokens: 100\nmax_rollouts: 4\nmin_rollouts: 2\nbatch_size: 64\ndevice: cpu\noutput: unused\n"
+    )
+    config = LabelsBenchmark(
+        benchmark="labels", output=str(tmp_path / "l.json"), explore=str(explore), problems=2, reference_rollouts=2
+    )
+    compared = []
+    monkeypatch.setattr(labels, "compare", lambda *arguments: compared.append(arguments) or compare(*arguments))
+    labels.measure(config)
+    ((verdicts, gaps, _),) = compared
+    assert len(verdicts) > 5 and {name.partition("/")[2] for name, *_ in gaps} == {"0", "1"}
+    assert verdicts.keys() < gaps.keys()  # some forks are skipped
 
 
 @pytest.fixture(scope="module")
