@@ -10,10 +10,16 @@ import pytest
 import torch
 from conftest import tiny_system1
 from test_train import write_triplets
-from transformers import AutoModelForSequenceClassification, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    MptConfig,
+    TrainingArguments,
+)
 
 from experiments.baselines.config import FinetuneConfig, OutcomeConfig, PreferConfig, SelfConsistencyConfig
-from experiments.baselines.finetune import examples, finetune
+from experiments.baselines.finetune import collator, examples, finetune
 from experiments.baselines.outcome import as_verifier, outcome_pairs, padding_with_no_text, train_outcome
 from experiments.baselines.prefer import PreferenceTrainer, prefer, preference_batch
 from experiments.baselines.self_consistency import compare
@@ -146,6 +152,31 @@ def test_the_loss_of_fine_tuning_is_on_the_solution_and_its_end(finetune_config)
         assert len(example["labels"]) == len(example["input_ids"])
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=12, bos_token_id=1, eos_token_id=1),
+        MptConfig(vocab_size=50, d_model=16, n_layers=2, n_heads=2, max_seq_len=12),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_batch_of_fine_tuning_has_the_loss_of_its_solutions_one_by_one(config):
+    """Padding, positions that are learned or absent, and the positions whose logits are left out change nothing."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    lengths = ((2, 5), (7, 3), (1, 1))  # of prompts and solutions
+    rows, losses = [], []
+    for prompt, solution in lengths:
+        ids = torch.randint(50, (prompt + solution,))
+        rows.append({"input_ids": ids.tolist(), "labels": [IGNORE_INDEX] * prompt + ids[prompt:].tolist()})
+        logits = model(ids[None]).logits[0, prompt - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[prompt:], reduction="sum"))
+    batch = collator(model)(rows)
+    output = model(**batch)
+    assert output.logits.shape == (3, 6, 50)
+    assert output.loss.item() == pytest.approx(sum(losses).item() / 9, rel=1e-5)
+
+
 def test_rejection_sampling_trains_on_own_right_solutions_only(finetune_config, monkeypatch):
     trained_on = []
     monkeypatch.setattr("experiments.baselines.finetune.examples", lambda s: trained_on.extend(s) or examples(s))
@@ -154,12 +185,6 @@ def test_rejection_sampling_trains_on_own_right_solutions_only(finetune_config, 
     assert counts["sampled_problems"] == 8 and counts["solutions"] == len(trained_on) > counts["solved_problems"] > 0
     assert all(has_vowel(solution.problem.solution, "") for solution in trained_on)
     assert len({solution.problem.question for solution in trained_on}) == counts["solved_problems"]
-
-
-def test_without_trl_the_requirements_are_named(finetune_config, monkeypatch):
-    monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(UserError, match=r"this needs TRL .* expected the packages of requirements.txt"):
-        finetune(finetune_config)
 
 
 def test_answers_alone_are_refused_for_fine_tuning_on_gold(finetune_config):
@@ -281,6 +306,12 @@ def test_a_classifier_reads_the_score_of_the_token_that_ends_a_solution(system1_
         found = model.cpu()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
     torch.testing.assert_close(found, torch.tensor([scores[-1] for scores in expected]), atol=1e-5, rtol=0)
     assert tokenizer.pad_token == getattr(tokenizer, pad), "the tokenizer that is saved is as it was"
+
+
+def test_without_trl_the_requirements_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(UserError, match=r"this needs TRL .* expected the packages of requirements.txt"):
+        train_outcome(OutcomeConfig(model="m", task="testbed", output_dir="o"))
 
 
 def test_an_outcome_verifier_is_trained_and_loads_as_any_verifier(system1_folder, tmp_path):

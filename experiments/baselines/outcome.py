@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments.baselines.config import OutcomeConfig
-from experiments.baselines.training import begin, fit, import_trl, save, trainer_arguments
+from experiments.baselines.training import begin, fit, save, trainer_arguments
 from llm2.common.chat import resolve_template
 from llm2.common.loading import eos_ids_by_name, is_local, load_tokenizer, load_whole, model_path, resolve_device
 from llm2.common.seeds import row_seed
@@ -33,7 +33,10 @@ GROUP = 64  # problems that are sampled together
 
 def train_outcome(config: OutcomeConfig) -> dict:
     """Write the verifier to `config.output_dir`; returns counts and the mean training loss."""
-    trl = import_trl()
+    try:
+        import trl  # takes seconds
+    except ImportError as error:
+        raise UserError(f"this needs TRL ({error}); expected the packages of requirements.txt") from None
     inputs = begin(config, "outcome")
     device = resolve_device(config.device)
     arguments = trainer_arguments(config, device)

@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 from statistics import fmean
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,15 +21,6 @@ from llm2.verifier import checkpoints
 
 CHECKPOINTS = "checkpoints"  # in output_dir, until the model is written
 SHARE = 0.1  # of the steps, between checkpoints and between logged losses, so that no checkpoint cuts an interval
-
-
-def import_trl() -> ModuleType:
-    """TRL, which takes seconds to import. Raises UserError where it is not installed."""
-    try:
-        import trl
-    except ImportError as error:
-        raise UserError(f"this needs TRL ({error}); expected the packages of requirements.txt") from None
-    return trl
 
 
 def trainer_arguments(config: OptimizerConfig, device: torch.device) -> dict[str, Any]:
