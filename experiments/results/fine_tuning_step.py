@@ -1,0 +1,58 @@
+"""A step of fine-tuning on a CPU: forward and backward by transformers' Trainer with our batches, and by SFTTrainer.
+
+    PYTHONPATH=. python experiments/results/fine_tuning_step.py [threads=1] [steps=7]
+
+SmolLM2-135M-Instruct in float32, 8 of MAWPS's training problems with their equations a step, both trainers in turn on
+the same problems. Seconds of SFTTrainer over those of Trainer: median and range over steps; the first is not counted.
+"""
+
+import sys
+import tempfile
+import time
+
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from benchmarks.runner import spread
+from experiments.baselines.finetune import collator, examples
+from llm2.common.chat import resolve_template
+from llm2.common.loading import load_system1, load_tokenizer
+from llm2.exploration.solutions import load_problems, tokenize_solutions
+from llm2.tasks import load_task
+
+ROWS = 8
+threads, steps = (int((sys.argv[i : i + 1] or [default])[0]) for i, default in ((1, "1"), (2, "7")))
+torch.set_num_threads(threads)
+tokenizer, task = load_tokenizer("smollm2"), load_task("mawps")
+problems, _ = load_problems(task, "train", ROWS * (steps + 1), need_gold=True)
+solutions = tokenize_solutions(task, problems, tokenizer, resolve_template("chatml-plain"), [tokenizer.eos_token_id])
+rows = examples(solutions)
+model = load_system1("smollm2", torch.device("cpu"), "float32")
+ours = collator(model)
+options = {"output_dir": tempfile.mkdtemp(), "use_cpu": True, "report_to": "none"}
+trainer = Trainer(model, TrainingArguments(**options))
+sft = SFTTrainer(
+    load_system1("smollm2", torch.device("cpu"), "float32"),
+    SFTConfig(**options, max_length=None),
+    train_dataset=Dataset.from_list(rows),
+    processing_class=tokenizer,
+)
+
+
+def seconds(trainer: Trainer, batch: dict) -> float:
+    trainer.model.train().zero_grad()
+    start = time.perf_counter()
+    trainer.compute_loss(trainer.model, batch).backward()
+    return time.perf_counter() - start
+
+
+taken = []
+for step in range(steps + 1):
+    batch = rows[ROWS * step : ROWS * (step + 1)]
+    taken.append(seconds(sft, sft.data_collator(batch)) / seconds(trainer, ours(batch)))
+    a, b = (t.model.get_input_embeddings().weight.grad for t in (sft, trainer))
+    difference = ((a - b).norm() / a.norm()).item()
+    print(f"step {step}: {taken[-1]:.2f}, gradients differ by {difference:.1e}", flush=True)
+print({name: round(value, 2) for name, value in spread(taken[1:]).items()})
