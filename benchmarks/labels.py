@@ -21,6 +21,7 @@ from llm2.common.journal import Journal
 from llm2.common.loading import load_tokenizer
 from llm2.common.stats import wilson_interval
 from llm2.config import ExploreConfig
+from llm2.errors import UserError
 from llm2.exploration.engines import open_engine
 from llm2.exploration.explore import Explorer, earlier_solutions, explore
 from llm2.exploration.solutions import load_problems
@@ -43,7 +44,10 @@ def measure(config: LabelsBenchmark) -> str:
         explore(settings)
     report = json.loads((folder / "triplets.jsonl.report.json").read_text(encoding="utf-8"))
     earlier = report["config"] | {"inputs": report.get("inputs")}
-    require_same(earlier, settings, digests(settings), str(triplets), f"delete {folder}, or choose another output")
+    way_out = f"delete {folder}, or choose another output"
+    require_same(earlier, settings, digests(settings), str(triplets), way_out)
+    if report["config"]["limit"] != config.problems:
+        raise UserError(f"problems: {triplets} has {report['config']['limit']}, found {config.problems}; {way_out}")
     lines = [*map(json.loads, (folder / "triplets.jsonl.pairs.jsonl").read_text(encoding="utf-8").splitlines())]
     verdicts = {(line["id"], *pair["triplet"][::2]): pair["verdict"] for line in lines for pair in line["pairs"]}
     solutions = {line["id"]: line["messages"][-1]["content"] for line in lines}

@@ -67,9 +67,9 @@ ModeKey = Annotated[Mode, Field(strict=False)]  # a YAML file holds the value
 class CandidateConfig:
     """The plausible set C_t (arXiv 2412.20372)."""
 
-    alpha: Annotated[Share, Mark.GUIDED, Mark.SHOWN] = 0.1
+    alpha: Annotated[Share, Mark.GUIDED, Mark.SEARCHED, Mark.SHOWN] = 0.1
     """A token is plausible if its probability is at least alpha times that of the most likely token."""
-    top_k: Annotated[Count | None, Mark.GUIDED, Mark.SHOWN] = None
+    top_k: Annotated[Count | None, Mark.GUIDED, Mark.SEARCHED, Mark.SHOWN] = None
     """Limit of plausible tokens per position; no limit when null."""
 
 
@@ -309,7 +309,7 @@ class TrainConfig(ModelConfig, OptimizerConfig, VerifierSpec):
     eval_file: OptionalFile = None
     """Held-out triplets; when null a share of train_file is held out."""
     eval_share: Share = 0.05
-    """Share of the solutions held out if there is no eval_file."""
+    """Share of the problems held out, with all their solutions, if there is no eval_file."""
     max_length: Count = 2048
     """Solutions are truncated to this many tokens; later pairs are dropped and counted."""
     init_from: OptionalModel = None
@@ -364,7 +364,7 @@ class EvaluateConfig(TaskConfig, ModelConfig, DecodingConfig):
     """Number of few-shot examples; all when null."""
     num_samples: Annotated[Count, Mark.SAMPLED, Mark.SHOWN] = 20
     """Samples per problem in the sampling modes."""
-    majority_at: Annotated[tuple[Count, ...], Mark.WHICH] = (1, 5, 10, 20)
+    majority_at: Annotated[tuple[Count, ...], Field(min_length=1), Mark.WHICH] = (1, 5, 10, 20)
     """Values of k in tables and paired tests, each at most num_samples."""
     temperature: Annotated[Positive, Mark.SAMPLED, Mark.SHOWN] = 1.0
     """Sampling temperature in the sampling modes."""

@@ -22,7 +22,7 @@ from llm2.decoding.decoder import Decoder
 from llm2.decoding.sampling import Guidance
 from llm2.errors import UserError
 from llm2.evaluation.evaluate import evaluate
-from llm2.evaluation.predictions import Predictions
+from llm2.evaluation.predictions import Predictions, _without_effect
 from llm2.evaluation.sweep import sweep
 from llm2.verifier.load import load_verifier
 from llm2.verifier.model import ProcessVerifier
@@ -298,10 +298,25 @@ def test_a_search_of_one_solution_is_greedy_and_further_solutions_are_counted(co
     assert four["modes"]["plain_search"]["tokens_per_problem"] > one["plain_search"]["tokens_per_problem"]
     (records,) = results(further)[:1]
     assert all(1 <= line["samples"][0]["solutions"] <= 4 for line in records if "search" in line["mode"])
-    with pytest.raises(UserError, match="search_solutions"):  # greedy ones could be reused, searches could not
-        evaluate(
-            replace(further, output_dir=str(tmp_path / "five"), search_solutions=5, reuse_from=(further.output_dir,))
-        )
+    reused = replace(further, modes=("plain_search",), reuse_from=(further.output_dir,))
+    for key, value in {"search_solutions": 5, "alpha": 0.3, "top_k": 2}.items():
+        with pytest.raises(UserError, match=f"another config: .*{key} was"):
+            evaluate(replace(reused, output_dir=str(tmp_path / key), **{key: value}))
+    assert {"beta", "verifier"} <= set(_without_effect(config, Mode.PLAIN_SEARCH))
+
+
+def test_samples_without_scores_are_not_reused_where_they_are_to_be_scored(config, tmp_path):
+    plain = replace(config, modes=("plain_sampling",), limit=2, score_samples=False)
+    evaluate(plain)
+    other = replace(plain, reuse_from=(plain.output_dir,), output_dir=str(tmp_path / "other"))
+    evaluate(other)
+    with pytest.raises(UserError, match="score_samples: the samples in .* have no scores of this verifier"):
+        evaluate(replace(other, score_samples=True, output_dir=str(tmp_path / "third")))
+
+
+def test_contrast_needs_a_number_for_beta(config):
+    with pytest.raises(UserError, match="beta: found null, .* expected a number beside contrast"):
+        evaluate(replace(config, verifier=None, contrast=config.model, beta=None))
 
 
 def test_cost_is_counted_in_forwards_per_problem(config):

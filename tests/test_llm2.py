@@ -93,6 +93,34 @@ def test_scores_and_logits_come_as_from_generate(llm2, inputs, verified):
         assert torch.equal(output.scores[step].argmax(-1), output.sequences[:, inputs["input_ids"].shape[1] + step])
 
 
+@pytest.mark.parametrize("option", [{"repetition_penalty": 1.8}, {"suppress_tokens": [*range(40)]}])
+def test_raw_logits_are_those_before_processors(llm2, inputs, option):
+    plain = LLM2(llm2.system1, llm2.tokenizer)
+    options = {
+        "max_new_tokens": 4,
+        "eos_token_id": None,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        **option,
+    }
+    expected, found = (
+        llm2.system1.generate(**inputs, **options),
+        plain.generate(**inputs, output_scores=True, **options),
+    )
+    for step in range(4):
+        torch.testing.assert_close(found.logits[step], expected.logits[step], atol=1e-4, rtol=0)
+        assert not torch.allclose(found.logits[step], found.scores[step])
+
+
+def test_a_warper_that_is_passed_acts_without_sampling_too(llm2, inputs):
+    plain = LLM2(llm2.system1, llm2.tokenizer)
+    options = {"max_new_tokens": 8, "eos_token_id": None, "do_sample": False}
+    options |= {"logits_processor": LogitsProcessorList([TypicalLogitsWarper(0.1)])}
+    expected = llm2.system1.generate(**inputs, **options)
+    assert torch.equal(plain.generate(**inputs, **options), expected)
+    assert not torch.equal(plain.generate(**inputs, **{**options, "logits_processor": None}), expected)
+
+
 def test_a_trace_has_an_entry_for_every_token(llm2, inputs):
     output = llm2.generate(**inputs, max_new_tokens=5, eos_token_id=None, trace=True)
     assert [len(trace) for trace in output.trace] == [5, 5, 5]
@@ -460,6 +488,10 @@ def test_chat_answers_what_generate_writes_behind_the_prompt(llm2):
     assert llm2.chat("How many?", max_new_tokens=9) == llm2.tokenizer.decode(new, skip_special_tokens=True) != ""
     assert llm2.chat(question, max_new_tokens=9) == llm2.chat("How many?", max_new_tokens=9)
     assert llm2.chat("How many?", max_new_tokens=9, do_sample=True, seed=3) != llm2.chat("How many?", max_new_tokens=9)
+    several = GenerationConfig(do_sample=True, num_return_sequences=2)
+    for options in ({"num_return_sequences": 2, "do_sample": True}, {"trace": True}, {"generation_config": several}):
+        with pytest.raises(ValueError, match="since chat gives one text; use generate"):
+            llm2.chat("How many?", **options)
 
 
 @torch.inference_mode()
@@ -477,3 +509,7 @@ def test_a_solution_is_scored_token_by_token_up_to_its_end(llm2, reduction):
         assert score == pytest.approx(expected.item(), abs=1e-4)
     with pytest.raises(ValueError, match="a score needs a verifier"):
         LLM2(llm2.system1, llm2.tokenizer).score("How many?", solutions)
+    with pytest.raises(ValueError, match="reduction: found 'median', expected mean, min, last, product or None"):
+        llm2.score("How many?", solutions, "median")
+    with pytest.raises(ValueError, match="solutions: found one text, expected a list of texts"):
+        llm2.score("How many?", "five", reduction)

@@ -81,3 +81,9 @@ def test_cost_is_counted_per_problem(metrics):
     assert guided["system2_forwards_per_problem"] == 1 + 12
     assert metrics["modes"]["plain_sampling"]["system2_forwards_per_problem"] == 0
     assert guided["scoring_forwards_per_problem"] == 3
+
+
+def test_a_token_that_begins_a_branch_costs_no_forward_of_system1():
+    """Three solutions with 20 tokens, of which two begin branches."""
+    searched = summarise({Mode.PLAIN_SEARCH: [line(sample("7", True, 1.0) | {"tokens": 20, "solutions": 3})]}, (1,), 0)
+    assert searched["modes"]["plain_search"]["system1_forwards_per_problem"] == 18

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from conftest import VOCABULARY
 from test_collate import examples
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm2.verifier.pair_metrics import (
     PairInfo,
@@ -49,7 +51,16 @@ def test_metrics_by_hand():
     assert found["pair_accuracy_word"] == 0 and "pair_accuracy_operator" not in found
 
 
-def test_system1s_margins_are_differences_of_log_probabilities(system1):
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere"])
+def test_system1s_margins_are_differences_of_log_probabilities(family, system1):
+    """Of the model's own logits, which some families scale or cap."""
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    capped = {"gemma2": {"final_logit_softcapping": 0.5}, "granite": {"logits_scaling": 8.0}, "cohere": {}}
+    if family in capped:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **shape, **heads, **capped[family])
+        system1 = AutoModelForCausalLM.from_config(config).eval()
     data = examples(3)
     found = system1_margins(system1, data)
     assert len(found) == sum(len(example.triplets) for example in data)

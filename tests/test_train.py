@@ -324,8 +324,10 @@ def test_further_files_are_trained_on_whole_and_their_pairs_are_told_apart(confi
     write_triplets(tmp_path / "second.jsonl", load_tokenizer(config.model), 10)
     two = replace(config, further_files=(str(tmp_path / "second.jsonl"),), limit=30)
     train_set, eval_set, data = load_data(two, load_tokenizer(config.model))
-    assert [summary.lines for _, summary in data] == [30, 10] and len(train_set) == 32 and len(eval_set) == 8
+    assert [summary.lines for _, summary in data] == [30, 10] and len(train_set) + len(eval_set) == 40
     assert len({example.first_pair_id for example in [*train_set, *eval_set]}) == 40
+    asked, held_out = ({tuple(each.ids[: each.start]) for each in part} for part in (train_set, eval_set))
+    assert len(asked) == 24 and len(held_out) == 6 and not asked & held_out, "a problem is on both sides"
 
 
 def test_train_learns_and_leaves_a_verifier_that_loads(config):

@@ -18,9 +18,9 @@ class Mark(Enum):
 
     HOW = "how and where a run works; results do not depend on it"
     WHICH = "which results are computed; results in common with another choice are equal"
-    GUIDED = "in plain modes only the verifier's scores depend on it"
+    GUIDED = "in plain modes only the verifier's scores depend on it, and what SEARCHED says"
     SAMPLED = "only sampling modes depend on it"
-    SEARCHED = "only search modes depend on it"
+    SEARCHED = "of the plain modes only the search depends on it"
     SCORES = "the verifier's scores of samples depend on it"
     SHOWN = "always in metrics.json or on a verifier's card"
     TRAINER = "an argument of transformers' Trainer, under the same name"

@@ -8,7 +8,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -116,9 +116,10 @@ class GuidedGenerate:
         mask = torch.ones_like(input_ids) if mask is None else mask
         pad = 0 if config.pad_token_id is None else config.pad_token_id
         eos = [] if config.eos_token_id is None else config.eos_token_id
-        sampling = None
+        sampling, processors = None, logits_processor
         if config.do_sample:
             sampling = _Sampling(given=LogitsProcessorList(p for p in logits_processor if isinstance(p, WARPERS)))
+            processors = LogitsProcessorList(p for p in logits_processor if not isinstance(p, WARPERS))
         output_scores = config.return_dict_in_generate and config.output_scores
         output_logits = config.return_dict_in_generate and config.output_logits
         keep_logits = bool(output_scores or output_logits)
@@ -130,7 +131,7 @@ class GuidedGenerate:
             seeds=[[row_seed(seed, index)] for index in range(len(input_ids))],
             batch_size=len(input_ids),
             stop=_stop_fn(stopping_criteria, input_ids),
-            process_logits=_logits_fn(logits_processor, _without_padding(input_ids, mask.bool()), pad),
+            process_logits=_logits_fn(processors, _without_padding(input_ids, mask.bool()), pad),
             on_token=stream_to and (lambda prompt, sample, token: stream_to.put(torch.tensor([token]))),
             trace=trace or keep_logits,
             keep_logits=keep_logits,
@@ -142,7 +143,7 @@ class GuidedGenerate:
         if not (config.return_dict_in_generate or trace):
             return sequences
         traces = [completion.trace for (completion,) in completions]
-        logits = [[token.logits for token in tokens] for tokens in traces]
+        logits = [[token.logits[0] for token in tokens] for tokens in traces] if output_logits else []
         return GuidedOutput(
             sequences=sequences,
             scores=self._scores(traces, sampling, pad) if output_scores else None,
@@ -154,7 +155,7 @@ class GuidedGenerate:
         """The logits that each token was chosen from, a (B, V) per step: -inf for what was not a candidate."""
 
         def final(token: TokenTrace) -> torch.Tensor:
-            logits = token.logits
+            logits = token.logits[1]
             if self.guidance is not None:
                 candidates = torch.tensor(token.candidates, device=logits.device)
                 scores = None if token.scores is None else torch.tensor(token.scores).to(logits)
@@ -264,7 +265,13 @@ class LLM2:
 
         Args:
             options: of `generate`, such as do_sample, seed and streamer.
+
+        Raises ValueError for options that ask for more than one text: num_return_sequences, trace.
         """
+        for key, only in (("num_return_sequences", 1), ("trace", False)):
+            found = options.get(key, getattr(options.get("generation_config"), key, None))
+            if found not in (None, only):
+                raise ValueError(f"{key}: found {found}, expected {only}, since chat gives one text; use generate")
         ids = encode_chats(self.tokenizer, [_conversation(messages)], generation_prompt=True)
         ids = torch.tensor(ids, device=self.system1.device)
         options = {"max_new_tokens": max_new_tokens, **options, "return_dict_in_generate": False}
@@ -287,8 +294,12 @@ class LLM2:
             reduction: mean, min or last of the scores of a solution's tokens, end of sequence included, or of its
                 steps; product, the sum of their log sigmoids; None for the scores themselves.
 
-        Raises ValueError without a ProcessVerifier.
+        Raises ValueError without a ProcessVerifier, for one text in place of a list, and for another reduction.
         """
+        if isinstance(solutions, str):
+            raise ValueError("solutions: found one text, expected a list of texts")
+        if reduction not in (None, *get_args(Reduction)):
+            raise ValueError(f"reduction: found {reduction!r}, expected {', '.join(get_args(Reduction))} or None")
         if self.guidance is None or not isinstance(self.guidance.verifier, ProcessVerifier):
             raise ValueError("a score needs a verifier: expected LLM2.from_pretrained(model, verifier)")
         encoded = encode_solutions(self.tokenizer, _conversation(messages), solutions, self.eos)
@@ -352,7 +363,6 @@ def _logits_fn(processors: LogitsProcessorList, input_ids: torch.Tensor, pad: in
     Some processors are built for the whole batch of `generate`, so they get all of it; sequences without logits in this
     step appear as their prompts, right-padded.
     """
-    processors = LogitsProcessorList(processor for processor in processors if not isinstance(processor, WARPERS))
     if not processors:
         return None
 

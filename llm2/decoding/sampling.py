@@ -140,7 +140,7 @@ class TokenTrace(NamedTuple):
     scores: list[float] | None  # the verifier's; None where it was not called
     chosen: int  # index into the candidates
     changed: bool  # whether the argmax, or the sample, differs from System 1's alone
-    logits: torch.Tensor | None = None  # (V,) System 1's, with keep_logits
+    logits: tuple[torch.Tensor, torch.Tensor] | None = None  # (V,) System 1's, raw and processed, with keep_logits
 
 
 class Completion(NamedTuple):

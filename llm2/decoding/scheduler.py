@@ -309,6 +309,7 @@ class Scheduler:
             sizes = torch.tensor([1 + len(sequence.twins) for sequence in sequences]).to(logits.device)
             logits, states = (tensor.repeat_interleave(sizes, dim=0) for tensor in (logits, states))
             sequences = [each for sequence in sequences for each in (sequence, *sequence.twins)]
+        raw = logits
         if self.request.process_logits is not None:
             prompt_indices = [sequence.prompt_index for sequence in sequences]
             completions = [sequence.completion_ids for sequence in sequences]
@@ -330,7 +331,7 @@ class Scheduler:
             if not math.isfinite(values[0]):
                 self._refuse(sequence, f"System 1's logit of token {candidate_lists[row][0]} is {values[0]}")
             logprobs = [value - total for value in values] if self.request.trace else None
-            kept = logits[row] if self.request.keep_logits else None
+            kept = (raw[row], logits[row]) if self.request.keep_logits else None
             proposal = Proposal(candidate_lists[row][:size], values, logprobs, kept)
             if size > 1 or not (self.guidance is None or self.guidance.lazy):
                 sequence.proposal = proposal

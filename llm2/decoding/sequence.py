@@ -21,7 +21,7 @@ class Proposal(NamedTuple):
     candidates: list[int]
     values: list[float]  # their logits
     logprobs: list[float] | None  # for a trace
-    logits: torch.Tensor | None  # (V,), with keep_logits
+    logits: tuple[torch.Tensor, torch.Tensor] | None  # with keep_logits
 
 
 @dataclass(eq=False)

@@ -95,6 +95,8 @@ def check(config: EvaluateConfig) -> None:
         raise UserError("the guided modes need a verifier: set verifier=<folder>, or remove them from modes")
     if config.verifier is not None and config.contrast is not None:
         raise UserError(f"contrast: found {config.contrast!r} beside a verifier, expected one of the two")
+    if config.contrast is not None and config.beta is None:
+        raise UserError("beta: found null, which is the beta that a verifier names, expected a number beside contrast")
     if config.contrast is not None and config.engine != "llm2":
         raise UserError(f"contrast: found {config.contrast!r} with engine {config.engine}, expected engine llm2")
     if config.engine != "llm2" and any(mode.searched for mode in config.modes):

@@ -72,18 +72,20 @@ def _mode_figures(mode: Mode, lines: Sequence[dict], curves: Curves, seed: int) 
 def _cost(mode: Mode, lines: Sequence[dict]) -> dict[str, float]:
     """Means per problem. A forward counts once for each row in it, so the cost does not depend on the batch size.
 
-    The samples of a problem share the forward that reads the prompt. After it System 1 takes one forward per token, and
-    System 2 one per token with a choice. Scoring finished solutions, for best of k, is counted separately.
+    The samples of a problem share the forward that reads the prompt. After it System 1 takes one forward per token, but
+    for the token that begins a branch of a search, and System 2 one per token with a choice. Scoring finished
+    solutions, for best of k, is counted separately.
     """
     samples = [sample for line in lines for sample in line["samples"]]
     counted = ("tokens", "verifier_forwards", "verifier_tokens")
     tokens, verifier_forwards, read = (sum(sample.get(key, 0) for sample in samples) for key in counted)
+    branches = sum(sample.get("solutions", 1) - 1 for sample in samples)
     n = len(lines)
     return {
         "tokens_per_problem": tokens / n,
         "verifier_forwards_per_token": verifier_forwards / max(tokens, 1),
         "verifier_tokens_per_token": read / max(tokens, 1),
-        "system1_forwards_per_problem": 1 + (tokens - len(samples)) / n,
+        "system1_forwards_per_problem": 1 + (tokens - len(samples) - branches) / n,
         "system2_forwards_per_problem": 1 + verifier_forwards / n if verifier_forwards else 0.0,
         "scoring_forwards_per_problem": sum(sample.get("score") is not None for sample in samples) / n,
     }

@@ -108,7 +108,14 @@ class Predictions:
             if mode not in checked:
                 self._require_same(folder, "it cannot be reused", _without_effect(self.config, mode))
                 checked.add(mode)
-            yield entry if same_scores else _without_scores(entry)
+            kept = entry if same_scores else _without_scores(entry)
+            scored = mode.sampled and self.config.score_samples and self.config.verifier is not None
+            if scored and any(sample["score"] is None for sample in kept["samples"]):
+                raise UserError(
+                    f"score_samples: the samples in {folder} have no scores of this verifier for best of k and "
+                    "weighted votes; expected score_samples=false, or no reuse_from"
+                )
+            yield kept
 
     def _require_same(self, folder: Path, way_out: str, but: Collection[str] = ()) -> None:
         earlier = read_values(folder / "config.yaml") | {"inputs": read_inputs(folder)}
@@ -118,7 +125,8 @@ class Predictions:
 def _without_effect(config: EvaluateConfig, mode: Mode) -> Collection[str]:
     """The keys that do not affect this mode's predictions."""
     used = {Mark.GUIDED: mode.guided, Mark.SAMPLED: mode.sampled, Mark.SEARCHED: mode.searched}
-    return select_keys(config, *(mark for mark, counts in used.items() if not counts))
+    marked, counting = (select_keys(config, *marks) for marks in (used, [mark for mark in used if used[mark]]))
+    return marked.keys() - counting.keys()
 
 
 def _key(entry: dict) -> tuple[str, str]:

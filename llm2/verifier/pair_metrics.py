@@ -215,17 +215,14 @@ class WithSystem1Margins(Sequence[Example]):
 
 @torch.inference_mode()
 def system1_margins(system1: PreTrainedModel, examples: Sequence[Example]) -> dict[int, float]:
-    """log p(gold) - log p(negative) in System 1, by pair id: the baseline of a verifier.
-
-    The normaliser of the softmax cancels, so two rows of the output embedding are enough for each pair.
-    """
-    head, margins = system1.get_output_embeddings(), {}
+    """log p(gold) - log p(negative) in System 1, by pair id: the baseline of a verifier."""
+    margins = {}
     for example in tqdm(examples, desc="System 1 on the pairs", unit="solution"):
         ids = torch.tensor([example.ids], device=system1.device)
         position, gold, negative = torch.tensor(example.triplets, device=ids.device).unbind(-1)  # (M,)
-        hidden = system1.base_model(ids, use_cache=False).last_hidden_state[0, position - 1].float()  # (M, D)
-        margin = (hidden * (head.weight[gold] - head.weight[negative]).float()).sum(-1)
-        if head.bias is not None:
-            margin = margin + head.bias[gold] - head.bias[negative]
+        wanted, rows = (position - 1).unique(return_inverse=True)
+        # The model's own logits: some families scale or cap what the output layer gives.
+        logits = system1(ids, use_cache=False, logits_to_keep=wanted).logits[0, rows].float()  # (M, V)
+        margin = (logits.gather(-1, gold[:, None]) - logits.gather(-1, negative[:, None])).squeeze(-1)
         margins |= enumerate(margin.tolist(), start=example.first_pair_id)
     return margins

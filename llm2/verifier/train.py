@@ -5,10 +5,11 @@ import math
 import time
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
-from torch.utils.data import random_split
+from torch.utils.data import Subset, random_split
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -125,11 +126,16 @@ def load_data(
     if config.eval_file is not None:
         held_out, summary = load(config.eval_file)
         return examples, held_out, [*data, (config.eval_file, summary)]
-    count = max(1, round(config.eval_share * len(examples)))
-    if count >= len(examples):
-        raise UserError(f"{config.train_file}: expected more than {count} solutions, so that some can be held out")
+    by_prompt: dict[tuple[int, ...], list[int]] = {}  # all solutions of a problem are on the same side
+    for index, example in enumerate(examples):
+        by_prompt.setdefault(tuple(example.ids[: example.start]), []).append(index)
+    problems = [*by_prompt.values()]
+    count = max(1, round(config.eval_share * len(problems)))
+    if count >= len(problems):
+        raise UserError(f"{config.train_file}: expected more than {count} problems, so that some can be held out")
     generator = torch.Generator().manual_seed(config.seed)
-    return *random_split(examples, [len(examples) - count, count], generator), data
+    parts = random_split(problems, [len(problems) - count, count], generator)
+    return *(Subset(examples, [*chain.from_iterable(part)]) for part in parts), data
 
 
 def best_metric(config: TrainConfig, eval_set: Sequence[Example]) -> str:

@@ -286,7 +286,7 @@ CASES = [
         arguments=("quality_weight=true",),
     ),
     train("a short max_length", dict.copy, "before max_length 3", "found none", arguments=("max_length=3",)),
-    train("a huge eval_share", dict.copy, "expected more than 4 solutions", arguments=("eval_share=1.0",)),
+    train("a huge eval_share", dict.copy, "expected more than 4 problems", arguments=("eval_share=1.0",)),
     train("an unknown logger", dict.copy, "report_to", "'nowhere'", arguments=("report_to=nowhere",)),
     train(
         "a batch that does not divide",
