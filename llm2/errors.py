@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pydantic import ValidationError
+
 
 class UserError(Exception):
     """A user's mistake in one sentence: found and expected. The command line prints it and exits with status 2."""
@@ -32,6 +34,12 @@ def reason(error: Exception) -> str:
     text = shorten(said[0] + (f" {said[1]}" if said[0].endswith(":") and said[1:] else ""), 300) if said else ""
     speaks = isinstance(error, OSError | ValueError | RuntimeError) and text  # others may be just a key
     return text if speaks else f"{type(error).__name__}{f': {text}' if text else ''}"
+
+
+def first_misfit(error: ValidationError) -> str:
+    """The first field that does not fit, in one sentence."""
+    first = error.errors()[0]
+    return f"{first['loc'][0]}: {first['msg']}, found {quote(first['input'])}"
 
 
 def origin(error: Exception) -> str:

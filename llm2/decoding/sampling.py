@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+from pydantic import ValidationError
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -21,6 +22,7 @@ from transformers import (
 from llm2.config import GuidanceConfig
 from llm2.decoding.candidates import BLOCK
 from llm2.decoding.system2 import System2
+from llm2.errors import first_misfit
 from llm2.verifier.model import ProcessVerifier
 
 MIN_BLOCKED = 4_096  # smaller vocabularies are summed as they are
@@ -48,7 +50,10 @@ class Guidance(GuidanceConfig):
     verify_fraction: float = 0.0  # run it once this share of the sequences in flight waits for it
 
     def __post_init__(self) -> None:
-        GuidanceConfig(**self.guidance_kwargs())  # validates: pydantic does not check fields of a plain subclass
+        try:
+            GuidanceConfig(**self.guidance_kwargs())  # pydantic does not check fields of a plain subclass
+        except ValidationError as error:
+            raise ValueError(first_misfit(error)) from None
         if self.beta is None and self.verifier is not None:
             beta = self.verifier.config.beta if isinstance(self.verifier, ProcessVerifier) else None
             if beta is None:

@@ -13,7 +13,7 @@ from llm2.common.config_file import as_dict, difference
 from llm2.common.loading import changes_logits, load_config
 from llm2.common.same_tokenizer import require_same_tokenizer
 from llm2.config import Kind, TrainConfig, VerifierSpec
-from llm2.errors import UserError, quote
+from llm2.errors import UserError, first_misfit, quote
 from llm2.verifier.load import load_verifier, require_same_template, verifier_config
 from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.triplets import FORMATS, Example
@@ -58,8 +58,7 @@ class VerifierTrainingArguments(TrainingArguments):
         try:
             TrainConfig(model="", train_file="", output_dir="", **{name: getattr(self, name) for name in OWN})
         except ValidationError as error:
-            first = error.errors()[0]
-            raise UserError(f"{first['loc'][0]}: {first['msg']}, found {quote(first['input'])}") from None
+            raise UserError(first_misfit(error)) from None
 
 
 OWN = tuple(
