@@ -5,7 +5,7 @@
 # runs, it first drops the positions whose label is -100. On any other device, CPUs included, it keeps them, for the sake of
 # devices that compile for each shape, and masks their results. So labels on 4 of 64 tokens cost as much as on all of them;
 # and as tiles are computed again in the backward pass, the output layer costs 4/3 of what a plain model's does. With
-# SmolLM2-135M, whose vocabulary is a fifth of its weights, and labels on a quarter of the tokens, a step on one core took 1.4
+# SmolLM2-135M, whose vocabulary is a fifth of its weights, and labels on a quarter of the tokens, a step on one core took 1.3
 # times that of a Trainer whose batch asks for the logits of the labelled positions (logits_to_keep). Seen with transformers
 # 5.24.0 and torch 2.13.0 on a CPU, a small random Llama, matrix products of the output layer in a forward and backward pass,
 # in units of one product of all positions (of 64 positions 63 have a label behind them):

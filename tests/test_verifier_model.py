@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm2.config import VerifierSpec
 from llm2.errors import UserError
-from llm2.verifier.arguments import refuse_long_solutions
+from llm2.verifier.arguments import VerifierTrainingArguments, new_verifier, refuse_long_solutions
 from llm2.verifier.collate import verifier_batch
 from llm2.verifier.load import load_verifier
 from llm2.verifier.model import ProcessVerifier
@@ -139,3 +139,14 @@ def test_a_solution_longer_than_window_or_positions_is_refused():
 
 def test_two_seeds_make_two_heads(tmp_path):
     assert not torch.equal(tiny_verifier(tmp_path, 1).score.weight, tiny_verifier(tmp_path, 2).score.weight)
+
+
+@pytest.mark.parametrize("kind", ["bilinear", "prefix"])
+def test_a_verifier_of_a_family_without_sdpa_is_begun_all_the_same(tmp_path, kind):
+    """Gemma 2 caps attention's logits, which SDPA cannot."""
+    shape = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma2", **shape, **heads)).save_pretrained(tmp_path)
+    arguments = VerifierTrainingArguments(str(tmp_path / "out"), kind=kind, report_to="none", use_cpu=True)
+    verifier = new_verifier(str(tmp_path), arguments, torch.device("cpu"))
+    assert verifier.backbone.config._attn_implementation == "eager"

@@ -115,7 +115,7 @@ def examples(solutions: Sequence[TokenizedSolution]) -> list[dict[str, list[int]
 
 def collator(model: PreTrainedModel) -> Callable[[list[dict[str, list[int]]]], dict[str, Any]]:
     """Batches padded on the left: solutions end together, so that the output layer is read at the last positions only,
-    those of the longest solution. TRL's SFTTrainer reads it everywhere on a CPU, and a step of SmolLM2-135M takes 1.4
+    those of the longest solution. TRL's SFTTrainer reads it everywhere on a CPU, and a step of SmolLM2-135M takes 1.3
     times as long (findings/trl_cpu_loss_reads_every_position.sh)."""
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 

@@ -101,7 +101,7 @@ def new_verifier(model: str, config: VerifierTrainingArguments, device: torch.de
     """In float32, whatever System 1 is stored in: 16 bits would lose small updates."""
     attention = config.attn_implementation
     if attention == "auto":
-        attention = "flex_attention" if device.type == "cuda" else "sdpa"
+        attention = "flex_attention" if device.type == "cuda" else None  # SDPA, or eager where a family has none
     if attention == "flex_attention" and device.type != "cuda":
         raise UserError(
             "attn_implementation flex_attention: expected a CUDA GPU, since torch trains it nowhere else; use sdpa"
