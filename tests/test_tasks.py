@@ -189,6 +189,18 @@ def chat(**fields) -> dict:
     return {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Yes."}], **fields}
 
 
+def unsure(text: str, gold: str):
+    return {"a": "False", "b": None, "c": 1, "d": False}[text]
+
+
+def test_a_grader_answers_yes_or_no():
+    task = load_task("chats", "unused", grader="test_tasks:unsure")
+    for text, found in (("a", "'False'"), ("b", "None")):
+        with pytest.raises(UserError, match=f"returned {found}, expected True or False"):
+            task.grade([text], "5")
+    assert [grade.correct for grade in task.grade(["c", "d"], "5")] == [True, False]
+
+
 @pytest.mark.parametrize(("record", "gold"), [(chat(answer="yes", id="q7"), "'yes'"), (chat(id="q7"), "'Yes.'")])
 def test_a_gold_answer_without_a_number_needs_a_grader(write, record, gold):
     data_file = write(chat(answer=5), record)

@@ -129,7 +129,8 @@ def require_distinct_ids(task: Task, problems: Sequence[Problem]) -> None:
 
 
 def _guard(name: str, grader: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
-    """Wrap a user's grader: an exception or a timeout becomes a UserError with its arguments."""
+    """Wrap a user's grader: an exception, a timeout or an answer other than yes or no becomes a UserError with its
+    arguments."""
 
     def too_slow(*_) -> None:
         raise UserError(f"no answer in {GRADER_SECONDS:g} seconds")
@@ -141,7 +142,10 @@ def _guard(name: str, grader: Callable[[str, str], bool]) -> Callable[[str, str]
         try:
             if alarmed:
                 signal.setitimer(signal.ITIMER_REAL, GRADER_SECONDS)
-            return grader(text, gold)
+            correct = grader(text, gold)
+            if correct not in (False, True):  # a text such as "False", or None where a return was forgotten
+                raise UserError(f"returned {quote(correct)}, expected True or False")
+            return bool(correct)
         except Exception as error:
             asked = f"key 'grader': {name!r} fails on the solution {quote(text)} with the gold answer {quote(gold)}"
             place = "" if isinstance(error, UserError) else f" ({origin(error)})"
@@ -157,4 +161,4 @@ def _guard(name: str, grader: Callable[[str, str], bool]) -> Callable[[str, str]
 def _grade(task: Task, text: str, gold: str, correct: bool) -> Grade:
     """Correct solutions vote for gold, wrong ones for their extracted answer, or for their text if there is none."""
     answer = gold if correct else task.extract_answer(text) or text
-    return Grade(None if answer == gold and not correct else answer, bool(correct), bool(correct))
+    return Grade(None if answer == gold and not correct else answer, correct, correct)
