@@ -312,6 +312,7 @@ def test_samples_without_scores_are_not_reused_where_they_are_to_be_scored(confi
     evaluate(other)
     with pytest.raises(UserError, match="score_samples: the samples in .* have no scores of this verifier"):
         evaluate(replace(other, score_samples=True, output_dir=str(tmp_path / "third")))
+    evaluate(replace(other, output_dir=str(tmp_path / "third")))  # the refused run has left nothing behind
 
 
 def test_contrast_needs_a_number_for_beta(config):

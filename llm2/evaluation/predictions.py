@@ -38,8 +38,14 @@ class Predictions:
             elif (self.folder / "predictions.jsonl").exists():
                 way_out = "choose another output_dir, or pass resume=false to start over"
                 self._require_same(self.folder, way_out)
+            begun = (self.folder / "journal").exists()
             self.journal = self._open_journal()
-            self._add_earlier_predictions()
+            try:
+                self._add_earlier_predictions()
+            except UserError:
+                if not begun:  # the next try may have another config
+                    self.journal.discard()
+                raise
         barrier()
         if not dist_info().is_main:
             self.journal = self._open_journal()
