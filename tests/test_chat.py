@@ -219,8 +219,12 @@ def test_a_verifier_keeps_the_template_it_was_trained_with(system1_folder, tmp_p
     """Also where the file is gone that it was read from; other templates are refused, by every name."""
     file, model = tmp_path / "t.jinja", write_model(tmp_path / "model", system1_folder, TEMPLATES["llama3-plain"])
     file.write_text(TRIMS)
-    (ids,) = encode_chats(load_tokenizer(model), [CHAT], TRIMS)
-    (tmp_path / "triplets.jsonl").write_text(record_line(CHAT, [Triplet(len(ids) - 2, ids[-2], 1)]) * 4)
+    chats = [[{**CHAT[0], "content": f"{i} {CHAT[0]['content']}"}, *CHAT[1:]] for i in range(4)]
+    lines = [
+        record_line(chat, [Triplet(len(ids) - 2, ids[-2], 1)])
+        for chat, ids in zip(chats, encode_chats(load_tokenizer(model), chats, TRIMS), strict=True)
+    ]
+    (tmp_path / "triplets.jsonl").write_text("".join(lines))
     config = TrainConfig(
         model=model,
         train_file=str(tmp_path / "triplets.jsonl"),

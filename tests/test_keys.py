@@ -116,7 +116,8 @@ def test_a_results_folder_accepts_exactly_the_keys_that_are_marked(tmp_path):
 def test_predictions_are_reused_if_no_key_that_their_mode_depends_on_differs(mode, tmp_path):
     earlier = tmp_path / "earlier"
     earlier.mkdir()
-    write_config(EVALUATE, earlier / "config.yaml")
+    begun = replace(EVALUATE, score_samples=False)
+    write_config(begun, earlier / "config.yaml")
     write_inputs(earlier, {})
     entry = {"id": "a", "question": "", "gold": "", "mode": mode, "samples": [{"score": 0.5}]}
     (earlier / "predictions.jsonl").write_text(json.dumps(entry) + "\n")
@@ -129,11 +130,12 @@ def test_predictions_are_reused_if_no_key_that_their_mode_depends_on_differs(mod
         predictions.journal.discard()
         return found["samples"][0]["score"] is not None
 
-    used = [(mode.guided, GUIDED), (mode.sampled, SAMPLED), (mode.searched, {"search_solutions"})]
+    used = [(mode.guided, GUIDED), (mode.sampled, SAMPLED), (mode.searched, {"search_solutions", "alpha", "top_k"})]
     unused = set().union(*(keys for depends, keys in used if not depends))
+    unused -= set().union(*(keys for depends, keys in used if depends))
     kept = HOW["evaluate"] | WHICH["evaluate"] | unused
-    assert accepted(EVALUATE, reuse) == kept
-    unscored = {key for key, other in changed(EVALUATE) if key in kept and not reuse(other)}
+    assert accepted(begun, reuse) == kept
+    unscored = {key for key, other in changed(begun) if key in kept and not reuse(other)}
     assert unscored == {"verifier", "solution_score"} & unused, "of another verifier, or summarised in another way"
 
 
