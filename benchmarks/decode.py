@@ -113,7 +113,7 @@ def scale_logits(system1: PreTrainedModel, prompts: list[list[int]], config: Dec
     completions = Decoder(system1).decode(
         prompts[:CALIBRATED], max_new_tokens=config.new_tokens, eos=[], trace=True, keep_logits=True
     )
-    top = torch.stack([token.logits[0].topk(2).values for (completion,) in completions for token in completion.trace])
+    top = torch.stack([token.logits.raw.topk(2).values for (completion,) in completions for token in completion.trace])
     gap = (top[:, 0] - top[:, 1]).quantile(config.choice_share).item()
     system1.get_output_embeddings().weight.data *= -math.log(config.alpha) / gap
 

@@ -187,7 +187,7 @@ def expect_reference(model, verifier, batch, new: int = 5, **options) -> None:
         with torch.inference_mode():
             expected = model(torch.tensor([[*prompt, *alone.token_ids]]), use_cache=False).logits[0, len(prompt) - 1 :]
         for completion in (alone, batched):
-            logits = torch.stack([token.logits[0] for token in completion.trace])
+            logits = torch.stack([token.logits.raw for token in completion.trace])
             torch.testing.assert_close(logits, expected[:-1], atol=1e-3 * max(1.0, expected.std().item()), rtol=0)
 
 

@@ -143,7 +143,7 @@ class GuidedGenerate:
         if not (config.return_dict_in_generate or trace):
             return sequences
         traces = [completion.trace for (completion,) in completions]
-        logits = [[token.logits[0] for token in tokens] for tokens in traces] if output_logits else []
+        logits = [[token.logits.raw for token in tokens] for tokens in traces] if output_logits else []
         return GuidedOutput(
             sequences=sequences,
             scores=self._scores(traces, sampling, pad) if output_scores else None,
@@ -155,7 +155,7 @@ class GuidedGenerate:
         """The logits that each token was chosen from, a (B, V) per step: -inf for what was not a candidate."""
 
         def final(token: TokenTrace) -> torch.Tensor:
-            logits = token.logits[1]
+            logits = token.logits.processed
             if self.guidance is not None:
                 candidates = torch.tensor(token.candidates, device=logits.device)
                 scores = None if token.scores is None else torch.tensor(token.scores).to(logits)

@@ -137,6 +137,13 @@ class DecodeRequest:
             self.seeds = [[0]] * len(self.prompts)
 
 
+class KeptLogits(NamedTuple):
+    """System 1's logits of one token, (V,) each."""
+
+    raw: torch.Tensor
+    processed: torch.Tensor  # by processors, as the plausible set is taken from them
+
+
 class TokenTrace(NamedTuple):
     """How one token was chosen."""
 
@@ -145,7 +152,7 @@ class TokenTrace(NamedTuple):
     scores: list[float] | None  # the verifier's; None where it was not called
     chosen: int  # index into the candidates
     changed: bool  # whether the argmax, or the sample, differs from System 1's alone
-    logits: tuple[torch.Tensor, torch.Tensor] | None = None  # (V,) System 1's, raw and processed, with keep_logits
+    logits: KeptLogits | None = None  # with keep_logits
 
 
 class Completion(NamedTuple):

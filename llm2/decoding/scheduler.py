@@ -22,7 +22,7 @@ from llm2.decoding.decoder_state import DecoderState
 from llm2.decoding.forward_batch import MAX_BATCHED_TOKENS, Chunk, padded_width
 from llm2.decoding.kv_cache import HEADROOM
 from llm2.decoding.prefix_cache import PrefixCache, SharedPrefix
-from llm2.decoding.sampling import DecodeRequest, Prompt, TokenTrace, sample
+from llm2.decoding.sampling import DecodeRequest, KeptLogits, Prompt, TokenTrace, sample
 from llm2.decoding.sequence import Proposal, SequenceState
 from llm2.decoding.system2 import Candidates, Handle
 from llm2.errors import UserError
@@ -331,7 +331,7 @@ class Scheduler:
             if not math.isfinite(values[0]):
                 self._refuse(sequence, f"System 1's logit of token {candidate_lists[row][0]} is {values[0]}")
             logprobs = [value - total for value in values] if self.request.trace else None
-            kept = (raw[row], logits[row]) if self.request.keep_logits else None
+            kept = KeptLogits(raw[row], logits[row]) if self.request.keep_logits else None
             proposal = Proposal(candidate_lists[row][:size], values, logprobs, kept)
             if size > 1 or not (self.guidance is None or self.guidance.lazy):
                 sequence.proposal = proposal

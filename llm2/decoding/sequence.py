@@ -1,17 +1,12 @@
-"""A sequence in flight: its tokens, what is cached of it, and what waits for the verifier.
-
-Letters: V vocabulary.
-"""
+"""A sequence in flight: its tokens, what is cached of it, and what waits for the verifier."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
-
 from llm2.decoding.forward_batch import Chunk
 from llm2.decoding.prefix_cache import SharedPrefix
-from llm2.decoding.sampling import TokenTrace
+from llm2.decoding.sampling import KeptLogits, TokenTrace
 from llm2.decoding.system2 import Handle
 
 
@@ -21,7 +16,7 @@ class Proposal(NamedTuple):
     candidates: list[int]
     values: list[float]  # their logits
     logprobs: list[float] | None  # for a trace
-    logits: tuple[torch.Tensor, torch.Tensor] | None  # with keep_logits
+    logits: KeptLogits | None  # with keep_logits
 
 
 @dataclass(eq=False)

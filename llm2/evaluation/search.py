@@ -87,25 +87,22 @@ class Search:
         return lead - second > max(still_open, 0.0)
 
     def add(self, branch: Branch, completion: Completion) -> None:
-        """The branch goes on with this completion: count the solution, and open the branches that it passes by, but for
-        those that would never be decoded: a step under a rule may have thousands of candidates."""
+        """The branch goes on with this completion: count the solution, and open the branches that it passes by. Of all
+        open ones as many are kept as may still be decoded."""
         tokens, trace, cost = branch.tokens + completion.token_ids, branch.trace + completion.trace, branch.cost
-        passed = []
         for at in range(len(branch.tokens), len(tokens)):
-            logprobs, chosen = self.logprobs(trace[at]), trace[at].chosen
-            others = (choice for choice in range(len(logprobs)) if choice != chosen)
-            passed += [(cost - logprobs[choice], next(self.numbers), at, choice) for choice in others]
-            cost -= logprobs[chosen]
+            token, logprobs = trace[at], self.logprobs(trace[at])
+            for choice, candidate in enumerate(token.candidates):
+                if choice != token.chosen:
+                    taken = token._replace(chosen=choice, changed=choice > 0)
+                    beginning = [*tokens[:at], candidate], [*trace[:at], taken]
+                    self.open.append(Branch(cost - logprobs[choice], next(self.numbers), *beginning))
+            cost -= logprobs[token.chosen]
         answer = self.answer(tokens)
         if answer is not None:
             self.votes[answer] += math.exp(-cost)
         self.solutions.append((Branch(cost, branch.number, tokens, trace), answer))
-        left = self.max_solutions - len(self.solutions)
-        for passed_cost, number, at, choice in nsmallest(left, passed):
-            taken = trace[at]._replace(chosen=choice, changed=choice > 0)
-            beginning = [*tokens[:at], taken.candidates[choice]]
-            self.open.append(Branch(passed_cost, number, beginning, [*trace[:at], taken]))
-        self.open = nsmallest(left, self.open)
+        self.open = nsmallest(self.max_solutions - len(self.solutions), self.open)  # sorted, so a heap
         new = len(completion.token_ids) + bool(branch.tokens)  # the token that begins a branch is a choice too
         self.counts.update(tokens=new, calls=completion.num_verifier_calls, read=completion.num_verifier_tokens)
 

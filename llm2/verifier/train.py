@@ -126,9 +126,10 @@ def load_data(
     if config.eval_file is not None:
         held_out, summary = load(config.eval_file)
         return examples, held_out, [*data, (config.eval_file, summary)]
-    by_prompt: dict[tuple[int, ...], list[int]] = {}  # all solutions of a problem are on the same side
+    by_prompt: dict[int, list[int]] = {}  # all solutions of a problem are on the same side
     for index, example in enumerate(examples):
-        by_prompt.setdefault(tuple(example.ids[: example.start]), []).append(index)
+        prompt = hash(tuple(example.ids[: example.start]))  # the tokens of all prompts would fill memory
+        by_prompt.setdefault(prompt, []).append(index)
     problems = [*by_prompt.values()]
     count = max(1, round(config.eval_share * len(problems)))
     if count >= len(problems):
