@@ -1,7 +1,7 @@
 """UserError, and the conversion of errors from files, weights, tokenizers and user code into one-sentence messages."""
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,9 +37,14 @@ def reason(error: Exception) -> str:
 
 
 def first_misfit(error: ValidationError) -> str:
-    """The first field that does not fit, in one sentence."""
+    """The first field that does not fit, and how, in one clause."""
     first = error.errors()[0]
-    return f"{first['loc'][0]}: {first['msg']}, found {quote(first['input'])}"
+    return f"{first['loc'][0]}: {misfit(first)}"
+
+
+def misfit(detail: Mapping[str, Any]) -> str:
+    """Found and expected, of one of the errors that a ValidationError holds."""
+    return f"found {quote(detail['input'])}, expected: {detail['msg'][0].lower()}{detail['msg'][1:]}"
 
 
 def origin(error: Exception) -> str:

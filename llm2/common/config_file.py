@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from llm2.common.files import read_text, write_text
 from llm2.common.home import with_home, without_home
-from llm2.errors import UserError, quote, reason
+from llm2.errors import UserError, misfit, quote, reason
 
 Config = TypeVar("Config")
 MAX_DEPTH = 50  # of lists and mappings in a file or an override
@@ -144,8 +144,7 @@ def _explain(error: ValidationError, cls: type, path: str | Path | None, places:
     if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         hint = "in it" if path else "in a config file"
         return f"{f'{path}: ' if path else ''}the key {key!r} is missing: expected {key}=VALUE here or {hint}"
-    expected = first["msg"][0].lower() + first["msg"][1:]
-    return f"{where}: key {key!r}: found {quote(first['input'])}, expected: {expected}"
+    return f"{where}: key {key!r}: {misfit(first)}"
 
 
 def help_text(cls: type) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from llm2.config import GuidanceConfig
-from llm2.errors import UserError
+from llm2.errors import UserError, first_misfit
 
 PROCESSOR = "llm2.vllm:GuidedProcessor"
 TRANSFORMERS = "llm2.vllm:TransformersProcessor"
@@ -95,9 +95,7 @@ def _guidance(values: Mapping[str, Any], where: str) -> GuidanceConfig | None:
     try:
         checked = GuidanceConfig(**{key.removeprefix(PREFIX): value for key, value in values.items()})
     except ValidationError as error:
-        first = error.errors()[0]
-        key = f"{PREFIX}{first['loc'][0]}"
-        raise UserError(f"{where}: {key}: found {first['input']!r}, expected: {first['msg']}") from None
+        raise UserError(f"{where}: {PREFIX}{first_misfit(error)}") from None
     if checked.alpha == 0 or checked.beta is None:
         raise UserError(
             f"{where}: llm2_alpha, llm2_beta: found {checked.alpha} and {checked.beta}, expected alpha above 0 and a "

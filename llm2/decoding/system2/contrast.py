@@ -1,7 +1,7 @@
 """A second language model in the verifier's place, such as System 1 fine-tuned: z + beta * (z2 - z).
 
 Contrastive guidance (Liu et al., arXiv 2105.03023 and 2401.08565) on System 1's plausible set, as the rival of a
-verifier.
+verifier. Logits processors act on z alone, before: at beta = 1 the second model chooses, whatever they reweighted.
 """
 
 import torch

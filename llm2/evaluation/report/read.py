@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from llm2.common.files import read_text
 from llm2.common.jsonl import parse_json, read_jsonl
 from llm2.config import Mode, ModeKey, Share
-from llm2.errors import UserError, quote
+from llm2.errors import UserError, misfit
 
 validated = partial(dataclass, config=ConfigDict(allow_inf_nan=False))
 Interval = tuple[Share, Share]
@@ -179,8 +179,7 @@ def _validate(kind: type, value: dict, source: str) -> Any:
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "missing":
             raise UserError(f"{source}: the key {key!r} is missing") from None
-        expected = first["msg"][0].lower() + first["msg"][1:]
-        raise UserError(f"{source}, key {key!r}: found {quote(first['input'])}, expected: {expected}") from None
+        raise UserError(f"{source}, key {key!r}: {misfit(first)}") from None
 
 
 _adapter = cache(TypeAdapter)
