@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from llm2 import LLM2
 from llm2.common.loading import load_tokenizer
 from llm2.config import EvaluateConfig, ExploreConfig, Mode
-from llm2.decoding.arithmetic import Arithmetic, can_become, open_equation
+from llm2.decoding.arithmetic import TAIL, Arithmetic, can_become, open_equation
 from llm2.errors import UserError
 from llm2.evaluation.evaluate import check, evaluate
 from llm2.exploration.explore import explore
@@ -42,7 +42,23 @@ PROCESSOR = "llm2.decoding.arithmetic:Arithmetic"
         ("3 - 8 = -", -5, " -"),
         ("0.1 + 0.2 =", Fraction(3, 10), ""),
         ("5 + 3 = 8 + 2 =", 10, ""),
+        ("so 30 / 60 = 1/", Fraction(1, 2), " 1/"),
+        ("7 / 2 = 3 1", Fraction(7, 2), " 3 1"),
+        ("7 / 2 = 3.5 ", None, None),
+        ("12 + 30\t=", 42, ""),
+        ("Step 2: 12 + 30 =", 42, ""),
+        ("Nina's half-sister has 12 + 30 =", 42, ""),
+        ("He sold 5, then a total of 12 + 30 =", 42, ""),
+        ("(so 12 + 30 =", 42, ""),
         # it is not sure what these compute
+        *(
+            (f"{before} 2 + 3 =", None, None)
+            for before in (r"4 \cdot", r"4 \times", "4 ·", "2 ^", "10 %", "10 mod", "8 :")
+        ),
+        *((f"{before} 2 + 3 =", None, None) for before in ("5 times", "five times", "half of", "3 boxes of", "20% of")),
+        *((f"{before} (2 + 3) =", None, None) for before in ("sqrt", "f", r"\log", "twice", "12 plus", "5 fois")),
+        ("…2 + 3 =", None, None),
+        ("…times 2 + 3 =", None, None),
         ("x + 3 =", None, None),
         ("2x + 3 =", None, None),
         ("a - 4 + 3 =", None, None),
@@ -74,11 +90,20 @@ def test_an_equation_is_open_until_its_result_is_written(text, result, right):
         ),
         (-5, ["-", " -5", "−5", "-5.0"], ["5", " -6", "-50"]),
         (1200, ["1", "1,", "1,2", "1200", "1,200", "1,200."], ["12,", "12,00", "1 ", "1,300"]),
-        (Fraction("7.5"), ["7", "7.", "7.5", "7.50"], ["7 ", "7. So", "7.4", "8", "75", "7.51"]),
+        (
+            Fraction("7.5"),
+            ["7", "7.", "7.5", "7.50", "15", "15/", " 15/2", "15/2.", "7 ", "7 1/2", "7 1/2 so"],
+            ["7. So", "7 so", "7.4", "8", "75", "7.51", "750%", "15 ", "15/20", "15/22", "15/3", "7 2/4", "7 1/3"],
+        ),
+        (
+            Fraction(3, 4),
+            ["0", "0.75", ".", ".7", ".75", "3", "3/4", "75", "75%", " 75 %", "75% of"],
+            ["75 x", "7.5%", "75.1%", "76", ".8", "4/3", "0 3/4", "-75%"],
+        ),
         (Fraction("1234.5"), ["1,", "1,234.", "1234.5"], ["1,234 ", "1,2345", "12,34.5"]),
         (Fraction("1234.5678"), ["1,234.5", "1,234.56", "1234.567", "1,234.5678"], ["1,234.57", "1,234.5,"]),
         (Fraction(10, 3), ["3", "3 ", "3.3", "3.33", "3.34", "4"], ["3.35", "3.2", "33"]),
-        (Fraction(-1, 16), ["-0", "-0.0", "-0.06", "-0.0625"], ["0", "-0.06 ", "-0.063"]),
+        (Fraction(-1, 16), ["-0", "-0.0", "-0.06", "-0.0625", "-1/16", "-6.25%"], ["0", "-0.06 ", "-0.063", "-6.3%"]),
     ],
 )
 def test_only_a_result_of_many_decimals_may_be_rounded(result, right, wrong):
@@ -91,7 +116,7 @@ def bpe(pre_tokenizer, decoder) -> PreTrainedTokenizerFast:
     """Tokens of one digit and more, with and without a space."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoder
-    words = [f"{number} " + f"{number % 7}.{number % 13} = " for number in range(1000)] + ["+ - * / . , $ x\n"] * 3
+    words = [f"{number} " + f"{number % 7}.{number % 13} = " for number in range(1000)] + ["+ - * / % . , $ x\n"] * 3
     tokenizer.train_from_iterator(words, trainers.BpeTrainer(vocab_size=400, special_tokens=["<eos>"]))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
@@ -126,7 +151,13 @@ def test_whatever_the_logits_no_false_result_is_written(arithmetic):
             logits = arithmetic(ids, 3 * torch.randn(1, len(tokenizer), generator=generator) + 6 * numeric)
             ids = torch.cat([ids, logits.argmax(dim=-1, keepdim=True)], dim=-1)
         written = tokenizer.decode(ids[0])[len(tokenizer.decode(tokenizer.encode(left, add_special_tokens=False))) :]
-        if found := re.match(r" ?(-?\d+(?:,\d{3})*)(\.\d+)?", written):
+        is_whole = result.denominator == 1
+        if not is_whole and (found := re.match(r" ?-?((?:\d+ )?\d+/\d+|[\d.]+ ?%)", written)):
+            size = sum(Fraction(part) for part in found[1].replace("%", "").split())
+            assert size / (100 if "%" in found[0] else 1) == abs(result), (left, written)
+        elif not is_whole and re.fullmatch(r"[ \d/-]*", written):
+            continue  # perhaps the beginning of a fraction
+        elif found := re.match(r" ?(-?\d+(?:,\d{3})*)(\.\d+)?", written):
             value, places = Fraction(found[0].replace(",", "").strip()), len(found[2] or ".") - 1
             inexact = 10**4 % result.denominator != 0
             assert value == result or (inexact and abs(value - result) * 10**places < 1), (left, written)
@@ -281,3 +312,38 @@ def test_exploration_goes_on_from_no_forbidden_token(tmp_path):
             assert name == "without" or all(equations(line["messages"][-1]["content"]))
     assert forbidden["with"] == 0
     assert forbidden["without"] > 0
+
+
+def test_special_tokens_begin_a_text(arithmetic):
+    tokenizer = arithmetic.tokenizer
+    left = tokenizer.encode("12 + 30 =", add_special_tokens=False)
+    alone = arithmetic(torch.tensor([left]), torch.zeros(1, len(tokenizer)))
+    before = [*tokenizer.encode("\n7", add_special_tokens=False), tokenizer.eos_token_id]
+    assert alone.isinf().any()
+    assert torch.equal(arithmetic(torch.tensor([before + left]), torch.zeros(1, len(tokenizer))), alone)
+
+
+def test_a_left_side_that_goes_further_back_than_is_read_is_not_judged(arithmetic):
+    tokenizer = arithmetic.tokenizer
+    for count, judged in ((3, True), (TAIL, False)):
+        text = "\n" + " + ".join(["6"] * count) + " ="
+        ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
+        assert (ids.shape[1] > TAIL) is not judged
+        assert arithmetic(ids, torch.zeros(1, len(tokenizer))).isinf().any() == judged
+
+
+def test_behind_a_false_result_nothing_is_forbidden(arithmetic):
+    ids = torch.tensor([arithmetic.tokenizer.encode("\n2 + 2 = 5", add_special_tokens=False)])
+    assert (arithmetic(ids, torch.zeros(1, len(arithmetic.tokenizer))) == 0).all()
+
+
+def test_padding_is_no_text():
+    llm2 = LLM2.from_pretrained("testbed", device="cpu")
+    rows = ["12 + 30 = ", "3 + 4 = ", "Nina has 12 shells. Ben has half as many shells as Nina, and so on. 3 + 4 = "]
+    options = {"max_new_tokens": 4, "logits_processor": [Arithmetic(llm2.tokenizer)]}
+    inputs = llm2.tokenizer(rows, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    together = llm2.generate(**inputs, **options)[:, inputs.input_ids.shape[1] :]
+    for row, text in zip(together, rows, strict=True):
+        alone = llm2.tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        expected = llm2.generate(**alone, **options)[0, alone.input_ids.shape[1] :]
+        assert torch.equal(row[: len(expected)], expected)

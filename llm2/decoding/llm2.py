@@ -13,13 +13,16 @@ from typing import Any, get_args
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    EncoderRepetitionPenaltyLogitsProcessor,
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     GenerationConfig,
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopHLogitsWarper,
@@ -51,6 +54,8 @@ from llm2.verifier.scoring import Reduction, encode_solutions, score_solutions, 
 
 # Values of transformers' device_map that spread a model over several GPUs.
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+# Of transformers' processors those that count every token of a text.
+PENALTIES = (RepetitionPenaltyLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor)
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 WARPERS += (TopHLogitsWarper, TypicalLogitsWarper, EpsilonLogitsWarper, EtaLogitsWarper)
 
@@ -131,7 +136,7 @@ class GuidedGenerate:
             seeds=[[row_seed(seed, index)] for index in range(len(input_ids))],
             batch_size=len(input_ids),
             stop=_stop_fn(stopping_criteria, input_ids),
-            process_logits=_logits_fn(processors, _without_padding(input_ids, mask.bool()), pad),
+            process_logits=_logits_fn(processors, input_ids, mask.bool(), config.pad_token_id),
             on_token=stream_to and (lambda prompt, sample, token: stream_to.put(torch.tensor([token]))),
             trace=trace or keep_logits,
             keep_logits=keep_logits,
@@ -357,36 +362,46 @@ def _stop_fn(criteria: StoppingCriteriaList, input_ids: torch.Tensor) -> StopFn 
     return stop
 
 
-def _logits_fn(processors: LogitsProcessorList, input_ids: torch.Tensor, pad: int) -> LogitsFn | None:
+def _logits_fn(
+    processors: LogitsProcessorList, input_ids: torch.Tensor, mask: torch.Tensor, pad: int | None
+) -> LogitsFn | None:
     """The processors that act on System 1's logits, before the plausible set is taken.
 
-    Some processors are built for the whole batch of `generate`, so they get all of it; sequences without logits in this
-    step appear as their prompts, right-padded.
+    Some processors are built for the whole batch of `generate`, so they get all of it, padded on the left whichever
+    side it was; sequences without logits in this step appear as their prompts, padded on the right too.
     """
     if not processors:
         return None
+    tokens = mask.argsort(dim=-1, stable=True)  # the padding first
+    kept, first = mask.gather(-1, tokens), mask.int().argmax(dim=-1, keepdim=True)
+    counted = input_ids.gather(-1, torch.where(kept, tokens, first))  # a penalty would count padding as text
+    padded = counted if pad is None else input_ids.gather(-1, tokens).masked_fill(~kept, pad)
+    given = [(_with_prompts(processor, counted), isinstance(processor, PENALTIES)) for processor in processors]
 
     def process(prompts: list[int], new: list[list[int]], logits: torch.Tensor) -> torch.Tensor:
         processed = torch.empty_like(logits)
         for length in {len(tokens) for tokens in new}:  # several if the prompts were admitted in parts
             rows = [row for row, tokens in enumerate(new) if len(tokens) == length]
             batch_rows = [prompts[row] for row in rows]
-            ids = torch.cat([input_ids, input_ids.new_full((len(input_ids), length), pad)], dim=-1)
-            ids[batch_rows, input_ids.shape[1] :] = input_ids.new_tensor([new[row] for row in rows])
+            added = input_ids.new_full((len(input_ids), length), 0 if pad is None else pad)
+            added[batch_rows] = input_ids.new_tensor([new[row] for row in rows])
+            counted_ids, padded_ids = (torch.cat([ids, added], dim=-1) for ids in (counted, padded))
             batch_logits = logits.new_zeros(len(input_ids), logits.shape[-1])
             batch_logits[batch_rows] = logits[rows]
-            processed[rows] = processors(ids, batch_logits)[batch_rows]
+            for processor, counts in given:
+                batch_logits = processor(counted_ids if counts else padded_ids, batch_logits)
+            processed[rows] = batch_logits[batch_rows]
         return processed
 
     return process
 
 
-def _without_padding(input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Prompts (B, T) with their first token repeated before them in the place of padding, on whichever side it was: a
-    penalty would count padding as text."""
-    tokens = mask.argsort(dim=-1, stable=True)  # the padding first
-    first = mask.int().argmax(dim=-1, keepdim=True)
-    return input_ids.gather(-1, torch.where(mask.gather(-1, tokens), tokens, first))
+def _with_prompts(processor: LogitsProcessor, prompts: torch.Tensor) -> LogitsProcessor:
+    """The processor, with these prompts in the place of padded ones that it counts."""
+    if isinstance(processor, EncoderRepetitionPenaltyLogitsProcessor):
+        processor = copy.copy(processor)
+        processor.encoder_input_ids = prompts
+    return processor
 
 
 def _by_step(sequences: Sequence[Sequence[torch.Tensor]], fill: float, pad: int) -> tuple[torch.Tensor, ...]:
