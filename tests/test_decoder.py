@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.decode import HostReads
 from llm2.config import VerifierSpec
-from llm2.decoding import attention, scheduler
+from llm2.decoding import attention, model_runner, scheduler
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.model_runner import ModelRunner
 from llm2.decoding.sampling import Completion, Guidance, SamplingParams
@@ -297,6 +297,8 @@ def test_attention_never_runs_in_cudnn(system1, monkeypatch):
         return dot_product(*arguments, **options)
 
     monkeypatch.setattr(attention, "scaled_dot_product_attention", watched)
+    on_gpu = model_runner.attention_kernels
+    monkeypatch.setattr(model_runner, "attention_kernels", lambda device: on_gpu(torch.device("cuda")))
     decode(system1, prompts(3), max_new_tokens=3, eos=EOS)
     assert set(enabled) == {(False, True, True)} and cuda.cudnn_sdp_enabled(), "restored behind the forward"
 
@@ -481,3 +483,10 @@ def test_no_prompts_give_no_completions(system1):
 
 def test_another_system1_writes_other_tokens(system1):
     assert greedy(system1, prompts(3), max_new_tokens=8) != greedy(tiny_system1(7), prompts(3), max_new_tokens=8)
+
+
+def test_an_empty_prompt_and_a_length_below_one_are_refused(system1):
+    with pytest.raises(UserError, match="prompt 0: found no tokens, expected at least one"):
+        Decoder(system1).decode([[], [9, 10]], max_new_tokens=3, eos=[])
+    with pytest.raises(ValueError, match="max_new_tokens: found 0, expected at least 1"):
+        Decoder(system1).decode([[9, 10]], max_new_tokens=0, eos=[])

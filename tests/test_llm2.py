@@ -1,16 +1,22 @@
 """LLM2 takes and returns what transformers' `generate` does; guidance as a custom_generate and a LogitsProcessor."""
 
+import copy
+import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_verifier
+from conftest import VOCABULARY, tiny_system1, tiny_verifier
+from peft import LoraConfig, get_peft_model
 from transformers import (
     ContinuousBatchingConfig,
     EpsilonLogitsWarper,
     EtaLogitsWarper,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GenerationConfig,
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -28,6 +34,7 @@ from llm2.decoding.llm2 import GuidedGenerate
 from llm2.decoding.logits_processor import GuidedLogitsProcessor
 from llm2.decoding.sampling import Guidance
 from llm2.errors import UserError
+from llm2.verifier.model import ProcessVerifier
 
 
 @pytest.fixture(scope="module")
@@ -513,3 +520,94 @@ def test_a_solution_is_scored_token_by_token_up_to_its_end(llm2, reduction):
         llm2.score("How many?", solutions, "median")
     with pytest.raises(ValueError, match="solutions: found one text, expected a list of texts"):
         llm2.score("How many?", "five", reduction)
+
+
+def test_chat_takes_the_length_of_a_generation_config(llm2):
+    options = {"eos_token_id": -1, "pad_token_id": 3}
+    short = llm2.chat("How many?", max_new_tokens=5, **options)
+    assert llm2.chat("How many?", generation_config=GenerationConfig(max_new_tokens=5, **options)) == short
+    question = [{"role": "user", "content": "How many?"}]
+    prompt = llm2.tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    assert llm2.chat("How many?", max_length=len(prompt) + 5, **options) == short
+
+
+def test_stop_strings_in_the_models_own_generation_config_are_refused(llm2, inputs, monkeypatch):
+    monkeypatch.setattr(llm2.system1.generation_config, "stop_strings", ["."])
+    with pytest.raises(ValueError, match=r"found \['.'\] in the model's own generation_config, expected None there"):
+        llm2.generate(**inputs, max_new_tokens=9)
+
+
+def test_penalties_and_ngrams_of_a_row_do_not_depend_on_its_padding(llm2):
+    rows = [[7, 7, 9, 7], [40, 41, 42, 43, 44, 45, 46, 47], [9]]
+    width = max(map(len, rows))
+    pad = llm2.tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    for option in ({"no_repeat_ngram_size": 2}, {"repetition_penalty": 3.0}, {"encoder_repetition_penalty": 3.0}):
+        options = {"max_new_tokens": 12, "eos_token_id": -1, "pad_token_id": pad, **option}
+        together = llm2.generate(ids, attention_mask=mask, **options)[:, width:]
+        alone = [llm2.generate(torch.tensor([row]), **options)[0, len(row) :] for row in rows]
+        assert torch.equal(together, torch.stack(alone))
+
+
+def test_a_used_llm2_can_be_copied(llm2, inputs):
+    expected = llm2.generate(**inputs, max_new_tokens=5)
+    for copied in (copy.deepcopy(llm2), pickle.loads(pickle.dumps(llm2))):
+        assert torch.equal(copied.generate(**inputs, max_new_tokens=5), expected)
+
+
+def test_switched_and_merged_adapters_of_system1_act(tokenizer):
+    settings = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    system1 = get_peft_model(tiny_system1(vocab_size=261), settings, "first").eval()
+    system1.add_adapter("second", settings)
+    ids = torch.tensor([[40, 41, 42]])
+    options = {"max_new_tokens": 8, "eos_token_id": -1, "pad_token_id": 0}
+
+    for model in (system1, system1.get_base_model()):
+        llm2, texts = LLM2(model, tokenizer), []
+
+        def found() -> None:
+            texts.append(llm2.generate(ids, **options))  # noqa: B023, called at once
+            assert torch.equal(texts[-1], model.generate(ids, **options))  # noqa: B023
+
+        found()
+        system1.set_adapter("second")
+        found()
+        system1.merge_adapter()
+        found()
+        system1.unmerge_adapter()
+        with system1.disable_adapter():
+            found()
+        system1.set_adapter("first")
+        assert len({str(text) for text in texts}) == 3  # merged is what it was before
+
+
+def test_a_processor_behind_ours_may_write_in_place(system1, verifier):
+    class Forbid(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores[:, 7] = -torch.inf
+            return scores
+
+    processors = LogitsProcessorList([GuidedLogitsProcessor(Guidance(verifier=verifier)), Forbid()])
+    found = system1.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, logits_processor=processors)
+    assert 7 not in found[0, 3:]
+
+
+def test_a_multimodal_language_model_decodes_and_is_guided(tokenizer, tmp_path):
+    text = {"vocab_size": 261, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "layer_types": ["sliding_attention", "full_attention"]}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=260)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ProcessVerifier.from_system1(str(tmp_path)).save_pretrained(tmp_path / "verifier")
+    ids = torch.tensor([[40, 41, 42]])
+    options = {"max_new_tokens": 5, "eos_token_id": -1, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    for verifier in (None, str(tmp_path / "verifier")):
+        llm2 = LLM2.from_pretrained(str(tmp_path), verifier, beta=0.0, device="cpu")
+        assert torch.equal(llm2.generate(ids, **options), expected)

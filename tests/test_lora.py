@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -232,3 +233,44 @@ def test_a_verifier_takes_system1s_dtype_unless_another_is_named(tmp_path):
     folder = str(tmp_path / "verifier")
     assert load_verifier(folder, CPU, "auto", VOCABULARY, system1).dtype == torch.bfloat16
     assert load_verifier(folder, CPU, "float32", VOCABULARY, system1).dtype == torch.float32
+
+
+def decoded(system1, verifier, **options) -> list[int]:
+    guidance = None if verifier is None else Guidance(verifier=verifier, alpha=0.02, **options)
+    return Decoder(system1, guidance).decode([[5, 6, 7, 8]], max_new_tokens=12, eos=[])[0][0].token_ids
+
+
+def test_threads_do_not_touch_one_another(folder, tmp_path):
+    system1 = AutoModelForCausalLM.from_pretrained(tmp_path / "system1")
+    decoder = Decoder(system1, Guidance(verifier=load_verifier(folder, CPU, "auto", VOCABULARY, system1), alpha=0.02))
+
+    def text(number: int) -> list[int]:
+        return decoder.decode([[5 + number, 6, 7, 8]], max_new_tokens=20, eos=[])[0][0].token_ids
+
+    expected = [text(number) for number in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(text, range(12))) == expected
+
+
+def test_a_verifier_in_memory_must_be_of_this_system1(folder, tmp_path):
+    system1 = AutoModelForCausalLM.from_pretrained(tmp_path / "system1")
+    verifier = ProcessVerifier.from_pretrained(folder)
+    assert decoded(system1, verifier, beta=0.0) == decoded(system1, None)
+    with pytest.raises(UserError, match="it is made for the weights of another System 1"):
+        decoded(tiny_system1(seed=3), verifier)
+    with pytest.raises(UserError, match="expected System 1's torch.bfloat16, or shared=False"):
+        decoded(AutoModelForCausalLM.from_pretrained(tmp_path / "system1", dtype=torch.bfloat16), verifier)
+    with pytest.raises(UserError, match=f"found {VOCABULARY:,} tokens, System 1 has {VOCABULARY + 8:,}"):
+        decoded(tiny_system1(vocab_size=VOCABULARY + 8), verifier)
+
+
+def test_an_adapter_in_system1s_own_layers_is_shared_or_refused(tmp_path):
+    plain, system1 = tiny_system1(), tiny_system1()
+    verifier = ProcessVerifier.from_language_model(system1, "system1", VerifierSpec(kind="lora", lora_r=4)).eval()
+    for name, parameter in verifier.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    torch.nn.init.normal_(verifier.score.weight)
+    assert decoded(system1, verifier, beta=0.0) == decoded(plain, None)
+    with pytest.raises(UserError, match="the verifier's adapter lies in System 1's own layers"):
+        decoded(system1, verifier, shared=False)

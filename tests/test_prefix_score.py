@@ -442,3 +442,15 @@ def test_a_system1_in_float16_is_known_by_its_files(kind, shard, tmp_path):
     other = load_language_model(str(tmp_path / "other"), dtype=torch.float16)
     with pytest.raises(UserError, match="trained on the states of"):
         load_verifier(str(tmp_path / "verifier"), torch.device("cpu"), "auto", VOCABULARY, other)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}])
+def test_a_processor_may_forbid_every_plausible_token_of_the_output_layer(head_pair, options):
+    system1, verifier = head_pair
+    guided = guided_model(system1, Guidance(verifier=verifier, alpha=1.0, beta=1.0))
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    logits = system1(prompt).logits[0, -1]
+    first, second = logits.topk(2).indices.tolist()
+    options = {"max_new_tokens": 1, "suppress_tokens": [first], "eos_token_id": -1, "pad_token_id": 2, **options}
+    found = guided.generate(prompt, **options)[0, -1].item()
+    assert found == second or (options.get("do_sample") and found != first)

@@ -15,7 +15,8 @@ from llm2.decoding.linear import require_float16_weights
 from llm2.decoding.model_runner import LMRunner, SharedRunner
 from llm2.decoding.sampling import Completion, DecodeRequest, Guidance
 from llm2.decoding.scheduler import Scheduler
-from llm2.decoding.system2.kinds import is_adapter, runner_of
+from llm2.decoding.system2 import System2
+from llm2.decoding.system2.kinds import is_adapter, require_pair, runner_of
 from llm2.errors import UserError
 
 
@@ -38,6 +39,10 @@ class Decoder:
         float16_weights: bool = False,
     ) -> None:
         require_float16_weights(float16_weights, system1.device, system1.dtype)
+        models = [system1]
+        if guidance is not None and not isinstance(guidance.verifier, System2):
+            require_pair(guidance.verifier, system1, guidance.shared)
+            models.append(guidance.verifier)
         self.guidance = guidance
         graph_store = CUDAGraphs.of(system1.device) if graphs else None
         if guidance is not None and guidance.shared and is_adapter(guidance.verifier):
@@ -45,7 +50,7 @@ class Decoder:
         else:
             lm = LMRunner(system1, graph_store, float16_weights)
             verifier = None if guidance is None else runner_of(guidance.verifier, graph_store, float16_weights)
-        self.state = DecoderState(lm, verifier, guidance)
+        self.state = DecoderState(models, lm, verifier, guidance)
 
     @property
     def counts(self) -> Counter[str]:
@@ -66,7 +71,8 @@ class Decoder:
         """
         if self.state.moved:
             raise UserError(
-                "weights were moved, replaced or trained after the Decoder was made; expected a new Decoder"
+                "weights were moved, replaced or trained after the Decoder was made, or adapters switched; expected a "
+                "new Decoder"
             )
         request = DecodeRequest(prompts=prompts, **options)
         finished: defaultdict[int, dict[int, Completion]] = defaultdict(dict)

@@ -4,7 +4,8 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field
 
-import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from llm2.common.architecture import refuse_too_long
 from llm2.decoding.kv_cache import SlotCache
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 class DecoderState:
     """Both systems, the counts over all calls, and caches to reuse."""
 
+    models: list[nn.Module]  # System 1 and a System 2 that is a model, as they were given
     lm: LMRunner
     # of System 2, the same SharedRunner as `lm` where they share forwards; None for a kind that runs no model
     verifier: VerifierRunner | ContrastRunner | None
@@ -30,22 +32,23 @@ class DecoderState:
     saved_caches: tuple[MemoryPlan, SlotCache, SlotCache] | None = None
     stated: bool = False  # whether the memory has been stated
     weights: dict[int, int] = field(init=False)  # addresses and bytes when the runners were made
+    adapters: list[tuple] = field(init=False)  # which were active and merged then
 
     def __post_init__(self) -> None:
-        self.weights = addresses(*self._modules())
+        self.weights, self.adapters = addresses(*self.models), self._adapters()
 
-    def _modules(self) -> list[torch.nn.Module]:
-        system2 = (
-            [] if self.guidance is None or isinstance(self.guidance.verifier, System2) else [self.guidance.verifier]
-        )
-        return [self.lm.body, self.lm.head, *system2]
+    def _adapters(self) -> list[tuple]:
+        layers = [layer for model in self.models for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+        return [(*layer.active_adapters, layer.disable_adapters, *layer.merged_adapters) for layer in layers]
 
     @property
     def moved(self) -> bool:
-        """Whether weights moved, were replaced, or changed where the runners hold copies of them."""
+        """Whether the models' weights moved, were replaced, or changed where the runners hold copies of them, or other
+        adapters are active or merged."""
         runners = {self.lm, self.verifier} - {None}
         copied = (snapshot for runner in runners for snapshot in runner.snapshots())
-        return addresses(*self._modules()) != self.weights or any(snapshot.changed for snapshot in copied)
+        changed = addresses(*self.models) != self.weights or self._adapters() != self.adapters
+        return changed or any(snapshot.changed for snapshot in copied)
 
     @property
     def shared(self) -> bool:

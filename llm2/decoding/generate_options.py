@@ -51,7 +51,8 @@ def refuse_ignored(config: GenerationConfig, model_inputs: Mapping[str, Any]) ->
         if name not in (*HONOURED, *WITHOUT_EFFECT) and name[0] != "_" and value not in neutral:
             raise ValueError(f"{name}: found {quote(value)}, which guided decoding does not do; expected {neutral[-1]}")
     for name, value in model_inputs.items():
-        if name not in MODEL_INPUTS and value is not None:
+        is_empty = isinstance(value, Mapping | tuple | list) and not value  # multimodal models have such
+        if name not in MODEL_INPUTS and value is not None and not is_empty:
             raise ValueError(f"{name}: guided decoding takes token ids and their attention_mask alone; leave it out")
     for name in ("cache", "past_key_values"):  # `generate` makes an empty one
         if (cache := model_inputs.get(name)) is not None and (tokens := cache.get_seq_length()):

@@ -52,8 +52,10 @@ class OneDNNLinear(CopiedLinear):
         self.reordered = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
 
     @staticmethod
-    def takes(layer: nn.Linear) -> bool:
-        """Whether it can stand in for a layer: in float32, on a CPU, without a bias."""
+    def takes(layer: nn.Module) -> bool:
+        """Whether it can stand in for a layer: a plain one, in float32, on a CPU, without a bias."""
+        if type(layer) is not nn.Linear:
+            return False
         weight = layer.weight
         return weight.device.type == "cpu" and weight.dtype == torch.float32 and layer.bias is None
 

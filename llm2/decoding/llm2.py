@@ -85,7 +85,7 @@ class GuidedGenerate:
     top_p, ...) acts on the guided logits, all other processors on System 1's, before the plausible set is taken. Raises
     ValueError for an option that would change a text and does not act here, such as num_beams. `generate` passes
     neither `streamer` nor the tokenizer of `stop_strings` to a callable: use `stream_to` and a StopStringCriteria, or
-    `LLM2.generate`, which does so for you.
+    `LLM2.generate`, which does so for you. Stopping criteria get no scores.
 
     Args:
         guidance: None for System 1 alone.
@@ -96,6 +96,10 @@ class GuidedGenerate:
         self.guidance, self.float16_weights = guidance, float16_weights
         self.decoder: Decoder | None = None
         self.system1: PreTrainedModel | None = None  # the model of self.decoder
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which make a decoder of their own."""
+        return {**vars(self), "decoder": None, "system1": None}
 
     def __call__(
         self,
@@ -239,24 +243,30 @@ class LLM2:
         system1 = load_system1(model, device, dtype, **hub)
         if verifier is not None:
             hub = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
-            verifier = load_verifier(verifier, device, dtype, system1.config.vocab_size, system1, tokenizer, **hub)
+            vocabulary = system1.config.get_text_config().vocab_size
+            verifier = load_verifier(verifier, device, dtype, vocabulary, system1, tokenizer, **hub)
         return cls(system1, tokenizer, verifier, float16_weights=float16_weights, **options)
 
     def generate(self, inputs: torch.Tensor | None = None, **options) -> torch.Tensor | GuidedOutput:
         """transformers' `generate` of System 1, guided: its arguments and results, and those of `GuidedGenerate`.
 
         Without a `generation_config`, a sequence also ends at the tokenizer's end-of-sequence token. Raises
-        ValueError for cache_implementation="paged".
+        ValueError for cache_implementation="paged" and for stop strings in the model's own generation config.
         """
         if options.get("cache_implementation") == "paged":  # `generate` would leave for generate_batch, unguided
             raise ValueError("cache_implementation: found 'paged', which cannot be guided; leave it out")
         refuse_arguments(self.system1.generate, options)
+        if (strings := self.system1.generation_config.stop_strings) is not None:  # it would put them into any config
+            raise ValueError(
+                f"stop_strings: found {strings} in the model's own generation_config, expected None there; pass them as "
+                "an argument"
+            )
         config = options.get("generation_config")
         if config is None:
             options = {"eos_token_id": self.eos, "pad_token_id": self.tokenizer.pad_token_id, **options}
         elif config.stop_strings is not None:  # `generate` gives their tokenizer to no callable
-            options = {"stop_strings": config.stop_strings, **options, "generation_config": copy.copy(config)}
-            options["generation_config"].stop_strings = None
+            options = {"stop_strings": config.stop_strings, **options}
+            options["generation_config"] = _changed(config, stop_strings=None)
         if strings := options.pop("stop_strings", None):
             tokenizer = options.pop("tokenizer", self.tokenizer)
             criteria = [*options.pop("stopping_criteria", []), StopStringCriteria(tokenizer, strings)]
@@ -265,11 +275,12 @@ class LLM2:
             options["stream_to"] = options["streamer"]
         return self.system1.generate(inputs, custom_generate=self.guided_generate, **options)
 
-    def chat(self, messages: str | Sequence[Message], *, max_new_tokens: int = 512, **options) -> str:
+    def chat(self, messages: str | Sequence[Message], **options) -> str:
         """The answer to a question, or the next message of a conversation of `role` and `content`.
 
         Args:
-            options: of `generate`, such as do_sample, seed and streamer.
+            options: of `generate`, such as do_sample, seed and streamer. Where neither they nor their generation_config
+                limit the length, an answer has at most 512 tokens.
 
         Raises ValueError for options that ask for more than one text: num_return_sequences, trace.
         """
@@ -279,8 +290,13 @@ class LLM2:
                 raise ValueError(f"{key}: found {found}, expected {only}, since chat gives one text; use generate")
         ids = encode_chats(self.tokenizer, [_conversation(messages)], generation_prompt=True)
         ids = torch.tensor(ids, device=self.system1.device)
-        options = {"max_new_tokens": max_new_tokens, **options, "return_dict_in_generate": False}
-        return self.tokenizer.decode(self.generate(ids, **options)[0, ids.shape[1] :], skip_special_tokens=True)
+        config = options.get("generation_config")
+        limits = (options.get(key, getattr(config, key, None)) for key in ("max_new_tokens", "max_length"))
+        if all(limit is None for limit in limits):
+            longest = {"max_new_tokens": 512}
+            options |= longest if config is None else {"generation_config": _changed(config, **longest)}
+        output = self.generate(ids, **options)
+        return self.tokenizer.decode(getattr(output, "sequences", output)[0, ids.shape[1] :], skip_special_tokens=True)
 
     def score(
         self,
@@ -310,6 +326,12 @@ class LLM2:
         encoded = encode_solutions(self.tokenizer, _conversation(messages), solutions, self.eos)
         rows = score_solutions(self.guidance.verifier, encoded)
         return rows if reduction is None else [solution_score(row, reduction) for row in rows]
+
+
+def _changed(config: GenerationConfig, **fields: Any) -> GenerationConfig:
+    config = copy.copy(config)
+    config.update(**fields)
+    return config
 
 
 def _conversation(messages: str | Sequence[Message]) -> Sequence[Message]:

@@ -54,7 +54,7 @@ class GuidedLogitsProcessor(LogitsProcessor):
             text = "GuidedLogitsProcessor was never called: nothing was guided (generate_batch ignores processors)"
             warnings.warn(text, RuntimeWarning, stacklevel=1)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: processors behind it may write in place
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """input_ids (B, T), System 1's logits (B, V) -> guided logits (B, V), -inf where not plausible.
 

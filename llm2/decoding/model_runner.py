@@ -3,9 +3,10 @@
 The given models are neither changed nor copied: a runner wraps the same Parameters in modules of its own.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -122,7 +123,7 @@ class ModelRunner:
 
     def _run(self, cache: SlotCache, batch: VarlenBatch | PaddedBatch, indices: torch.Tensor) -> torch.Tensor:
         ids, position_ids, slots, kv_positions = indices
-        with sdpa_kernel(KERNELS):
+        with attention_kernels(self.device):
             output = self.body(
                 input_ids=ids[None],
                 position_ids=position_ids[None],
@@ -130,6 +131,11 @@ class ModelRunner:
                 attention_metadata=AttentionMetadata(cache, batch.reads(indices), slots, kv_positions),
             )
         return output.last_hidden_state[0]
+
+
+def attention_kernels(device: torch.device) -> AbstractContextManager:
+    """`KERNELS` on a GPU. Of the whole process, so elsewhere, where threads may decode, it is left alone."""
+    return sdpa_kernel(KERNELS) if device.type == "cuda" else nullcontext()
 
 
 class LMRunner(ModelRunner):
@@ -191,9 +197,8 @@ class SharedRunner(LMRunner, VerifierRunner):
         return super()._run(cache, batch, indices)
 
 
-@dataclass(eq=False)
-class PartialLoRA:
-    """State that all layers of an adapter share."""
+class PartialLoRA(threading.local):
+    """State that all layers of an adapter share, each thread's its own."""
 
     start: int = 0  # index of the first token of the batch that the adapter acts on
 

@@ -12,9 +12,14 @@ from llm2.decoding.system2.head import Head
 from llm2.verifier.lora import clone_sharing_weights
 from llm2.verifier.model import ProcessVerifier
 
+FAR = 1e4
+
 
 class GuidedOutputLayer(nn.Module):
-    """System 1's output layer, then beta times the head's scores on the plausible tokens; all others are -inf."""
+    """System 1's output layer, then beta times the head's scores on the plausible tokens; all others are `FAR` below.
+
+    Not -inf: a processor may forbid every plausible token, and the best of the others must then be left.
+    """
 
     def __init__(self, output: nn.Module, guidance: Guidance) -> None:
         super().__init__()
@@ -34,7 +39,8 @@ class GuidedOutputLayer(nn.Module):
         scores = self.system2.score([], found)
         check_scores(scores, candidates, valid)
         guided = guided_logits(values, valid, scores, guidance.beta)
-        return over_vocabulary(logits, candidates, guided).view(*states.shape[:-1], -1)
+        guided = over_vocabulary(logits, candidates, guided)
+        return torch.where(guided.isinf(), logits - FAR, guided).view(*states.shape[:-1], -1)
 
 
 def guided_model(system1: PreTrainedModel, guidance: Guidance) -> PreTrainedModel:

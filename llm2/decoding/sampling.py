@@ -131,6 +131,8 @@ class DecodeRequest:
     keep_logits: bool = False
 
     def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: found {self.max_new_tokens}, expected at least 1")
         if self.seeds is None:
             if self.sampling is not None:
                 raise ValueError("sampling needs seeds: a list for each prompt, found None")

@@ -55,6 +55,8 @@ class Scheduler:
         for fields in prompts:
             prompt = Prompt(self.num_prompts, *fields)
             what = f"prompt {prompt.index}" if prompt.name is None else f"problem {prompt.name!r}"
+            if not len(prompt.token_ids):
+                raise UserError(f"{what}: found no tokens, expected at least one")
             self.state.refuse_too_long(len(prompt.token_ids), self.request.max_new_tokens, what)
             self.waiting.extend((prompt, sample) for sample in range(len(prompt.seeds)))
             self.prompts[prompt.index] = prompt

@@ -157,7 +157,8 @@ class Evaluator:
         if config.engine == "llm2" or config.verifier is not None:  # with vLLM it only scores and traces
             system1, verifier = load_system1(config.model, *where), None
             if config.verifier is not None:
-                verifier = load_verifier(config.verifier, *where, system1.config.vocab_size, system1, tokenizer)
+                vocabulary = system1.config.get_text_config().vocab_size
+                verifier = load_verifier(config.verifier, *where, vocabulary, system1, tokenizer)
             elif config.contrast is not None:
                 require_same_tokenizer(f"contrast {config.contrast!r}", config.contrast, tokenizer)
                 verifier = load_system1(config.contrast, *where)
