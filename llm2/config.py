@@ -156,7 +156,7 @@ class RolloutConfig(ModelConfig, DecodingConfig):
     max_new_tokens: Count = 512
     """Limit of new tokens per rollout."""
     stop_pattern: str | None = None
-    """Regular expression that ends a rollout once its answer is decided; engine llm2 only."""
+    """Regular expression that ends a rollout behind its match, once its answer is decided; engine llm2 only."""
     batch_size: Annotated[Count, Mark.HOW] = 64
     """Rollouts generated at the same time."""
 
@@ -335,7 +335,7 @@ class TrainConfig(ModelConfig, OptimizerConfig, VerifierSpec):
     evaluations: Count = 4
     """Held-out evaluations (and checkpoints) over the run; the best checkpoint is kept."""
     early_stopping_patience: Count | None = None
-    """Stop after this many evaluations without a better pair accuracy; never when null."""
+    """Stop after this many evaluations without a better checkpoint (`best_by`); never when null."""
     logging_steps: Annotated[Count, Mark.HOW, Mark.TRAINER] = 10
     """Optimizer steps between log lines."""
     report_to: Annotated[str, Mark.HOW, Mark.TRAINER] = "none"

@@ -22,7 +22,8 @@ from experiments.baselines.config import FinetuneConfig, OutcomeConfig, PreferCo
 from experiments.baselines.finetune import collator, examples, finetune
 from experiments.baselines.outcome import as_verifier, outcome_pairs, padding_with_no_text, train_outcome
 from experiments.baselines.prefer import PreferenceTrainer, prefer, preference_batch
-from experiments.baselines.self_consistency import compare
+from experiments.baselines.self_consistency import compare, votes
+from experiments.study.results import read_problems
 from llm2.common.loading import load_system1, load_tokenizer
 from llm2.common.training import CHECKPOINTING, ForwardsBar
 from llm2.errors import UserError
@@ -360,6 +361,18 @@ def test_self_consistency_votes_with_as_many_samples_as_the_other_modes_tokens_p
     # three of two right and two wrong votes: right wins half of the subsets; of one and three: none
     assert (ours["accuracy"], other["accuracy"], result["n"]) == (0.25, 1.0, 2)
     assert result["paired"]["difference"] == 0.75
+
+
+def test_refused_samples_have_no_vote_in_self_consistency(tmp_path):
+    write_predictions(tmp_path / "a", "plain_sampling", [("1", True, 10), ("2", False, 10), ("2", False, 10)])
+    path = tmp_path / "a" / "predictions.jsonl"
+    line = json.loads(path.read_text())
+    assert votes([line], 3) == [0.0]
+    for sample in line["samples"]:
+        sample["accepted"] = sample["correct"]
+    assert votes([line], 3) == [1.0]
+    path.write_text(json.dumps(line) + "\n")
+    assert read_problems(tmp_path / "a", "plain_sampling")[""].tolist() == [1.0]
 
 
 def test_self_consistency_refuses_to_vote_with_fewer_samples_than_are_paid_for(tmp_path):

@@ -173,6 +173,13 @@ def test_an_override_wins_over_the_file_and_is_validated_like_it(write):
     assert "override 'epoch=1': unknown key 'epoch'" in refusal(path, "epoch=1")
 
 
+@pytest.mark.parametrize("value", [r"#### \d+", "runs/a #2", "[1, 2] # two"])
+def test_an_override_that_yaml_would_cut_at_a_comment_is_refused(value, write):
+    assert "holds a comment; put the value into quotes within quotes" in refusal(write(TRAIN), f"output_dir={value}")
+    assert load_config(TrainConfig, write(TRAIN), ["output_dir='runs/a #2'"]).output_dir == "runs/a #2"
+    assert load_config(TrainConfig, write(TRAIN), ["output_dir=runs/a#2"]).output_dir == "runs/a#2"
+
+
 @pytest.mark.parametrize("override", ["num_train_epochs", "=3", "num_train_epochs=[1"])
 def test_an_override_without_key_or_equals_sign_is_refused(override, write):
     assert repr(override) in refusal(write(TRAIN), override)

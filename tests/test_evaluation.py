@@ -22,9 +22,11 @@ from llm2.decoding.decoder import Decoder
 from llm2.decoding.sampling import Guidance
 from llm2.errors import UserError
 from llm2.evaluation.evaluate import evaluate
-from llm2.evaluation.predictions import Predictions, _without_effect
+from llm2.evaluation.predictions import Predictions, _without_effect, read_mode
+from llm2.evaluation.report.pack import pack
+from llm2.evaluation.report.read import read_metrics
 from llm2.evaluation.sweep import sweep
-from llm2.verifier.load import load_verifier
+from llm2.verifier.load import load_verifier, trained_beta
 from llm2.verifier.model import ProcessVerifier
 
 SYSTEM1 = "llm2/testbed/system1"
@@ -266,6 +268,29 @@ def test_predictions_of_other_runs_are_reused_if_their_settings_agree(config, do
         evaluate(replace(merged, beta=2.0, output_dir=str(tmp_path / "other")))
 
 
+def test_plain_predictions_are_reused_beside_guided_ones_that_are_not(config, tmp_path, monkeypatch):
+    first = replace(config, modes=("plain_greedy", "guided_greedy"), limit=2)
+    evaluate(first)
+    decoded = []
+    other = replace(first, beta=1.0, reuse_from=(first.output_dir,), output_dir=str(tmp_path / "other"))
+    missing = Predictions.missing
+    monkeypatch.setattr(
+        Predictions, "missing", lambda *given: decoded.append((given[2], len(found := missing(*given)))) or found
+    )
+    evaluate(other)
+    assert {("plain_greedy", 0), ("guided_greedy", 2)} <= set(decoded)
+
+
+def test_metrics_report_and_readers_have_the_problems_of_the_last_run(config):
+    evaluate(replace(config, modes=("plain_greedy",), limit=3))
+    small = replace(config, modes=("plain_greedy", "plain_greedy"), limit=2)
+    assert evaluate(small)["n"] == 2 == len(read_mode(Path(config.output_dir), Mode.PLAIN_GREEDY))
+    assert len(results(config)[0]) == 3
+    metrics = read_metrics(Path(config.output_dir, "metrics.json"))
+    packed, _ = pack(Path(config.output_dir), metrics, 10**6)
+    assert len(json.loads(packed)["problems"]) == 2
+
+
 def test_reused_predictions_lose_scores_that_were_summarised_in_another_way(config, tmp_path):
     plain = replace(config, modes=("plain_greedy",), limit=2)
     evaluate(plain)
@@ -374,6 +399,8 @@ def test_a_sweep_chooses_on_validation_and_reports_on_test(untrained, tmp_path):
     assert (metrics["split"], metrics["n"]) == ("test", 3)
     with pytest.raises(UserError, match="chosen on other problems than they are reported on"):
         sweep(replace(config, validation_split="test"))
+    trained = replace(config, verifier="testbed-verifier", betas=(), beta=None, output_dir=str(tmp_path / "trained"))
+    assert sweep(trained)["sweep"]["chosen"]["beta"] == trained_beta("testbed-verifier")
 
 
 GRADER = """

@@ -542,7 +542,7 @@ def chats(config, tmp_path):
         ({"messages": []}, "line 2: expected the key 'messages'"),
         ({"messages": [{"role": "user"}] * 2}, "line 2: key 'messages': expected objects with role and content"),
         ({"messages": chat()["messages"][::-1]}, "line 2: key 'messages': .* found messages by assistant and user"),
-        (chat("3 + 3?", "I do not know."), "chats.jsonl: problem line-2: expected a number as gold answer"),
+        (chat("3 + 3?", "I do not know."), "chats.jsonl: problem line-2: expected one number as gold answer"),
         (chat("3 + 3?", answer="5"), "chats.jsonl: problem line-2: the grader rejects .* for the answer '5'"),
         (chat("3 + 3?", answer=None), "line 2: key 'answer': expected a text or a number, found None"),
         (chat("3 + 3?", id="line-1"), "chats.jsonl: the id 'line-1' stands for 2 problems"),

@@ -12,7 +12,7 @@ import pytest
 from pebble import ProcessPool
 
 from llm2.errors import UserError
-from llm2.tasks import Problem, load_task, math500, read_problems
+from llm2.tasks import NumberTask, Problem, load_task, math500, read_problems
 from llm2.tasks.few_shot import load_few_shot
 from llm2.tasks.grading import Grade, extract_answer
 from llm2.tasks.math500 import MathGrader
@@ -206,9 +206,25 @@ def test_a_gold_answer_without_a_number_needs_a_grader(write, record, gold):
     data_file = write(chat(answer=5), record)
     with pytest.raises(UserError) as error:
         read_problems(load_task("chats", data_file), "test")
-    said = f"{data_file}: problem q7: expected a number as gold answer, found {gold}; grader=MODULE:FUNCTION"
+    said = f"{data_file}: problem q7: expected one number as gold answer, found {gold}; grader=MODULE:FUNCTION"
     assert str(error.value).startswith(said)
     assert len(read_problems(load_task("chats", data_file, grader="operator:contains"), "test")) == 2
+
+
+@pytest.mark.parametrize("gold", ["3 1/2", "10:30", "1 000"])
+def test_a_gold_answer_of_several_numbers_needs_a_grader(write, gold):
+    data_file = write(chat(answer=gold))
+    with pytest.raises(UserError, match="expected one number as gold answer"):
+        read_problems(load_task("chats", data_file), "test")
+
+
+def test_fields_of_a_problem_are_texts():
+    class Numbers(NumberTask):
+        def problems(self, split, limit=None):
+            return [Problem("0", "What is 9 + 9?", 18)]
+
+    with pytest.raises(UserError, match="problem '0': gold: found 18, expected a text"):
+        read_problems(Numbers(None), "test")
 
 
 @pytest.mark.parametrize(("number", "text"), [(1e-5, "0.00001"), (1e16, "10,000,000,000,000,000"), (-2.5, "-5/2")])

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 
 from llm2 import LLM2
 from llm2.common.config_file import as_dict
-from llm2.common.loading import load_tokenizer
+from llm2.common.loading import load_config, load_tokenizer
 from llm2.common.training import CHECKPOINTING
 from llm2.config import TrainConfig, VerifierSpec
 from llm2.errors import UserError
@@ -397,6 +397,33 @@ def test_a_killed_run_resumes_and_ends_as_an_undisturbed_one(config, tmp_path, m
     again = train(torn)
     assert again["steps"] == whole["steps"]
     assert again["eval_mean_margin"] == pytest.approx(whole["eval_mean_margin"], abs=1e-4)
+
+
+@pytest.mark.long
+def test_a_run_that_stopped_early_is_the_same_after_a_rerun_and_a_resume(config):
+    config = replace(config, early_stopping_patience=1, evaluations=40, num_train_epochs=10.0, learning_rate=3e-2)
+    folder = Path(config.output_dir)
+    whole = train(config)
+    assert whole["steps"] < 40
+
+    def outcome(metrics: dict) -> tuple:
+        return metrics["steps"], metrics["best_step"], (folder / "model.safetensors").read_bytes()
+
+    expected = outcome(whole)
+    assert outcome(train(config)) == expected
+    shutil.rmtree(folder / f"checkpoint-{whole['steps']}")
+    assert outcome(train(config)) == expected
+
+
+@pytest.mark.parametrize("kind", ["mlp", "lora"])
+def test_a_head_or_an_adapter_goes_on_with_its_own_system1_alone(config, tmp_path, kind):
+    train(replace(config, kind=kind, num_train_epochs=0.2))
+    other = tiny_system1(seed=5, vocab_size=load_config(config.model).vocab_size)
+    shutil.copytree(config.model, tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    second = {"model": str(tmp_path / "other"), "init_from": config.output_dir, "output_dir": str(tmp_path / "second")}
+    with pytest.raises(UserError, match="found another System 1"):
+        train(replace(config, kind=kind, **second))
 
 
 @pytest.mark.long

@@ -13,18 +13,18 @@ import numpy as np
 from experiments.baselines.config import SelfConsistencyConfig
 from llm2.common.files import write_text
 from llm2.common.inputs import digests
-from llm2.common.jsonl import read_jsonl
 from llm2.common.stats import majority_curve, mean_intervals, paired_bootstrap
 from llm2.config import Mode
 from llm2.errors import UserError
-from llm2.evaluation.metrics import right_answer
+from llm2.evaluation.metrics import right_answer, voting
+from llm2.evaluation.predictions import read_mode
 
 
 def compare(config: SelfConsistencyConfig) -> dict:
     """Write `config.output`: both accuracies with intervals, tokens per problem and a paired test; returns it."""
     inputs = digests(config)
-    plain = read_mode(config.samples, Mode.PLAIN_SAMPLING)
-    other = read_mode(config.against, config.mode)
+    plain = read(config.samples, Mode.PLAIN_SAMPLING)
+    other = read(config.against, config.mode)
     if [line["id"] for line in plain] != [line["id"] for line in other]:
         raise UserError(f"{config.samples} and {config.against}: expected the same problems in the same order")
     other_k = config.majority_at if config.mode.sampled else 1
@@ -54,12 +54,10 @@ def compare(config: SelfConsistencyConfig) -> dict:
     return result
 
 
-def read_mode(folder: str, mode: Mode) -> list[dict]:
-    """The lines of a mode in a results folder."""
-    path = Path(folder, "predictions.jsonl")
-    lines = [line for _, line in read_jsonl(path, "predictions") if line["mode"] == mode]
+def read(folder: str, mode: Mode) -> list[dict]:
+    lines = read_mode(Path(folder), mode)
     if not lines:
-        raise UserError(f"{path}: expected predictions of the mode {mode}, found none")
+        raise UserError(f"{folder}: expected predictions of the mode {mode}, found none")
     return lines
 
 
@@ -70,6 +68,4 @@ def tokens_per_sample(lines: Sequence[dict]) -> float:
 
 def votes(lines: Sequence[dict], k: int) -> list[float]:
     """majority@k of each problem."""
-    return [
-        majority_curve([sample["answer"] for sample in line["samples"]], right_answer(line))[k - 1] for line in lines
-    ]
+    return [majority_curve(voting(line), right_answer(line))[k - 1] for line in lines]

@@ -27,7 +27,8 @@ from llm2.common.kinds import KINDS, with_kind
 from llm2.common.stats import best_of_k, majority_curve
 from llm2.config import Mode
 from llm2.errors import as_user_error
-from llm2.evaluation.metrics import right_answer
+from llm2.evaluation.metrics import ranking, right_answer, voting
+from llm2.evaluation.predictions import read_mode
 
 TRAINING = ("eval_choice_quality", "eval_choice_beta", "eval_pair_accuracy", "eval_margin_spearman")
 TRAINING += ("eval_benign_suppressed", "eval_harmful_suppressed")
@@ -78,38 +79,33 @@ def read_result(config: StudyConfig, one: Run, steps: Sequence[StudyStep]) -> Re
     """Empty where nothing is done yet."""
     given = (config.given.get(axis, {}).get(value, {}) for axis, value in one.values.items())
     figures: dict[str, float] = {name: number for figures in given for name, number in figures.items()}
-    evaluations: dict[str, tuple[dict, Path]] = {}  # mode -> its metrics, and the predictions
+    evaluations: dict[str, tuple[dict, Path]] = {}  # mode -> its metrics, and the folder
     for folder in step_folders(config, one, steps).values():
         if (folder / "training.json").exists():
             training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
             figures |= {key: training[key] for key in TRAINING if key in training}
         if (folder / "metrics.json").exists():
             modes = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["modes"]
-            evaluations |= {mode: (values, folder / "predictions.jsonl") for mode, values in modes.items()}
+            evaluations |= {mode: (values, folder) for mode, values in modes.items()}
     problems: dict[str, np.ndarray] = {}
-    for mode, (values, path) in evaluations.items():
+    for mode, (values, folder) in evaluations.items():
         column = mode.replace("_", " ")
         figures |= {f"{column} {key}": values[key] for key in COST if key in values}
-        problems |= {column + suffix: shares for suffix, shares in read_problems(path, mode).items()}
+        problems |= {column + suffix: shares for suffix, shares in read_problems(folder, mode).items()}
     return Result(one.values, settings_of(config, one, steps), figures, problems)
 
 
-def read_problems(path: Path, mode: str) -> dict[str, np.ndarray]:
+def read_problems(folder: Path, mode: str) -> dict[str, np.ndarray]:
     """For each problem whether the greedy answer is right, or the probability that the vote of all samples is; under
     " best", where samples have scores, that of the best one."""
     shares: dict[str, list[float]] = {}
-    for _, line in read_jsonl(path, "predictions"):
-        samples = line["samples"]
-        if line["mode"] != mode:
-            continue
-        correct = [sample["correct"] for sample in samples]
+    for line in read_mode(folder, mode):
+        correct = [sample["correct"] for sample in line["samples"]]
         if not Mode(mode).sampled:
             shares.setdefault("", []).append(float(correct[0]))
             continue
-        vote = majority_curve([sample["answer"] for sample in samples], right_answer(line))[-1]
-        shares.setdefault("", []).append(vote)
-        scores = [sample.get("score") for sample in samples]
-        if None not in scores:
+        shares.setdefault("", []).append(majority_curve(voting(line), right_answer(line))[-1])
+        if None not in (scores := ranking(line)):
             shares.setdefault(" best", []).append(best_of_k(scores, correct, len(scores)))
     return {suffix: np.array(values) for suffix, values in shares.items()}
 

@@ -122,6 +122,9 @@ def read_file(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _parse_override(override: str, text: str) -> Any:
     try:
+        *_, last = (token for token in yaml.scan(text, Loader=_Loader) if not isinstance(token, yaml.StreamEndToken))
+        if text[last.end_mark.index :].strip().startswith("#"):  # YAML would read a part alone
+            raise UserError(f"the override {quote(override)} holds a comment; put the value into quotes within quotes")
         return yaml.load(text, Loader=_Loader)
     except YAML_ERRORS as error:
         raise UserError(f"the value of the override {quote(override)} is not valid YAML") from error

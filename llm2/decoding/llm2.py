@@ -258,8 +258,8 @@ class LLM2:
         refuse_arguments(self.system1.generate, options)
         if (strings := self.system1.generation_config.stop_strings) is not None:  # it would put them into any config
             raise ValueError(
-                f"stop_strings: found {strings} in the model's own generation_config, expected None there; pass them as "
-                "an argument"
+                f"stop_strings: found {strings} in the model's own generation_config, expected None there; pass them "
+                "as an argument"
             )
         config = options.get("generation_config")
         if config is None:

@@ -70,14 +70,14 @@ def evaluate(config: EvaluateConfig) -> dict | None:
         evaluator()  # earlier results are deleted only after both systems are loaded
     predictions = Predictions(config, inputs)
     if any(predictions.missing(problems, mode) for mode in config.modes):
-        for mode in config.modes:
+        for mode in dict.fromkeys(config.modes):
             evaluator().run(mode, problems, predictions)
     task.close()
     barrier()  # every prediction is in the journal
     metrics = None
     if dist_info().is_main:
         lines = predictions.publish(problems, config.modes)
-        metrics = describe(config, inputs, len(problems)) | summarise(lines, config.majority_at, config.seed)
+        metrics = describe(config, inputs, len(problems)) | summarise(lines, [*dict.fromkeys(config.majority_at)], config.seed)
         write_text(Path(config.output_dir, "metrics.json"), json.dumps(metrics, indent=2) + "\n")
     barrier()  # the files are complete
     return metrics

@@ -113,16 +113,16 @@ def _pair(modes: tuple[Mode, Mode], metric: str, test: PairedTest) -> dict:
 def _curves(lines: Sequence[dict], ks: Sequence[int], seed: int) -> Curves:
     """Weighted votes for `ks`, the other figures for every k from 1 to the number of samples."""
     all_ks = range(1, len(lines[0]["samples"]) + 1)
-    votes = [majority_curve(_voting(line), right_answer(line)) for line in lines]
+    votes = [majority_curve(voting(line), right_answer(line)) for line in lines]
     curves = {("majority", k): [curve[k - 1] for curve in votes] for k in all_ks}
     for k in all_ks:
         curves["pass", k] = [pass_at_k(len(all_ks), sum(_values(line, "correct")), k) for line in lines]
     if all(sample.get("score") is not None for line in lines for sample in line["samples"]):
         for k in all_ks:
-            curves["best_of", k] = [best_of_k(_ranking(line), _values(line, "correct"), k) for line in lines]
+            curves["best_of", k] = [best_of_k(ranking(line), _values(line, "correct"), k) for line in lines]
         for k in ks:
             curves["weighted", k] = [
-                weighted_majority_at_k(_voting(line), vote_weights(_values(line, "score")), right_answer(line), k, seed)
+                weighted_majority_at_k(voting(line), vote_weights(_values(line, "score")), right_answer(line), k, seed)
                 for line in lines
             ]
     return curves
@@ -132,14 +132,16 @@ def _values(line: dict, key: str) -> list:
     return [sample[key] for sample in line["samples"]]
 
 
-def _voting(line: dict) -> list[str | None]:
+def voting(line: dict) -> list[str | None]:
     """The samples' answers, None for those that `accept` refused."""
     return [sample["answer"] if sample.get("accepted", True) else None for sample in line["samples"]]
 
 
-def _ranking(line: dict) -> list[float]:
-    """The samples' scores, below all others for those that `accept` refused."""
-    return [sample["score"] if sample.get("accepted", True) else -math.inf for sample in line["samples"]]
+def ranking(line: dict) -> list[float | None]:
+    """The samples' scores, below all others for those that `accept` refused; None for samples without one."""
+    scores = [sample.get("score") for sample in line["samples"]]
+    refused = [not sample.get("accepted", True) for sample in line["samples"]]
+    return [-math.inf if no and score is not None else score for no, score in zip(refused, scores, strict=True)]
 
 
 def _share(line: dict, key: str) -> float:

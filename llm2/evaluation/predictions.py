@@ -7,6 +7,7 @@ A journal entry holds one problem in one mode: a line of predictions.jsonl, plus
 import json
 import shutil
 from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from llm2.common.config_file import as_dict, difference, read_values, write_config
@@ -102,18 +103,22 @@ class Predictions:
                     self.journal.add(entry)
 
     def _read_reusable(self, folder: Path) -> Iterator[dict]:
-        """The entries of another results folder. Raises UserError if this run's settings would change them."""
+        """The entries of another results folder in this run's modes, but for modes that its settings would change.
+        Raises UserError if they would change all."""
         if not (folder / "predictions.jsonl").exists():
             raise UserError(f"reuse_from: {folder} holds no predictions.jsonl; evaluate there first")
-        scoring, checked = select_keys(self.config, Mark.SCORES), set()
+        scoring, refusals = select_keys(self.config, Mark.SCORES), {}  # refusals: mode -> why it does not agree
         others = as_dict(self.config).keys() - scoring
         same_scores = difference(read_values(folder / "config.yaml"), self.config, others) is None
         same_scores &= change(read_inputs(folder), self.inputs, others) is None
         for entry in _read_entries(folder):
             mode = Mode(entry["mode"])
-            if mode not in checked:
-                self._require_same(folder, "it cannot be reused", _without_effect(self.config, mode))
-                checked.add(mode)
+            if mode not in self.config.modes:
+                continue
+            if mode not in refusals:
+                refusals[mode] = self._refusal(folder, mode)
+            if refusals[mode] is not None:
+                continue
             kept = entry if same_scores else _without_scores(entry)
             scored = mode.sampled and self.config.score_samples and self.config.verifier is not None
             if scored and any(sample["score"] is None for sample in kept["samples"]):
@@ -122,10 +127,26 @@ class Predictions:
                     "weighted votes; expected score_samples=false, or no reuse_from"
                 )
             yield kept
+        if refusals and None not in refusals.values():
+            raise next(iter(refusals.values()))
+
+    def _refusal(self, folder: Path, mode: Mode) -> UserError | None:
+        try:
+            self._require_same(folder, "it cannot be reused", _without_effect(self.config, mode))
+        except UserError as error:
+            return error
 
     def _require_same(self, folder: Path, way_out: str, but: Collection[str] = ()) -> None:
         earlier = read_values(folder / "config.yaml") | {"inputs": read_inputs(folder)}
         require_same(earlier, self.config, self.inputs, str(folder / "predictions.jsonl"), way_out, but)
+
+
+def read_mode(folder: Path, mode: Mode) -> list[dict]:
+    """The lines of a mode that the folder's metrics are of; those of more problems, of earlier runs, follow them."""
+    metrics = folder / "metrics.json"
+    n = json.loads(metrics.read_text(encoding="utf-8")).get("n") if metrics.exists() else None
+    lines = (line for _, line in read_jsonl(folder / "predictions.jsonl", "predictions") if line["mode"] == mode)
+    return [*islice(lines, n)]
 
 
 def _without_effect(config: EvaluateConfig, mode: Mode) -> Collection[str]:

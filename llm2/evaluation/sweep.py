@@ -16,6 +16,7 @@ from llm2.common.loading import with_batch_dtype
 from llm2.config import EvaluateConfig, Mode, SweepConfig
 from llm2.errors import UserError
 from llm2.evaluation.evaluate import evaluate
+from llm2.verifier.load import trained_beta
 
 SWEPT = {"alpha": "alphas", "beta": "betas", "top_k": "top_ks", "temperature": "temperatures"}
 
@@ -31,6 +32,8 @@ def sweep(config: SweepConfig) -> dict | None:
         problems = config.data_file or config.split
         raise UserError(f"settings must be chosen on other problems than they are reported on, found {problems} twice")
     config = with_batch_dtype(config)  # once, not for each point
+    if config.beta is None and config.verifier is not None and not config.betas:
+        config = replace(config, beta=trained_beta(config.verifier))
     points, inputs = [], digests(config)
     for settings in grid(config):
         point = validation_config(config, settings)

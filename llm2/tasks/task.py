@@ -82,7 +82,11 @@ class NumberTask(Task):
         return grade_numbers(texts, gold)
 
     def can_compare(self, gold: str) -> bool:
-        return extract_answer(gold) is not None
+        """Not an answer of several numbers, such as 3 1/2 or 10:30: solutions are read at the first one behind "answer
+        is". A gold answer of more than four words may be a solution, whose last number counts."""
+        number = extract_answer(gold)
+        of_one = len(gold.split()) > 4 or number == extract_answer(f"The answer is {gold}")
+        return number is not None and of_one
 
 
 def load_task(name: str, data_file: str | None = None, grader: str | None = None, key: str = "task") -> Task:
@@ -112,9 +116,12 @@ def read_problems(task: Task, split: str, limit: int | None = None) -> list[Prob
     if not problems:
         raise UserError(f"{where}: expected at least one problem, found none")
     for problem in problems:
+        for key in ("id", "question", "gold", "solution"):
+            if not isinstance(value := getattr(problem, key), str):
+                raise UserError(f"{where}: problem {problem.id!r}: {key}: found {quote(value)}, expected a text")
         if not task.can_compare(problem.gold):
             raise UserError(
-                f"{where}: problem {problem.id}: expected a number as gold answer, found {quote(problem.gold)}; "
+                f"{where}: problem {problem.id}: expected one number as gold answer, found {quote(problem.gold)}; "
                 "grader=MODULE:FUNCTION compares other answers"
             )
     return problems

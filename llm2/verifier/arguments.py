@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from llm2.common.architecture import examine, refuse_too_long
 from llm2.common.config_file import as_dict, difference
-from llm2.common.loading import changes_logits, load_config
+from llm2.common.home import without_home
+from llm2.common.loading import changes_logits, is_local, load_config, load_language_model
 from llm2.common.same_tokenizer import require_same_tokenizer
 from llm2.config import Kind, TrainConfig, VerifierSpec
 from llm2.errors import UserError, first_misfit, quote
@@ -111,8 +112,12 @@ def new_verifier(model: str, config: VerifierTrainingArguments, device: torch.de
         verifier = ProcessVerifier.from_system1(model, spec, dtype=torch.float32, attn_implementation=attention)
     else:
         start, vocabulary = config.init_from, load_config(model).get_text_config().vocab_size
-        where = torch.device("cpu")
-        verifier = load_verifier(start, where, torch.float32, vocabulary, attn_implementation=attention)
+        where, options = torch.device("cpu"), {"dtype": torch.float32, "attn_implementation": attention}
+        system1 = None  # a head or an adapter goes on with the weights that it is of, and is refused for others
+        if not verifier_config(start).is_whole:
+            system1 = load_language_model(model, local_files_only=is_local(model), **options)
+        verifier = load_verifier(start, where, torch.float32, vocabulary, system1, attn_implementation=attention)
+        verifier.config.base_model = without_home(model)
     if config.trainable_layers is not None:
         freeze_layers(verifier, config.trainable_layers)
     return verifier

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Subset, random_split
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer import TRAINER_STATE_NAME
 
 from llm2.common.chat import resolve_template
 from llm2.common.config_file import write_config
@@ -67,6 +68,9 @@ def train(config: TrainConfig) -> dict:
     ForwardsBar.of(trainer)
     if dist_info().is_main:
         begin(Path(config.output_dir), config, inputs)
+    if checkpoint is not None and (step := stopped_at(checkpoint, config.early_stopping_patience)):
+        # No epoch is left to begin; a Trainer that begins one takes a step.
+        arguments.num_train_epochs = step // math.ceil(len(train_set) / config.global_batch_size)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = {
         **trainer.evaluate(),
@@ -107,6 +111,14 @@ def checkpoint_to_resume(config: TrainConfig, inputs: Digests) -> Path | None:
         raise UserError(f"{folder} holds checkpoints and resume is false; {way_out}")
     require_own(folder, config, inputs, way_out)
     return checkpoint
+
+
+def stopped_at(checkpoint: Path, patience: int | None) -> int | None:
+    """The step at which early stopping ended a run whose last checkpoint this is; None where it did not."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    early = state.stateful_callbacks.get(EarlyStoppingCallback.__name__, {}).get("attributes", {})
+    stopped = patience is not None and early.get("early_stopping_patience_counter", 0) >= patience
+    return state.global_step if stopped else None
 
 
 def load_data(
@@ -167,6 +179,7 @@ def training_arguments(
         save_steps=eval_steps,
         save_total_limit=2,
         load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True,
         metric_for_best_model=best_by,
         greater_is_better=best_by != "guided_pair_loss",
         data_seed=config.seed,

@@ -3,6 +3,7 @@
 import json
 import sys
 from array import array
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,11 @@ class _Vocabulary(dict[str, int]):
 def _read_predictions(folder: Path, metrics: Metrics) -> tuple[dict[str, tuple[str, dict[Mode, list]]], int]:
     """Problem -> JSON of its head and, for each mode, of the head of each sample and of its text or null; and the bytes
     of all. Heads lack their closing bracket."""
-    problems, size = {}, 0
+    problems, size, counts = {}, 0, Counter()
     for line in read_lines(folder / "predictions.jsonl", Prediction):
         mode = Mode(line["mode"])
-        if mode not in metrics.modes:
+        counts[mode] += 1
+        if mode not in metrics.modes or counts[mode] > metrics.n:  # of earlier runs, with more problems
             continue
         if line["id"] not in problems:
             problems[line["id"]] = _as_json([line["id"], line["question"], line["gold"]])[:-1], {}

@@ -102,7 +102,8 @@ class LocalEngine(Engine):
             yield number, [completion.token_ids for completion in completions]
 
     def _stop_fn(self, taken: Sequence[tuple[int, Request]]) -> Callable[[int, int, Sequence[int]], bool] | None:
-        """Ends a row when the text of its request's `token_ids` and new tokens matches the stop pattern."""
+        """Ends a row when the text of its request's `token_ids` and new tokens matches the stop pattern, and goes on
+        behind the match: a number at the end of the text may not be whole."""
         if self.config.stop_pattern is None:
             return None
         pattern = re.compile(self.config.stop_pattern)
@@ -110,7 +111,8 @@ class LocalEngine(Engine):
         def stop(index: int, sample: int, new_tokens: Sequence[int]) -> bool:
             if len(new_tokens) % STOP_EVERY:
                 return False
-            return pattern.search(self.tokenizer.decode([*taken[index][1].token_ids, *new_tokens])) is not None
+            text = self.tokenizer.decode([*taken[index][1].token_ids, *new_tokens])
+            return any(match.end() < len(text) for match in pattern.finditer(text))
 
         return stop
 
