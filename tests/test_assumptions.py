@@ -17,6 +17,7 @@ import transformers
 import yaml
 from conftest import VOCABULARY, tiny_system1
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -54,6 +55,7 @@ RELIED_ON = {
     "lm_eval.models": "lm_eval",
     "peft.tuners.lora.LoraLayer": "lora",
     "peft.tuners.lora.layer.ParamWrapper": "lora",
+    "peft.tuners.tuners_utils.BaseTunerLayer": "lora",
     "peft.utils.SAFETENSORS_WEIGHTS_NAME": "file_names",
     "transformers.cache_utils.CacheLayerMixin": "cache_layers",
     "transformers.cache_utils.DynamicLayer": "cache_layers",
@@ -286,7 +288,9 @@ def test_lora_layers_have_the_parts_that_we_read():
     layers = [each for each in model.modules() if isinstance(each, peft.tuners.lora.LoraLayer)]
     hold("peft", len(layers) == 2, "no longer puts a LoraLayer on each target")
     for layer in layers:
+        hold("peft", isinstance(layer, BaseTunerLayer), "no longer makes LoraLayer a BaseTunerLayer")
         hold("peft", list(layer.active_adapters) == ["default"], "changed LoraLayer.active_adapters")
+        hold("peft", not layer.disable_adapters and not layer.merged_adapters, "changed what LoraLayer says it does")
         weights = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         delta = layer.scaling["default"] * weights[1] @ weights[0]
         hold("peft", torch.allclose(layer.get_delta_weight("default"), delta), "changed LoraLayer.get_delta_weight")

@@ -77,7 +77,9 @@ def evaluate(config: EvaluateConfig) -> dict | None:
     metrics = None
     if dist_info().is_main:
         lines = predictions.publish(problems, config.modes)
-        metrics = describe(config, inputs, len(problems)) | summarise(lines, [*dict.fromkeys(config.majority_at)], config.seed)
+        metrics = describe(config, inputs, len(problems)) | summarise(
+            lines, [*dict.fromkeys(config.majority_at)], config.seed
+        )
         write_text(Path(config.output_dir, "metrics.json"), json.dumps(metrics, indent=2) + "\n")
     barrier()  # the files are complete
     return metrics

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from llm2.common.config_file import read_values
@@ -71,3 +71,11 @@ def sharded_state(folder: Path) -> dict[str, torch.Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # slow import, rarely needed
 
     return get_fp32_state_dict_from_zero_checkpoint(str(folder))
+
+
+def stopped_at(checkpoint: Path, patience: int | None) -> int | None:
+    """The step at which early stopping ended a run whose last checkpoint this is; None where it did not."""
+    state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+    early = state["stateful_callbacks"].get(EarlyStoppingCallback.__name__, {}).get("attributes", {})
+    stopped = patience is not None and early.get("early_stopping_patience_counter", 0) >= patience
+    return state["global_step"] if stopped else None

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Subset, random_split
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerState
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer import TRAINER_STATE_NAME
 
 from llm2.common.chat import resolve_template
 from llm2.common.config_file import write_config
@@ -25,7 +24,7 @@ from llm2.common.training import ForwardsBar, optimizer_arguments
 from llm2.config import TrainConfig
 from llm2.errors import UserError, as_user_error
 from llm2.verifier.arguments import OWN, VerifierTrainingArguments, refuse_options, refuse_steps
-from llm2.verifier.checkpoints import begin, last_whole_checkpoint, require_own
+from llm2.verifier.checkpoints import begin, last_whole_checkpoint, require_own, stopped_at
 from llm2.verifier.model_card import model_card
 from llm2.verifier.pair_metrics import pair_info
 from llm2.verifier.system1 import measure_system1
@@ -111,14 +110,6 @@ def checkpoint_to_resume(config: TrainConfig, inputs: Digests) -> Path | None:
         raise UserError(f"{folder} holds checkpoints and resume is false; {way_out}")
     require_own(folder, config, inputs, way_out)
     return checkpoint
-
-
-def stopped_at(checkpoint: Path, patience: int | None) -> int | None:
-    """The step at which early stopping ended a run whose last checkpoint this is; None where it did not."""
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    early = state.stateful_callbacks.get(EarlyStoppingCallback.__name__, {}).get("attributes", {})
-    stopped = patience is not None and early.get("early_stopping_patience_counter", 0) >= patience
-    return state.global_step if stopped else None
 
 
 def load_data(
