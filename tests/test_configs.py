@@ -173,6 +173,11 @@ def test_an_override_wins_over_the_file_and_is_validated_like_it(write):
     assert "override 'epoch=1': unknown key 'epoch'" in refusal(path, "epoch=1")
 
 
+def test_whole_numbers_are_decimal(write):
+    for text, number in {"010": 10, "1_000": 1000, "0x10": 16}.items():
+        assert load_config(TrainConfig, write(TRAIN), [f"seed={text}"]).seed == number
+
+
 @pytest.mark.parametrize("value", [r"#### \d+", "runs/a #2", "[1, 2] # two"])
 def test_an_override_that_yaml_would_cut_at_a_comment_is_refused(value, write):
     assert "holds a comment; put the value into quotes within quotes" in refusal(write(TRAIN), f"output_dir={value}")

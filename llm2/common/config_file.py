@@ -19,7 +19,7 @@ MAX_DEPTH = 50  # of lists and mappings in a file or an override
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `2e-5` as a number, which YAML 1.1 reads as a string.
+    """SafeLoader that reads `2e-5` as a number and `010` as ten, which YAML 1.1 reads as a string and as eight.
 
     It refuses repeated keys, values that contain themselves, and deep nesting, since parsing time grows with the
     square of the depth.
@@ -52,12 +52,16 @@ class _Loader(yaml.SafeLoader):
             first[name] = line
         return super().construct_mapping(node, deep)
 
+    def construct_decimal(self, node: yaml.ScalarNode) -> int:
+        return int(node.value) if node.value.lstrip("+-").isdigit() else self.construct_yaml_int(node)
+
 
 # YAML's own errors, and those of int, float and datetime for texts like `0b_`.
 YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
 
 
 def load_config(cls: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

@@ -24,8 +24,9 @@ SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "$": " ", "\t": " ", "\
 TIMES = re.compile(r"(?<=[\d)])( *)x(?= *[\d(])")
 # The left side, `=`, and what is written of the result; the left side ends with a number or a bracket.
 EQUATION = re.compile(r"(?P<left>[\d.,+\-*/() ]*[\d)]) *=(?P<right>[^=\n]*)\Z")
-# What stands before it: words alone, from the beginning of a text, line, quotation, sentence, or of `Step 1: `.
-BEGINNING = r"\A|[\n=<{\[`'\"(]|[^\W_][.,;]|[^\W\d_][:!?]|[^\W\d_] \d+:"
+# What stands before it: words alone, from the beginning of a text, line, quotation, sentence, or of `Step 1: `, or from
+# another number on.
+BEGINNING = r"\A|[\n=<{\[`'\"(]|[^\W_][.,;]|[^\W\d_][:!?]|[^\W\d_] \d+:|(?P<number>\d)"
 WORDS = re.compile(rf"(?:{BEGINNING}) *(?P<words>(?:(?:[^\W\d_](?:['’-]?[^\W\d_])+|[AaI]) +)*)\Z")
 # Words that may take part in what is computed if the last one is; behind these, `of` does not.
 IN_WORDS = "plus|minus|times|by|over|mod|modulo|per|than|as|from|to|into|add|subtract|multiply|divide|added|subtracted"
@@ -131,7 +132,9 @@ def _begins(before: str) -> bool:
     found = WORDS.search(before)
     if found is None:
         return False
-    *_, second, last = ["", "", *found["words"].lower().split()]
+    *_, second, last = words = ["", "", *found["words"].lower().split()]
+    if found["number"]:  # `6 shells and Nina has 5 + 3`, but not `3 boxes of 5 + 3`, `6 fois 5 + 3`
+        return len(words) >= 5 and not any(word == "of" or OPERATION.fullmatch(word) for word in words)
     return second in SUMS if last == "of" else OPERATION.fullmatch(last) is None
 
 

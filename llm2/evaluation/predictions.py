@@ -103,8 +103,8 @@ class Predictions:
                     self.journal.add(entry)
 
     def _read_reusable(self, folder: Path) -> Iterator[dict]:
-        """The entries of another results folder in this run's modes, but for modes that its settings would change.
-        Raises UserError if they would change all."""
+        """The entries of another results folder, but for modes that this run's settings would change. Raises UserError
+        if they would change all that it holds of this run's modes."""
         if not (folder / "predictions.jsonl").exists():
             raise UserError(f"reuse_from: {folder} holds no predictions.jsonl; evaluate there first")
         scoring, refusals = select_keys(self.config, Mark.SCORES), {}  # refusals: mode -> why it does not agree
@@ -113,8 +113,6 @@ class Predictions:
         same_scores &= change(read_inputs(folder), self.inputs, others) is None
         for entry in _read_entries(folder):
             mode = Mode(entry["mode"])
-            if mode not in self.config.modes:
-                continue
             if mode not in refusals:
                 refusals[mode] = self._refusal(folder, mode)
             if refusals[mode] is not None:
@@ -127,8 +125,9 @@ class Predictions:
                     "weighted votes; expected score_samples=false, or no reuse_from"
                 )
             yield kept
-        if refusals and None not in refusals.values():
-            raise next(iter(refusals.values()))
+        wanted = [refusal for mode, refusal in refusals.items() if mode in self.config.modes] or [*refusals.values()]
+        if wanted and None not in wanted:
+            raise wanted[0]
 
     def _refusal(self, folder: Path, mode: Mode) -> UserError | None:
         try:
