@@ -35,7 +35,7 @@ IN_WORDS += "|square|squared|cube|cubed|root|sqrt|log|ln|lg|exp|sin|cos|tan|abs|
 OPERATION = re.compile(IN_WORDS + "|percent|negative|average|mean")
 SUMS = ("total", "sum", "cost", "price", "amount")
 NUMBER = re.compile(r"\s*[$€£]?\s*(?P<sign>[-−]?)(?P<digits>(?:\d[\d,]*)?)(?P<point>\.?)(?P<decimals>\d*)")
-FRACTION = re.compile(r"\s*(?P<sign>[-−]?)(?P<number>\d+ ?\d*/?\d*)(?P<rest>.*)", re.DOTALL)
+FRACTION = re.compile(r"\s*[-−]?\d+ ?\d*/?\d*")  # or a mixed number, or the beginning of one
 REPEATED = re.compile(r"([^\d])\1{3,}")
 HEAD = re.compile(r"[\s\d.,$€£−%/-]*")  # of a token: what a number may hold
 
@@ -123,7 +123,8 @@ def open_equation(text: str) -> tuple[Fraction, str] | None:
     result = value(left.strip()) if sentences or _begins(text[: found.start()] + left[: -len(left.lstrip())]) else None
     if result is None:
         return None
-    is_open = NUMBER.fullmatch(found["right"]) or (result.denominator > 1 and _fraction_rest(found["right"]) == "")
+    forms = (NUMBER, FRACTION) if result.denominator > 1 else (NUMBER,)
+    is_open = any(form.fullmatch(found["right"]) for form in forms)
     return (result, found["right"]) if is_open else None
 
 
@@ -192,13 +193,7 @@ def _can_become_fraction(right: str, size: Fraction) -> bool:
         percentage = f"{(100 * size).__floor__()}{_decimals(100 * size)}"
         forms += [f"{percentage}%", f"{percentage} %"]
     written = right.lstrip(" -−")
-    return any(form.startswith(written) or re.match(rf"{form}(?![\d/%])", written) for form in forms)
-
-
-def _fraction_rest(right: str) -> str | None:
-    """What follows a fraction or a mixed number, or the beginning of one; None where there is none."""
-    found = FRACTION.fullmatch(right)
-    return None if found is None else found["rest"]
+    return any(form.startswith(written) or re.match(rf"{re.escape(form)}(?![\d/%])", written) for form in forms)
 
 
 def _decimals(number: Fraction) -> str:

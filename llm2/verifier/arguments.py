@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from llm2.common.architecture import examine, refuse_too_long
 from llm2.common.config_file import as_dict, difference
 from llm2.common.home import without_home
-from llm2.common.loading import changes_logits, is_local, load_config, load_language_model
+from llm2.common.loading import changes_logits, is_local, load_config, load_language_model, vocabulary_size
 from llm2.common.same_tokenizer import require_same_tokenizer
 from llm2.config import Kind, TrainConfig, VerifierSpec
 from llm2.errors import UserError, first_misfit, quote
@@ -111,7 +111,7 @@ def new_verifier(model: str, config: VerifierTrainingArguments, device: torch.de
         spec = verifier_spec(config)
         verifier = ProcessVerifier.from_system1(model, spec, dtype=torch.float32, attn_implementation=attention)
     else:
-        start, vocabulary = config.init_from, load_config(model).get_text_config().vocab_size
+        start, vocabulary = config.init_from, vocabulary_size(model)
         where, options = torch.device("cpu"), {"dtype": torch.float32, "attn_implementation": attention}
         system1 = None  # a head or an adapter goes on with the weights that it is of, and is refused for others
         if not verifier_config(start).is_whole:
