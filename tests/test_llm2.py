@@ -29,8 +29,8 @@ from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCrit
 
 from llm2 import LLM2
 from llm2.decoding.decoder import Decoder
+from llm2.decoding.generate import GuidedGenerate
 from llm2.decoding.generate_options import refuse_ignored
-from llm2.decoding.llm2 import GuidedGenerate
 from llm2.decoding.logits_processor import GuidedLogitsProcessor
 from llm2.decoding.sampling import Guidance
 from llm2.errors import UserError
