@@ -10,6 +10,7 @@ from conftest import VOCABULARY, tiny_system1
 from reference import decode_one
 from safetensors.torch import load_file
 from test_collate import examples, model_inputs
+from test_families import small_models, verifier_of
 from test_train import write_triplets
 from transformers import (
     AutoConfig,
@@ -270,6 +271,13 @@ def test_the_output_layer_takes_prefix_heads_of_plain_models_only(pair):
         system1.config.final_logit_softcapping = 30.0
         with pytest.raises(ValueError, match="final_logit_softcapping changes"):
             guided_model(system1, Guidance(verifier=verifier))
+
+
+def test_the_output_layer_takes_no_model_that_changes_its_states_before():
+    (system1,) = small_models("modernbert-decoder")
+    verifier = verifier_of(system1, kind="mlp", prefix_head_size=4)
+    with pytest.raises(ValueError, match="ModernBertDecoderForCausalLM changes the states before its output layer"):
+        guided_model(system1, Guidance(verifier=verifier))
 
 
 def train_config(model: str, folder: Path, **changes) -> TrainConfig:

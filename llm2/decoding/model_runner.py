@@ -233,11 +233,11 @@ class _States(BaseModelOutputWithPast):
             raise AttributeError(name)
 
 
-class _PassThrough(nn.Module):
+class PassThrough(nn.Module):
     """Stands in for a model's body and returns the hidden states that it is given."""
 
     @property
-    def decoder(self) -> "_PassThrough":  # which OPT calls in the body's place
+    def decoder(self) -> "PassThrough":  # which OPT calls in the body's place
         return self
 
     def forward(self, *unused, inputs_embeds: torch.Tensor, **options) -> _States:
@@ -254,7 +254,7 @@ def with_slot_attention(body: PreTrainedModel) -> PreTrainedModel:
 
 def head_of(model: PreTrainedModel, float16_weights: bool = False) -> PreTrainedModel:
     """The model without its body: hidden states -> logits, with the model's soft caps and scales."""
-    linear, instead = model.get_output_embeddings(), {model.base_model: _PassThrough()}
+    linear, instead = model.get_output_embeddings(), {model.base_model: PassThrough()}
     if not float16_weights and OneDNNLinear.takes(linear) and linear.weight.nbytes <= MAX_ONEDNN_BYTES:
         instead[linear] = OneDNNLinear(linear)
     head = clone_sharing_weights(model, instead).eval()
