@@ -1,6 +1,7 @@
 """Guidance for vLLM, without vLLM: what its core writes under random schedules is what our decoder writes."""
 
 import asyncio
+import itertools
 import json
 import logging
 import math
@@ -36,6 +37,7 @@ from llm2.errors import UserError
 from llm2.evaluation.tracing import recompute_trace
 from llm2.evaluation.vllm_decoder import VllmDecoder
 from llm2.verifier.heads import fingerprint
+from llm2.verifier.load import verifier_config
 from llm2.verifier.model import ProcessVerifier
 from llm2.vllm import core, proof, serve
 from llm2.vllm.backend import Answer
@@ -770,12 +772,37 @@ def test_serving_checks_the_template_and_prints_a_request(system1_folder, folder
     assert options == ["--enforce-eager", "--no-enable-chunked-prefill", "--a", "b", "--c", '{"d": 1}']
 
 
+@pytest.mark.parametrize("by_default", [False, True])
+def test_a_server_gets_alpha_and_top_k_of_requests_that_do_not_set_them(
+    system1_folder, folder, monkeypatch, by_default
+):
+    for name in ("require_vllm", "check_options"):
+        monkeypatch.setattr(serve, name, lambda *_: None)
+    monkeypatch.setattr(serve.runpy, "run_module", lambda *_, **__: None)
+    monkeypatch.setattr(serve.sys, "argv", [])
+    settings = {"alpha": 0.3, "top_k": 2, "beta": 0.5, "guide_by_default": by_default}
+    config = ServeConfig(model=system1_folder, verifier=str(folder), device="cpu", **settings)
+    serve.serve(config)
+    arguments = dict(itertools.pairwise(serve.sys.argv))
+    engine = engine_settings(json.loads(arguments["--additional-config"]))
+    found = request_guidance({"llm2_beta": 0.25}, engine)
+    assert (found.alpha, found.top_k, found.beta) == (0.3, 2, 0.25)
+    assert (request_guidance({}, engine) is not None) == by_default
+    assert json.loads(arguments["--override-generation-config"])["repetition_penalty"] == 1.0
+    content = json.loads(shlex.split(serve.curl(config, GuidanceConfig(beta=0.5, top_k=2)))[-1])
+    assert content["vllm_xargs"] == {"llm2_beta": 0.5, "llm2_alpha": 0.1, "llm2_top_k": 2}
+
+
 def test_a_checkpoint_has_the_fingerprint_of_its_model(system1, tmp_path):
     system1.save_pretrained(tmp_path)
     config = SimpleNamespace(system1_fingerprint=fingerprint(system1.base_model), base_model="m")
     check_fingerprint(str(tmp_path), "head", config)
     with pytest.raises(UserError, match="found another System 1"):
         check_fingerprint(str(tmp_path), "head", SimpleNamespace(system1_fingerprint="other", base_model="m"))
+
+
+def test_the_built_in_head_is_loaded_by_its_name():
+    assert load_head("testbed-verifier", verifier_config("testbed-verifier")).state_dict()
 
 
 def test_a_prefix_heads_batch_writes_what_the_decoder_writes(system1, requests, tmp_path):

@@ -14,10 +14,17 @@ from llm2.verifier.model import ProcessVerifierConfig
 from llm2.vllm.core import MAX_BRANCHES
 from llm2.vllm.plugin import ARCHITECTURES, PLUGIN
 from llm2.vllm.prefix_head import check_fingerprint
-from llm2.vllm.settings import LOGITS_PROCESSOR, PREFIX, PROCESSOR, TRANSFORMERS, engine_settings, request_guidance
+from llm2.vllm.settings import (
+    LOGITS_PROCESSOR,
+    NO_PENALTY,
+    PREFIX,
+    PROCESSOR,
+    TRANSFORMERS,
+    engine_settings,
+    request_guidance,
+)
 
 TESTED = "0.31 and 0.32"
-NO_PENALTY = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 def resolve_guidance(config: GuidanceConfig, verifier: str) -> GuidanceConfig:

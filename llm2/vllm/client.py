@@ -19,10 +19,13 @@ from llm2.common.loading import vocabulary_size
 from llm2.errors import UserError, as_user_error, quote
 from llm2.vllm.backend import Answer
 from llm2.vllm.proof import PATH
+from llm2.vllm.settings import NO_PENALTY
 
 ATTEMPTS = 6  # with waits of 1, 2, 4, 8, 16 seconds, enough for a server to restart
 TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}  # HTTP statuses to retry
 TIMEOUT = 600.0  # seconds for one answer, including queueing at the server
+# What a request does not say, a server takes from the model's generation_config.json; our engine does not.
+NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, **NO_PENALTY}
 
 
 class ServerBackend:
@@ -51,10 +54,14 @@ class ServerBackend:
             self.pool.submit(self._answer, ids, request): index
             for index, (ids, request) in enumerate(zip(prompts, options, strict=True))
         }
-        for future in as_completed(futures):
-            answer = future.result()
-            written[betas[futures[future]]] += sum(map(len, answer.samples))
-            yield futures[future], answer
+        try:
+            for future in as_completed(futures):
+                answer = future.result()
+                written[betas[futures[future]]] += sum(map(len, answer.samples))
+                yield futures[future], answer
+        finally:  # after an error Python would send all others before it exits
+            for future in futures:
+                future.cancel()
         if before:
             self._require_guided(before, written)
 
@@ -63,7 +70,7 @@ class ServerBackend:
         if extra_args := options.pop("extra_args", None):
             options["vllm_xargs"] = extra_args
         fixed = {"model": self.model, "prompt": list(prompt), "return_token_ids": True}
-        content = {**fixed, "return_tokens_as_token_ids": True, **options}  # logprobs are keyed by text
+        content = {**fixed, "return_tokens_as_token_ids": True, **NEUTRAL, **options}  # logprobs are keyed by text
         answer = self._send("/completions", content)
         with as_user_error(f"server: {self.url} answers {quote(answer)}", "expected a completion of vLLM's"):
             return self._read(answer, len(prompt), options)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from llm2.common.loading import is_local
+from llm2.common.loading import is_local, model_path
 from llm2.decoding.system2.head import Head
 from llm2.errors import UserError
 from llm2.verifier.heads import PrefixHead, stored_fingerprint
@@ -50,7 +50,7 @@ def load_head(name: str, config: ProcessVerifierConfig) -> PrefixHead:
     """Load the head without System 1."""
     width = config.backbone_config.get_text_config().hidden_size
     head = PrefixHead(config.prefix_head, nn.Embedding.from_pretrained(torch.ones(1, width, device="cpu")))
-    head.load_weights(name, local_files_only=is_local(name))
+    head.load_weights(model_path(name), local_files_only=is_local(name))
     return head.float().eval().requires_grad_(False)
 
 

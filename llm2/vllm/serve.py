@@ -4,6 +4,7 @@ import json
 import runpy
 import shlex
 import sys
+from dataclasses import replace
 from typing import Any
 
 from llm2.common.chat import encode_chats, resolve_template
@@ -15,6 +16,7 @@ from llm2.verifier.load import require_same_template, require_verifier
 from llm2.vllm.checks import resolve_guidance
 from llm2.vllm.engine import check_options, engine_options, require_vllm
 from llm2.vllm.proof import SERVER_OPTIONS
+from llm2.vllm.settings import NO_PENALTY, guidance_args
 
 QUESTION = "Nina has 12 shells. Ben has half as many shells as Nina. How many shells do they have together?"
 
@@ -37,9 +39,12 @@ def serve(config: ServeConfig) -> None:
     check(config)
     require_vllm()
     guidance = resolve_guidance(config, config.verifier)
-    options = engine_options(config, config.verifier, guidance if config.guide_by_default else None)
+    # Without beta the others are still those of requests that do not set them.
+    default = guidance if config.guide_by_default else replace(guidance, beta=None)
+    options = engine_options(config, config.verifier, default)
     check_options(options)
     extra = {"max_num_seqs": config.batch_size, "data_parallel_size": config.data_parallel}
+    extra["override_generation_config"] = NO_PENALTY  # a model's own would refuse guided requests
     extra |= {"served_model_name": config.model, "host": config.host, "port": config.port, "seed": config.seed}
     if config.chat_template is not None:
         extra["chat_template"] = resolve_template(config.chat_template)
@@ -69,7 +74,7 @@ def curl(config: ServeConfig, guidance: GuidanceConfig) -> str:
         "messages": [{"role": "user", "content": QUESTION}],
         "max_tokens": 200,
         "temperature": 0,
-        "vllm_xargs": {"llm2_beta": guidance.beta, "llm2_alpha": guidance.alpha},
+        "vllm_xargs": guidance_args(guidance),
     }
     host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
     url = f"http://{host}:{config.port}/v1/chat/completions"

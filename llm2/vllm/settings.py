@@ -15,6 +15,7 @@ PREFIX = "llm2_"
 OFF = "off"  # value of beta for a plain request to an engine that guides by default
 REQUEST_KEYS = tuple(PREFIX + key for key in GuidanceConfig.__dataclass_fields__)
 LOGITS_PROCESSOR = PREFIX + "logits_processor"
+NO_PENALTY = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 ENGINE_KEYS = (PREFIX + "verifier", LOGITS_PROCESSOR, *REQUEST_KEYS)
 
 
