@@ -156,7 +156,7 @@ class RolloutConfig(ModelConfig, DecodingConfig):
     max_new_tokens: Count = 512
     """Limit of new tokens per rollout."""
     stop_pattern: str | None = None
-    """Regular expression that ends a rollout behind its match, once its answer is decided; engine llm2 only."""
+    """Regular expression that ends a rollout (not an own solution) behind its match; engine llm2 only."""
     batch_size: Annotated[Count, Mark.HOW] = 64
     """Rollouts generated at the same time."""
 

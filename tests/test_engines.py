@@ -65,6 +65,15 @@ def test_a_stop_pattern_ends_a_row_once_its_text_holds_it(config, system1_folder
             assert len(row) == len(whole) or letter in tokenizer.decode([*request.token_ids, *row])
 
 
+def test_a_stop_pattern_does_not_cut_an_own_solution(config, system1_folder):
+    """What is kept would end amid a sentence, with an end of sequence as its last gold token."""
+    config, tokenizer = replace(config, max_new_tokens=40), load_tokenizer(system1_folder)
+    whole = [Request([40, 41, 42], 3, (), [5, 6])]  # as `sample_solutions` asks
+    stopping = open_engine(replace(config, stop_pattern="."), tokenizer)
+    assert stopping.generate(whole) == open_engine(config, tokenizer).generate(whole)
+    assert max(map(len, stopping.generate([Request([40, 41, 42], 2, (42,), [5, 6])])[0])) <= 8
+
+
 def test_each_request_is_reported_once_with_its_continuations(config, system1_folder):
     finished = {}
     engine = open_engine(config, load_tokenizer(system1_folder))
@@ -195,6 +204,22 @@ def test_a_server_gets_token_ids_and_answers_in_order(client):
     received = {tuple(content["prompt"]): content for content in FalteringServer.received}
     assert received[5, 6, 7, 8, 11]["n"] == 3 and received[5, 6, 7, 8, 11]["seed"] == 1
     assert all(content["model"] == "the-model" and content["return_token_ids"] for content in FalteringServer.received)
+
+
+def test_a_request_leaves_nothing_to_the_models_generation_config(client):
+    client.generate(REQUESTS)
+    wanted = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    for content in FalteringServer.received:
+        assert {key: content[key] for key in wanted} == wanted and content.keys() >= {"temperature", "top_p"}
+
+
+def test_after_an_error_no_further_request_is_sent(server, system1_folder):
+    FalteringServer.failures = [200, 400]  # of /models, and of the first request
+    backend = ServerBackend(server, system1_folder, 1, guides=False)
+    with pytest.raises(UserError, match="HTTP 400"):
+        list(backend.stream([[5, 6]] * 500, [{"n": 1}] * 500))
+    backend.pool.shutdown()  # as Python does before it exits
+    assert len(FalteringServer.received) < 500
 
 
 PROMPTS = [[5, 6], [5, 7], [5, 8]]

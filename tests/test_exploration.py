@@ -616,3 +616,16 @@ def test_a_solution_whose_beginning_joins_the_prompt_is_named():
     for other in others:
         with pytest.raises(UserError, match="the chat template writes another prompt before generation"):
             tokenize_solutions(task, [problem], joining, other, [2])
+
+
+def test_a_token_without_probability_is_not_plausible(loaded, config):
+    """With alpha=0 every token is a candidate, those that a processor forbids too."""
+    model, tokenizer = loaded
+    task = load_task("testbed")
+    config = replace(config, alpha=0.0, logits_processor="llm2.decoding.arithmetic:Arithmetic")
+    eos = eos_ids(model, tokenizer)
+    (solution,) = tokenize_solutions(task, task.problems("train", 1), tokenizer, LLAMA3_PLAIN, eos)
+    (forks,) = find_forks(open_engine(config, tokenizer), [solution])
+    assert min(p for fork in forks for p in fork.probabilities[1:]) > 0
+    sampled = NegativeSampler(replace(config, negatives="sampled"), tokenizer)(solution, forks)
+    assert len(sampled) == len(forks)

@@ -70,7 +70,7 @@ class LocalEngine(Engine):
             if not math.isfinite(row[0]):
                 raise UserError(f"System 1's logits at position {position} are not finite; try dtype=float32")
         return [
-            [(token, p) for token, p, is_candidate in zip(*row, strict=True) if is_candidate]
+            [(token, p) for token, p, is_candidate in zip(*row, strict=True) if is_candidate and p]  # alpha=0 takes all
             for row in zip(candidates.tolist(), probabilities, valid.tolist(), strict=True)
         ]
 
@@ -103,13 +103,14 @@ class LocalEngine(Engine):
 
     def _stop_fn(self, taken: Sequence[tuple[int, Request]]) -> Callable[[int, int, Sequence[int]], bool] | None:
         """Ends a row when the text of its request's `token_ids` and new tokens matches the stop pattern, and goes on
-        behind the match: a number at the end of the text may not be whole."""
+        behind the match: a number at the end of the text may not be whole. An own solution, all of which is new, is
+        written to its end, since what is cut would be followed by an end of sequence as gold."""
         if self.config.stop_pattern is None:
             return None
         pattern = re.compile(self.config.stop_pattern)
 
         def stop(index: int, sample: int, new_tokens: Sequence[int]) -> bool:
-            if len(new_tokens) % STOP_EVERY:
+            if len(new_tokens) % STOP_EVERY or not taken[index][1].token_ids:
                 return False
             text = self.tokenizer.decode([*taken[index][1].token_ids, *new_tokens])
             return any(match.end() < len(text) for match in pattern.finditer(text))
