@@ -1,5 +1,6 @@
 """Every YAML file in configs/ is valid and consistent with the others; mistakes are refused in one sentence."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from accelerate.utils import DistributedType
 from benchmarks.configs import benchmark_class
 from experiments.commands import CONFIGS as CLASSES
 from experiments.study.config import StudyConfig
-from llm2.common.config_file import as_dict, load_config, write_config
+from llm2.common.config_file import as_dict, load_config, read_values, write_config
 from llm2.config import EvaluateConfig, ExploreConfig, ServeConfig, TrainConfig
 from llm2.errors import UserError
 
@@ -231,3 +232,9 @@ def test_a_key_that_cannot_be_printed_is_refused(tmp_path):
         load_config(EvaluateConfig, None, ["\ud800="])
     with pytest.raises(UserError, match=r"odd\.yaml"):
         load_config(EvaluateConfig, tmp_path / "odd.yaml")
+
+
+def test_json_is_read_as_yaml_with_every_character(tmp_path):
+    values = {"text": '\U0001f642 \u2028 \x85 \ud800 "\\ \n', "\U0001f642": [1, 1e-05, None, True, "\U0001f642"]}
+    (tmp_path / "values.json").write_text(json.dumps(values))
+    assert read_values(tmp_path / "values.json") == values

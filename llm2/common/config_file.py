@@ -52,6 +52,10 @@ class _Loader(yaml.SafeLoader):
             first[name] = line
         return super().construct_mapping(node, deep)
 
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        """JSON, which is YAML but for this, writes an emoji as two surrogates."""
+        return super().construct_scalar(node).encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
     def construct_decimal(self, node: yaml.ScalarNode) -> int:
         return int(node.value) if node.value.lstrip("+-").isdigit() else self.construct_yaml_int(node)
 
