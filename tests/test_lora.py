@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
+from llm2.common.loading import load_language_model
 from llm2.config import VerifierSpec
 from llm2.decoding.decoder import Decoder
 from llm2.decoding.sampling import Guidance
@@ -274,3 +275,24 @@ def test_an_adapter_in_system1s_own_layers_is_shared_or_refused(tmp_path):
     assert decoded(system1, verifier, beta=0.0) == decoded(plain, None)
     with pytest.raises(UserError, match="the verifier's adapter lies in System 1's own layers"):
         decoded(system1, verifier, shared=False)
+
+
+def test_scores_by_system1s_output_embedding_are_refused_with_another_one(tmp_path):
+    system1 = tiny_system1()
+    system1.save_pretrained(tmp_path / "system1")
+    spec = VerifierSpec(kind="prefix_lora", lora_r=4)
+    ProcessVerifier.from_system1(str(tmp_path / "system1"), spec).save_pretrained(tmp_path / "verifier")
+
+    def load(system1, folder="verifier"):
+        return load_verifier(str(tmp_path / folder), CPU, "auto", VOCABULARY, system1=system1)
+
+    half = load_language_model(str(tmp_path / "system1"), dtype=torch.float16)
+    load(half).save_pretrained(tmp_path / "again")
+    for known in (system1, tiny_system1().to(torch.bfloat16)):
+        load(known), load(known, "again")
+    system1.lm_head.weight.data.neg_()  # as experiments' finetune does with output_rank
+    with pytest.raises(UserError, match="it was trained on the states of .*, found another System 1"):
+        load(system1)
+    config = tmp_path / "verifier" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"output_fingerprint": None}))
+    load(system1)  # as earlier versions wrote it

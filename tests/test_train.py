@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_collate import examples, model_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, PhiConfig, PhiForCausalLM
 
 from llm2 import LLM2
 from llm2.common.config_file import as_dict
@@ -237,7 +237,7 @@ def test_no_tensor_is_as_wide_as_the_vocabulary(tmp_path):
 
 
 def test_every_example_occurs_once_an_epoch_and_steps_are_full():
-    order = PaddedSampler(10, 4, seed=0, num_epochs=3.5)
+    order = PaddedSampler(10, 4, seed=0, num_steps=11)
     first = list(order)
     assert sorted(first) == list(range(12)) == sorted([*first[:10], 10, 11]) and len(order) == 12
     order.set_epoch(1)
@@ -623,3 +623,85 @@ def test_soft_targets_train_and_choose_checkpoint_and_beta_by_what_guidance_woul
     state = json.loads(next(Path(config.output_dir).glob("checkpoint-*/trainer_state.json")).read_text())
     assert state["best_metric"] == pytest.approx(metrics["eval_choice_quality"])
     assert "beta that chooses the best tokens" in Path(config.output_dir, "README.md").read_text()
+
+
+def test_a_warm_up_of_the_whole_run_is_not_one_step(config):
+    arguments = training_arguments(replace(config, warmup_ratio=1.0), 40, torch.device("cpu"), "pair_accuracy")
+    assert arguments.get_warmup_steps(100) == 100
+
+
+def test_a_run_resumes_whose_files_are_named_in_any_characters(config, tmp_path):
+    odd = replace(config, train_file=str(tmp_path / "\U0001f642 \u2028.jsonl"), num_train_epochs=1.0)
+    shutil.copy(config.train_file, odd.train_file)
+    assert train(odd)["steps"] == train(odd)["steps"]
+
+
+def test_a_folder_holds_nothing_of_an_earlier_verifier_of_another_kind(config):
+    train(replace(config, kind="lora", lora_r=4, num_train_epochs=1.0))
+    for checkpoint in Path(config.output_dir).glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    train(replace(config, num_train_epochs=1.0))
+    verifier = LLM2.from_pretrained(config.model, config.output_dir, device="cpu").guidance.verifier
+    assert verifier.config.kind == "full" and not [*Path(config.output_dir).glob("adapter*")]
+
+
+def test_held_out_problems_that_are_trained_on_are_counted(config, tmp_path, caplog):
+    lines = Path(config.train_file).read_text().splitlines(keepends=True)
+    (tmp_path / "eval.jsonl").write_text("".join(lines[:3]))
+    (tmp_path / "train.jsonl").write_text("".join(lines[2:]))
+    files = {"train_file": str(tmp_path / "train.jsonl"), "eval_file": str(tmp_path / "eval.jsonl")}
+    load_data(replace(config, **files), load_tokenizer(config.model))
+    assert "eval.jsonl: the problems of 1 of 3 solutions are trained on too" in caplog.text
+    caplog.clear()
+    (tmp_path / "train.jsonl").write_text("".join(lines[3:]))
+    load_data(replace(config, **files), load_tokenizer(config.model))
+    assert not caplog.text
+
+
+def test_a_language_model_loss_without_the_output_layers_bias_is_refused(config, tmp_path):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = PhiForCausalLM(PhiConfig(vocab_size=len(load_tokenizer(config.model)), **sizes))
+    model.save_pretrained(tmp_path / "phi")
+    load_tokenizer(config.model).save_pretrained(tmp_path / "phi")
+    with pytest.raises(
+        UserError, match="lm_loss_coef: the output layer of .*phi has a bias, which the loss leaves out"
+    ):
+        train(replace(config, model=str(tmp_path / "phi"), lm_loss_coef=1.0))
+
+
+@pytest.mark.parametrize("folder", ["system1", "../{}/system1/."])
+def test_a_verifier_does_not_replace_its_system1(config, tmp_path, folder):
+    shutil.copytree(config.model, tmp_path / "system1")
+    output = str(tmp_path / folder.format(tmp_path.name))
+    with pytest.raises(UserError, match="output_dir: found .*, the folder of System 1; expected another one"):
+        train(replace(config, model=str(tmp_path / "system1"), output_dir=output, kind="lora"))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"kind": "lora", "lora_target_modules": ("q_proj", "v_prj")}, "lora_target_modules: found 'v_prj', which is"),
+        ({"kind": "lora", "lora_target_modules": ("proj",)}, "LoRA targets"),
+        ({"kind": "prefix", "trainable_layers": 0}, "trainable_layers: found 0, expected at least 1"),
+    ],
+)
+def test_what_names_no_weight_to_train_is_refused(tmp_path, changes, words):
+    tiny_system1(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    with pytest.raises(UserError, match=words):
+        new_verifier(str(tmp_path / "tied"), arguments(tmp_path, **changes), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": "lora", "lora_target_modules": ("q_proj", "self_attn.v_proj")},
+        {"kind": "prefix", "trainable_layers": 0, "token_weight": True},
+    ],
+)
+def test_what_names_some_weight_is_trained(tmp_path, changes):
+    tiny_system1(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    verifier = new_verifier(str(tmp_path / "tied"), arguments(tmp_path, **changes), torch.device("cpu"))
+    trained = {
+        name.split(".")[-4] for name, weight in verifier.named_parameters() if weight.requires_grad and "lora" in name
+    }
+    assert trained == ({"q_proj", "v_proj"} if changes["kind"] == "lora" else set())

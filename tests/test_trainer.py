@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -16,6 +17,7 @@ from llm2.verifier.arguments import OWN
 from llm2.verifier.load import require_same_template
 from llm2.verifier.model import ProcessVerifier
 from llm2.verifier.train import train
+from llm2.verifier.triplets import load_examples
 
 
 def rows(path) -> list[dict]:
@@ -84,7 +86,10 @@ def test_the_arguments_have_the_defaults_of_the_command(tmp_path):
     assert {"chat_template", "max_length", "kind", "lora_r", "guided_beta", "attn_implementation"} <= set(OWN)
 
 
-@pytest.mark.parametrize("key, value", [("kind", "prefixes"), ("lora_r", 0), ("margin", -1.0), ("max_length", "8")])
+@pytest.mark.parametrize(
+    "key, value",
+    [("kind", "prefixes"), ("lora_r", 0), ("margin", -1.0), ("max_length", "8"), ("label_smoothing_factor", 0.1)],
+)
 def test_arguments_refuse_what_the_command_refuses(tmp_path, key, value):
     with pytest.raises(UserError, match=f"^{key}: .*found {value!r}"):
         arguments(tmp_path, **{key: value})
@@ -112,3 +117,65 @@ def test_a_row_that_does_not_fit_is_named_before_weights_load(  # noqa: F811
     with pytest.raises(UserError) as refused:
         VerifierTrainer(config.model, arguments(tmp_path / "out"), data)
     assert message in str(refused.value)
+
+
+def test_a_generator_trains_on_every_row_and_no_row_is_refused(config, tmp_path):  # noqa: F811
+    data = rows(tmp_path / "triplets.jsonl")
+    trainer = VerifierTrainer(config.model, arguments(tmp_path / "out"), (row for row in data))
+    assert [example.line for example in trainer.train_dataset.examples] == list(range(1, len(data) + 1))
+    for none in ([], iter([])):
+        with pytest.raises(UserError, match="train_dataset: expected at least one row, found none"):
+            VerifierTrainer(config.model, arguments(tmp_path / "out"), none)
+
+
+def test_verdicts_of_an_exploration_are_rows_too(config, tmp_path):  # noqa: F811
+    ((position, gold, negative),) = rows(tmp_path / "triplets.jsonl")[0]["samples"]
+    pairs = [{"triplet": [position, gold, negative], "gold": [5, 10], "token": [1, 8]}]
+    data = [{"messages": row["messages"], "pairs": pairs} for row in rows(tmp_path / "triplets.jsonl")[:3]]
+    (tmp_path / "verdicts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    expected, _ = load_examples(tmp_path / "verdicts.jsonl", load_tokenizer(config.model))
+    trainer = VerifierTrainer(config.model, arguments(tmp_path / "out"), Dataset.from_list(data))
+    assert [*trainer.train_dataset.examples] == [*expected] and 0.5 < expected[0].gold_better[0] < 1
+
+
+def test_max_steps_may_exceed_the_default_epochs_and_data_seed_orders_the_rows(config, tmp_path):  # noqa: F811
+    data = rows(tmp_path / "triplets.jsonl")  # 5 steps an epoch
+    args = arguments(tmp_path / "out", kind="bilinear", max_steps=17, per_device_train_batch_size=8)
+    trainer = VerifierTrainer(config.model, args, data)
+    trainer.train()
+    assert trainer.state.global_step == 17
+    order = list(trainer._get_train_sampler())
+    args.data_seed = 5
+    assert list(trainer._get_train_sampler()) != order
+
+
+def test_other_pairs_than_those_held_out_are_not_evaluated(config, tmp_path):  # noqa: F811
+    """Groups and System 1's margins are found by a pair's number, which other files have too."""
+    data, tokenizer = rows(tmp_path / "triplets.jsonl"), load_tokenizer(config.model)
+    trainer = VerifierTrainer(config.model, arguments(tmp_path / "out"), data[:9], data[9:12])
+    assert trainer.evaluate()["eval_pairs"] == trainer.evaluate(trainer.eval_dataset)["eval_pairs"] == 3
+    examples, _ = load_examples(tmp_path / "triplets.jsonl", tokenizer)
+    for other in (data, examples):
+        for evaluate in (trainer.evaluate, trainer.predict):
+            with pytest.raises(UserError, match="eval_dataset: expected none here"):
+                evaluate(other)
+
+
+@pytest.mark.parametrize("which", ["train_dataset", "eval_dataset"])
+def test_examples_of_two_files_that_are_numbered_alike_are_refused(config, tmp_path, which):  # noqa: F811
+    examples = [*load_examples(tmp_path / "triplets.jsonl", load_tokenizer(config.model))[0]]
+    data = {"train_dataset": examples, "eval_dataset": examples, which: [*examples, *examples]}
+    with pytest.raises(UserError, match="the pair 0 stands twice"):
+        VerifierTrainer(config.model, arguments(tmp_path / "out", guided_beta=1.0), **data)
+
+
+def test_a_verifier_whose_system1_is_in_the_home_folder_trains_on_its_margins(  # noqa: F811
+    config,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    monkeypatch.setenv("HOME", str(Path(config.model).parent))
+    verifier = ProcessVerifier.from_system1(config.model)
+    assert verifier.config.base_model.startswith("~/")
+    data, tokenizer = rows(tmp_path / "triplets.jsonl"), load_tokenizer(config.model)
+    VerifierTrainer(verifier, arguments(tmp_path / "out", guided_beta=1.0), data, processing_class=tokenizer)

@@ -53,7 +53,7 @@ def optimizer_arguments(config: OptimizerConfig, device: torch.device) -> dict[s
     return {
         **select_keys(config, Mark.TRAINER),
         CHECKPOINTING: config.gradient_checkpointing,
-        "warmup_steps": config.warmup_ratio,  # below 1 it is a ratio
+        "warmup_steps": min(config.warmup_ratio, 1 - 1e-9),  # below 1 it is a ratio, and 1 would be one step
         "gradient_accumulation_steps": config.global_batch_size // forward_size,
         "use_cpu": device.type == "cpu",
     }

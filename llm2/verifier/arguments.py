@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from pydantic import ValidationError
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from llm2.common.architecture import examine, refuse_too_long
 from llm2.common.config_file import as_dict, difference
 from llm2.common.home import without_home
-from llm2.common.loading import changes_logits, is_local, load_config, load_language_model, vocabulary_size
+from llm2.common.loading import changes_logits, is_local, load_config, load_language_model, model_path, vocabulary_size
 from llm2.common.same_tokenizer import require_same_tokenizer
 from llm2.config import Kind, TrainConfig, VerifierSpec
 from llm2.errors import UserError, first_misfit, quote
@@ -54,6 +55,8 @@ class VerifierTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Raises UserError for a value that the command refuses too."""
         super().__post_init__()
+        if self.label_smoothing_factor:  # the Trainer's own, which no loss here reads
+            raise UserError(f"label_smoothing_factor: found {self.label_smoothing_factor}, expected label_smoothing")
         if isinstance(self.lora_target_modules, list):
             self.lora_target_modules = tuple(self.lora_target_modules)
         try:
@@ -69,6 +72,8 @@ OWN = tuple(
 
 def refuse_options(model: str, config: TrainConfig | VerifierTrainingArguments) -> None:
     """Raise UserError for keys that System 1 excludes, before anything slow."""
+    if is_local(model) and Path(model_path(model)).resolve() == Path(config.output_dir).resolve():
+        raise UserError(f"output_dir: found {config.output_dir!r}, the folder of System 1; expected another one")
     if config.lm_loss_coef > 0 and (key := changes_logits(load_config(model))) is not None:
         raise UserError(f"lm_loss_coef: {model} has {key}, which changes the loss; expected 0")
     if config.init_from is not None:
@@ -120,6 +125,8 @@ def new_verifier(model: str, config: VerifierTrainingArguments, device: torch.de
         verifier.config.base_model = without_home(model)
     if config.trainable_layers is not None:
         freeze_layers(verifier, config.trainable_layers)
+    if verifier.config.is_adapter:
+        refuse_unknown_targets(verifier)
     return verifier
 
 
@@ -131,6 +138,17 @@ def freeze_layers(verifier: ProcessVerifier, trainable: int) -> None:
     layers = next(m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
     backbone.requires_grad_(False)
     layers[count - trainable :].requires_grad_(True)
+    if not any(parameter.requires_grad for parameter in verifier.parameters()):
+        raise UserError("trainable_layers: found 0, expected at least 1: scores are read by the frozen embedding alone")
+
+
+def refuse_unknown_targets(verifier: ProcessVerifier) -> None:
+    """Raise UserError for a target that is the name of no layer: peft looks whether any of them is one."""
+    targets = verifier.config.lora["targets"]
+    names = [f".{name}" for name, _ in verifier.backbone.named_modules()]
+    for target in targets if isinstance(targets, list) else ():
+        if not any(name.endswith(f".{target}") for name in names):
+            raise UserError(f"lora_target_modules: found {quote(target)}, which is the name of no layer of the model")
 
 
 def refuse_long_solutions(backbone: PreTrainedModel, length: int) -> None:

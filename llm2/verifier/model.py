@@ -45,6 +45,7 @@ class ProcessVerifierConfig(OfKind, PreTrainedConfig):
         base_model: folder or hub id of the System 1 that the verifier was made from.
         token_weight: whether scores of all layers have a learnt factor for each prefix (`heads.TokenWeight`).
         system1_fingerprint: of the weights that a prefix head or an adapter was trained on (`heads.fingerprint`).
+        output_fingerprint: of System 1's output embedding, by which `prefix_lora` scores where it is not tied.
         beta: weight of the score that was best on held-out forks; None if training did not choose one.
     """
 
@@ -62,6 +63,7 @@ class ProcessVerifierConfig(OfKind, PreTrainedConfig):
         system1_fingerprint: str | None = None,
         beta: float | None = None,
         token_weight: bool = False,
+        output_fingerprint: str | None = None,
         **kwargs,
     ) -> None:
         if isinstance(backbone_config, dict):
@@ -70,7 +72,7 @@ class ProcessVerifierConfig(OfKind, PreTrainedConfig):
         self.lora, self.base_model = lora, base_model
         self.score = "prefix" if prefix_head else score  # the first folders of prefix heads have no `score`
         self.prefix_head, self.system1_fingerprint, self.beta = prefix_head, system1_fingerprint, beta
-        self.token_weight = token_weight
+        self.token_weight, self.output_fingerprint = token_weight, output_fingerprint
         super().__init__(**kwargs)
 
     @classmethod
@@ -209,12 +211,15 @@ class ProcessVerifier(PreTrainedModel):
         found, expected = verifier.config.system1_fingerprint, config.system1_fingerprint
         if found != expected and system1.dtype == torch.float16:  # its rounding is not bfloat16's
             found = stored_fingerprint(system1.name_or_path, f"{system1.base_model_prefix}.")
-        if found != expected and (config.is_head or expected is not None):  # earlier adapters name none
+        output = None if system1.dtype == torch.float16 else config.output_fingerprint
+        of_other = found != expected and (config.is_head or expected is not None)  # earlier adapters name none
+        if of_other or output not in (None, verifier.config.output_fingerprint):
             raise UserError(
                 f"it was trained on the states of {config.base_model}, found another System 1; it is of no use to any "
                 "other model"
             )
         verifier.config.beta, verifier.config.system1_fingerprint = config.beta, found
+        verifier.config.output_fingerprint = config.output_fingerprint
         if sharded and config.is_adapter:
             lora.set_adapter(verifier, lora.adapter_state(verifier, sharded_state(Path(name))), str(name))
         else:
@@ -230,6 +235,7 @@ class ProcessVerifier(PreTrainedModel):
         if isinstance(verifier.score, nn.Embedding):
             verifier.score.weight = system1.get_output_embeddings().weight
             verifier.score.requires_grad_(not spec.is_adapter)
+            verifier.config.output_fingerprint = fingerprint(verifier.score) if spec.is_adapter else None
         return verifier
 
     @classmethod

@@ -5,7 +5,7 @@ Pairs are identified by their number in the file, so the metrics do not depend o
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm2.common.stats import wilson_interval
+from llm2.errors import UserError
 from llm2.verifier.loss import pair_accuracy, pairwise_loss
 from llm2.verifier.triplets import Example
 
@@ -39,6 +40,7 @@ def pair_info(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -
     """The pairs by id; with soft targets only those whose gold is better with DECIDED probability. All steps."""
     info = {}
     for example in examples:
+        _refuse_twice(example, info)
         length, of_steps = len(example.ids) - example.start, example.of_steps
         gold_better = example.gold_better or [1.0] * len(example.triplets)
         for pair_id, (triplet, probability) in enumerate(
@@ -50,6 +52,15 @@ def pair_info(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -
             label = LABELS[int(probability)] if of_steps else None
             info[pair_id] = PairInfo(part, token_kind(tokenizer.decode([triplet.gold])), label)
     return info
+
+
+def _refuse_twice(example: Example, seen: Mapping[int, Any]) -> None:
+    """Raise UserError for pairs numbered as earlier ones: each file counts from 0, and what is known of a pair is found
+    by its number."""
+    if example.first_pair_id in seen:
+        raise UserError(
+            f"the pair {example.first_pair_id} stands twice; expected the examples of load_examples(into=...)"
+        )
 
 
 def token_kind(text: str) -> str:
@@ -218,6 +229,7 @@ def system1_margins(system1: PreTrainedModel, examples: Sequence[Example]) -> di
     """log p(gold) - log p(negative) in System 1, by pair id: the baseline of a verifier."""
     margins = {}
     for example in tqdm(examples, desc="System 1 on the pairs", unit="solution"):
+        _refuse_twice(example, margins)
         ids = torch.tensor([example.ids], device=system1.device)
         position, gold, negative = torch.tensor(example.triplets, device=ids.device).unbind(-1)  # (M,)
         wanted, rows = (position - 1).unique(return_inverse=True)

@@ -8,6 +8,7 @@ import torch
 from llm2.common.distributed import dist_info
 from llm2.common.loading import load_system1
 from llm2.config import TrainConfig
+from llm2.errors import UserError
 from llm2.verifier.arguments import VerifierTrainingArguments
 from llm2.verifier.pair_metrics import PairInfo, compute_metrics, system1_margins
 from llm2.verifier.triplets import Example
@@ -40,8 +41,10 @@ def measure_system1(
     if not measured and not lm_loss:
         return System1Measures({}, {}, {}, None)
     system1 = load_system1(model, device)
-    head = system1.get_output_embeddings().weight
-    tied = head is system1.get_input_embeddings().weight
+    output = system1.get_output_embeddings()
+    if lm_loss and getattr(output, "bias", None) is not None:  # Phi's, GPT-J's
+        raise UserError(f"lm_loss_coef: the output layer of {model} has a bias, which the loss leaves out; expected 0")
+    head, tied = output.weight, output.weight is system1.get_input_embeddings().weight
     margins = system1_margins(system1, eval_set) if measured else {}
     return System1Measures(
         {

@@ -1,6 +1,7 @@
 """Training of the verifier, from a config to a folder: check the data, measure System 1, train, keep the best."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -93,6 +94,9 @@ def train(config: TrainConfig) -> dict:
             Path(new, "training.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
             Path(new, "README.md").write_text(model_card(config, inputs, metrics, data), encoding="utf-8")
         wait()
+    if is_main and not verifier.config.is_adapter:  # of an earlier verifier here, which transformers would load
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            Path(config.output_dir, name).unlink(missing_ok=True)
     return metrics
 
 
@@ -128,11 +132,14 @@ def load_data(
     data += [(path, load(path, into=examples)[1]) for path in config.further_files]
     if config.eval_file is not None:
         held_out, summary = load(config.eval_file)
+        trained_on = {_problem(example) for example in examples}
+        if (both := sum(_problem(example) in trained_on for example in held_out)) and dist_info().is_main:
+            warning = "%s: the problems of %d of %d solutions are trained on too, so that what is held out is not new"
+            logging.getLogger("llm2").warning(warning, config.eval_file, both, len(held_out))
         return examples, held_out, [*data, (config.eval_file, summary)]
     by_prompt: dict[int, list[int]] = {}  # all solutions of a problem are on the same side
     for index, example in enumerate(examples):
-        prompt = hash(tuple(example.ids[: example.start]))  # the tokens of all prompts would fill memory
-        by_prompt.setdefault(prompt, []).append(index)
+        by_prompt.setdefault(_problem(example), []).append(index)
     problems = [*by_prompt.values()]
     count = max(1, round(config.eval_share * len(problems)))
     if count >= len(problems):
@@ -140,6 +147,10 @@ def load_data(
     generator = torch.Generator().manual_seed(config.seed)
     parts = random_split(problems, [len(problems) - count, count], generator)
     return *(Subset(examples, [*chain.from_iterable(part)]) for part in parts), data
+
+
+def _problem(example: Example) -> int:
+    return hash(tuple(example.ids[: example.start]))  # the tokens of all prompts would fill memory
 
 
 def best_metric(config: TrainConfig, eval_set: Sequence[Example]) -> str:

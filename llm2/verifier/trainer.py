@@ -4,15 +4,17 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from llm2.common.chat import resolve_template
+from llm2.common.home import with_home
 from llm2.common.loading import load_tokenizer
 from llm2.errors import UserError
 from llm2.verifier.arguments import (
@@ -48,12 +50,12 @@ NOT_FOR_THE_MODEL = ("pair_ids", "pair_weights", "pair_targets", "pair_offsets")
 class PaddedSampler(Sampler[int]):
     """The examples of an epoch, shuffled by seed and epoch, then indices beyond them until the last step is full.
 
-    So every rank gets as many batches, and no example is repeated to fill the last one. Where epochs are no whole
-    number, the last one ends after a part of them: a Trainer that resumes after its last step would go on.
+    So every rank gets as many batches, and no example is repeated to fill the last one. The epoch of the last of
+    `num_steps` steps ends with it: a Trainer that resumes after its last step would go on.
     """
 
-    def __init__(self, num_examples: int, step_size: int, seed: int, num_epochs: float) -> None:
-        self.num_examples, self.step_size, self.seed, self.num_epochs = num_examples, step_size, seed, num_epochs
+    def __init__(self, num_examples: int, step_size: int, seed: int, num_steps: int) -> None:
+        self.num_examples, self.step_size, self.seed, self.num_steps = num_examples, step_size, seed, num_steps
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -65,9 +67,8 @@ class PaddedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.num_examples, generator=generator).tolist()
-        steps = len(self) // self.step_size
-        left = max(0, math.ceil(self.num_epochs * steps) - self.epoch * steps)
-        yield from [*order, *range(self.num_examples, len(self))][: left * self.step_size]
+        left = max(0, self.num_steps * self.step_size - self.epoch * len(self))
+        yield from [*order, *range(self.num_examples, len(self))][:left]
 
 
 class PaddedDataset(Dataset):
@@ -91,14 +92,15 @@ def as_examples(
     name: str,
 ) -> Sequence[Example]:
     """Rows checked and tokenized as a file's lines are; Examples as they are."""
-    first = next(iter(data), None)
+    rows = iter(data)
+    first = next(rows, None)
     if first is None or isinstance(first, Example):
-        return data
+        return data if first else ()
     if tokenizer is None:
         raise UserError("processing_class: expected the tokenizer of the rows, found none")
     template = resolve_template(args.chat_template)
     sizes = {"max_length": args.max_length, "quality": args.quality_weight}
-    return load_examples(name, tokenizer, template, rows=data, **sizes)[0]
+    return load_examples(name, tokenizer, template, rows=chain([first], rows), **sizes)[0]  # a generator begins once
 
 
 class VerifierTrainer(Trainer):
@@ -132,12 +134,14 @@ class VerifierTrainer(Trainer):
                 f"one process sees {args.n_gpu} GPUs, and the batch would be multiplied by them; expected one process "
                 "for each (`llm2 train` starts them), or one GPU in CUDA_VISIBLE_DEVICES"
             )
-        name = model.config.base_model if isinstance(model, ProcessVerifier) else str(model)
+        name = with_home(model.config.base_model) if isinstance(model, ProcessVerifier) else str(model)
         if not isinstance(model, ProcessVerifier):
             refuse_options(name, args)
             processing_class = processing_class or load_tokenizer(name)
         train_set = as_examples(train_dataset, args, processing_class, "train_dataset")
         eval_set = as_examples(eval_dataset or (), args, processing_class, "eval_dataset")
+        if not train_set:
+            raise UserError("train_dataset: expected at least one row, found none")
         refuse_steps(args, train_set, eval_set)
         pairs = pair_info(eval_set, processing_class) if eval_set else {}
         if eval_set and not pairs:
@@ -150,7 +154,7 @@ class VerifierTrainer(Trainer):
             model = new_verifier(name, args, args.device)
             model.set_unembedding(system1.unembedding)
         model.dropout.p = args.dropout
-        refuse_long_solutions(model.backbone, max(len(example.ids) for example in [*train_set, *eval_set]))
+        refuse_long_solutions(model.backbone, max(len(example.ids) for example in chain(train_set, eval_set)))
         if processing_class is not None:
             refuse_unknown_tokens(model, processing_class)
             processing_class = copy(processing_class)  # saved with the verifier, by which later runs know its template
@@ -252,8 +256,20 @@ class VerifierTrainer(Trainer):
         return self.accelerator.reduce(torch.tensor([weight, targets], device=device), reduction="sum")
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
-        step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return PaddedSampler(len(self.train_dataset), step_size, self.args.seed, self.args.num_train_epochs)
+        args = self.args
+        step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        epoch = math.ceil(len(self.train_dataset) / step_size)
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return PaddedSampler(len(self.train_dataset), step_size, seed, steps)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Raises UserError for another dataset: the groups and System 1's margins are those of the trainer's own."""
+        if eval_dataset is not None and eval_dataset is not self.eval_dataset:
+            raise UserError("eval_dataset: expected none here; make a VerifierTrainer with the pairs to evaluate on")
+        return super().get_eval_dataloader(eval_dataset)
+
+    get_test_dataloader = get_eval_dataloader
 
     def save_model(self, output_dir: str | None = None, **options: Any) -> None:
         """Without the Trainer's own pickle of its arguments, which holds absolute paths and which nothing reads."""

@@ -173,8 +173,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
     Other keys but `quality` are ignored. Raises UserError at the first line that does not have the format.
     """
     for line, record in read_jsonl(path, "triplets"):
-        where = f"{path}, line {line}"
-        yield _from_verdicts(record, line, where) if "pairs" in record else _parse(record, line, where)
+        yield _parse(record, line, f"{path}, line {line}")
 
 
 def _rows(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Record]:
@@ -266,6 +265,8 @@ def record_line(messages: Sequence[Message], triplets: Iterable[Triplet], **extr
 
 
 def _parse(record: dict, line: int, where: str, gold_better: list[float] | None = None) -> Record:
+    if record.get("pairs") is not None:  # a dataset has every key in every row
+        return _from_verdicts(record, line, where)
     if record.get("completions") is not None:
         return _from_steps(record, line, where)
     for key in ("messages", "samples"):
