@@ -177,6 +177,8 @@ def test_an_override_wins_over_the_file_and_is_validated_like_it(write):
 def test_whole_numbers_are_decimal(write):
     for text, number in {"010": 10, "1_000": 1000, "0x10": 16}.items():
         assert load_config(TrainConfig, write(TRAIN), [f"seed={text}"]).seed == number
+    for text in ("1:30", "1:30.5"):
+        assert f"key 'seed': found '{text}'" in refusal(write(TRAIN), f"seed={text}")
 
 
 @pytest.mark.parametrize("value", [r"#### \d+", "runs/a #2", "[1, 2] # two"])

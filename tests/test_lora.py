@@ -293,6 +293,9 @@ def test_scores_by_system1s_output_embedding_are_refused_with_another_one(tmp_pa
     system1.lm_head.weight.data.neg_()  # as experiments' finetune does with output_rank
     with pytest.raises(UserError, match="it was trained on the states of .*, found another System 1"):
         load(system1)
+    in_memory = ProcessVerifier.from_pretrained(tmp_path / "verifier")
+    with pytest.raises(UserError, match="it is made for the weights of another System 1"):
+        decoded(system1, in_memory)
     config = tmp_path / "verifier" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"output_fingerprint": None}))
     load(system1)  # as earlier versions wrote it

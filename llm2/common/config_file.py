@@ -19,7 +19,7 @@ MAX_DEPTH = 50  # of lists and mappings in a file or an override
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `2e-5` as a number and `010` as ten, which YAML 1.1 reads as a string and as eight.
+    """SafeLoader that reads `2e-5` as a number, `010` as ten, `1:30` as text; in YAML 1.1 they are text, eight, 90.
 
     It refuses repeated keys, values that contain themselves, and deep nesting, since parsing time grows with the
     square of the depth.
@@ -56,8 +56,13 @@ class _Loader(yaml.SafeLoader):
         """JSON, which is YAML but for this, writes an emoji as two surrogates."""
         return super().construct_scalar(node).encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
-    def construct_decimal(self, node: yaml.ScalarNode) -> int:
-        return int(node.value) if node.value.lstrip("+-").isdigit() else self.construct_yaml_int(node)
+    def construct_whole(self, node: yaml.ScalarNode) -> int | str:
+        if node.value.lstrip("+-").isdigit():
+            return int(node.value)
+        return node.value if ":" in node.value else self.construct_yaml_int(node)
+
+    def construct_decimal(self, node: yaml.ScalarNode) -> float | str:
+        return node.value if ":" in node.value else self.construct_yaml_float(node)
 
 
 # YAML's own errors, and those of int, float and datetime for texts like `0b_`.
@@ -65,7 +70,8 @@ YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupErro
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_decimal)
 
 
 def load_config(cls: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

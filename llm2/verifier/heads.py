@@ -97,6 +97,11 @@ def fingerprint(backbone: PreTrainedModel) -> str:
     return _fingerprint(sorted(backbone.named_parameters(), key=itemgetter(0)))
 
 
+def output_fingerprint(system1: PreTrainedModel) -> str:
+    """Fingerprint of System 1's output embedding, which need not be its body's."""
+    return _fingerprint([("weight", system1.get_output_embeddings().weight)])
+
+
 @cache
 def stored_fingerprint(model: str, prefix: str = "model.") -> str:
     """The fingerprint of a folder's or hub id's files, whose keys begin with `prefix`.

@@ -26,7 +26,7 @@ from llm2.config import VerifierSpec
 from llm2.errors import UserError
 from llm2.verifier import lora
 from llm2.verifier.checkpoints import is_sharded, sharded_state
-from llm2.verifier.heads import PrefixHead, TokenWeight, fingerprint, stored_fingerprint
+from llm2.verifier.heads import PrefixHead, TokenWeight, fingerprint, output_fingerprint, stored_fingerprint
 from llm2.verifier.loss import IGNORE_INDEX, chunked_cross_entropy
 from llm2.verifier.masks import as_attention_mask, packed_block_mask, packed_mask
 
@@ -235,7 +235,7 @@ class ProcessVerifier(PreTrainedModel):
         if isinstance(verifier.score, nn.Embedding):
             verifier.score.weight = system1.get_output_embeddings().weight
             verifier.score.requires_grad_(not spec.is_adapter)
-            verifier.config.output_fingerprint = fingerprint(verifier.score) if spec.is_adapter else None
+            verifier.config.output_fingerprint = output_fingerprint(system1) if spec.is_adapter else None
         return verifier
 
     @classmethod

@@ -15,7 +15,7 @@ from llm2.decoding.system2.contrast import ContrastRunner
 from llm2.decoding.system2.head import Head
 from llm2.decoding.system2.reader import Reader
 from llm2.errors import UserError
-from llm2.verifier.heads import fingerprint
+from llm2.verifier.heads import fingerprint, output_fingerprint
 from llm2.verifier.model import ProcessVerifier
 
 Kind = ProcessVerifier | PreTrainedModel | System2  # a verifier; a language model for contrast; any other kind
@@ -42,6 +42,8 @@ def require_pair(verifier: ProcessVerifier | PreTrainedModel, system1: PreTraine
             raise UserError("shared: found false, expected true: the verifier's adapter lies in System 1's own layers")
         return
     of_other = verifier.config.system1_fingerprint not in (None, fingerprint(system1.base_model))
+    if verifier.config.output_fingerprint is not None:
+        of_other |= verifier.config.output_fingerprint != output_fingerprint(system1)
     if of_other and system1.dtype != torch.float16:  # its rounding is not bfloat16's
         raise UserError("verifier: it is made for the weights of another System 1, and of no use to this one")
     if is_adapter(verifier) and shared and verifier.dtype != system1.dtype:
