@@ -76,6 +76,8 @@ RELIED_ON = {
     "transformers.utils.cached_file": "file_names",
     # underscored attributes
     "_attn_implementation": "attention",
+    "_forward_hooks": "hooks",
+    "_forward_pre_hooks": "hooks",
     "_get_default_generation_params": "custom_generate",
     "_supports_attention_backend": "attention",
     "_load_best_model": "trainer",
@@ -359,3 +361,11 @@ def test_deepspeed_gathers_its_shards_by_this_function():
     from deepspeed.utils import zero_to_fp32
 
     hold("deepspeed", hasattr(zero_to_fp32, "get_fp32_state_dict_from_zero_checkpoint"), "moved zero_to_fp32")
+
+
+def test_hooks_of_a_module():
+    layer = torch.nn.Linear(2, 2)
+    assert not layer._forward_hooks and not layer._forward_pre_hooks
+    layer.register_forward_hook(lambda *_: None)
+    layer.register_forward_pre_hook(lambda *_: None)
+    assert layer._forward_hooks and layer._forward_pre_hooks

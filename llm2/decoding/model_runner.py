@@ -21,7 +21,7 @@ from llm2.decoding.attention import IMPLEMENTATION, AttentionMetadata
 from llm2.decoding.cuda_graphs import CUDAGraphs, bucket
 from llm2.decoding.forward_batch import MAX_GRAPH_CHUNK, Chunk, PaddedBatch, VarlenBatch, padded_width, split
 from llm2.decoding.kv_cache import SlotCache
-from llm2.decoding.linear import OneDNNLinear, Snapshot, use_float16_weights
+from llm2.decoding.linear import OneDNNLinear, Snapshot, use_float16_weights, use_onednn
 from llm2.verifier.lora import clone_sharing_weights
 from llm2.verifier.model import ProcessVerifier
 
@@ -48,6 +48,8 @@ class ModelRunner:
         self.body, self.device, self.graphs = with_slot_attention(body), body.device, graphs
         if float16_weights:
             use_float16_weights(self.body)
+        else:
+            use_onednn(self.body)
         self.counts: Counter[str] = Counter()
 
     @property

@@ -134,7 +134,7 @@ def _plausible(logits: torch.Tensor, guidance: Sequence[GuidanceConfig]) -> tupl
 
 
 def _prepack(body: nn.Module) -> None:
-    """On a CPU in float32, keep the weights of linear layers in oneDNN's layout, which takes half the time."""
+    """On a CPU, keep the weights of linear layers in oneDNN's layout, which takes half the time."""
     for name, layer in list(body.named_modules()):
-        if isinstance(layer, nn.Linear) and OneDNNLinear.takes(layer):
+        if OneDNNLinear.takes(layer):
             body.set_submodule(name, OneDNNLinear(layer))
