@@ -18,7 +18,7 @@ from benchmarks.runner import markdown_table, result_row, write_results
 from llm2.common.config_file import load_config
 from llm2.common.inputs import digests, require_same
 from llm2.common.journal import Journal
-from llm2.common.loading import load_tokenizer
+from llm2.common.loading import load_tokenizer, with_batch_dtype
 from llm2.common.stats import wilson_interval
 from llm2.config import ExploreConfig
 from llm2.errors import UserError
@@ -39,7 +39,7 @@ def measure(config: LabelsBenchmark) -> str:
     triplets = folder / "triplets.jsonl"
     keys = TESTBED if config.explore is None else []
     files = [f"output={triplets}", f"limit={config.problems}"]
-    settings = load_config(ExploreConfig, config.explore, [*keys, *files])
+    settings = with_batch_dtype(load_config(ExploreConfig, config.explore, [*keys, *files]))
     if not triplets.exists():
         explore(settings)
     report = json.loads((folder / "triplets.jsonl.report.json").read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ from benchmarks import labels
 from benchmarks.configs import LabelsBenchmark, RolloutBenchmark
 from benchmarks.labels import compare, reference_entries
 from benchmarks.rollouts import GENERATE, generate, measure, num_tokens
+from llm2.common import loading
 from llm2.common.loading import load_tokenizer
 from llm2.config import ExploreConfig
 from llm2.exploration.engines import Request, open_engine
@@ -37,6 +38,9 @@ def test_labels_are_compared_beyond_the_margin_only():
 
 @pytest.mark.long
 def test_a_second_measurement_reuses_the_exploration_and_the_reference(tmp_path, monkeypatch):
+    """Also where `auto` is bfloat16, which the exploration's report then names."""
+    monkeypatch.setattr(loading, "LARGE", 0)
+    monkeypatch.setattr(loading, "cpu_bfloat16", lambda: "avx512_bf16")
     output = tmp_path / "labels.json"
     config = LabelsBenchmark(benchmark="labels", output=str(output), problems=1, reference_rollouts=1)
     table = labels.measure(config)

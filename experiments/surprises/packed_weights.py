@@ -1,4 +1,4 @@
-"""Weights kept in fewer bits on a CPU, activations in float32: speed of linear layers of SmolLM2's sizes.
+"""Weights kept in fewer bits on a CPU, and in oneDNN's layout: speed of linear layers of SmolLM2's sizes.
 
 python -m experiments.surprises.packed_weights; one thread, weights from memory (30 layers in turn)
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from llm2.decoding.linear import Float16Linear
+from llm2.decoding.linear import Float16Linear, OneDNNLinear
 
 LAYERS, GROUP = 30, 32
 torch.set_num_threads(1)
@@ -53,6 +53,11 @@ def main() -> None:
             "int8, bfloat16 activations": [int8(weight, torch.bfloat16) for weight in weights],
             "int4": [int4(weight) for weight in weights],
         }
+        narrow = [nn.Linear(width, output, bias=False, dtype=torch.bfloat16) for _ in plain]
+        if OneDNNLinear.takes(narrow[0]):  # activations in bfloat16 too
+            laid_out = [OneDNNLinear(layer) for layer in narrow]
+            ways["bfloat16"] = [lambda rows, layer=layer: layer(rows.bfloat16()) for layer in narrow]
+            ways["bfloat16, oneDNN's layout"] = [lambda rows, layer=layer: layer(rows.bfloat16()) for layer in laid_out]
         for count in (1, 2, 4, 16, 64):
             rows = torch.randn(count, width)
             base = seconds(plain, rows)
