@@ -181,3 +181,8 @@ def test_a_wheel_explores_trains_and_evaluates_in_an_empty_folder(tmp_path):
     llm2("train", "train_file=triplets.jsonl", "output_dir=verifier", "eval_share=0.2", *sizes)
     printed = llm2("evaluate", *task, "verifier=verifier", "output_dir=results", "limit=8")
     assert "testbed, test split, n = 8" in printed and "pip install 'llm2[report]'" in printed
+
+
+def test_findings_are_executable():
+    scripts = [*(ROOT / "findings").glob("*.sh")]
+    assert scripts and not [path.name for path in scripts if not path.stat().st_mode & 0o100]
