@@ -82,6 +82,7 @@ RELIED_ON = {
     "_supports_attention_backend": "attention",
     "_load_best_model": "trainer",
     "_load_from_checkpoint": "trainer",
+    "_is_mkldnn_bf16_supported": "onednn",
     "_linear_pointwise": "onednn",
     "_reorder_linear_weight": "onednn",
     "_scaled_dot_product_flash_attention_for_cpu": "flash_attention",
@@ -308,6 +309,8 @@ def test_onednn_operators_of_torch_compute_a_linear_layer():
     reordered = operators._reorder_linear_weight(weight)
     found = operators._linear_pointwise(states, reordered, None, "none", [], "")
     hold("torch", torch.allclose(found, states @ weight.T, atol=1e-5), "changed the oneDNN operators of torch.compile")
+    if operators._is_mkldnn_bf16_supported():  # else the first operator raises
+        operators._reorder_linear_weight(weight.bfloat16())
 
 
 def test_flash_attention_of_torch_returns_the_logarithm_of_its_total_on_a_cpu():

@@ -40,7 +40,7 @@ def test_labels_are_compared_beyond_the_margin_only():
 def test_a_second_measurement_reuses_the_exploration_and_the_reference(tmp_path, monkeypatch):
     """Also where `auto` is bfloat16, which the exploration's report then names."""
     monkeypatch.setattr(loading, "LARGE", 0)
-    monkeypatch.setattr(loading, "cpu_bfloat16", lambda: "avx512_bf16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     output = tmp_path / "labels.json"
     config = LabelsBenchmark(benchmark="labels", output=str(output), problems=1, reference_rollouts=1)
     table = labels.measure(config)

@@ -5,16 +5,16 @@ import torch
 from conftest import VOCABULARY, tiny_system1
 from torch import nn
 
-from llm2.common.loading import cpu_bfloat16
 from llm2.config import VerifierSpec
-from llm2.decoding import linear
+from llm2.decoding import model_runner
 from llm2.decoding.decoder import Decoder
-from llm2.decoding.linear import OneDNNLinear, use_onednn
+from llm2.decoding.linear import OneDNNLinear
 from llm2.decoding.sampling import Guidance
 from llm2.verifier.model import ProcessVerifier
 
 PROMPTS = torch.randint(3, VOCABULARY, (5, 11), generator=torch.Generator().manual_seed(8)).tolist()
-needs_bfloat16 = pytest.mark.skipif(cpu_bfloat16() is None, reason="this CPU does not multiply in bfloat16")
+BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+needs_bfloat16 = pytest.mark.skipif(not BFLOAT16, reason="oneDNN has no bfloat16 on this CPU")
 
 
 @needs_bfloat16
@@ -30,7 +30,7 @@ def test_a_layer_in_bfloat16_is_equal_for_any_shape(bias):
 
 def test_what_it_takes():
     assert OneDNNLinear.takes(nn.Linear(4, 4))
-    assert OneDNNLinear.takes(nn.Linear(4, 4, dtype=torch.bfloat16)) == (cpu_bfloat16() is not None)
+    assert OneDNNLinear.takes(nn.Linear(4, 4, dtype=torch.bfloat16)) == BFLOAT16
     assert not OneDNNLinear.takes(nn.Linear(4, 4, dtype=torch.float16))
     assert not OneDNNLinear.takes(nn.Bilinear(4, 4, 4))
     watched = nn.Linear(4, 4)
@@ -59,11 +59,9 @@ def test_decoding_in_bfloat16_writes_the_same_with_and_without_copies(kind, monk
         return [row.token_ids for (row,) in rows], copies(decoder.state.lm.body)
 
     found, many = written()
-    monkeypatch.setattr(linear, "MAX_COPIED", 0)
+    monkeypatch.setattr(model_runner, "MAX_COPIED_BYTES", 0)
     assert written() == (found, 0) and many > 0
 
 
 def test_bodies_in_float32_are_left_alone():
-    model = tiny_system1()
-    use_onednn(model)
-    assert copies(model) == 0
+    assert copies(Decoder(tiny_system1()).state.lm.body) == 0

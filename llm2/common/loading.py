@@ -81,20 +81,16 @@ def with_batch_dtype(config: Config) -> Config:
     """
     chooses = config.dtype == "auto" and config.server is None and not config.float16_weights
     local = chooses and resolve_device(config.device).type == "cpu"
-    if not local or not (found := cpu_bfloat16()):
+    found = [key for key in BFLOAT16 if torch.cpu.get_capabilities().get(key)] if local else []
+    if not found:
         return config
     with torch.device("meta"):
         size = AutoModelForCausalLM.from_config(load_config(config.model)).num_parameters()
     if size <= LARGE:
         return config
-    why = f"{size / 1e6:,.0f} million parameters on a CPU with {found}"
+    why = f"{size / 1e6:,.0f} million parameters on a CPU with {found[0]}"
     logging.getLogger(__name__).info("dtype: bfloat16, for %s; with dtype=float32 no text depends on its batch", why)
     return replace(config, dtype="bfloat16")
-
-
-def cpu_bfloat16() -> str | None:
-    """What this machine's CPU calls the instructions by which it multiplies in bfloat16; None if it has none."""
-    return next((key for key in BFLOAT16 if torch.cpu.get_capabilities().get(key)), None)
 
 
 def is_gguf(name: str) -> bool:

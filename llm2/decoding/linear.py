@@ -1,16 +1,17 @@
 """Linear layers that multiply with copies of their weights, laid out for a CPU."""
 
+import math
+
 import torch
 from torch import nn
 
-from llm2.common.loading import cpu_bfloat16, resolve_dtype
+from llm2.common.loading import resolve_dtype
 from llm2.decoding.cuda_graphs import bucket
 from llm2.errors import UserError
 
 LARGEST = torch.finfo(torch.float16).max
 KEY = "float16_weights: found true"
 FBGEMM = ("x86", "fbgemm")  # torch's quantized engines that have it
-MAX_COPIED = 2**32  # bytes of a model's weights that are kept a second time; models of one to two billion parameters
 SAMPLED = 64  # values of a weight that tell whether it was trained
 
 
@@ -59,10 +60,12 @@ class OneDNNLinear(CopiedLinear):
 
     @staticmethod
     def takes(layer: nn.Module) -> bool:
-        """Whether it can stand in for a layer: a plain one on a CPU, in float32, or in bfloat16 if the CPU has it."""
+        """Whether it can stand in for a layer: a plain one on a CPU, in float32, or in bfloat16 if oneDNN can there."""
         if not is_plain(layer) or layer.weight.device.type != "cpu":
             return False
-        return layer.weight.dtype == torch.float32 or (layer.weight.dtype == torch.bfloat16 and bool(cpu_bfloat16()))
+        if layer.weight.dtype == torch.bfloat16:
+            return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return layer.weight.dtype == torch.float32
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """(..., N, in) -> (..., N, out)."""
@@ -73,14 +76,12 @@ class OneDNNLinear(CopiedLinear):
         return torch.ops.mkldnn._linear_pointwise(states, self.reordered, bias, "none", [], "")[..., :count, :]
 
 
-def use_onednn(model: nn.Module) -> None:
-    """Replace all plain linear layers within a model in bfloat16 by a OneDNNLinear, if the copies take few bytes.
-
-    Not in float32, where layers of a body gain nothing on many tokens.
-    """
+def use_onednn(model: nn.Module, dtype: torch.dtype | None = None, largest: float = math.inf) -> None:
+    """Replace all plain linear layers within a model, or those in `dtype`, by a OneDNNLinear, unless the copies would
+    take more than `largest` bytes."""
     layers = [(name, layer) for name, layer in model.named_modules() if OneDNNLinear.takes(layer)]
-    layers = [(name, layer) for name, layer in layers if layer.weight.dtype == torch.bfloat16]
-    if sum(layer.weight.nbytes for _, layer in layers) <= MAX_COPIED:
+    layers = [(name, layer) for name, layer in layers if dtype in (None, layer.weight.dtype)]
+    if sum(layer.weight.nbytes for _, layer in layers) <= largest:
         for name, layer in layers:
             model.set_submodule(name, OneDNNLinear(layer))
 

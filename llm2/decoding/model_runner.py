@@ -28,6 +28,7 @@ from llm2.verifier.model import ProcessVerifier
 # Not cuDNN's, which torch prefers on Hopper: it plans anew for each new shape, and ours change with every token.
 KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 MAX_ONEDNN_BYTES = 2**28  # larger vocabulary heads are not kept a second time in oneDNN's layout
+MAX_COPIED_BYTES = 2**32  # of a body in bfloat16: those of up to two billion parameters are kept a second time too
 
 
 class ModelRunner:
@@ -49,7 +50,7 @@ class ModelRunner:
         if float16_weights:
             use_float16_weights(self.body)
         else:
-            use_onednn(self.body)
+            use_onednn(self.body, torch.bfloat16, MAX_COPIED_BYTES)  # in float32 a body gains nothing on many tokens
         self.counts: Counter[str] = Counter()
 
     @property

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from llm2.config import GuidanceConfig
 from llm2.decoding.candidates import guided_logits, plausible
 from llm2.decoding.forward_batch import Chunk
 from llm2.decoding.kv_cache import SlotCache
-from llm2.decoding.linear import OneDNNLinear
+from llm2.decoding.linear import use_onednn
 from llm2.decoding.model_runner import VerifierRunner
 from llm2.decoding.system2 import Candidates, Handle, System2
 from llm2.decoding.system2.reader import Reader
@@ -111,7 +110,7 @@ class GuidedBatch:
 def open_verifier(verifier: ProcessVerifier, num_slots: int, max_len: int, max_tokens: int = 8_192) -> Reader:
     """System 2 with all its memory: `num_slots` sequences in flight of `max_len` tokens, `max_tokens` in a forward."""
     runner = VerifierRunner(verifier)
-    _prepack(runner.body)
+    use_onednn(runner.body)
     cache = SlotCache(num_slots, max_len + MAX_BRANCHES + 1)  # the last position is for padding
     with torch.inference_mode():
         runner.forward(cache, [Chunk(0, 0, [0])])  # allocates the layers of the cache
@@ -131,10 +130,3 @@ def _plausible(logits: torch.Tensor, guidance: Sequence[GuidanceConfig]) -> tupl
         for whole, part in zip((ids, valid), parts, strict=True):
             whole[list(rows), : part.shape[1]] = part
     return ids, valid
-
-
-def _prepack(body: nn.Module) -> None:
-    """On a CPU, keep the weights of linear layers in oneDNN's layout, which takes half the time."""
-    for name, layer in list(body.named_modules()):
-        if OneDNNLinear.takes(layer):
-            body.set_submodule(name, OneDNNLinear(layer))
