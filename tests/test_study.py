@@ -299,3 +299,15 @@ def test_the_bootstrap_covers_seeds_and_problems():
     assert shifted.ci95[1] - shifted.ci95[0] > 2 * (high - low), "unequal seeds widen it"
     assert seeds_bootstrap(np.full((2, 50), 0.1)).p == pytest.approx(2 / 10_000)
     assert seeds_bootstrap(np.array([[1.0, -1.0] * 20])).p > 0.8
+
+
+def test_plain_and_guided_search_stand_in_one_column(config):
+    for name, mode in (("0-old", "plain_search"), ("0-new", "guided_search")):
+        folder = Path(config.output_dir, name, "greedy")
+        write_evaluation(folder, [True, False])
+        line = {"mode": mode, "samples": [{"answer": "1", "correct": name == "0-new"}]}
+        (folder / "predictions.jsonl").write_text(json.dumps(line) + "\n")
+        (folder / "metrics.json").write_text(json.dumps({"modes": {mode: {"tokens_per_problem": 80}}}))
+    old, new = rows(config, in_one_column(results(config)))
+    assert (old.accuracies["search"].mean, new.accuracies["search"].mean) == (0, 1)
+    assert new.against_baseline["search"].mean == 1 and new.figures["search tokens_per_problem"] == 80

@@ -33,7 +33,7 @@ from llm2.evaluation.predictions import read_mode
 TRAINING = ("eval_choice_quality", "eval_choice_beta", "eval_pair_accuracy", "eval_margin_spearman")
 TRAINING += ("eval_benign_suppressed", "eval_harmful_suppressed")
 TRAINING += ("trainable_parameters", "train_seconds", "peak_memory_mib")
-ENDS = ("greedy", "sampling")
+ENDS = ("greedy", "sampling", "search")
 COST = ("tokens_per_problem", "verifier_tokens_per_token")
 
 
