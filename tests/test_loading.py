@@ -22,8 +22,9 @@ from llm2.common.loading import (
     require_model,
     resolve_device,
     with_batch_dtype,
+    with_training_dtype,
 )
-from llm2.config import EvaluateConfig
+from llm2.config import EvaluateConfig, TrainConfig
 from llm2.errors import UserError
 from llm2.verifier.model import ProcessVerifier
 
@@ -100,6 +101,22 @@ def test_batches_of_a_large_model_are_in_bfloat16_where_the_cpu_multiplies_in_it
         assert with_batch_dtype(other) is other
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, key: False})
     assert with_batch_dtype(config) is config
+
+
+@pytest.mark.parametrize("key", loading.BFLOAT16)
+def test_a_large_model_trains_in_bfloat16_where_the_cpu_multiplies_in_it(monkeypatch, caplog, key):
+    config = TrainConfig(model="testbed", train_file="unused", output_dir="unused", device="cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {key: True})
+    assert with_training_dtype(config) == replace(config, bf16=False), "the testbed is small"
+    monkeypatch.setattr(loading, "LARGE", 1_000_000)
+    with caplog.at_level(logging.INFO):
+        assert with_training_dtype(config) == replace(config, bf16=True)
+    (message,) = caplog.messages
+    assert message == f"bf16: true, for 1 million parameters on a CPU with {key}; bf16=false trains in float32"
+    assert with_training_dtype(replace(config, bf16=False)).bf16 is False
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, key: False})
+    assert with_training_dtype(config).bf16 is False
+    assert with_training_dtype(replace(config, bf16=True)).bf16 is True
 
 
 def test_devices_are_resolved_without_starting_cuda(monkeypatch):

@@ -22,7 +22,7 @@ from experiments.baselines.training import begin, fit, save, trainer_arguments
 from llm2.common.chat import resolve_template
 from llm2.common.distributed import process_device
 from llm2.common.inputs import Digests
-from llm2.common.loading import eos_ids, load_system1, load_tokenizer, resolve_device
+from llm2.common.loading import eos_ids, load_system1, load_tokenizer, resolve_device, with_training_dtype
 from llm2.exploration.engines import open_engine
 from llm2.exploration.own_solutions import own_solutions
 from llm2.exploration.solutions import TokenizedSolution, check_template, load_problems, tokenize_solutions
@@ -32,6 +32,7 @@ from llm2.verifier.loss import IGNORE_INDEX
 
 def finetune(config: FinetuneConfig) -> dict:
     """Write the fine-tuned System 1 to `config.output_dir`; returns counts and the mean training loss."""
+    config = with_training_dtype(config)
     inputs = begin(config, "finetune")
     device = process_device(resolve_device(config.device))
     arguments = trainer_arguments(config, device)

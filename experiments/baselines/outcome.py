@@ -19,7 +19,15 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from experiments.baselines.config import OutcomeConfig
 from experiments.baselines.training import begin, fit, save, trainer_arguments
 from llm2.common.chat import resolve_template
-from llm2.common.loading import eos_ids_by_name, is_local, load_tokenizer, load_whole, model_path, resolve_device
+from llm2.common.loading import (
+    eos_ids_by_name,
+    is_local,
+    load_tokenizer,
+    load_whole,
+    model_path,
+    resolve_device,
+    with_training_dtype,
+)
 from llm2.common.seeds import row_seed
 from llm2.errors import UserError
 from llm2.exploration.engines import open_engine
@@ -37,6 +45,7 @@ def train_outcome(config: OutcomeConfig) -> dict:
         import trl  # takes seconds
     except ImportError as error:
         raise UserError(f"this needs TRL ({error}); expected the packages of requirements.txt") from None
+    config = with_training_dtype(config)
     inputs = begin(config, "outcome")
     device = resolve_device(config.device)
     arguments = trainer_arguments(config, device)

@@ -16,7 +16,7 @@ from experiments.baselines.config import PreferConfig
 from experiments.baselines.training import begin, fit, save, trainer_arguments
 from llm2.common.chat import resolve_template
 from llm2.common.distributed import process_device
-from llm2.common.loading import load_system1, load_tokenizer, resolve_device
+from llm2.common.loading import load_system1, load_tokenizer, resolve_device, with_training_dtype
 from llm2.errors import UserError
 from llm2.verifier.loss import pairwise_loss
 from llm2.verifier.pair_metrics import system1_margins
@@ -25,6 +25,7 @@ from llm2.verifier.triplets import Example, load_examples
 
 def prefer(config: PreferConfig) -> dict:
     """Write the fine-tuned System 1 to `config.output_dir`; returns counts and the mean training loss."""
+    config = with_training_dtype(config)
     inputs = begin(config, "prefer")
     device = process_device(resolve_device(config.device))
     arguments = TrainingArguments(**trainer_arguments(config, device), remove_unused_columns=False)

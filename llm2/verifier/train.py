@@ -19,7 +19,7 @@ from llm2.common.config_file import write_config
 from llm2.common.distributed import dist_info, process_device
 from llm2.common.files import whole_files
 from llm2.common.inputs import Digests, digests, write_inputs
-from llm2.common.loading import load_tokenizer, resolve_device
+from llm2.common.loading import load_tokenizer, resolve_device, with_training_dtype
 from llm2.common.peak_memory import peak_memory_mib
 from llm2.common.training import ForwardsBar, optimizer_arguments
 from llm2.config import TrainConfig
@@ -36,6 +36,7 @@ from llm2.verifier.triplets import Example, Summary, load_examples
 def train(config: TrainConfig) -> dict:
     """Train a verifier and save it, its metrics (training.json) and its model card; returns the metrics."""
     refuse_options(config.model, config)
+    config = with_training_dtype(config)
     device = process_device(resolve_device(config.device))  # every process loads System 1 onto its own GPU
     inputs = digests(config)
     checkpoint = checkpoint_to_resume(config, inputs)
