@@ -179,6 +179,8 @@ class LabelsBenchmark:
     """Rollouts of every plausible token for the reference."""
     reference_seed: int = 1
     """Seed of the reference's rollouts; should differ from the exploration's."""
+    decided_only: bool = False
+    """Leave the tokens that exploration did not decide out of the reference, and the rows that need them."""
     fixed_rollouts: Annotated[Count, Mark.WHICH] = 16
     """The cost is stated relative to an exploration with this many rollouts of every plausible token."""
 

@@ -1,12 +1,13 @@
 """Agreement of exploration's labels with an exhaustive reference, and their cost.
 
 The reference generates equally many rollouts of every plausible token at every fork, shares none between tokens, and
-has another seed. It is kept in a journal, so that another stopping rule can be measured against it.
+has another seed. It is kept in a journal, so that another stopping rule can be measured against it. With decided_only
+it covers gold and the tokens that exploration decided, which takes a part of the time and says nothing of the others.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
@@ -29,6 +30,9 @@ from llm2.tasks import Problem, load_task
 
 TokenKey = tuple[str, int, int]  # problem, position, token
 TESTBED = ["model=testbed", "task=testbed", "max_new_tokens=200", "batch_size=256", "device=cpu"]
+AGREEMENT = "label agreement, decided pairs beyond the margin"
+WORSE = "worse than gold at all, of the negatives"
+OF_DECIDED = AGREEMENT, WORSE  # the rows that a reference of decided tokens alone can tell
 TOGETHER = 4  # problems of the reference that are generated together
 
 
@@ -51,21 +55,27 @@ def measure(config: LabelsBenchmark) -> str:
     lines = [*map(json.loads, (folder / "triplets.jsonl.pairs.jsonl").read_text(encoding="utf-8").splitlines())]
     verdicts = {(line["id"], *pair["triplet"][::2]): pair["verdict"] for line in lines for pair in line["pairs"]}
     solutions = {line["id"]: line["messages"][-1]["content"] for line in lines}
-    gaps, tokens = reference(config, settings, solutions, folder / "reference")
-    cost = report["generated_tokens"] / (tokens / config.reference_rollouts * config.fixed_rollouts)
-    rows = [
-        *compare(verdicts, gaps, settings.quality_margin),
-        share_row(f"generated tokens, of {config.fixed_rollouts} rollouts per token", cost, cost, cost),
-    ]
+    decided = {pair for pair in verdicts if verdicts[pair] != "undecided"} if config.decided_only else None
+    gaps, tokens = reference(config, settings, solutions, folder / "reference", decided)
+    rows = compare(verdicts, gaps, settings.quality_margin)
+    if decided is None:
+        cost = report["generated_tokens"] / (tokens / config.reference_rollouts * config.fixed_rollouts)
+        rows.append(share_row(f"generated tokens, of {config.fixed_rollouts} rollouts per token", cost, cost, cost))
+    else:
+        rows = [row for row in rows if row["name"] in OF_DECIDED]
     write_results(Path(config.output), 1, rows, problems=config.problems, reference_rollouts=config.reference_rollouts)
     return markdown_table(rows)
 
 
 def reference(
-    config: LabelsBenchmark, settings: ExploreConfig, solutions: dict[str, str], folder: Path
+    config: LabelsBenchmark,
+    settings: ExploreConfig,
+    solutions: dict[str, str],
+    folder: Path,
+    wanted: Set[TokenKey] | None = None,
 ) -> tuple[dict[TokenKey, float], int]:
-    """The quality of gold minus that of each other plausible token along the explored solutions, which are named by
-    the problem's id or, System 1's own ones, by ID/NUMBER; and the number of tokens generated."""
+    """The quality of gold minus that of each other plausible token, or each wanted one, along the explored solutions,
+    which are named by the problem's id or, System 1's own ones, by ID/NUMBER; and the number of tokens generated."""
     tokenizer, task = load_tokenizer(settings.model), load_task(settings.task, settings.data_file, settings.grader)
     by_id = {problem.id: problem for problem in load_problems(task, settings.split, settings.limit)[0]}
     problems = [
@@ -78,7 +88,7 @@ def reference(
     explorer = Explorer(settings, engine, tokenizer, task, earlier=earlier_solutions(problems))
     with tqdm(total=len(problems), initial=len(problems) - len(waiting), desc="reference", unit="solution") as bar:
         for index in range(0, len(waiting), TOGETHER):
-            for entry in reference_entries(explorer, waiting[index : index + TOGETHER], config):
+            for entry in reference_entries(explorer, waiting[index : index + TOGETHER], config, wanted):
                 journal.add(entry)
                 bar.update()
     gaps, tokens = {}, 0
@@ -90,30 +100,42 @@ def reference(
     return gaps, tokens
 
 
-def reference_entries(explorer: Explorer, problems: Sequence[Problem], config: LabelsBenchmark) -> Iterator[dict]:
+def reference_entries(
+    explorer: Explorer, problems: Sequence[Problem], config: LabelsBenchmark, wanted: Set[TokenKey] | None = None
+) -> Iterator[dict]:
     """One entry per problem: the (token, quality) pairs of its forks, gold first, and the count of generated tokens."""
     eos, seed, indices = explorer.engine.eos, config.reference_seed, range(config.reference_rollouts)
     states = explorer.start_problems(problems)
-    branches = [(state.solution, *key) for state in states for key in state.test.counts]
+    tokens_at = {}  # of each fork, gold first
+    for state in states:
+        for fork in state.test.forks:
+            key = state.solution.problem.id, fork.position
+            gold, *others = fork.tokens
+            others = [token for token in others if wanted is None or (*key, token) in wanted]
+            tokens_at |= {key: [gold, *others]} if others else {}
+    solutions = {state.solution.problem.id: state.solution for state in states}
+    branches = [
+        (solutions[name], position, token) for (name, position), tokens in tokens_at.items() for token in tokens
+    ]
     requests = [
         solution.rollout_request(position, token, seed, indices)
         for solution, position, token in branches
         if token not in eos
     ]
     generated = iter(explorer.engine.generate(requests))
-    quality, tokens = {}, Counter()
+    quality, count = {}, Counter()
     for solution, position, token in branches:
         rollouts = [[]] if token in eos else next(generated)
         correct = solution.grade_rollouts(explorer.task, explorer.tokenizer, position, token, rollouts)
         quality[solution.problem.id, position, token] = sum(correct) / len(correct)
-        tokens[solution.problem.id] += sum(map(len, rollouts))
-    for state in states:
-        name = state.solution.problem.id
+        count[solution.problem.id] += sum(map(len, rollouts))
+    for name in solutions:
         forks = [
-            [fork.position, *([token, quality[name, fork.position, token]] for token in fork.tokens)]
-            for fork in state.test.forks
+            [position, *([token, quality[name, position, token]] for token in tokens)]
+            for (of, position), tokens in tokens_at.items()
+            if of == name
         ]
-        yield {"id": name, "forks": forks, "tokens": tokens[name]}
+        yield {"id": name, "forks": forks, "tokens": count[name]}
 
 
 def compare(verdicts: dict[TokenKey, str], gaps: dict[TokenKey, float], margin: float) -> list[dict]:
@@ -129,10 +151,10 @@ def compare(verdicts: dict[TokenKey, str], gaps: dict[TokenKey, float], margin: 
     return [
         share_row(name, part / max(whole, 1), *wilson_interval(part, whole))
         for name, part, whole in (
-            ("label agreement, decided pairs beyond the margin", agreed, len(decided)),
+            (AGREEMENT, agreed, len(decided)),
             ("decided, of the pairs beyond the margin", len(decided), len(clear)),
             ("found, of the reference's negatives", num_found, len(worse)),
-            ("worse than gold at all, of the negatives", true_negatives, len(negatives)),
+            (WORSE, true_negatives, len(negatives)),
         )
     ]
 

@@ -1,6 +1,7 @@
 """The benchmarks of exploration: their counts and comparisons, against numbers derived by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,6 +69,12 @@ def test_labels_along_own_solutions(tmp_path, monkeypatch):
     assert len(verdicts) > 5 and {name.partition("/")[2] for name, *_ in gaps} == {"0", "1"}
     assert verdicts.keys() < gaps.keys()  # some forks are skipped
 
+    decided = replace(config, decided_only=True, output=str(tmp_path / "decided.json"))
+    table = labels.measure(decided)
+    _, (verdicts, gaps, _) = compared
+    assert gaps.keys() == {pair for pair, verdict in verdicts.items() if verdict != "undecided"} < verdicts.keys()
+    assert "label agreement" in table and "found, of" not in table and "generated tokens" not in table
+
 
 @pytest.fixture(scope="module")
 def explorer() -> Explorer:
@@ -87,6 +94,15 @@ def test_the_reference_has_equally_many_rollouts_of_every_token(explorer):
     ]
     assert all(quality in (0, 0.25, 0.5, 0.75, 1) for fork in entry["forks"] for _, quality in fork[1:])
     assert entry["tokens"] > 4 * sum(len(fork.tokens) for fork in state.test.forks)
+
+
+def test_the_reference_of_decided_tokens_is_a_part_of_the_whole(explorer):
+    problems = explorer.task.problems("train", 1)
+    config = LabelsBenchmark(benchmark="labels", reference_rollouts=2)
+    (whole,) = reference_entries(explorer, problems, config)
+    position, gold, *_, last = max(whole["forks"], key=len)
+    (part,) = reference_entries(explorer, problems, config, {(problems[0].id, position, last[0]), ("other", 0, 0)})
+    assert part["forks"] == [[position, gold, last]] and 0 < part["tokens"] < whole["tokens"]
 
 
 def test_tokens_of_generate_count_up_to_the_end_of_each_rollout(explorer):
