@@ -379,7 +379,7 @@ class EvaluateConfig(TaskConfig, ModelConfig, DecodingConfig):
     batch_size: Annotated[Count | Literal["auto"], Mark.HOW] = 16
     """Sequences decoded at the same time; auto is as many as fit a GPU's memory, 64 on a CPU."""
     score_samples: Annotated[bool, Mark.GUIDED] = True
-    """Score every sample with the verifier: for best of k, weighted votes and the report's colours."""
+    """Score samples with the verifier, for best of k and weighted votes; if false, greedy ones in the report alone."""
     solution_score: Annotated[Literal["mean", "min", "last"], Mark.GUIDED, Mark.SCORES] = "mean"
     """Score of a sample: the mean, lowest or last score of its tokens."""
     traced_samples: Annotated[int, Field(ge=0), Mark.WHICH] = 4

@@ -340,6 +340,19 @@ def test_samples_without_scores_are_not_reused_where_they_are_to_be_scored(confi
     evaluate(replace(other, output_dir=str(tmp_path / "third")))  # the refused run has left nothing behind
 
 
+def test_greedy_solutions_are_scored_for_the_report_alone_where_samples_are_not(config, tmp_path):
+    for traced in (1, 0):
+        output = str(tmp_path / str(traced))
+        run = replace(config, limit=1, score_samples=False, traced_samples=traced, output_dir=output)
+        evaluate(run)
+        scores = {
+            mode: [sample["score"] for line in read_mode(Path(output), mode) for sample in line["samples"]]
+            for mode in run.modes
+        }
+        expected = {mode: traced > 0 and not mode.sampled for mode in run.modes}
+        assert {mode: None not in found for mode, found in scores.items()} == expected
+
+
 def test_contrast_needs_a_number_for_beta(config):
     with pytest.raises(UserError, match="beta: found null, .* expected a number beside contrast"):
         evaluate(replace(config, verifier=None, contrast=config.model, beta=None))

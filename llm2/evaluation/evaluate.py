@@ -192,7 +192,8 @@ class Evaluator:
 
     def _scores(self, mode: Mode) -> bool:
         """Whether the verifier scores the solutions of this mode."""
-        return self.config.verifier is not None and (self.config.score_samples or not mode.sampled)
+        shown = self.config.traced_samples > 0 and not mode.sampled
+        return self.config.verifier is not None and (self.config.score_samples or shown)
 
     def _decode(self, mode: Mode, problems: Sequence[Problem], progress: DecodingBar) -> Iterator[Decoded]:
         """Yield problems in the order in which they finish."""
