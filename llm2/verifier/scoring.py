@@ -1,13 +1,15 @@
 """The verifier's score of every token of finished solutions, for ranking, weighted votes and the report's colours."""
 
 from collections.abc import Sequence
-from typing import Literal
+from inspect import signature
+from typing import Any, Literal
 
 import torch
 from torch.nn.functional import logsigmoid
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from llm2.common.architecture import examine
 from llm2.common.chat import Message, encode_chats
 from llm2.common.prefix import common_prefix
 from llm2.errors import UserError
@@ -68,22 +70,24 @@ def score_tokens(
     Args:
         prompts: token ids, none empty.
         solutions: token ids that follow the prompt of the same index.
-        batch_size: sequences of a forward, batched by length.
+        batch_size: sequences of a forward, batched by length; a prompt of several of them is read once.
         names: what an error calls each solution's problem; its index when None.
 
     Raises UserError where a score is NaN or infinite.
     """
     texts = [torch.tensor([*prompt, *solution]) for prompt, solution in zip(prompts, solutions, strict=True)]
-    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    contexts = [tuple(prompt[:-1]) for prompt in prompts]  # the first score is read with the prompt's last token
+    repeated = len({*contexts}) < len(contexts) and min(map(len, contexts)) > 0 and _keeps_all(verifier)
+    order = sorted(range(len(texts)), key=lambda i: (len(contexts[i]), contexts[i]) * repeated + (len(texts[i]),))
     token_scores: dict[int, list[float]] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        ids = pad_sequence([texts[index] for index in batch], batch_first=True)  # (B, S), right-padded
-        lengths = torch.tensor([len(texts[index]) for index in batch])
-        keep = torch.arange(ids.shape[1]) < lengths[:, None]  # (B, S)
-        scores = verifier(ids.to(verifier.device), attention_mask=keep.long().to(verifier.device)).scores  # (B, S)
-        for index, row in zip(batch, scores.float().cpu(), strict=True):
-            row = row[len(prompts[index]) : len(texts[index])]
+        shared = repeated and len({contexts[index] for index in batch}) < len(batch)
+        read = [len(contexts[index]) if shared else 0 for index in batch]
+        rest = [texts[index][first:] for index, first in zip(batch, read, strict=True)]
+        scores = _scores(verifier, rest, [contexts[index] for index in batch] if shared else None)
+        for index, first, row in zip(batch, read, scores.float().cpu(), strict=True):
+            row = row[len(prompts[index]) - first : len(texts[index]) - first]
             if not row.isfinite().all():
                 position = int(row.isfinite().logical_not().nonzero()[0])
                 raise UserError(
@@ -93,6 +97,48 @@ def score_tokens(
                 )
             token_scores[index] = row.tolist()
     return [token_scores[index] for index in range(len(texts))]
+
+
+def _keeps_all(verifier: ProcessVerifier) -> bool:
+    """Whether what a backbone keeps of a context is the keys and values of all its tokens."""
+    found = examine(type(verifier.backbone), verifier.backbone.config)
+    return found.objection is None and found.window is None
+
+
+def _scores(
+    verifier: ProcessVerifier, texts: Sequence[torch.Tensor], contexts: Sequence[Sequence[int]] | None
+) -> torch.Tensor:
+    """Scores (B, S) of all tokens of texts, behind contexts if given, of which equal ones are read once."""
+    ids = pad_sequence(texts, batch_first=True)  # (B, S), right-padded
+    mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+    options = {}
+    if contexts is not None:
+        numbers = {context: number for number, context in enumerate(dict.fromkeys(contexts))}
+        cache, kept = _read(verifier, [*numbers])
+        rows = torch.tensor([numbers[context] for context in contexts])
+        cache.batch_select_indices(rows.to(verifier.device))
+        positions = kept[rows].sum(1, keepdim=True) + torch.arange(ids.shape[1])
+        options = _with_cache(verifier, cache) | {"position_ids": positions.to(verifier.device)}
+        mask = torch.cat([kept[rows], mask], dim=1)
+    return verifier(ids.to(verifier.device), attention_mask=mask.to(verifier.device), **options).scores
+
+
+def _read(verifier: ProcessVerifier, contexts: Sequence[Sequence[int]]) -> tuple[DynamicCache, torch.Tensor]:
+    """The keys and values of contexts, and (P, C) which of the cache's columns are theirs: they are left-padded."""
+    texts = [torch.tensor(context) for context in contexts]
+    ids = pad_sequence(texts, batch_first=True, padding_side="left")
+    kept = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True, padding_side="left")
+    positions = (kept.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=verifier.backbone.config)
+    inputs = {"input_ids": ids, "attention_mask": kept, "position_ids": positions}
+    inputs = {name: tensor.to(verifier.device) for name, tensor in inputs.items()}
+    verifier.backbone(**inputs, **_with_cache(verifier, cache))
+    return cache, kept
+
+
+def _with_cache(verifier: ProcessVerifier, cache: DynamicCache) -> dict[str, Any]:
+    named = "cache" in signature(verifier.backbone.forward).parameters  # its name since transformers 5.24
+    return {"cache" if named else "past_key_values": cache, "use_cache": True}
 
 
 def solution_score(scores: Sequence[float], reduction: Reduction) -> float:
