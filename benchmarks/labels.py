@@ -129,13 +129,11 @@ def reference_entries(
         correct = solution.grade_rollouts(explorer.task, explorer.tokenizer, position, token, rollouts)
         quality[solution.problem.id, position, token] = sum(correct) / len(correct)
         count[solution.problem.id] += sum(map(len, rollouts))
+    forks = {name: [] for name in solutions}
+    for (name, position), tokens in tokens_at.items():
+        forks[name].append([position, *([token, quality[name, position, token]] for token in tokens)])
     for name in solutions:
-        forks = [
-            [position, *([token, quality[name, position, token]] for token in tokens)]
-            for (of, position), tokens in tokens_at.items()
-            if of == name
-        ]
-        yield {"id": name, "forks": forks, "tokens": count[name]}
+        yield {"id": name, "forks": forks[name], "tokens": count[name]}
 
 
 def compare(verdicts: dict[TokenKey, str], gaps: dict[TokenKey, float], margin: float) -> list[dict]:

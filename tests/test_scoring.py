@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from llm2.common.architecture import keeps_contexts
 from llm2.config import VerifierSpec
 from llm2.verifier import scoring
 from llm2.verifier.model import ProcessVerifier
@@ -37,6 +38,16 @@ def test_samples_of_a_prompt_that_is_read_once_are_scored_as_alone(kind, batch_s
     for scores, prompt, solution in zip(found, prompts, solutions, strict=True):
         expected = score_tokens(verifier, [prompt], [solution])[0]
         assert scores == pytest.approx(expected, abs=1e-4, rel=1e-4) and min(map(abs, scores)) > 1e-3
+
+
+def test_a_prompt_is_read_with_each_text_where_positions_depend_on_the_length(verifier, monkeypatch):
+    """Rope of type dynamic or longrope turns a prompt's keys otherwise in a longer text."""
+    monkeypatch.setattr(scoring, "_read", None)
+    for kind in ("dynamic", "longrope"):
+        rope = {**verifier.backbone.config.rope_parameters, "rope_type": kind}
+        monkeypatch.setattr(verifier.backbone.config, "rope_parameters", rope)
+        assert not keeps_contexts(verifier.backbone)
+        score_tokens(verifier, PROMPTS[:1] * 2, SOLUTIONS[:2])
 
 
 def test_a_score_does_not_depend_on_what_follows(verifier):

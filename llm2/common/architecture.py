@@ -164,10 +164,9 @@ def refuse_too_long(config: PreTrainedConfig, length: int, what: str) -> None:
     limit, why = getattr(text, "max_position_embeddings", None), "has a table of"
     ropes = _ropes(config)
     for rope in ropes:
-        kind = rope["rope_type"]
-        changes, original = "dynamic" in kind or kind == "longrope", rope.get("original_max_position_embeddings", limit)
-        if changes and length > original:
-            limit, why = original, f"keeps the frequencies of its rope ({kind}) for"
+        original = rope.get("original_max_position_embeddings", limit)
+        if _depends_on_length(rope) and length > original:
+            limit, why = original, f"keeps the frequencies of its rope ({rope['rope_type']}) for"
             break
     else:
         if limit is None or length <= limit:
@@ -185,6 +184,16 @@ def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
     """The parameters of rope: one for all layers, or one for each kind of layer; empty without rope."""
     ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
     return [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if rope]
+
+
+def keeps_contexts(body: PreTrainedModel) -> bool:
+    """Whether the keys and values of a context are all that what follows needs of it, whatever that is."""
+    found = examine(type(body), body.config)
+    return found.objection is None and found.window is None and not any(map(_depends_on_length, _ropes(body.config)))
+
+
+def _depends_on_length(rope: dict[str, Any]) -> bool:
+    return "dynamic" in rope["rope_type"] or rope["rope_type"] == "longrope"
 
 
 @lru_cache

@@ -9,7 +9,7 @@ from torch.nn.functional import logsigmoid
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from llm2.common.architecture import examine
+from llm2.common.architecture import keeps_contexts
 from llm2.common.chat import Message, encode_chats
 from llm2.common.prefix import common_prefix
 from llm2.errors import UserError
@@ -77,8 +77,10 @@ def score_tokens(
     """
     texts = [torch.tensor([*prompt, *solution]) for prompt, solution in zip(prompts, solutions, strict=True)]
     contexts = [tuple(prompt[:-1]) for prompt in prompts]  # the first score is read with the prompt's last token
-    repeated = len({*contexts}) < len(contexts) and min(map(len, contexts)) > 0 and _keeps_all(verifier)
-    order = sorted(range(len(texts)), key=lambda i: (len(contexts[i]), contexts[i]) * repeated + (len(texts[i]),))
+    repeated = len({*contexts}) < len(contexts) and min(map(len, contexts)) > 0 and keeps_contexts(verifier.backbone)
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    if repeated:  # those of a prompt side by side
+        order.sort(key=lambda index: (len(contexts[index]), contexts[index]))
     token_scores: dict[int, list[float]] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
@@ -97,12 +99,6 @@ def score_tokens(
                 )
             token_scores[index] = row.tolist()
     return [token_scores[index] for index in range(len(texts))]
-
-
-def _keeps_all(verifier: ProcessVerifier) -> bool:
-    """Whether what a backbone keeps of a context is the keys and values of all its tokens."""
-    found = examine(type(verifier.backbone), verifier.backbone.config)
-    return found.objection is None and found.window is None
 
 
 def _scores(
