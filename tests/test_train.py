@@ -16,6 +16,7 @@ import torch
 import transformers
 import yaml
 from conftest import tiny_system1
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_collate import examples, model_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -675,6 +676,24 @@ def test_a_verifier_does_not_replace_its_system1(config, tmp_path, folder):
     output = str(tmp_path / folder.format(tmp_path.name))
     with pytest.raises(UserError, match="output_dir: found .*, the folder of System 1; expected another one"):
         train(replace(config, model=str(tmp_path / "system1"), output_dir=output, kind="lora"))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "prefix_lora", "mlp"])
+def test_mixed_precision_trains_in_float32_on_frozen_weights_in_bfloat16(config, tmp_path, kind):
+    config = replace(config, kind=kind, bf16=True, num_train_epochs=1.0)
+    verifier = new_verifier(config.model, arguments(tmp_path, kind=kind, bf16=True), torch.device("cpu"))
+    trained = {weight.dtype for weight in verifier.parameters() if weight.requires_grad}
+    frozen = {weight.dtype for weight in verifier.parameters() if not weight.requires_grad}
+    assert trained == {torch.float32} and frozen == (set() if kind == "full" else {torch.bfloat16})
+    scores = verifier(torch.tensor([[5, 6, 7, 8]])).scores  # outside of autocast
+    twin = new_verifier(config.model, arguments(tmp_path, kind=kind), torch.device("cpu"))
+    twin.load_state_dict(verifier.state_dict())
+    torch.testing.assert_close(scores.float(), twin(torch.tensor([[5, 6, 7, 8]])).scores, atol=0.05, rtol=0.05)
+    train(config)
+    kept = next(Path(config.output_dir).glob("*model.safetensors"))
+    assert {weight.dtype for weight in load_file(kept).values()} == {torch.float32}
+    assert ProcessVerifier.from_pretrained(config.output_dir).dtype == torch.float32
+    train(replace(config, init_from=config.output_dir, output_dir=str(tmp_path / "second")))
 
 
 @pytest.mark.parametrize(

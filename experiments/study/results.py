@@ -125,8 +125,8 @@ def as_published(keys: dict[str, Any]) -> dict[str, Any]:
     """Keys and tasks as they were named when the first runs were published, whose digests are of those names."""
     keys = with_kind(keys)
     keys |= {key: FORMER_NAMES.get(keys[key], keys[key]) for key in ("task", "replay_task") if key in keys}
-    if (kind := keys.pop("kind", None)) is None:
-        return keys
+    if (kind := keys.pop("kind", None)) not in KINDS:
+        return keys if kind is None else {**keys, "kind": kind}  # one that `train` refuses
     score, head, adapter = KINDS[kind]
     keys |= {} if kind == "lora" else {"score": score}  # nobody wrote `score: candidate` beside lora_r
     keys |= {"prefix_head": head} if head else {}

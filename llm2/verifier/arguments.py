@@ -104,7 +104,8 @@ def verifier_spec(config: TrainConfig | VerifierTrainingArguments) -> VerifierSp
 
 
 def new_verifier(model: str, config: VerifierTrainingArguments, device: torch.device) -> ProcessVerifier:
-    """In float32, whatever System 1 is stored in: 16 bits would lose small updates."""
+    """What it trains is in float32, whatever System 1 is stored in: 16 bits would lose small updates. With `bf16` the
+    frozen weights of a head or an adapter are in bfloat16, as decoding has them, which takes half the memory."""
     attention = config.attn_implementation
     if attention == "auto":
         attention = "flex_attention" if device.type == "cuda" else None  # SDPA, or eager where a family has none
@@ -112,17 +113,22 @@ def new_verifier(model: str, config: VerifierTrainingArguments, device: torch.de
         raise UserError(
             "attn_implementation flex_attention: expected a CUDA GPU, since torch trains it nowhere else; use sdpa"
         )
+    spec = verifier_spec(config)
+    dtype = torch.bfloat16 if config.bf16 and not spec.is_whole else torch.float32
     if config.init_from is None:
-        spec = verifier_spec(config)
-        verifier = ProcessVerifier.from_system1(model, spec, dtype=torch.float32, attn_implementation=attention)
+        verifier = ProcessVerifier.from_system1(model, spec, dtype=dtype, attn_implementation=attention)
     else:
         start, vocabulary = config.init_from, vocabulary_size(model)
-        where, options = torch.device("cpu"), {"dtype": torch.float32, "attn_implementation": attention}
+        where, options = torch.device("cpu"), {"dtype": dtype, "attn_implementation": attention}
         system1 = None  # a head or an adapter goes on with the weights that it is of, and is refused for others
-        if not verifier_config(start).is_whole:
+        if not spec.is_whole:
             system1 = load_language_model(model, local_files_only=is_local(model), **options)
-        verifier = load_verifier(start, where, torch.float32, vocabulary, system1, attn_implementation=attention)
+        verifier = load_verifier(start, where, dtype, vocabulary, system1, attn_implementation=attention)
         verifier.config.base_model = without_home(model)
+    for parameter in verifier.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    verifier.config.dtype = torch.float32
     if config.trainable_layers is not None:
         freeze_layers(verifier, config.trainable_layers)
     if verifier.config.is_adapter:

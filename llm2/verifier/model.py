@@ -355,7 +355,7 @@ class ProcessVerifier(PreTrainedModel):
             ).last_hidden_state
         output = VerifierOutput()
         if self.config.reads_candidates:
-            output.scores = self.score(self.dropout(hidden)).squeeze(-1)  # (R, S)
+            output.scores = self.score(self.dropout(hidden).to(self.score.weight.dtype)).squeeze(-1)  # (R, S)
             pair_scores = None if pair_indices is None else output.scores.flatten()[pair_indices]  # (1, M, 2)
         elif pair_indices is not None:
             states = self.dropout(hidden.flatten(end_dim=-2)[pair_indices])  # (1, M, D)
