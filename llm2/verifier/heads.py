@@ -73,11 +73,13 @@ class PrefixHead(nn.Module):
 
     def forward(self, states: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         """h (..., D), e (..., D), which broadcast -> (...) float32."""
-        states, embeddings = states.float(), embeddings.float() * self.scale
+        dtype = next(self.parameters()).dtype  # float32, but where DeepSpeed trains in bfloat16
+        states, embeddings = states.to(dtype), (embeddings.float() * self.scale).to(dtype)
         if self.kind == "bilinear":
             scores = (self.state(states) * self.token(embeddings)).sum(-1) + self.bias(embeddings).squeeze(-1)
         else:
             scores = self.layers(torch.cat([states.expand_as(embeddings), embeddings], dim=-1)).squeeze(-1)
+        scores = scores.float()
         return scores if self.token_weight is None else scores * self.token_weight(states)
 
     def load_weights(self, name: str, **options) -> None:
