@@ -25,7 +25,7 @@ DOCUMENTS = {
         *ROOT.glob("*/README.md"),
         *ROOT.glob("docs/*.md"),
         *ROOT.glob("llm2/*/README.md"),
-        *ROOT.glob("experiments/*/README.md"),
+        *ROOT.glob("experiments/**/README.md"),
     ]
 }
 
@@ -60,7 +60,7 @@ def test_links_lead_to_files():
 
 
 def test_accuracies_with_intervals_are_those_of_committed_results():
-    """In the README and on the page of studies: 53.5 [51.3, 55.7] stands in a study's JSON, or in the metrics of a
+    """In the README and on the pages of results: 53.5 [51.3, 55.7] stands in a study's JSON, or in the metrics of a
     single run, and a difference, -1.5 points [-2.5, -0.5], in a study's."""
     committed, differences = set(), set()
     for path in ROOT.glob("experiments/results/*.json"):
@@ -75,13 +75,13 @@ def test_accuracies_with_intervals_are_those_of_committed_results():
             committed.add(interval(mode["accuracy"], mode["ci95"]))
             votes = mode.get("majority_at", {})
             committed |= {interval(share, mode["majority_ci95"][k]) for k, share in votes.items()}
-    for path in (ROOT / "README.md", ROOT / "experiments" / "results" / "README.md"):
+    for path in (ROOT / "README.md", *ROOT.glob("experiments/results/**/README.md")):
         found = set(re.findall(r"\d+\.\d \[\d+\.\d, \d+\.\d\]", path.read_text()))
         assert found and found <= committed, f"{path}: {sorted(found - committed)}"
         text = " ".join(path.read_text().split()).replace(" points [", " [")
         found = set(re.findall(r"[+-]\d+\.\d \[[+-]\d+\.\d, [+-]\d+\.\d\]", text))
         assert found <= differences, f"{path}: {sorted(found - differences)}"
-    assert found, "the page of studies has differences"
+        assert found or path.parent.name != "results", "the page of studies has differences"
 
 
 def test_the_figures_of_the_long_tests_are_those_of_their_table():
