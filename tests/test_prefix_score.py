@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -156,9 +157,9 @@ def test_frozen_states_give_the_margins_of_a_forward(head_pair):
     for name in ("pair_tokens", "pair_ids", "pair_weights", "pair_targets"):
         assert torch.equal(getattr(batch, name), getattr(whole, name))
     assert len(batch.states) < batch.pair_tokens.shape[1], "a prefix is kept once"
-    mixed = frozen_batch([*FrozenStates(verifier, solutions, batch_size=3, bf16=True)]).states
-    assert not torch.equal(mixed, batch.states), "the states are of mixed precision"
-    torch.testing.assert_close(mixed, batch.states, atol=0.05, rtol=0.05)
+    half = frozen_batch([*FrozenStates(deepcopy(verifier).to(torch.bfloat16), solutions, batch_size=3)]).states
+    assert not torch.equal(half, batch.states), "the states are of the weights' precision"
+    torch.testing.assert_close(half, batch.states, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.one_in(10)

@@ -14,7 +14,7 @@ from experiments.study import run as study
 from experiments.study.bootstrap import seeds_bootstrap
 from experiments.study.config import StudyConfig, StudyCurves, StudyStep
 from experiments.study.plot import draw_curves
-from experiments.study.results import in_one_column, read_published, results
+from experiments.study.results import as_published, in_one_column, read_published, results
 from experiments.study.summary import rows
 from experiments.study.table import write_summary
 from llm2.common.config_file import load_config, write_config
@@ -245,6 +245,10 @@ def test_published_runs_were_made_with_the_settings_of_their_study(path, tmp_pat
     assert str(path) == f"{config.report}.runs.jsonl"
     found = results(replace(config, output_dir=str(tmp_path)))
     assert len(found) == len(read_published(config)), "runs that its config does not ask for"
+
+
+def test_the_settings_of_a_kind_that_training_refuses_have_a_digest_too():
+    assert as_published({"kind": "candidate", "seed": 1}) == {"kind": "candidate", "seed": 1}
 
 
 def test_only_some_runs_are_run(config, monkeypatch):

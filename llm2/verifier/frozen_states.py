@@ -32,13 +32,10 @@ class FrozenStates(Sequence[FrozenExample]):
 
     Args:
         batch_size: solutions per forward.
-        bf16: compute in mixed precision, as training does.
     """
 
-    def __init__(
-        self, verifier: ProcessVerifier, examples: Sequence[Example], batch_size: int, bf16: bool = False
-    ) -> None:
-        self.examples, self.bf16 = examples, bf16
+    def __init__(self, verifier: ProcessVerifier, examples: Sequence[Example], batch_size: int) -> None:
+        self.examples = examples
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (it lives as long as this object)
         self._width = verifier.get_input_embeddings().embedding_dim
         self._ends = array("q", [0])  # index of each example's first row in the file
@@ -54,8 +51,7 @@ class FrozenStates(Sequence[FrozenExample]):
     def _append(self, verifier: ProcessVerifier, examples: Sequence[Example]) -> None:
         batch = verifier_batch(examples, branches=False)
         inputs = [tensor.to(verifier.device) for tensor in (batch.input_ids, batch.start, batch.prefix_len)]
-        with torch.autocast(verifier.device.type, torch.bfloat16, enabled=self.bf16):
-            states = verifier.states(*inputs).flatten(end_dim=-2)  # (R * S, D)
+        states = verifier.states(*inputs).flatten(end_dim=-2)  # (R * S, D)
         for indices in batch.pair_indices[0].split([len(example.triplets) for example in examples]):
             columns = indices.unique()
             self._file.write(states[columns.to(states.device)].float().cpu().numpy().tobytes())

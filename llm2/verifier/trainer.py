@@ -169,7 +169,7 @@ class VerifierTrainer(Trainer):
             data["eval"] = WithSystem1Margins(eval_set, margins)
         if model.config.is_head:
             model.to(args.device)
-            data = {split: FrozenStates(model, examples, READ_BATCH, args.bf16) for split, examples in data.items()}
+            data = {split: FrozenStates(model, examples, READ_BATCH) for split, examples in data.items()}
 
         def metrics(prediction: EvalPrediction) -> dict[str, float]:
             """Over all held-out pairs at once, so that batches and ranks have no weight."""
